@@ -1,0 +1,1542 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 2. Tensor parallelism: one model, cut inside every layer.
+
+Paper: Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism,
+       Shoeybi et al., 2019, arXiv 1909.08053
+
+The problem. A model of 8.3 billion parameters needs 133 GB for weights, gradients and Adam's two moments in fp32, and a
+GPU of 2019 has 32 GB. Data parallelism does not help, because it keeps a whole copy on every GPU: the model itself must
+be cut.
+
+The idea. Cut every layer so that each GPU computes on its own until one sum is left to do. The feed-forward layer
+z = gelu(x W1) W2, on two ranks, W1 cut by columns and W2 by rows:
+
+                    x                            every rank holds all of x
+            ┌───────┴───────┐     copy_to_tp     forward: nothing       backward: all-reduce
+        rank 0            rank 1
+     x · W1[:, left]   x · W1[:, right]          gelu works on single numbers: half of the columns is as good as all
+          gelu              gelu
+       · W2[top]         · W2[bottom]            each rank ends with a summand of z, as large as z
+            └───────┬───────┘     reduce_from_tp forward: all-reduce    backward: nothing
+                    z                            every rank holds all of z
+
+Attention is cut the same way, by heads. That is one all-reduce forward and one backward for each half of a layer, and
+nothing else: no pipeline, no new compiler, two functions of three lines each.
+
+Run it (no flag is needed; --help lists them):
+
+    python 02_megatron_tp/megatron_tp.py                             4 ranks on this machine, as 2 tensor × 2 data
+    python 02_megatron_tp/megatron_tp.py --ranks 1                   one process, for a debugger
+    python 02_megatron_tp/megatron_tp.py --check                     equivalence alone, each tensor's error
+    python 02_megatron_tp/megatron_tp.py --data my.txt --tokenizer gpt2 --hidden-size 768 --num-heads 12
+    python 02_megatron_tp/megatron_tp.py --paper-scale 8.3B          a published model on 8 pretended ranks, in seconds
+    torchrun --nproc-per-node=8 02_megatron_tp/megatron_tp.py --tp 8
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 02_megatron_tp/megatron_tp.py
+
+It proves in float64 that every gradient equals the single device's, trains a small GPT on real text beside the
+single-device model, writes a line of text, and ends in a table of the paper's claims.
+
+Left out: fp16 with loss scaling (bf16 autocast instead), the paper's BERT heads and its evaluations, a cache for
+generation, fused kernels.
+"""
+
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The suffix of a tensor's name is its shape, one letter a dimension. A CAPITAL is the whole dimension, the small letter
+# this rank's share of it, and partial_ marks a summand that is still to be reduced:
+#
+#     B  batch (of this replica)        N  attention heads        n = N / tp    this rank's heads
+#     S  sequence, in tokens            D  size of a head
+#     H  hidden size (the paper's h)    F  feed-forward size      f = F / tp    this rank's feed-forward features
+#     L  layers (the paper's N)         V  words in vocabulary    v = ⌈V / tp⌉  this rank's words, padding included
+#
+# tp is the number of ranks that share one copy of the model, dp the number of copies: world size = tp · dp.
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import zlib
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import einsum, rearrange, reduce
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+# ── shared: GPT config ──
+@dataclass
+class GPTConfig:
+    """The sizes of a GPT. Raises ValueError where they contradict each other."""
+
+    vocab_size: int = 256
+    seq_length: int = 128  # S: the model has this many positions
+    hidden_size: int = 128  # H
+    num_layers: int = 4  # L
+    num_heads: int = 4  # N
+    ffn_hidden_size: int | None = None  # F; None: 4·H, the paper's choice
+    dropout: float = 0.0  # the paper trains with 0.1
+    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    init_std: float = 0.02
+    seed: int = 0  # the weights are a function of this configuration alone
+    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+
+    def __post_init__(self):
+        self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
+        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}: "
+                f"choose a multiple, such as {-(-self.hidden_size // self.num_heads) * self.num_heads}"
+            )
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+# ── end of GPT config ──
+
+# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+#
+# A GPT on one device, in ordinary PyTorch: the thing to equal. Three details matter later:
+#
+# · The rows of the fused matrix for queries, keys and values are ordered (head, {q, k, v}, D). So the first half of its
+#   rows is the first half of the heads, complete: a cut by rows is a cut by heads. (The order (q, k, v) would give the
+#   first of two ranks all queries and half of the keys.)
+# · The last layer has no weight of its own: it multiplies with the embedding table ("tied head").
+# · A sublayer's last weight writes onto the residual stream, 2L of them one on top of the other. It starts smaller by
+#   1/√(2L), so that the sum starts no larger than in a shallow model. [section 4.1 of the paper]
+#
+# Dropout takes its generator as an argument, because in section 2.6 two of them will be needed. It keeps its mask as
+# one byte an element; PyTorch's own keeps two on the CPU and takes no generator.
+
+
+# ── shared: plain GPT ──
+@dataclass
+class RandomStreams:
+    """The generators that dropout draws from; None is PyTorch's default one.
+
+    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
+    single device holds everything, and may draw both from one stream.
+    """
+
+    outside: torch.Generator | None = None
+    inside: torch.Generator | None = None
+
+
+def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """True where dropout keeps an element, with probability 1 − p."""
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, generator) -> Tensor:
+        keep, ctx.scale = keep_mask(x, p, generator), 1 / (1 - p)
+        ctx.save_for_backward(keep)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.scale), None, None
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
+
+    Args: x of any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
+    Raises: ValueError where p is outside [0, 1).
+    Needs: `_Dropout`, `keep_mask`.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
+    return _Dropout.apply(x, p, generator) if p else x
+
+
+def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+    """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
+
+    p is the dropout on the attention weights. Needs: `dropout`.
+    """
+    if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
+        return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
+    S, D = q_BNSD.shape[-2:]
+    scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
+    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
+    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # a softmax in bf16 would lose a percent
+    weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
+    return dropout(weights_BNSS, p, generator) @ v_BNSD
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, x_BSH to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        heads = dict(three=3, D=self.config.head_size)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        p = self.config.dropout if self.training else 0.0
+        y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
+        return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
+
+
+class MLP(nn.Module):
+    """The feed-forward layer, x_BSH to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection."""
+
+    def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.config = config
+        self.norm1, self.attention = nn.LayerNorm(config.hidden_size), attention
+        self.norm2, self.mlp = nn.LayerNorm(config.hidden_size), mlp
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        p = self.config.dropout if self.training else 0.0
+        for norm, sublayer in ((self.norm1, self.attention), (self.norm2, self.mlp)):
+            if self.config.norm == "pre":
+                x_BSH = x_BSH + dropout(sublayer(norm(x_BSH), streams), p, streams.outside)
+            else:
+                x_BSH = norm(x_BSH + dropout(sublayer(x_BSH, streams), p, streams.outside))
+        return x_BSH
+
+
+class GPT(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits (B, S, V)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not self.final_norm.weight.is_meta:
+            self.load_state_dict(dict(initial_weights(config)))
+
+    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        streams = streams or RandomStreams()
+        x_BSH = embed(self.embedding, self.positions, tokens_BS)
+        x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
+        for layer in self.layers:
+            x_BSH = layer(x_BSH, streams)
+        return F.linear(self.final_norm(x_BSH), self.embedding.weight)
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
+        logits_BSV = self(tokens_BS, streams)
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+
+
+def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
+    """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
+    S = tokens_BS.shape[1]
+    if S > positions.num_embeddings:
+        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+    return words(tokens_BS) + positions.weight[:S]
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the plain model, without allocating any. Needs: `GPT`."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's first weights, a function of `config` alone, whole, one tensor at a time.
+
+    Source: section 4.1 of the Megatron-LM paper. Needs: `parameter_shapes`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
+            std = config.init_std / math.sqrt(2 * config.num_layers)
+            yield name, torch.randn(shape, generator=generator, device="cpu") * std
+        elif len(shape) == 2:
+            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
+        else:  # biases 0, LayerNorm's weights 1
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+
+
+def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, not biases and LayerNorm weights."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+
+
+def train_alone(model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast=None):
+    """Trains the plain model, a step for each batch; yields the mean loss per token and the norm before clipping.
+
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
+    """
+    optimizer = make_optimizer(model)
+    for step, (tokens_BS, targets_BS) in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        optimizer.zero_grad()
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield loss.detach(), norm
+
+
+# ── end of plain GPT ──
+
+# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The same program runs in every process. A *rank* is the number of a process, a *group* some of the ranks, and a
+# *collective* is a function that all ranks of a group call together. Two of them are enough for this chapter:
+#
+#     all-reduce    rank 0: a    rank 1: b     →    rank 0: a + b     rank 1: a + b
+#     all-gather    rank 0: a    rank 1: b     →    rank 0: [a, b]    rank 1: [a, b]
+#
+# A collective in which one rank does not take part never ends. So whether to call one must never depend on what a rank
+# alone knows; in this file it depends on sizes, which are the same on all of them.
+
+
+# ── shared: tensor-parallel operators ──
+def group_size(group=None) -> int:
+    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group=None) -> int:
+    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _readable(x: Tensor) -> bool:
+    """May x's values be looked at? Not on a GPU, where a look stops the stream, nor while compiling or dry-running."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; with a single rank there is nothing to do."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+def _gather(x: Tensor, group) -> Tensor:
+    """The ranks' x side by side along the last dimension."""
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(pieces, x.contiguous(), group)
+    return torch.cat(pieces, -1)
+
+
+def _slice(x: Tensor, group) -> Tensor:
+    """This rank's share of the last dimension."""
+    tp, size = group_size(group), x.shape[-1]
+    if size % tp:
+        raise ValueError(f"a last dimension of {size} does not divide over {tp} ranks")
+    return x.narrow(-1, size // tp * group_rank(group), size // tp).contiguous()
+
+
+# ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
+#
+# Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
+#
+#                       forward                backward
+#     copy_to_tp        nothing                all-reduce       x went to every rank: dL/dx is the sum of what they say
+#     reduce_from_tp    all-reduce             nothing          y is a sum over ranks: dL/dy goes to each as it is
+#     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
+#     gather_from_tp    all-gather             keep my share    what follows is the same on every rank, as its gradient
+#
+# The first two are the paper's f and g. A plain dist.all_reduce in their place would be invisible to autograd. And it
+# works in place, on a tensor that somebody else may still need: so it gets a copy.
+#
+# Leave out copy_to_tp, and training still runs: the loss falls, but every weight below gets one rank's summand for its
+# gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
+
+
+class _CopyToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, partial_grad):
+        return _all_reduce(partial_grad.clone(memory_format=torch.contiguous_format), ctx.group), None
+
+
+class _ReduceFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial_x, group):
+        return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+class _ScatterToTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _slice(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _gather(grad, ctx.group), None
+
+
+class _GatherFromTP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _slice(grad, ctx.group), None
+
+
+def copy_to_tp(x: Tensor, group=None) -> Tensor:
+    """The way in: x as it is; its gradient is summed over `group`.
+
+    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
+    Source: the paper's f, figure 3. Needs: `_CopyToTP`, `_all_reduce`, `group_size`.
+    """
+    return _CopyToTP.apply(x, group) if group_size(group) > 1 else x
+
+
+def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
+    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
+
+    partial_x: any shape, the same on every rank; not modified.
+    Source: the paper's g, figure 3. Needs: `_ReduceFromTP`, `_all_reduce`, `group_size`.
+    """
+    return _ReduceFromTP.apply(partial_x, group) if group_size(group) > 1 else partial_x
+
+
+def scatter_to_tp(x: Tensor, group=None) -> Tensor:
+    """This rank's share of the last dimension of x, (..., H) to (..., H / tp); the gradient is gathered.
+
+    Raises: ValueError where the dimension does not divide over the ranks.
+    Needs: `_ScatterToTP`, `_slice`, `_gather`, `group_size`, `group_rank`.
+    """
+    return _ScatterToTP.apply(x, group) if group_size(group) > 1 else x
+
+
+def gather_from_tp(x: Tensor, group=None) -> Tensor:
+    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
+
+    Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
+    it tp times. Needs: `_GatherFromTP`, `_slice`, `_gather`, `group_size`, `group_rank`.
+    """
+    return _GatherFromTP.apply(x, group) if group_size(group) > 1 else x
+
+
+# ── end of tensor-parallel operators ──
+
+# ── 2.2 Linear layers ───────────────────────────────────────────────────────────────────────────────────
+#
+# The product y = x Wᵀ + b can be cut in two ways (PyTorch keeps W as out × in, so the paper's columns are our rows):
+#
+#     column-parallel    each rank has some outputs:    y_BSf = x_BSH W_fHᵀ + b_f          x whole, y a share
+#     row-parallel       each rank has some inputs:     partial_y_BSH = y_BSf W_Hfᵀ        x a share, y a summand
+#
+# The bias of the second is added once, after the sum: added before, it would count tp times.
+#
+# The backward of the first has two products. The input's gradient is a summand, so it needs an all-reduce; the weight's
+# gradient needs nobody. So the first is computed, sent on its way, and the second computed while it travels:
+#
+#     partial_dx = dy W      ──► all-reduce ─────────────────────►  dx         on the wire
+#                               dW = dyᵀ x, db = Σ dy               wait       in the arithmetic units
+#
+# That is copy_to_tp and the product in one function, and the reason that such a layer does not call copy_to_tp as
+# well: the gradient would be summed twice, and come out tp times too large. On a GPU the overlap asks that the
+# all-reduce really starts first: Megatron-LM sets CUDA_DEVICE_MAX_CONNECTIONS=1 for that.
+#
+# A whole weight is drawn on every rank, from the same state of the random generator, and cut: so the layer is equal
+# to the bit to the plain one whatever tp is. Drawn share by share from the same seed, all shares would be equal.
+
+
+# ── shared: tensor-parallel layers ──
+class _ColumnParallelLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BSH, weight_fH, bias_f, group):
+        ctx.save_for_backward(x_BSH, weight_fH)
+        ctx.group = group
+        return F.linear(x_BSH, weight_fH, bias_f)
+
+    @staticmethod
+    def backward(ctx, grad_BSf):
+        x_BSH, weight_fH = ctx.saved_tensors
+        grad_BSH = grad_fH = grad_f = reduction = None
+        if ctx.needs_input_grad[0]:
+            grad_BSH = grad_BSf @ weight_fH  # a summand, until the reduction has been waited for
+            if group_size(ctx.group) > 1:
+                reduction = dist.all_reduce(grad_BSH, group=ctx.group, async_op=True)
+        if ctx.needs_input_grad[1]:
+            grad_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H")
+        if ctx.needs_input_grad[2]:
+            grad_f = reduce(grad_BSf, "... f -> f", "sum")
+        if reduction is not None:
+            reduction.wait()
+        return grad_BSH, grad_fH, grad_f, None
+
+
+def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Autocast does not look inside a Function of our own: what it would narrow in F.linear, we narrow before."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    return [t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
+
+
+def _share(size: int, group, what: str) -> int:
+    tp = group_size(group)
+    if size % tp:
+        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
+    return size // tp
+
+
+class ColumnParallelLinear(nn.Module):
+    """nn.Linear with its outputs divided over `group`: (..., in_features) to (..., out_features / tp).
+
+    Args:
+        in_features, out_features, bias: as nn.Linear's; out_features is the number over all ranks.
+        gather_output: return (..., out_features) on every rank instead of this rank's share.
+        group: the tensor-parallel group; None is all ranks.
+
+    The input is whole and equal on every rank, and so is its gradient, which the layer sums over `group` by itself: do
+    not call `copy_to_tp` in front of it. Parameters start as rows of nn.Linear's, drawn whole from the default
+    generator, which must be in the same state on every rank (torch.manual_seed).
+
+    Raises: ValueError where out_features does not divide over the ranks.
+    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`, `_as_autocast`, `_share`, the operators.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
+        super().__init__()
+        self.gather_output, self.group = gather_output, group
+        f, whole = _share(out_features, group, "out_features"), nn.Linear(in_features, out_features, bias)
+        self.weight = nn.Parameter(whole.weight.detach().split(f)[group_rank(group)].clone())
+        self.bias = nn.Parameter(whole.bias.detach().split(f)[group_rank(group)].clone()) if bias else None
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        y_BSf = _ColumnParallelLinear.apply(*_as_autocast(x_BSH, self.weight, self.bias), self.group)
+        return gather_from_tp(y_BSf, self.group) if self.gather_output else y_BSf
+
+
+class RowParallelLinear(nn.Module):
+    """nn.Linear with its inputs divided over `group`: (..., in_features / tp) to (..., out_features) on every rank.
+
+    Args:
+        in_features, out_features, bias: as nn.Linear's; in_features is the number over all ranks. The bias is whole.
+        input_is_parallel: the input is this rank's share already; if not, it is whole and the layer takes its share.
+        group: the tensor-parallel group; None is all ranks.
+
+    Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
+
+    Raises: ValueError where in_features does not divide over the ranks.
+    Source: section 3 of the paper. Needs: `_share`, the operators.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, input_is_parallel: bool = True, group=None
+    ):
+        super().__init__()
+        self.input_is_parallel, self.group = input_is_parallel, group
+        f, whole = _share(in_features, group, "in_features"), nn.Linear(in_features, out_features, bias)
+        self.weight = nn.Parameter(whole.weight.detach().split(f, dim=1)[group_rank(group)].clone())
+        self.bias = whole.bias
+
+    def forward(self, x_BSf: Tensor) -> Tensor:
+        x_BSf = x_BSf if self.input_is_parallel else scatter_to_tp(x_BSf, self.group)
+        y_BSH = reduce_from_tp(F.linear(x_BSf, self.weight), self.group)
+        return y_BSH if self.bias is None else y_BSH + self.bias
+
+
+# ── end of tensor-parallel layers ──
+
+# ── 2.3 Attention and the feed-forward layer ────────────────────────────────────────────────────────────
+#
+# A column-parallel layer in, a row-parallel one out, and between them what the plain model does, on fewer heads and
+# fewer features: no line of it knows that there are other ranks. Norms, residual connections and outer dropout stand
+# outside the region, where every rank holds everything and computes the same: that is `Block` of part 1, as it is.
+
+
+class ParallelAttention(nn.Module):
+    """`Attention` with its heads divided over `group`, x_BSH to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig, group=None):
+        super().__init__()
+        _share(config.num_heads, group, "num_heads")
+        self.config = config
+        self.qkv = ColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group=group)
+        self.out = RowParallelLinear(config.hidden_size, config.hidden_size, group=group)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        heads = dict(three=3, D=self.config.head_size)
+        q_BnSD, k_BnSD, v_BnSD = rearrange(self.qkv(x_BSH), "B S (n three D) -> three B n S D", **heads)
+        p = self.config.dropout if self.training else 0.0
+        y_BnSD = core_attention(q_BnSD, k_BnSD, v_BnSD, p, streams.inside)
+        return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
+
+
+class ParallelMLP(nn.Module):
+    """`MLP` with its features divided over `group`, x_BSH to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig, group=None):
+        super().__init__()
+        self.up = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, group=group)
+        self.down = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, group=group)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        y_BSf = F.gelu(self.up(x_BSH), approximate="tanh")
+        return self.down(y_BSf)
+
+
+# ── 2.4 The embedding ───────────────────────────────────────────────────────────────────────────────────
+#
+# The table of words is the largest tensor of a small model, and the last layer uses it a second time. It is cut by
+# words: each rank looks up its own and leaves zeros for the others, and the sum over ranks has every word once.
+#
+# 50,257 words do not divide by 8, so the table is padded. The paper pads to a multiple of 128·tp, 51,200 words: that
+# suits the matrix units of the GPU. Here a rank may hold a word less than the others, or nothing but padding.
+
+
+def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
+    """The smallest multiple of multiple·tp that is at least vocab_size. Source: section 3 of the paper."""
+    return -(-vocab_size // (multiple * tp)) * multiple * tp
+
+
+class VocabParallelEmbedding(nn.Module):
+    """nn.Embedding with its rows divided over `group`: tokens_BS (int64, equal on every rank) to (B, S, H).
+
+    Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
+    Rank r holds words [r·v, (r + 1)·v); rows of padding are zero and stay so.
+    Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
+    Source: section 3 of the paper. Needs: `padded_vocab_size`, `_readable`, the operators.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
+        super().__init__()
+        self.num_embeddings, self.group = num_embeddings, group
+        padded, rank = padded_vocab_size(num_embeddings, group_size(group), multiple), group_rank(group)
+        whole = F.pad(nn.Embedding(num_embeddings, embedding_dim).weight.detach(), (0, 0, 0, padded - num_embeddings))
+        self.weight = nn.Parameter(whole.split(padded // group_size(group))[rank].clone())
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        if _readable(tokens_BS) and ((tokens_BS < 0) | (tokens_BS >= self.num_embeddings)).any():
+            found = f"tokens from {tokens_BS.min()} to {tokens_BS.max()}"
+            raise ValueError(f"{found}, but words are numbered 0 to {self.num_embeddings - 1}")
+        v = self.weight.shape[0]
+        index_BS = tokens_BS - group_rank(self.group) * v
+        mine_BS = (index_BS >= 0) & (index_BS < v)
+        x_BSH = F.embedding(index_BS.clamp(0, v - 1), self.weight)  # not mine: any row, which the next line drops
+        partial_x_BSH = torch.where(mine_BS[..., None], x_BSH, 0)
+        return reduce_from_tp(partial_x_BSH, self.group)
+
+
+# ── 2.5 Cross entropy over a vocabulary that no rank holds ──────────────────────────────────────────────
+#
+# The last layer is the widest: with 51,200 words and a batch of 8 × 1,024 tokens the logits are 1.7 GB in fp32, twice
+# that with their gradient. Column-parallel, each rank holds its own words' columns, logits_BSv. To gather them for a
+# softmax would undo the saving, and the loss needs so little of them:
+#
+#     loss = log Σ_j exp(x_j) − x_target
+#
+# one sum and one picked number for each token. Both are sums over words, so each rank does its own words' part, and
+# three numbers a token finish the job: 3·B·S numbers are reduced instead of B·S·V gathered.
+#
+#     max over my words   ─ all-reduce(max) ─►  m       (so that exp cannot overflow)
+#     my words' exp-sum   ─ all-reduce(sum) ─►  Σ
+#     the target, if mine ─ all-reduce(sum) ─►  x_target − m     (every other rank adds 0)
+#
+# Backward needs no communication at all: d loss / d x_j = softmax_j − [j is the target], and each rank knows both for
+# its own words.
+#
+# Three mistakes stay silent here. Columns that only pad the vocabulary are words to a softmax unless they are masked:
+# the loss comes out too large by a little. (Megatron-LM leaves them in, and lets training push them down: its first
+# loss is log 51,200 = 10.84, not log 50,257 = 10.82. Ours equals the unpadded model's.) Logits that somebody has
+# gathered already look like tp times as many words: the loss is too large by log tp, and most of the gradient is
+# lost. And bf16 logits must be widened before the exponentials.
+
+
+# ── shared: vocabulary loss ──
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
+        v = logits_BSv.shape[-1]
+        first_word = group_rank(group) * v
+        wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
+        is_word_v = torch.arange(first_word, first_word + v, device=logits_BSv.device) < vocab_size
+        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
+
+        x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
+
+        # Which targets are my words? For the others any index will do: what it picks is not used.
+        mine_BS = (targets_BS >= first_word) & (targets_BS < first_word + v)
+        index_BS1 = (targets_BS - first_word).clamp(0, v - 1)[..., None]
+        picked_BS = x_BSv.gather(-1, index_BS1)[..., 0]
+        partial_target_BS = torch.where(mine_BS, picked_BS, 0)  # not mine · picked: 0 · −inf is NaN
+        exp_BSv = x_BSv.exp_()
+
+        # One message instead of two: both summands travel side by side.
+        target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
+
+        counts_BS = targets_BS != ignore_index
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), index_BS1, mine_BS, counts_BS)
+        ctx.dtype = logits_BSv.dtype
+        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
+
+    @staticmethod
+    def backward(ctx, grad_BS):
+        softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
+        grad_BS = grad_BS * counts_BS
+        grad_BSv = softmax_BSv * grad_BS[..., None]
+        grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
+        return grad_BSv.to(ctx.dtype), None, None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits_BSv: Tensor, targets_BS: Tensor, group=None, vocab_size: int | None = None, ignore_index: int = -100
+) -> Tensor:
+    """Cross entropy of each token, from logits whose vocabulary is divided over `group`.
+
+    Args:
+        logits_BSv: this rank's columns, as many on every rank; rank r holds words [r·v, (r + 1)·v). Not modified.
+        targets_BS: word numbers in [0, vocab_size) or `ignore_index`; int64, the same on every rank.
+        group: the tensor-parallel group; None is all ranks.
+        vocab_size: words that exist; columns from there on are padding. None: all columns of all ranks are words.
+
+    Returns: loss_BS in nats, not reduced, the same on every rank; 0 where the target is `ignore_index`. At least fp32.
+
+    Raises:
+        ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
+            a GPU check targets where the data is loaded).
+
+    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_all_reduce`, `_readable`, `group_size`,
+    `group_rank`.
+    """
+    columns = logits_BSv.shape[-1] * group_size(group)
+    vocab_size = columns if vocab_size is None else vocab_size
+    if logits_BSv.shape[:-1] != targets_BS.shape:
+        shapes = f"logits {tuple(logits_BSv.shape)} and targets {tuple(targets_BS.shape)}"
+        raise ValueError(f"{shapes}: all dimensions but the last must agree")
+    if not 0 < vocab_size <= columns:
+        raise ValueError(f"a vocabulary of {vocab_size} words does not fit the {columns} columns that the group holds")
+    no_word_BS = ((targets_BS < 0) | (targets_BS >= vocab_size)) & (targets_BS != ignore_index)
+    if _readable(targets_BS) and no_word_BS.any():
+        word = targets_BS[no_word_BS][0]
+        raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
+    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
+
+
+# ── end of vocabulary loss ──
+
+# ── 2.6 One mask outside the region, another inside on each rank ────────────────────────────────────────
+#
+# Outside the region all ranks hold the same tensor, and must drop the same elements: with different masks the copies
+# of one replica drift apart, and no error ever says so. Inside, each rank holds other heads, and must drop others:
+# with the same mask head 0 and head n are dropped together, always. So each rank draws from two generators. Replicas
+# see different data and get different masks, on either side.
+
+
+def random_streams(seed: int, tp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
+    """Dropout's generators for one rank: `outside` is equal on all ranks of a replica, `inside` on no two ranks.
+
+    seed: any integer, the same on all ranks. Source: section 3 of the paper. Needs: `RandomStreams`.
+    """
+
+    def stream(*key):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
+        return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+
+    return RandomStreams(outside=stream(seed, dp_rank), inside=stream(seed, dp_rank, tp_rank))
+
+
+# ── 2.7 The model ───────────────────────────────────────────────────────────────────────────────────────
+#
+# The tied head multiplies x with this rank's words. It is a column-parallel product, with x coming in through the
+# door: the plain way to write what ColumnParallelLinear does in one function. Its weight is the embedding's shard, so
+# lookup and head add their gradients into the same rows, and nothing remains to be summed between ranks.
+
+
+class ParallelGPT(nn.Module):
+    """The plain `GPT` with every layer divided over `group`: tokens_BS to this rank's logits (B, S, v).
+
+    Its weights are those that GPT(config) has, whatever the number of ranks; no more than one whole tensor is in memory
+    at a time. Its parameters have the plain model's names.
+
+    Raises: ValueError where heads or feed-forward features do not divide over the ranks.
+    Needs: the plain GPT, the operators, layers and loss, parts 2.3 to 2.7, `shard_tensor`.
+    """
+
+    def __init__(self, config: GPTConfig, group=None):
+        super().__init__()
+        self.config, self.group = config, group
+        with torch.device("meta"):  # shapes first, without memory
+            self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)
+            self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+            self.layers = nn.ModuleList(
+                Block(config, ParallelAttention(config, group), ParallelMLP(config, group))
+                for _ in range(config.num_layers)
+            )
+            self.final_norm = nn.LayerNorm(config.hidden_size)
+        rank, tp = group_rank(group), group_size(group)
+        shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
+        self.load_state_dict(shares, assign=True)
+
+    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        p = self.config.dropout if self.training else 0.0
+        streams = streams or RandomStreams()
+        if p and group_size(self.group) > 1 and None in (streams.inside, streams.outside):
+            raise ValueError(f"dropout={p} on {group_size(self.group)} ranks needs streams=random_streams(seed, ...)")
+        x_BSH = embed(self.embedding, self.positions, tokens_BS)
+        x_BSH = dropout(x_BSH, p, streams.outside)
+        for layer in self.layers:
+            x_BSH = layer(x_BSH, streams)
+        return F.linear(copy_to_tp(self.final_norm(x_BSH), self.group), self.embedding.weight)
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
+        logits_BSv = self(tokens_BS, streams)
+        return vocab_parallel_cross_entropy(logits_BSv, targets_BS, self.group, self.config.vocab_size)
+
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """The parameters of which this rank holds a share; all others are whole, and equal on every rank."""
+        return [p for name, p in self.named_parameters() if shard_dim(name) is not None]
+
+
+@torch.no_grad()
+def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
+    """`tokens_S` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
+
+    The text is the same on every rank, whatever their number, as long as the generators are in the same state. Call
+    model.eval() before. Needs: `gather_from_tp`.
+    """
+    for _ in range(new_tokens):
+        logits_v = model(tokens_S[None, -model.config.seq_length :])[0, -1]
+        logits_V = gather_from_tp(logits_v, model.group)[: model.config.vocab_size]  # one row: here a gather is cheap
+        if temperature:  # the largest of logit / temperature + Gumbel noise is a draw from the softmax
+            noise_V = torch.empty_like(logits_V).exponential_(generator=generator).log().neg()
+            logits_V = logits_V / temperature + noise_V
+        tokens_S = torch.cat([tokens_S, logits_V.argmax(-1, keepdim=True)])
+    return tokens_S
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# One table says how each parameter is cut. What is not in it is whole on every rank: norms, positions, and the biases
+# of row-parallel layers.
+
+SHARD_DIM = {
+    "embedding.weight": 0,  # by words
+    "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
+    "up.weight": 0, "up.bias": 0, "down.weight": 1,  # by features
+}  # fmt: skip
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension along which the parameter `name` is cut; None where every rank holds all of it."""
+    return SHARD_DIM.get(".".join(name.split(".")[-2:]))
+
+
+def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
+    """Rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `shard_dim`, `padded_vocab_size`."""
+    if shard_dim(name) is None:
+        return whole.clone()
+    if name == "embedding.weight":
+        padded = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
+        whole = F.pad(whole, (0, 0, 0, padded - config.vocab_size))
+    return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
+
+
+def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
+    """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
+
+    Raises: ValueError that names what is missing, unknown or of another shape.
+    Needs: `shard_tensor`, `parameter_shapes`.
+    """
+    expected = parameter_shapes(config)
+    if missing := expected.keys() - full.keys():
+        raise ValueError(f"the state dict lacks {sorted(missing)}")
+    if unknown := full.keys() - expected.keys():
+        raise ValueError(f"the state dict has {sorted(unknown)}, which this model does not know")
+    for name, shape in expected.items():
+        if full[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    return {name: shard_tensor(name, whole, config, rank, world_size) for name, whole in full.items()}
+
+
+def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
+    """All ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
+
+    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be whole on each:
+    they have drifted apart. Needs: `shard_dim`.
+    """
+    full = {}
+    for name in shards[0]:
+        pieces, dim = [shard[name] for shard in shards], shard_dim(name)
+        for rank, piece in enumerate(pieces):
+            if dim is None and not torch.equal(piece, pieces[0]):
+                gap = f"rank {rank}'s differs from rank 0's by {(piece - pieces[0]).abs().max():.1e}"
+                raise ValueError(f"{name} should be the same on every rank, but {gap}")
+        full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+    if "embedding.weight" in full:
+        full["embedding.weight"] = full["embedding.weight"][: config.vocab_size].clone()
+    return full
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Tensor and data parallelism are two directions of one grid. With --tp 2 on 4 ranks:
+#
+#                      tp rank 0    tp rank 1
+#        replica 0      rank 0       rank 1       ← a tp group: the same tokens, other columns of the weights
+#        replica 1      rank 2       rank 3
+#                         ↑ a dp group: the same columns, other tokens
+#
+# The ranks of a tp group are neighbours, because they talk in every layer: they belong inside one server.
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place in the tensor × data grid. Without groups: one rank."""
+
+    tp: int = 1
+    dp: int = 1
+    tp_rank: int = 0
+    dp_rank: int = 0
+    tp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+
+
+def check_grid(config: GPTConfig, world_size: int, tp: int) -> None:
+    """Raises ValueError, with the remedy, where `world_size` ranks cannot be laid out with tensor parallelism `tp`."""
+    if tp < 1 or world_size % tp:
+        fits = [n for n in range(1, world_size + 1) if world_size % n == 0]
+        raise ValueError(f"tp={tp} does not divide the {world_size} ranks: choose tp from {fits}")
+    for name in ("num_heads", "ffn_hidden_size"):
+        if (size := getattr(config, name)) % tp:
+            fits = [n for n in range(1, world_size + 1) if world_size % n == 0 and size % n == 0]
+            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose tp from {fits}")
+
+
+def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (dp, tp), neighbours in a tp group. Every rank must call it. Needs: `make_group`."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    replicas = [list(range(first, first + tp)) for first in range(0, world, tp)]
+    columns = [list(range(first, world, tp)) for first in range(tp)]
+    groups = dict(tp_group=make_group(replicas, device, timeout), dp_group=make_group(columns, device, timeout))
+    return Grid(tp=tp, dp=world // tp, tp_rank=rank % tp, dp_rank=rank // tp, **groups)
+
+
+# ── 4.1 Gradients over replicas ─────────────────────────────────────────────────────────────────────────
+#
+# The loss of a batch is the mean over its tokens, all tokens of all replicas. Replicas rarely have equally many that
+# count (padding and prompts are not learned), so the mean of their means is another number, and another gradient.
+# Right is: each replica's sum, divided by the count over all, and gradients then *summed*.
+#
+# Nothing is summed over the tp group: a shard's gradient is whole as it is, and what is whole on every rank has got the
+# same gradient on every rank, since the doors have seen to it.
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
+    """Sums every gradient over `group`, in one message per dtype. Needs: `_all_reduce`, `group_size`."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    for dtype in sorted({grad.dtype for grad in grads}, key=str) if group_size(group) > 1 else ():
+        same = [grad for grad in grads if grad.dtype == dtype]
+        flat = _all_reduce(torch.cat([grad.flatten() for grad in same]), group)
+        for grad, total in zip(same, flat.split([grad.numel() for grad in same])):
+            grad.copy_(total.view_as(grad))
+
+
+# ── 4.2 One norm for a gradient that no rank holds ──────────────────────────────────────────────────────
+#
+# Clipping scales the whole gradient by one number, so every rank must come to the same norm. Shards are different
+# elements on each rank: their squares are summed over the group. What is whole on every rank is the same elements tp
+# times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training clips too much, and
+# shows nothing.
+
+
+# ── shared: clipping ──
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+) -> Tensor:
+    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+
+    Args:
+        parameters: all of this rank's.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
+        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
+
+    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
+    is not (the gradients are then useless).
+    """
+    parameters, shares = [p for p in parameters if p.grad is not None], {id(p) for p in sharded}
+    device = parameters[0].grad.device if parameters else None
+
+    def squares(grads: list[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    if shares and dist.is_initialized():
+        dist.all_reduce(of_shares, group=group)
+    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        p.grad.mul_(scale.to(p.grad.dtype))
+    return norm
+
+
+# ── end of clipping ──
+
+
+def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, floor: float = 1e-5) -> float:
+    """Linear warm-up over `warmup` steps, then a cosine to `floor` at step `steps`; step counts from 0.
+
+    Source: section 4.2 of the paper (GPT-2: peak 1.5e-4, 3,000 of 300,000 steps, floor 1e-5).
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def train_step(
+    model: ParallelGPT,
+    optimizer: torch.optim.Optimizer,
+    tokens_BS: Tensor,
+    targets_BS: Tensor,
+    grid: Grid,
+    streams: RandomStreams | None = None,
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step on this replica's tokens; every rank must call it.
+
+    Args: tokens_BS, targets_BS: int64, equal within a tp group; −100 marks a target that does not count. autocast: the
+    dtype of products (bf16 on GPUs), None for the parameters' own.
+    Returns: the mean loss per token over all replicas, and the gradient's norm before clipping; the same on every rank.
+    """
+    optimizer.zero_grad()
+    count = _all_reduce((targets_BS != -100).sum(), grid.dp_group)
+    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+        loss = model.loss(tokens_BS, targets_BS, streams).sum() / count  # this replica's part of the mean
+    loss.backward()
+    sum_gradients(model.parameters(), grid.dp_group)
+    norm = clip_grad_norm_(model.parameters(), max_norm, model.sharded_parameters(), grid.tp_group)
+    optimizer.step()
+    return _all_reduce(loss.detach(), grid.dp_group), norm
+
+
+def train(
+    model: ParallelGPT, batches: Batches, lr: Callable[[int], float], grid: Grid,
+    streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
+):  # fmt: skip
+    """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
+
+    batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
+    and the gradient is exact all the same.
+    """
+    optimizer = make_optimizer(model)
+    for step, batch in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
+        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, streams, max_norm, autocast)
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 1024) -> int:
+    """Parameters of a GPT with a tied head: a layer has 12 H² in its four matrices and 13 H in biases and norms."""
+    return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden + 2 * hidden
+
+
+# Table 1: heads of 96 numbers each, a batch of 8 for model parallelism alone, 512 with 64-way data parallelism.
+#                  hidden, heads, layers, parameters, tp
+PAPER_MODELS = {
+    "1.2B": (1536, 16, 40, 1.2e9, 1),
+    "2.5B": (1920, 20, 54, 2.5e9, 2),
+    "4.2B": (2304, 24, 64, 4.2e9, 4),
+    "8.3B": (3072, 32, 72, 8.3e9, 8),
+}  # fmt: skip
+
+
+def all_reduces(layers: int, batch: int, seq: int, hidden: int) -> tuple[int, int]:
+    """All-reduces of one step, each way, and the numbers in each: two a layer, and one at an end of the network.
+
+    Forward the end is the embedding, backward the tied head. The loss and the norm add messages of other sizes.
+    Source: figure 4.
+    """
+    return 2 * layers + 1, batch * seq * hidden
+
+
+def ring_traffic(numbers: int, ranks: int) -> float:
+    """Numbers that each rank sends for an all-reduce of `numbers` in a ring: reduce-scatter, then all-gather."""
+    return 2 * (ranks - 1) / ranks * numbers
+
+
+def efficiency(speedup: float, gpus: int) -> float:
+    """Strong scaling: the share of `gpus` times the speed of one that is reached."""
+    return speedup / gpus
+
+
+# Section 5.1, the 1.2 B model at a batch of 8 on 1, 2, 4 and 8 GPUs: how many times faster than on one.
+PAPER_SPEEDUPS = {1: 1.0, 2: 1.64, 4: 2.34, 8: 2.98}
+
+
+def sustained_flops(share: float, gpus: int = 512, one_gpu: float = 39e12) -> float:
+    """FLOP/s of `gpus` that each run at `share` of the one-GPU baseline (39 TFLOP/s, 30 % of a V100's peak).
+
+    The paper gives two shares for 8.3 B parameters on 512 GPUs. Its abstract says 76 % and 15.1 PFLOP/s, which agree to
+    half a percent; its section 5.1 says 74 %, which would be 14.8 PFLOP/s. They are not of one measurement.
+    """
+    return share * gpus * one_gpu
+
+
+def paper_scale(name: str) -> dict:
+    """One rank's step of a published model, built and run by this same code with no memory and no other rank.
+
+    torch's fake process group answers every collective at once; its fake tensors have shapes and no values.
+    Returns: parameters of the whole model and of this rank; the all-reduces of one B·S·H tensor, forward and backward.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    hidden, heads, layers, _, tp = PAPER_MODELS[name]
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
+    config = GPTConfig(padded_vocab_size(50_257, 8, 128), 1024, hidden, layers, heads)
+    with FakeTensorMode():
+        model, tokens_BS = ParallelGPT(config), torch.zeros(8, 1024, dtype=torch.int64)
+        with Counter() as forward:
+            loss = model.loss(tokens_BS, tokens_BS).mean()
+        with Counter() as backward:
+            loss.backward()
+        held, shares = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.sharded_parameters()))
+    dist.destroy_process_group()
+    there, back = (sum(m.bytes == tokens_BS.numel() * hidden * 4 for m in c.messages) for c in (forward, backward))
+    return dict(
+        model=name, layers=layers, tp=tp, parameters=held + (tp - 1) * shares, held=held, forward=there, backward=back
+    )
+
+
+# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+
+def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small odd model on this grid beside the same on one device: name to relative error, of every tensor.
+
+    The vocabulary and the batch do not divide over the ranks, and replicas have unequal numbers of tokens that count.
+    Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    """
+    config = GPTConfig(vocab_size=61, seq_length=16, hidden_size=16 * grid.tp, num_layers=2, num_heads=2 * grid.tp)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2 * grid.dp + 1, 13), generator=generator).to(device)
+    targets_BS[0, 3:] = -100
+    plain, parallel = (model.to(device, dtype) for model in (GPT(config), ParallelGPT(config, grid.tp_group)))
+    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards, errors = [None] * grid.tp, {}
+        dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)
+        for name, x in merge_state_dicts(shards, config).items():
+            y = reference[name].detach().cpu()
+            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+        return errors
+
+    errors = {}
+    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
+    for (loss, norm), (loss_here, norm_here) in runs:
+        if not errors:
+            errors = {"loss": abs(loss_here / loss - 1).item(), "norm": abs(norm_here / norm - 1).item()}
+            grads = [{name: p.grad for name, p in model.named_parameters()} for model in (parallel, plain)]
+            errors |= gaps("gradient of", *grads)
+    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        return errors
+    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def check(args, grid: Grid, device: torch.device) -> bool:
+    """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
+    errors = equivalence(grid, device, *precision(args))
+    worst, bound = max(errors, key=errors.get), BOUNDS[args.dtype]
+    say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
+    say(f"\nworst: {worst}, {errors[worst]:.1e} relative; bound {bound:.0e}; tp {grid.tp} × dp {grid.dp}, {args.dtype}")
+    return errors[worst] <= bound
+
+
+def demonstrate(args, grid: Grid, device: torch.device) -> float:
+    """Trains on real text, the first steps beside one device, and writes; returns the largest difference in loss."""
+    from tqdm import tqdm
+
+    config, data, (dtype, autocast) = config_of(args), text_of(args), precision(args)
+
+    def batches(steps: int) -> Batches:
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+
+    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), autocast=autocast)
+    alone = []
+    if group_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
+        plain = GPT(config).to(device, dtype)
+        alone = [loss.item() for loss, _ in train_alone(plain, batches(min(args.beside, args.steps)), **options)]
+
+    model = ParallelGPT(config, grid.tp_group).to(device, dtype)
+    streams = random_streams(args.seed, grid.tp_rank, grid.dp_rank, device)
+    whole = parameters(config.num_layers, config.hidden_size, config.vocab_size, config.seq_length)
+    held = sum(p.numel() for p in model.parameters())
+    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
+    say("step      loss    on one device      norm")
+    difference, quiet = 0.0, group_rank() > 0 or not sys.stderr.isatty()
+    steps = tqdm(
+        train(model, batches(args.steps), grid=grid, streams=streams, **options), total=args.steps, disable=quiet
+    )
+    for step, (loss, norm) in enumerate(steps):
+        beside = alone[step] if step < len(alone) else None
+        difference = max(difference, abs(loss.item() - beside)) if beside else difference
+        if step < args.beside or step % 20 == 19:
+            say(f"{step:4}  {loss.item():.6f}  {f'{beside:.6f}' if beside else '':>15}  {norm.item():8.3f}")
+
+    model.eval()
+    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, args.batch, args.seed, held_out=True))
+    with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+        loss = model.loss(tokens_BS, targets_BS).mean().item()
+        text_S = generate(model, tokens_BS[0, :32], args.generate, 0.7, torch.Generator(device).manual_seed(args.seed))
+    say(f"\nheld-out loss {loss:.4f} nats a token; after {data.decode(text_S[:32])!r} it writes")
+    say(f"{data.decode(text_S[32:])!r}\n")
+    return difference
+
+
+def main(args, device: torch.device) -> None:
+    grid = make_grid(args.tp, device, args.timeout)
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks: tp {grid.tp} × dp {grid.dp}, "
+        f"{args.dtype}, seed {args.seed}\n")  # fmt: skip
+    if args.check:
+        sys.exit(0 if check(args, grid, device) else 1)
+    errors, difference = equivalence(grid, device, torch.float64), demonstrate(args, grid, device)
+    if group_rank() > 0:
+        return
+
+    rows = []
+    for claim, kind in (("gradient", "gradient of"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+        worst = max(error for name, error in errors.items() if name.startswith(kind))
+        text = f"every {claim} equals the single device's, float64"
+        rows.append((text, "exact", f"worst {worst:.1e} relative", worst <= BOUNDS["fp64"]))
+    verdict = difference <= BOUNDS[args.dtype] if args.steps and not args.dropout else "needs steps and --dropout 0"
+    rows.append((f"the first losses equal one device's, {args.dtype}", "equal", f"within {difference:.0e}", verdict))
+    for name, (hidden, _, layers, *_) in PAPER_MODELS.items():
+        here = f"{parameters(layers, hidden) / 1e9:.1f}B"
+        rows.append((f"parameters of {layers} layers of {hidden}", name, here, here == name))
+    big, formula = dry_run("8.3B"), parameters(72, 3072)
+    here = f"{big['parameters'] / 1e9:.2f}B"
+    rows.append(("the last one counted in this code, on 8 pretended ranks", "8.3B", here, big["parameters"] == formula))
+    here = " + ".join(f"{(big[way] - 1) / big['layers']:g}" for way in ("forward", "backward"))
+    rows.append(("its all-reduces in a layer, forward + backward", "2 + 2", here, here == "2 + 2"))
+    here = f"{padded_vocab_size(50_257, 8, 128):,}"
+    rows.append(("50,257 words padded for 8 ranks", "51,200", here, here == "51,200"))
+    here = sustained_flops(0.76) / 1e15
+    rows.append(("PFLOP/s of 512 GPUs at 76 % (abstract)", "15.1", f"{here:.1f}", abs(here / 15.1 - 1) < 0.01))
+    here = sustained_flops(0.74) / 1e15
+    rows.append(("PFLOP/s of 512 GPUs at 74 % (section 5.1)", "15.1", f"{here:.1f}", "does not add up: see part 5"))
+    rows.append(("speed of the 8.3B model on 8 GPUs, of 8 times one's", "77 %", "–", "needs 8 GPUs"))
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+def dry_run(name: str) -> dict:
+    """`paper_scale` in a process of its own: a process has one world, and this one's is real."""
+    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [sys.executable, __file__, "--paper-scale", name]
+    return json.loads(subprocess.run(command, env=clean, check=True, stdout=subprocess.PIPE).stdout)
+
+
+SIZES = dict(num_layers="layers, L", hidden_size="hidden size, H", num_heads="attention heads, N; tp must divide them",
+             seq_length="tokens of a sequence, S", dropout="probability; the paper trains with 0.1")  # fmt: skip
+
+
+def config_of(args) -> GPTConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    return GPTConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+
+
+def text_of(args) -> TextData:
+    return TextData(args.data, args.tokenizer, args.seq_length)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=80)
+    flag = parser.add_argument
+    flag("--tp", type=int, default=2, help="ranks that share one copy of the model; must divide all ranks")
+    for name, text in SIZES.items():
+        default = getattr(GPTConfig, name)
+        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    flag("--batch", type=int, default=16, help="sequences of a step, over all replicas")
+    flag("--lr", type=float, default=3e-3, help="peak learning rate")
+    flag("--beside", type=int, default=5, help="first steps that the single-device model takes beside")
+    flag("--generate", type=int, default=64, help="tokens to write at the end")
+    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    flag("--paper-scale", choices=PAPER_MODELS, help="dry-run one rank of a published model, and stop")
+    args = parse_flags(parser, ranks=4)
+    args.tp = 1 if args.world_size == 1 else args.tp
+    try:
+        check_grid(config_of(args), args.world_size, args.tp)
+        text_of(args)
+        if min(args.batch, args.beside + 1, args.generate + 1) < 1:
+            raise ValueError(f"--batch {args.batch}, --beside {args.beside}, --generate {args.generate}: too small")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+# ── shared: text data ──
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network library of the day raises
+        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
+        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
+
+
+class TextData:
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+
+    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
+        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
+        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+        try:
+            text = "".join(source.read_text("utf-8") for source in sources)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
+        cut = len(self.tokens) * 9 // 10
+        self.parts = self.tokens[:cut], self.tokens[cut:]
+        if len(self.parts[1]) <= seq_length:
+            need = f"its last tenth must be longer than a sequence of {seq_length}"
+            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+
+    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
+        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
+        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        return window_BS[:, :-1], window_BS[:, 1:]
+
+    def decode(self, tokens_S: Tensor) -> str:
+        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+
+# ── end of text data ──
+
+
+# ── shared: counter ──
+Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+
+    def __enter__(self):
+        self.messages = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function.name():
+            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# ── end of counter ──
+
+
+# ── shared: claims table ──
+def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+
+    Returns False where a claim fails.
+    """
+    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
+    table = [("claim", "paper", "here", "verdict"), *words]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
+    for row in table:
+        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return not any(row[3] is False for row in rows)
+
+
+# ── end of claims table ──
+
+
+# ── shared: flags ──
+def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
+    """The flags that every chapter has; `parse_flags` reads them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
+    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
+    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
+    flag("--steps", type=int, default=steps, help="optimiser steps")
+    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
+    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
+    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
+    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
+    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
+    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
+    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
+    if local < 1 or args.ranks not in (None, local):
+        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+    if args.device == "auto":
+        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
+    if args.device == "cuda" and not gpus:
+        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
+    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
+        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
+    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
+        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
+    if args.steps < 0 or args.timeout <= 0:
+        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+    return args
+
+
+# ── end of flags ──
+
+
+# ── shared: launcher ──
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
+    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+
+    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
+    hang in a first send that only two ranks know of.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
+    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+
+
+def run_rank(main: Callable, args: argparse.Namespace) -> None:
+    """One rank: its device, the process group of all ranks, then main."""
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    device_id = device if args.backend == "nccl" else None
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+    dist.all_reduce(torch.ones(1, device=device))
+    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    try:
+        with profile:
+            main(args, device)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)
+        raise
+    if args.trace and dist.get_rank() == 0:
+        profile.export_chrome_trace(args.trace)
+    dist.destroy_process_group()
+
+
+# ── end of launcher ──
+
+
+if __name__ == "__main__":
+    arguments = flags()
+    if arguments.paper_scale:
+        print(json.dumps(paper_scale(arguments.paper_scale)))
+    else:
+        launch(main, arguments)

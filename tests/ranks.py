@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: MIT-0
+"""A pool of ranks that tests run on, so that a distributed test costs milliseconds.
+
+The ranks are forked from a server that has imported torch already, make their process group once, and then take one
+test after the other. After a failure, or a test that takes too long, they are killed and started anew: a test fails
+alone. A rank ends by itself when the process that started it is gone.
+"""
+
+import importlib
+import multiprocessing
+import os
+import pickle
+import tempfile
+import threading
+import time
+import traceback
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+import torch
+import torch.distributed as dist
+
+PATHS = []  # where tests and chapters are imported from
+device = torch.device("cpu")  # in a rank: the one that it owns
+
+
+class RankFailed(AssertionError):
+    """A rank raised; the message is that rank's traceback."""
+
+
+class RankSkipped(Exception):
+    """A rank called pytest.skip; the message is its reason."""
+
+
+def _serve(rank: int, world: int, store: str, device_type: str, backend: str, connection) -> None:
+    """What a rank does: wait for a function, run it, send back what it returned or raised."""
+    global device
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(1)
+    if device_type == "cuda":
+        device = torch.device("cuda", rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    device_id = device if backend == "nccl" else None
+    options = dict(rank=rank, world_size=world, timeout=timedelta(seconds=60), device_id=device_id)
+    dist.init_process_group(backend, init_method=f"file://{store}", **options)
+    while True:
+        try:
+            module, name, kwargs = pickle.loads(connection.recv_bytes())
+        except EOFError:
+            os._exit(0)
+        try:
+            torch.manual_seed(0)
+            reply = "ok", getattr(importlib.import_module(module), name)(**kwargs)
+        except BaseException as error:
+            skipped = type(error).__name__ == "Skipped"
+            reply = ("skipped", str(error)) if skipped else ("failed", traceback.format_exc())
+        connection.send_bytes(pickle.dumps(reply))
+
+
+class Pool:
+    """`world` ranks. run("module", "function", kwargs) calls the function on each and returns what each returned."""
+
+    def __init__(self, world: int, device_type: str = "cpu", backend: str = "gloo"):
+        self.world, self.device_type, self.backend, self.processes = world, device_type, backend, []
+
+    def _start(self) -> None:
+        os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for the fork server
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "ranks"])
+        self.folder = tempfile.TemporaryDirectory()
+        self.connections = []
+        for rank in range(self.world):
+            ours, theirs = context.Pipe()
+            args = (rank, self.world, f"{self.folder.name}/store", self.device_type, self.backend, theirs)
+            self.processes.append(context.Process(target=_serve, args=args, daemon=True))
+            self.processes[-1].start()
+            theirs.close()
+            self.connections.append(ours)
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.processes = []
+
+    def run(self, module: str, name: str, kwargs: dict | None = None, timeout: float = 60.0) -> list:
+        """Raises RankFailed with the first failing rank's traceback, TimeoutError naming silent ranks, RankSkipped."""
+        if not self.processes:
+            self._start()
+        waiting, replies = {connection: rank for rank, connection in enumerate(self.connections)}, [None] * self.world
+        deadline = time.monotonic() + timeout
+        try:
+            for connection in self.connections:
+                connection.send_bytes(pickle.dumps((module, name, kwargs or {})))
+            while waiting:
+                ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+                if not ready:
+                    raise TimeoutError(f"{module}.{name}: ranks {sorted(waiting.values())} silent after {timeout:g} s")
+                for connection in ready:
+                    rank = waiting.pop(connection)
+                    try:
+                        outcome, value = pickle.loads(connection.recv_bytes())
+                    except (EOFError, ConnectionResetError):
+                        raise RankFailed(f"rank {rank} died without a word in {module}.{name}") from None
+                    if outcome == "failed":
+                        raise RankFailed(f"rank {rank} of {self.world}:\n{value}")
+                    replies[rank] = outcome, value
+        except BaseException:
+            self.close()
+            raise
+        if skips := [value for outcome, value in replies if outcome == "skipped"]:
+            raise RankSkipped(skips[0])
+        return [value for _, value in replies]

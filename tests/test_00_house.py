@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: MIT-0
+"""What holds for all chapters: shared blocks, the anatomy, the pool of ranks, the comparison, the licence."""
+
+import ast
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ranks
+import shared_blocks
+import torch
+import torch.distributed as dist
+from proof import assert_differs, assert_equal, plant
+
+ROOT = shared_blocks.ROOT
+CHAPTERS = shared_blocks.chapters()
+each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
+
+
+# ── Chapters ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@each_chapter
+def test_shared_blocks_are_equal_to_the_letter(chapter):
+    home = shared_blocks.homes()
+    for name, body in shared_blocks.blocks(chapter).items():
+        assert body.strip(), f"{name} is empty: run make shared"
+        assert body == home[name], f"{name} differs from its home: change it there, then run make shared"
+
+
+@each_chapter
+def test_every_marker_has_its_end(chapter):
+    text = chapter.read_text("utf-8")
+    opened, closed = (
+        re.findall(r"^# ── shared: (.+?) ──$", text, re.M),
+        re.findall(r"^# ── end of (.+?) ──$", text, re.M),
+    )
+    assert opened == closed == list(shared_blocks.blocks(chapter))
+
+
+@each_chapter
+def test_the_order_of_parts(chapter):
+    parts = re.findall(r"^# ── (\d) ", chapter.read_text("utf-8"), re.M)
+    assert parts == list("0123456")
+
+
+@each_chapter
+def test_a_chapter_imports_nothing_of_another(chapter):
+    """At its top only torch, numpy, einops, tiktoken and the standard library; no chapter anywhere."""
+    tree = ast.parse(chapter.read_text("utf-8"))
+    allowed = {"torch", "numpy", "einops", "tiktoken"} | set(sys.stdlib_module_names)
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            root = name.split(".")[0]
+            assert root not in {path.stem for path in CHAPTERS}, f"line {node.lineno} imports a chapter"
+            assert node not in tree.body or root in allowed, f"line {node.lineno} imports {root} at the top"
+
+
+@each_chapter
+def test_length(chapter):
+    """Parts 0 to 5 hold at most 600 lines of code; a carried block counts in its home alone."""
+    text, home = chapter.read_text("utf-8"), shared_blocks.homes()
+    first = {name: next(path for path in CHAPTERS if name in shared_blocks.blocks(path)) for name in home}
+    for name, body in shared_blocks.blocks(chapter).items():
+        if first[name] != chapter:
+            text = text.replace(body, "")
+    text = text[: text.index("\n# ── 6 ")]
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            for number in range(node.body[0].lineno - 1, node.body[0].end_lineno):
+                lines[number] = ""
+    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
+    assert len(code) <= 600
+
+
+@each_chapter
+def test_no_bare_float_in_a_model(chapter):
+    """`.float()` would destroy a float64 check: at least fp32 is torch.promote_types."""
+    for number, line in enumerate(chapter.read_text("utf-8").splitlines(), 1):
+        assert ".float()" not in line.split("#")[0], f"line {number}"
+
+
+def test_every_python_file_names_its_licence():
+    for path in [*CHAPTERS, *(ROOT / "tests").glob("*.py")]:
+        assert path.read_text("utf-8").startswith("# SPDX-License-Identifier: MIT-0\n"), path
+
+
+def test_planted_bugs_say_what_a_user_sees(request):
+    """Each planted bug has a symptom, and an address or None for where it happened."""
+    for item in request.session.items:
+        for marker in item.iter_markers("planted_bug"):
+            assert marker.kwargs.keys() == {"symptom", "seen_in"} and marker.kwargs["symptom"], item.nodeid
+            assert marker.kwargs["seen_in"] is None or marker.kwargs["seen_in"].startswith("https://"), item.nodeid
+
+
+# ── The comparison can fail ──────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_comparison():
+    reference = {"a": torch.tensor([1.0, -4.0], dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
+    near = {name: x + 1e-13 for name, x in reference.items()}
+    assert 0 < assert_equal(near, reference) < 1e-12
+    cases = {
+        "a: off by": {**reference, "a": reference["a"] + 1e-9},
+        "names differ": {"a": reference["a"]},
+        r"b: \(3,\)": {**reference, "b": torch.ones(3, dtype=torch.float64)},
+        "float32": {**reference, "b": torch.ones(2)},
+        "a: off by nan": {**reference, "a": reference["a"] * torch.nan},
+    }
+    for message, here in cases.items():
+        with pytest.raises(AssertionError, match=message):
+            assert_equal(here, reference)
+    zero = {"z": torch.zeros(2, dtype=torch.float64)}
+    with pytest.raises(AssertionError, match="proves nothing"):
+        assert_equal(zero, zero)
+    assert_equal(zero, zero, zeros={"z": 1e-12})
+    with pytest.raises(AssertionError, match="both should be below"):
+        assert_equal({"z": zero["z"] + 1e-9}, zero, zeros={"z": 1e-12})
+    with pytest.raises(AssertionError, match="the bug does not show"):
+        assert_differs(near, reference)
+    assert assert_differs({"a": -reference["a"], "b": reference["b"]}, reference) == ["a"]
+
+
+def test_a_plant_never_outlives_its_block():
+    class Target:
+        value = 1
+
+    with pytest.raises(RuntimeError), plant(Target, "value", 2):
+        assert Target.value == 2
+        raise RuntimeError
+    assert Target.value == 1
+
+
+# ── The pool of ranks ────────────────────────────────────────────────────────────────────────────────────
+
+
+def ready() -> int:
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def raises_on_one() -> None:
+    if dist.get_rank() == 1:
+        raise ValueError("rank 1 does not like this")
+    ready()
+
+
+def hangs() -> None:
+    if dist.get_rank() == 1:
+        time.sleep(60)
+    ready()
+
+
+def dies() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ready()
+
+
+def test_the_pool_survives_what_tests_do():
+    """A rank that raises, hangs or dies fails that call alone, by name; the next call finds new ranks."""
+    pool, here = ranks.Pool(2), __name__
+    try:
+        assert pool.run(here, "ready") == [2, 2]
+        for function, error, message in (
+            ("raises_on_one", ranks.RankFailed, "rank 1 does not like this"),
+            ("hangs", TimeoutError, r"test_00_house.hangs: ranks \[0, 1\] silent after 2 s"),
+            ("dies", ranks.RankFailed, "."),
+        ):
+            pids = [process.pid for process in pool.processes]
+            with pytest.raises(error, match=message):
+                pool.run(here, function, timeout=2)
+            assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+            assert pool.run(here, "ready") == [2, 2]
+    finally:
+        pool.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_killed_pytest_leaves_no_rank_behind():
+    program = (
+        "import ranks, time\n"
+        "if __name__ == '__main__':\n"
+        "    pool = ranks.Pool(2); pool.run('test_00_house', 'ready')\n"
+        "    print(*[process.pid for process in pool.processes], flush=True); time.sleep(60)\n"
+    )
+    script = ROOT / "tests"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(script), *sys.path])}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
+    pids = process.stdout.readline().split()
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(_running(pid) for pid in pids):
+        assert time.monotonic() < deadline, "ranks outlive the process that started them"
+        time.sleep(0.1)
+
+
+def _running(pid: str) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.parametrize("value", [3, 5])
+def test_the_ranks_marker(value):
+    """The body runs on ranks, with its parameters; random numbers start from the same seed each time."""
+    assert ready() == dist.get_world_size() and value in (3, 5)
+    assert torch.initial_seed() == 0
