@@ -505,12 +505,10 @@ def test_dropout():
     assert tp.dropout(x, 0.0) is x
 
 
-@pytest.mark.ranks(1, 2, 4)
+@pytest.mark.ranks(4)
 @pytest.mark.parametrize("degree", [1, 2, 4])
 def test_dropout_streams(degree):
     """Equal masks outside within a replica, others everywhere else; a seed gives the same masks again."""
-    if dist.get_world_size() % degree:
-        pytest.skip("no such grid")
     grid = grid_of(degree)
     drawn = []
     for seed in (0, 0, 1):
@@ -689,13 +687,13 @@ def test_parameters_of_the_papers_models():
     """Table 1 to the digit that it prints, table 2's 355M, and the later table of the same team (v2.0, s = 1024)."""
     for name, (hidden, heads, layers, published, _) in tp.PAPER_MODELS.items():
         assert (
-            f"{tp.parameters(layers, hidden) / 1e9:.1f}B" == name
-            and abs(tp.parameters(layers, hidden) / published - 1) < 0.012
+            f"{tp.parameter_count(layers, hidden) / 1e9:.1f}B" == name
+            and abs(tp.parameter_count(layers, hidden) / published - 1) < 0.012
         )
         assert hidden // heads == 96
-    assert round(tp.parameters(24, 1024, 50_257) / 1e6) == 355
+    assert round(tp.parameter_count(24, 1024, 50_257) / 1e6) == 355
     for layers, hidden, billions in ((24, 1920, 1.16), (30, 2304, 2.03), (36, 3072, 4.24), (42, 4096, 8.67)):
-        assert round(tp.parameters(layers, hidden) / 1e9, 2) == billions
+        assert round(tp.parameter_count(layers, hidden) / 1e9, 2) == billions
 
 
 @settings(max_examples=30, deadline=None)
@@ -708,7 +706,7 @@ def test_parameters_of_the_papers_models():
 )
 def test_the_formula_counts_the_plain_model(vocab, seq, heads, size, layers):
     cfg = tp.GPTConfig(vocab, seq, heads * size, layers, heads)
-    assert sum(shape.numel() for shape in tp.parameter_shapes(cfg).values()) == tp.parameters(
+    assert sum(shape.numel() for shape in tp.parameter_shapes(cfg).values()) == tp.parameter_count(
         layers, heads * size, vocab, seq
     )
 
@@ -719,19 +717,15 @@ def test_padded_vocabulary():
 
 
 def test_the_papers_efficiencies():
-    """76 % of 512 V100s at 39 TFLOP/s is the published 15.1 PFLOP/s to half a percent; section 5.1's 74 % is not."""
-    assert abs(tp.sustained_flops(0.76) / 15.1e15 - 1) < 0.006
-    assert tp.sustained_flops(0.74) / 15.1e15 - 1 < -0.02
-    shares = [round(100 * tp.efficiency(speedup, gpus), 1) for gpus, speedup in tp.PAPER_SPEEDUPS.items()]
-    assert shares == [100, 82, 58.5, 37.2]
-    assert tp.ring_traffic(100, 4) == 150 and tp.all_reduces(72, 8, 1024, 3072) == (145, 8 * 1024 * 3072)
+    """The published 15.1 PFLOP/s is 75.6 % of 512 V100s at 39 TFLOP/s: the abstract's 76 %, not section 5.1's 74 %."""
+    assert round(tp.share_of_linear(15.1e15, 512), 2) == 0.76
 
 
 @pytest.mark.slow
 def test_a_published_model_on_pretended_ranks():
     """8.3 B parameters built by ParallelGPT itself, in seconds: parameters and all-reduces agree with the formulas."""
     result = json.loads(run("--paper-scale", "8.3B").stdout)
-    assert result["parameters"] == tp.parameters(72, 3072) and result["tp"] == 8
+    assert result["parameters"] == tp.parameter_count(72, 3072) and result["tp"] == 8
     assert (result["forward"], result["backward"]) == (2 * 72 + 1, 2 * 72 + 1)
 
 
@@ -761,11 +755,7 @@ def loss_and_grads(cfg: tp.GPTConfig, group=None, streams=None) -> tuple[float, 
 )
 def test_without_copy():
     """copy_to_tp without its backward all-reduce, on the operator and on the tied head."""
-
-    def backward(ctx, partial_grad):
-        return partial_grad, None
-
-    with plant(tp._CopyToTP, "backward", staticmethod(backward)):
+    with plant(tp, "copy_to_tp", lambda x, group=None: x.view_as(x)):
         x = random(3, 8).requires_grad_()
         (tp.copy_to_tp(x) * (dist.get_rank() + 1)).sum().backward()
         assert torch.equal(x.grad, torch.full_like(x, dist.get_rank() + 1.0))  # should be 1 + 2 on both
@@ -1092,8 +1082,11 @@ TINY = [
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--tp", "3"], "tp=3 does not divide the 4 ranks: choose tp from [1, 2, 4]"),
-        (["--tp", "4", "--num-heads", "2"], "num_heads=2 does not divide over tp=4 ranks: choose tp from [1, 2]"),
+        (["--tp", "3"], "--tp 3 must divide the 4 ranks"),
+        (
+            ["--tp", "4", "--num-heads", "2"],
+            "num_heads=2 and ffn_hidden_size=512 do not both divide over tp=4 ranks: choose tp from [1, 2]",
+        ),
         (["--ranks", "0"], "at least 1"),
         (["--hidden-size", "30"], "choose a multiple"),
         (["--tokenizer", "gpt5000"], "tokenizer 'gpt5000' is unknown"),
@@ -1132,7 +1125,7 @@ def test_three_ways_to_start_give_the_same_losses():
     outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     expected = losses(plain.stdout)
-    assert len(expected) == 2 and losses(joined_world.stdout) == expected
+    assert len(expected) == 3 and losses(joined_world.stdout) == expected
     assert losses("".join(out for out, _ in outputs)) == expected
 
 
