@@ -68,7 +68,7 @@ import time
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -81,6 +81,7 @@ from torch import Tensor, nn
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 
 # ── shared: GPT config ──
@@ -101,23 +102,19 @@ class GPTConfig:
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
 
     def __post_init__(self):
+        self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}: "
-                f"choose a multiple, such as {-(-self.hidden_size // self.num_heads) * self.num_heads}"
-            )
+            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 # ── end of GPT config ──
@@ -310,8 +307,7 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
@@ -398,6 +394,13 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
 
 
+def _share(size: int, group, what: str) -> int:
+    tp = group_size(group)
+    if size % tp:
+        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
+    return size // tp
+
+
 def _keep(x: Tensor, group) -> Tensor:
     return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
 
@@ -416,10 +419,7 @@ def _gather(x: Tensor, group) -> Tensor:
 
 def _slice(x: Tensor, group) -> Tensor:
     """This rank's share of the last dimension."""
-    tp, size = group_size(group), x.shape[-1]
-    if size % tp:
-        raise ValueError(f"a last dimension of {size} does not divide over {tp} ranks")
-    return x.chunk(tp, -1)[group_rank(group)].contiguous()
+    return x.split(_share(x.shape[-1], group, "the last dimension"), -1)[group_rank(group)].contiguous()
 
 
 class _Door(torch.autograd.Function):
@@ -455,7 +455,7 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
     Raises: ValueError where the dimension does not divide over the ranks.
-    Needs: `_Door`, `_slice`, `_gather`, `group_size`, `group_rank`.
+    Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -464,7 +464,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
 
     Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
-    it tp times. Needs: `_Door`, `_slice`, `_gather`, `group_size`, `group_rank`.
+    it tp times. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
@@ -516,8 +516,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
             grad_f = reduce(grad_BSf, "... f -> f", "sum")
         if reduction is not None:
             reduction.wait()
-        grad_BSH = partial_grad_BSH  # whole now
-        return grad_BSH, grad_fH, grad_f, None
+        return partial_grad_BSH, grad_fH, grad_f, None  # the first is whole now
 
 
 def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -527,13 +526,6 @@ def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     if not torch.is_autocast_enabled(kind):
         return list(tensors)
     return [t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
-
-
-def _share(size: int, group, what: str) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
-    return size // tp
 
 
 class ColumnParallelLinear(nn.Module):
@@ -630,17 +622,13 @@ class ParallelAttention(nn.Module):
         return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
 
 
-class ParallelMLP(nn.Module):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H). Raises, Needs: as `ParallelAttention`."""
+class ParallelMLP(MLP):
+    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers. Needs: them."""
 
     def __init__(self, config: GPTConfig, group=None):
-        super().__init__()
+        nn.Module.__init__(self)
         self.up = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, group=group)
         self.down = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, group=group)
-
-    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        y_BSf = F.gelu(self.up(x_BSH), approximate="tanh")
-        return self.down(y_BSf)
 
 
 # ── 2.4 The embedding ───────────────────────────────────────────────────────────────────────────────────
@@ -793,18 +781,29 @@ def vocab_parallel_cross_entropy(
 # of one replica drift apart, and no error ever says so. Inside, each rank holds other heads, and must drop others:
 # with the same mask head 0 and head n, the first of the next rank, always lose the same attention weights. So each rank
 # draws from two generators. Replicas see different data and get different masks, on either side.
+#
+# A generator has a state, and a state would have to be saved with every checkpoint, and put back wherever something is
+# computed again. So we make masks a function of where they stand: a fresh pair of generators for each step and layer,
+# seeded with its place.
 
 
-def random_streams(seed: int, tp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
-    """Dropout's generators for one rank: `outside` is equal on all ranks of a replica, `inside` on no two ranks.
+Streams = Callable[[int], RandomStreams]  # the layer's number (−1: the embedding) to its pair of generators
 
-    seed: any integer, the same on all ranks. Source: appendix B.2 of the paper. Needs: `RandomStreams`.
+
+def random_streams(
+    seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu"
+) -> Streams:
+    """Dropout's generators for one step on one rank.
+
+    `outside` is equal on all ranks of a replica, `inside` on no two ranks; the same arguments give the same masks.
+    Source: appendix B.2 of the paper, which keeps two states instead. Needs: `RandomStreams`.
     """
 
-    def stream(*key):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
-        return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
+    def stream(*place):  # a 32-bit seed from all of the place: PyTorch's CPU generator looks at 32 bits and no more
+        key = repr((seed, step, dp_rank, *place))
+        return torch.Generator(device).manual_seed(zlib.crc32(key.encode()))
 
-    return RandomStreams(outside=stream(seed, dp_rank), inside=stream(seed, dp_rank, tp_rank))
+    return lambda layer: RandomStreams(outside=stream(layer), inside=stream(layer, tp_rank))
 
 
 # ── 2.7 The model ───────────────────────────────────────────────────────────────────────────────────────
@@ -814,10 +813,16 @@ def random_streams(seed: int, tp_rank: int = 0, dp_rank: int = 0, device: torch.
 # lookup and head add their gradients into the same rows, and nothing remains to be summed between ranks.
 #
 # `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
+#
+# A model that is large for its GPUs keeps only the input of each layer, and computes the layer once more in backward:
+# a third more arithmetic, and two all-reduces more a layer. [section 4.2] The second time must draw the same masks;
+# it does, because it asks for the generators of the same place.
 
 
 class ParallelGPT(nn.Module):
     """The plain `GPT` with every layer divided over `group`: tokens_BS to this rank's logits (B, S, v).
+
+    recompute: keep no layer's activations, at the price of a second forward pass. Changes no number.
 
     Its weights are those that GPT(config) has, whatever the number of ranks; no more than one whole tensor is in memory
     at a time. Its parameters have the plain model's names.
@@ -827,33 +832,31 @@ class ParallelGPT(nn.Module):
     Needs: the plain GPT, the operators, layers and loss, parts 2.3 to 2.6, of part 3 all but the two state dicts.
     """
 
-    def __init__(self, config: GPTConfig, group=None):
+    def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
         super().__init__()
-        self.config, self.group = config, group
+        self.config, self.group, self.recompute = config, group, recompute
         with torch.device("meta"):  # shapes first, without memory
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)
             self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            sublayers = (
-                (ParallelAttention(config, group), ParallelMLP(config, group)) for _ in range(config.num_layers)
-            )
-            self.layers = nn.ModuleList(Block(config, *pair) for pair in sublayers)
+            parts = [(ParallelAttention(config, group), ParallelMLP(config, group)) for _ in range(config.num_layers)]
+            self.layers = nn.ModuleList(Block(config, *pair) for pair in parts)
             self.final_norm = nn.LayerNorm(config.hidden_size)
         rank, tp = group_rank(group), group_size(group)
         shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
-    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def forward(self, tokens_BS: Tensor, streams: Streams | None = None) -> Tensor:
         p = self.config.dropout if self.training else 0.0
-        streams = streams or RandomStreams()
-        if p and group_size(self.group) > 1 and None in (streams.inside, streams.outside):
+        if p and group_size(self.group) > 1 and streams is None:
             raise ValueError(f"dropout={p} on {group_size(self.group)} ranks needs streams=random_streams(seed, ...)")
-        x_BSH = embed(self.embedding, self.positions, tokens_BS)
-        x_BSH = dropout(x_BSH, p, streams.outside)
-        for layer in self.layers:
-            x_BSH = layer(x_BSH, streams)
+        streams = streams or (lambda layer: RandomStreams())
+        x_BSH = dropout(embed(self.embedding, self.positions, tokens_BS), p, streams(-1).outside)
+        for number, layer in enumerate(self.layers):
+            run = lambda x_BSH, number=number, layer=layer: layer(x_BSH, streams(number))  # noqa: E731
+            x_BSH = checkpoint(run, x_BSH, use_reentrant=False) if self.recompute and self.training else run(x_BSH)
         return F.linear(copy_to_tp(self.final_norm(x_BSH), self.group), self.embedding.weight)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: Streams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
         logits_BSv = self(tokens_BS, streams)
         return vocab_parallel_cross_entropy(logits_BSv, targets_BS, self.group, self.config.vocab_size)
@@ -919,8 +922,7 @@ def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_s
 def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
 
-    Raises: ValueError that names what is missing, unknown or of another shape, and where heads or features do not
-    divide.
+    Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
     Needs: `shard_tensor`, `parameter_shapes`, `check_tp`.
     """
     check_tp(config, world_size)
@@ -954,6 +956,133 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     return full
 
 
+def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None) -> dict[str, Tensor]:
+    """Every rank's shares to whole tensors, one at a time, on the CPU of the group's first rank; the others get {}.
+
+    Needs: `merge_state_dicts`, `group_size`, `group_rank`.
+    """
+    full = {}
+    for name, x in tensors.items():
+        mine = {name: x.detach().cpu()}
+        shards = [mine] * group_size(group) if group_rank(group) == 0 else None
+        if dist.is_initialized():
+            dist.gather_object(mine, shards, group=group, group_dst=0)
+        full |= merge_state_dicts(shards, config) if shards else {}
+    return full
+
+
+# ── 3.1 Checkpoints ─────────────────────────────────────────────────────────────────────────────────────
+#
+# A checkpoint is one safetensors file of whole tensors, so it knows nothing of tp and can be read at any. Besides
+# weights a run needs Adam's two moments and the number of steps done, which is also its place in the data, in the
+# learning rate's schedule and in the random streams: all three are functions of the step. With the same layout, a run
+# that was interrupted goes on to the same bits as one that was not. With another, dropout's masks are others; all
+# else is equal.
+#
+# A run is killed at the worst moment. So the file is written under another name and renamed when it is complete,
+# which is one step for the file system: under its name stands either the old checkpoint or the new one. And disks
+# lie: every tensor has a checksum, and is refused by name when it is not what was written.
+
+
+def _checksum(x: Tensor) -> int:
+    return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: torch.optim.AdamW, grid: Grid) -> None:
+    """Writes the run's state after `step` steps; every rank must call it. Rank 0 holds all of it in host memory.
+
+    Raises: OSError, on rank 0, where it cannot be written; the file that stood there before is untouched.
+    Needs: `gather_state_dict`, `_checksum`.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for kind in ("weight", "exp_avg", "exp_avg_sq") if grid.dp_rank == 0 else ():
+        part = {n: p if kind == "weight" else optimizer.state[p][kind] for n, p in model.named_parameters()}
+        tensors |= {f"{kind} {n}": x for n, x in gather_state_dict(part, model.config, grid.tp_group).items()}
+    if group_rank() == 0:
+        checksums = {name: _checksum(x) for name, x in tensors.items()}
+        run = json.dumps(dict(step=step, config=asdict(model.config), checksums=checksums))
+        aside = Path(f"{file}.unfinished")
+        try:
+            save_file(tensors, aside, {"run": run})
+            with open(aside, "rb+") as written:
+                os.fsync(written.fileno())  # the data before the name: a power cut must not swap them
+        except Exception as error:  # safetensors has errors of its own
+            aside.unlink(missing_ok=True)
+            raise OSError(f"cannot write {file} after step {step}: {error}; an older one there is untouched") from error
+        os.replace(aside, file)
+
+
+def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim.AdamW, grid: Grid) -> int:
+    """Reads what `save_checkpoint` wrote, at any tp and dp, each rank for itself; returns the number of steps done.
+
+    Raises: ValueError for a file that is damaged or of another configuration. Needs: `shard_tensor`, `_checksum`.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    kinds = ("weight", "exp_avg", "exp_avg_sq")
+    try:
+        with safe_open(file, "pt") as data, torch.no_grad():
+            run, ours = json.loads((data.metadata() or {})["run"]), asdict(model.config)
+            if other := {k: v for k, v in run["config"].items() if ours[k] != v and k != "vocab_multiple"}:
+                raise ValueError(f"{file} is of another configuration: it has {other}")
+            for n, p in model.named_parameters():
+                whole = {kind: data.get_tensor(f"{kind} {n}") for kind in kinds}
+                if damaged := [kind for kind in kinds if _checksum(whole[kind]) != run["checksums"][f"{kind} {n}"]]:
+                    raise ValueError(f"{file} is damaged: {damaged} of {n} is not what was written")
+                mine = {k: shard_tensor(n, x, model.config, grid.tp_rank, grid.tp).to(p) for k, x in whole.items()}
+                p.copy_(mine.pop("weight"))
+                optimizer.state[p] = mine | {"step": torch.tensor(float(run["step"]))}
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"{file} is damaged, or no checkpoint: {error}") from error
+    return run["step"]
+
+
+# ── 3.2 Published weights ───────────────────────────────────────────────────────────────────────────────
+#
+# GPT-2's published files have the plain model under other names, with two differences: its matrices are stored in × out
+# (their "Conv1D"), and the fused one's outputs are ordered ({q, k, v}, head, D).
+
+
+def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
+    """Configuration and plain state dict of a GPT-2 folder: config.json, and model.safetensors or several with an
+    index.
+
+    Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
+    Needs: `GPTConfig`, `parameter_shapes`.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    theirs = json.loads((folder / "config.json").read_text("utf-8"))
+    ours = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, scale_attn_weights=True,
+                scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)  # fmt: skip
+    if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
+        raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
+    sizes = (theirs[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
+    config = GPTConfig(*sizes, ffn_hidden_size=theirs.get("n_inner"), dropout=theirs.get("resid_pdrop", 0.1))
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.exists():
+        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    found = {n.removeprefix("transformer."): x for name in files for n, x in load_file(folder / name).items()}
+    names = dict(embedding="wte", positions="wpe", layers="h", norm1="ln_1", norm2="ln_2", final_norm="ln_f")
+    names |= dict(attention="attn", qkv="c_attn", out="c_proj", up="c_fc", down="c_proj")
+    full = {}
+    for name, shape in parameter_shapes(config).items():
+        published = ".".join(names.get(part, part) for part in name.split("."))
+        turned = "layers" in name and len(shape) == 2
+        if published not in found:
+            raise ValueError(f"{folder} lacks the tensor {published}")
+        x, expected = found[published], tuple(reversed(shape)) if turned else tuple(shape)
+        if x.shape != expected:
+            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {expected}")
+        if "qkv" in name:
+            x = rearrange(x, "... (three N D) -> ... (N three D)", three=3, N=config.num_heads)
+        full[name] = (x.mT if turned else x).contiguous()
+    return config, full
+
+
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Tensor and data parallelism are two directions of one grid. With --tp 2 on 4 ranks:
@@ -966,16 +1095,8 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 # The ranks of a tp group are neighbours, because they talk in every layer: they belong inside one server.
 
 
-@dataclass(frozen=True)
-class Grid:
-    """This rank's place in the tensor × data grid. Grid() is for a process without process groups (None: all ranks)."""
-
-    tp: int = 1
-    dp: int = 1
-    tp_rank: int = 0
-    dp_rank: int = 0
-    tp_group: dist.ProcessGroup | None = None
-    dp_group: dist.ProcessGroup | None = None
+# A rank's place in the grid. Grid() is for a process without process groups: where there are some, None is all ranks.
+Grid = namedtuple("Grid", "tp dp tp_rank dp_rank tp_group dp_group", defaults=(1, 1, 0, 0, None, None))
 
 
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
@@ -1072,12 +1193,13 @@ def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, f
 
 def train_step(
     model: ParallelGPT, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
-    streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
+    streams: Streams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """One optimiser step on this replica's tokens; every rank must call it.
 
-    Args: tokens_BS, targets_BS: int64, equal within a tp group; −100 marks a target that does not count. autocast: the
-    dtype of products (bf16 on GPUs), None for the parameters' own.
+    Args: tokens_BS, targets_BS: int64, equal within a tp group; −100 marks a target that does not count. streams: of
+    this step, where the model has dropout. autocast: the dtype of products (bf16 on GPUs), None for the parameters'
+    own.
     Returns: the mean loss per token over all replicas, and the gradient's norm before clipping; the same on every rank.
     Needs: `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
     """
@@ -1094,19 +1216,23 @@ def train_step(
 
 def train(
     model: ParallelGPT, batches: Batches, lr: Callable[[int], float], grid: Grid,
-    streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-):  # fmt: skip
+    streams: Callable[[int], Streams] | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
+    optimizer: torch.optim.Optimizer | None = None, first: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
-    and the gradient is exact all the same. Needs: `make_optimizer`, `train_step`.
+    and the gradient is exact all the same. streams: step to what `random_streams` returns for it. first: the number
+    of the first step, in a run that goes on, for which `optimizer` is its optimiser. Needs: `make_optimizer`,
+    `train_step`.
     """
-    optimizer = make_optimizer(model)
-    for step, batch in enumerate(batches):
+    optimizer = optimizer or make_optimizer(model)
+    for step, batch in enumerate(batches, first):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
         tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, streams, max_norm, autocast)
+        masks = streams(step) if streams else None
+        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, masks, max_norm, autocast)
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
@@ -1122,12 +1248,8 @@ def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 10
 
 
 # Table 1: heads of 96 numbers each, a batch of 8 on tp GPUs.
-#                  hidden, heads, layers, parameters, tp
-PAPER_MODELS = {
-    "1.2B": (1536, 16, 40, 1.2e9, 1),
-    "2.5B": (1920, 20, 54, 2.5e9, 2),
-    "4.2B": (2304, 24, 64, 4.2e9, 4),
-    "8.3B": (3072, 32, 72, 8.3e9, 8),
+PAPER_MODELS = {  # hidden, heads, layers, tp
+    "1.2B": (1536, 16, 40, 1), "2.5B": (1920, 20, 54, 2), "4.2B": (2304, 24, 64, 4), "8.3B": (3072, 32, 72, 8),
 }  # fmt: skip
 
 
@@ -1151,7 +1273,7 @@ def paper_scale(name: str) -> dict:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    hidden, heads, layers, _, tp = PAPER_MODELS[name]
+    hidden, heads, layers, tp = PAPER_MODELS[name]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=tp)
     config = GPTConfig(padded_vocab_size(50_257, 8, 128), 1024, hidden, layers, heads)
     with FakeTensorMode():
@@ -1185,9 +1307,8 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards, errors = [None] * grid.tp, {}
-        dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)
-        for name, x in merge_state_dicts(shards, config).items():
+        errors = {}  # on the first rank of each replica
+        for name, x in gather_state_dict(here, config, grid.tp_group).items():
             y = reference[name].detach().cpu()
             errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
         return errors
@@ -1237,27 +1358,34 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
         precision(args),
     )
 
-    def batches() -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+    def batches(first: int = 0) -> Batches:
+        steps = range(first, args.steps)
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in steps)
 
     options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), autocast=autocast)
-    model = ParallelGPT(config, grid.tp_group).to(device, dtype)
-    streams = random_streams(args.seed, grid.tp_rank, grid.dp_rank, device)
+    model = ParallelGPT(config, grid.tp_group, args.recompute).to(device, dtype)
+    if args.gpt2:
+        model.load_state_dict(shard_state_dict(load_gpt2(args.gpt2)[1], config, grid.tp_rank, grid.tp))
+    optimizer, saved = make_optimizer(model), args.checkpoint and Path(args.checkpoint).exists()
+    first = load_checkpoint(args.checkpoint, model, optimizer, grid) if saved else 0
     alone, differences = iter(()), []
-    if group_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
+    if group_rank() == 0 and not (config.dropout or first or args.gpt2):  # other masks or weights, other losses
         alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
     held = sum(p.numel() for p in model.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
     say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
     say("step      loss    on one device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    steps = tqdm(train(model, batches(), grid=grid, streams=streams, **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    options |= dict(streams=lambda step: random_streams(args.seed, step, grid.tp_rank, grid.dp_rank, device))
+    steps = train(model, batches(first), grid=grid, optimizer=optimizer, first=first, **options)
+    for step, (loss, norm) in enumerate(tqdm(steps, total=args.steps - first, disable=quiet), first):
         beside = [loss_alone.item() for loss_alone, _ in itertools.islice(alone, 1)]
         differences += [abs(loss.item() - other) for other in beside]
         if step < 5 or step % 20 == 19:
             text = f"{beside[0]:.6f}" if beside else ""
             say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+        if args.checkpoint and (step % args.save_every == args.save_every - 1 or step == args.steps - 1):
+            save_checkpoint(args.checkpoint, step + 1, model, optimizer, grid)
 
     model.eval()
     tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, args.batch, args.seed, held_out=True))
@@ -1293,8 +1421,8 @@ def main(args, device: torch.device) -> None:
         row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    for name, (hidden, _, layers, *_) in PAPER_MODELS.items():
+    row(text, "equal", f"within {worst:.0e}", good if differences else "needs a new run without dropout")
+    for name, (hidden, _, layers, _) in PAPER_MODELS.items():
         row(f"parameters of {layers} layers of {hidden}", name, f"{parameter_count(layers, hidden) / 1e9:.1f}B")
     big, exact = dry_run("8.3B"), parameter_count(72, 3072)
     here = f"{big['parameters'] / 1e9:.1f}B"
@@ -1322,6 +1450,8 @@ SIZES = dict(num_layers="layers, L", hidden_size="hidden size, H", num_heads="at
 
 def config_of(args) -> GPTConfig:
     sizes = {name: getattr(args, name) for name in SIZES}
+    if args.gpt2:
+        return load_gpt2(args.gpt2)[0]
     return GPTConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
 
 
@@ -1336,14 +1466,19 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16, help="sequences of a step, over all replicas")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    parser.add_argument(
+        "--recompute", action="store_true", help="keep each layer's input alone, compute the rest again"
+    )
+    parser.add_argument("--checkpoint", metavar="FILE", help="save the run there; where it exists, go on from it")
+    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS", help="steps between two checkpoints")
+    parser.add_argument("--gpt2", metavar="FOLDER", help="start from published GPT-2 weights; use --tokenizer gpt2")
     parser.add_argument("--paper-scale", choices=PAPER_MODELS, help="dry-run one rank of a published model, and stop")
     args = parse_flags(parser, ranks=4)
     args.tp = 1 if args.world_size == 1 else args.tp
     try:
-        if args.tp < 1 or args.world_size % args.tp or args.batch < 1:
-            raise ValueError(
-                f"--tp {args.tp} must divide the {args.world_size} ranks; --batch {args.batch}: at least 1"
-            )
+        if args.tp < 1 or args.world_size % args.tp or min(args.batch, args.save_every) < 1:
+            text = f"--batch {args.batch} and --save-every {args.save_every} must be at least 1"
+            raise ValueError(f"--tp {args.tp} must divide the {args.world_size} ranks; {text}")
         check_tp(config_of(args), args.tp)
         TextData(args.data, args.tokenizer, args.seq_length)
     except (ValueError, OSError) as error:

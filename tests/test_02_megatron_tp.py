@@ -512,7 +512,7 @@ def test_dropout_streams(degree):
     grid = grid_of(degree)
     drawn = []
     for seed in (0, 0, 1):
-        streams = tp.random_streams(seed, grid.tp_rank, grid.dp_rank, ranks.device)
+        streams = tp.random_streams(seed, 3, grid.tp_rank, grid.dp_rank, ranks.device)(1)
         drawn.append(
             [
                 tp.keep_mask(torch.empty(200, device=ranks.device), 0.5, s).cpu()
@@ -542,7 +542,7 @@ def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks():
         return masks[-1]
 
     with plant(tp, "keep_mask", recorded):
-        loss = parallel.loss(tokens, targets, tp.random_streams(7, rank, 0, ranks.device))
+        loss = parallel.loss(tokens, targets, tp.random_streams(7, 0, rank, 0, ranks.device))
     loss.sum().backward()
 
     every = [None] * world
@@ -562,6 +562,228 @@ def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks():
     expected.sum().backward()
     assert_equal({"loss": loss}, {"loss": expected})
     assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+
+
+# ── 2.7 Recomputation ───────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(1, 2)
+def test_recomputation_changes_no_bit():
+    """With dropout on both sides of the doors: loss and every gradient are equal to the bit, and far less is kept."""
+    cfg, rank = config(dropout=0.3, num_layers=3), dist.get_rank()
+    found, kept = [], []
+    for recompute in (False, True):
+        model = tp.ParallelGPT(cfg, recompute=recompute).to(ranks.device, torch.float64)
+        with SavedStorages(model) as saved:
+            loss = model.loss(*batch_of(), tp.random_streams(7, 0, rank, 0, ranks.device))
+        kept.append(saved.bytes)
+        loss.sum().backward()
+        found.append({"loss": loss, **grads_of(model)})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert kept[1] < kept[0] / 3
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the loss is right and falls; gradients belong to other masks than the loss does",
+    seen_in="https://github.com/allenai/OLMo-core/issues/828",
+)
+def test_recomputation_with_fresh_random_numbers():
+    cfg, rank = config(dropout=0.3), dist.get_rank()
+    calls = iter(range(1000))
+
+    def forgetful(layer):
+        return tp.random_streams(next(calls), 0, rank, 0, ranks.device)(layer)
+
+    found = []
+    for recompute in (False, True):
+        calls = iter(range(1000))
+        model = tp.ParallelGPT(cfg, recompute=recompute).to(ranks.device, torch.float64)
+        loss = model.loss(*batch_of(), forgetful)
+        loss.sum().backward()
+        found.append((loss, grads_of(model)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_differs(found[1][1], found[0][1])
+
+
+# ── 3.1 Checkpoints ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def trained(file: Path, cfg: tp.GPTConfig, grid: tp.Grid, steps: int, save_after: int | None = None) -> dict:
+    """Trains up to `steps`, going on from `file` where it exists; weights, moments, losses, as whole tensors."""
+    model = tp.ParallelGPT(cfg, grid.tp_group).to(ranks.device, torch.float64)
+    optimizer = tp.make_optimizer(model)
+    first = tp.load_checkpoint(file, model, optimizer, grid) if file.exists() else 0
+    batches = (batch_of(rows=4, seed=step) for step in range(first, steps))
+    options = dict(optimizer=optimizer, first=first)
+    options["streams"] = lambda step: tp.random_streams(0, step, grid.tp_rank, grid.dp_rank, ranks.device)
+    losses = []
+    for loss, _ in tp.train(model, batches, lambda step: 1e-3, grid, **options):
+        losses.append(loss)
+        if first + len(losses) == save_after:
+            tp.save_checkpoint(file, save_after, model, optimizer, grid)
+            dist.barrier()
+    found = tp.gather_state_dict(dict(model.named_parameters()), cfg, grid.tp_group)
+    moments = {name: optimizer.state[p]["exp_avg_sq"].sqrt() for name, p in model.named_parameters()}
+    moments = tp.gather_state_dict(moments, cfg, grid.tp_group)
+    return (
+        found | {"moment of " + name: x for name, x in moments.items()} | ({"loss": losses[-1].cpu()} if found else {})
+    )
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("dropout, then", [(0.2, 2), (0.0, 1), (0.0, 4)])
+def test_a_run_that_goes_on_from_a_checkpoint(tmp_path, dropout, then):
+    """On the same grid equal to the bit to the run that was not interrupted, dropout included; on others to 1e-10."""
+    cfg, grid = config(dropout=dropout), grid_of(2)
+    whole_run = trained(tmp_path / "none", cfg, grid, steps=6)
+    trained(tmp_path / "run.safetensors", cfg, grid, steps=3, save_after=3)
+    resumed = trained(tmp_path / "run.safetensors", cfg, grid_of(then), steps=6)
+    if dist.get_rank() == 0:
+        if then == 2:
+            assert all(torch.equal(resumed[name], x) for name, x in whole_run.items())
+        else:
+            assert_equal(resumed, whole_run, floor=6e-3)
+
+
+def small_run(cfg: tp.GPTConfig):
+    model = tp.ParallelGPT(cfg)
+    optimizer = tp.make_optimizer(model)
+    list(tp.train(model, [batch_of()], lambda step: 1e-3, tp.Grid(), optimizer=optimizer))
+    return model, optimizer
+
+
+def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
+    cfg, file = config(), tmp_path / "run.safetensors"
+    model, optimizer = small_run(cfg)
+    tp.save_checkpoint(file, 1, model, optimizer, tp.Grid())
+    assert tp.load_checkpoint(file, *small_run(cfg), tp.Grid()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]  # nothing is left aside
+    good = file.read_bytes()
+    with pytest.raises(ValueError, match=r"of another configuration: it has {'num_layers': 2}"):
+        tp.load_checkpoint(file, *small_run(config(num_layers=1)), tp.Grid())
+    flipped = bytearray(good)
+    flipped[-5] ^= 1
+    for bad, message in (
+        (good[: len(good) // 2], "damaged, or no"),
+        (flipped, "is not what was written"),
+        (b"", "no check"),
+    ):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match=message):
+            tp.load_checkpoint(file, *small_run(cfg), tp.Grid())
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(2)}, file)  # a safetensors file, but not ours
+    with pytest.raises(ValueError, match="no checkpoint"):
+        tp.load_checkpoint(file, *small_run(cfg), tp.Grid())
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
+    """The disk's limit is the process's own, RLIMIT_FSIZE."""
+    resource = pytest.importorskip("resource")
+    cfg, file = config(), tmp_path / "run.safetensors"
+    model, optimizer = small_run(cfg)
+    tp.save_checkpoint(file, 1, model, optimizer, tp.Grid())
+    good, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+    try:
+        with pytest.raises(
+            OSError, match=r"cannot write .*run.safetensors after step 2: .*older one there is untouched"
+        ):
+            tp.save_checkpoint(file, 2, model, optimizer, tp.Grid())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert file.read_bytes() == good and [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
+
+
+def test_a_half_written_file_is_not_taken_for_a_checkpoint(tmp_path):
+    """Killed in the middle of writing: what stands under the name is the old one."""
+    cfg, file = config(), tmp_path / "run.safetensors"
+    model, optimizer = small_run(cfg)
+    tp.save_checkpoint(file, 1, model, optimizer, tp.Grid())
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with plant(os, "replace", killed), pytest.raises(KeyboardInterrupt):
+        tp.save_checkpoint(file, 2, model, optimizer, tp.Grid())
+    assert tp.load_checkpoint(file, *small_run(cfg), tp.Grid()) == 1
+
+
+# ── 3.2 Published weights ───────────────────────────────────────────────────────────────────────────────
+
+
+def published(folder: Path, shard_size: str = "5GB", **changes):
+    """A GPT-2 folder as transformers writes it, with random weights large enough that words differ."""
+    import transformers
+
+    sizes = dict(vocab_size=61, n_positions=16, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(1)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**(sizes | changes))).eval()
+    for p in theirs.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
+        torch.nn.init.normal_(p, mean=float(p.ndim == 1 and p.mean() == 1), std=0.3)
+    theirs.save_pretrained(folder, max_shard_size=shard_size)  # on the first rank alone, when there are several
+    return theirs
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
+def test_published_gpt2(tmp_path, shard_size):
+    """transformers' own GPT-2 against ours at every tp: logits in fp32 and float64, gradients, greedy text."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    theirs = published(tmp_path, shard_size)
+    dist.barrier()
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
+    cfg, full = tp.load_gpt2(tmp_path)
+    parallel = tp.ParallelGPT(cfg).to(ranks.device).eval()
+    parallel.load_state_dict(tp.shard_state_dict(full, cfg, rank, world))
+    tokens = batch_of()[0]
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):  # fp32 adds in another order
+        parallel, theirs = parallel.to(dtype), theirs.to(ranks.device, dtype)
+        logits, expected = tp.gather_from_tp(parallel(tokens))[..., :61], theirs(tokens).logits
+        assert_equal({"logits": logits}, {"logits": expected}, bound=bound)
+    tp.vocab_parallel_cross_entropy(parallel(tokens), tokens, vocab_size=61).sum().backward()
+    F.cross_entropy(theirs(tokens).logits.flatten(0, 1), tokens.flatten(), reduction="sum").backward()
+    embedding = joined({"embedding.weight": parallel.embedding.weight.grad}, cfg)["embedding.weight"]
+    assert_equal({"embedding": embedding}, {"embedding": theirs.transformer.wte.weight.grad})
+    expected = theirs.generate(tokens[:1, :8], max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+    assert torch.equal(tp.generate(parallel, tokens[0, :8], 8), expected)
+
+
+def test_gpt2_folders_that_do_not_fit_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    published(tmp_path)
+    weights, file = load_file(tmp_path / "model.safetensors"), tmp_path / "model.safetensors"
+    name = "transformer.h.1.mlp.c_fc.weight"
+    save_file({key: x for key, x in weights.items() if key != name}, file)
+    with pytest.raises(ValueError, match=r"lacks the tensor h.1.mlp.c_fc.weight"):
+        tp.load_gpt2(tmp_path)
+    save_file(weights | {name: torch.zeros(128, 32)}, file)
+    with pytest.raises(ValueError, match=r"h.1.mlp.c_fc.weight has shape \(128, 32\); config.json implies \(32, 128\)"):
+        tp.load_gpt2(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "model-7.safetensors"}}))
+    with pytest.raises(FileNotFoundError, match="model-7.safetensors"):
+        tp.load_gpt2(tmp_path)
+    settings_of = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings_of | {"activation_function": "relu"}))
+    with pytest.raises(ValueError, match="{'activation_function': 'relu'}, which this model cannot be"):
+        tp.load_gpt2(tmp_path)
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_sampled_text_is_the_same_whatever_tp_is():
+    """Drawn from whole logits by a generator in the same state; the plain model's own draw, done by hand."""
+    cfg = config(init_std=0.5)
+    plain, parallel = models(cfg)
+    tokens = expected = batch_of()[0][0]
+    generator = torch.Generator(ranks.device).manual_seed(5)
+    for _ in range(8):
+        logits = plain(expected[None, -cfg.seq_length :])[0, -1]
+        expected = torch.cat([expected, torch.multinomial((logits / 0.7).softmax(-1), 1, generator=generator)])
+    generator.manual_seed(5)
+    assert torch.equal(tp.generate(parallel, tokens, 8, 0.7, generator), expected)
 
 
 # ── Messages ────────────────────────────────────────────────────────────────────────────────────────────
@@ -685,12 +907,8 @@ def test_clipping_is_pytorchs_on_one_rank(norm_of_shares):
 
 def test_parameters_of_the_papers_models():
     """Table 1 to the digit that it prints, table 2's 355M, and the later table of the same team (v2.0, s = 1024)."""
-    for name, (hidden, heads, layers, published, _) in tp.PAPER_MODELS.items():
-        assert (
-            f"{tp.parameter_count(layers, hidden) / 1e9:.1f}B" == name
-            and abs(tp.parameter_count(layers, hidden) / published - 1) < 0.012
-        )
-        assert hidden // heads == 96
+    for name, (hidden, heads, layers, _) in tp.PAPER_MODELS.items():
+        assert f"{tp.parameter_count(layers, hidden) / 1e9:.1f}B" == name and hidden // heads == 96
     assert round(tp.parameter_count(24, 1024, 50_257) / 1e6) == 355
     for layers, hidden, billions in ((24, 1920, 1.16), (30, 2304, 2.03), (36, 3072, 4.24), (42, 4096, 8.67)):
         assert round(tp.parameter_count(layers, hidden) / 1e9, 2) == billions
@@ -851,9 +1069,9 @@ def _load(cfg, weights):
 )
 def test_the_same_mask_inside_the_region():
     streams = tp.random_streams(0, tp_rank=0)  # every rank believes to be the first
-    assert torch.equal(*_masks_of_both_ranks(streams.inside))
+    assert torch.equal(*_masks_of_both_ranks(streams(0).inside))
     streams = tp.random_streams(0, tp_rank=dist.get_rank())
-    assert not torch.equal(*_masks_of_both_ranks(streams.inside))
+    assert not torch.equal(*_masks_of_both_ranks(streams(0).inside))
 
 
 @pytest.mark.ranks(2)
@@ -864,9 +1082,12 @@ def test_the_same_mask_inside_the_region():
 def test_different_masks_outside_the_region():
     cfg, rank = config(dropout=0.3), dist.get_rank()
     parallel = models(cfg)[1]
-    right = tp.random_streams(0, rank)
-    wrong = tp.RandomStreams(outside=tp.random_streams(0, rank).inside, inside=right.inside)
-    for streams, agree in ((tp.random_streams(0, rank), True), (wrong, False)):
+    right = tp.random_streams(0, 0, rank)
+
+    def wrong(layer):
+        return tp.RandomStreams(outside=right(layer).inside, inside=right(layer).inside)
+
+    for streams, agree in ((right, True), (wrong, False)):
         parallel.zero_grad()
         loss = parallel.loss(*batch_of(), streams)
         loss.sum().backward()
@@ -970,7 +1191,7 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
         tp.ColumnParallelLinear(4, 10)
     with pytest.raises(ValueError, match="in_features=10 does not divide over 4 ranks"):
         tp.RowParallelLinear(10, 4)
-    with pytest.raises(ValueError, match="a last dimension of 10 does not divide over 4 ranks"):
+    with pytest.raises(ValueError, match="the last dimension=10 does not divide over 4 ranks"):
         tp.scatter_to_tp(torch.zeros(2, 10))
     with pytest.raises(ValueError, match="needs streams=random_streams"):
         tp.ParallelGPT(config(dropout=0.1))(batch_of()[0].cpu())
