@@ -39,6 +39,9 @@ lint: $(DEV)
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --check --quiet .
 
+notebooks: $(DEV)
+	$(PY) tests/notebooks.py $(if $(filter-out undefined file,$(origin CHAPTER)),--chapter $(CHAPTER)) $(if $(SAVE),--save)
+
 shared: $(DEV)
 	$(PY) tests/shared_blocks.py
 

@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from proof import assert_differs, assert_equal, plant
 
+import notebooks
+
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
@@ -219,3 +221,15 @@ def test_the_ranks_marker(value):
     """The body runs on ranks, with its parameters; random numbers start from the same seed each time."""
     assert ready() == dist.get_world_size() and value in (3, 5)
     assert torch.initial_seed() == 0
+
+
+# ── Notebooks ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem)
+def test_solutions_solve_their_exercises(path):
+    """`make notebooks` demands "not solved yet" of every exercise; with its solution it must print "ok"."""
+    text = notebooks.printed(notebooks.execute(path, solutions=True))
+    for number in notebooks.exercises(notebooks.nbformat.read(path, as_version=4)):
+        assert f"exercise {number}: ok" in text

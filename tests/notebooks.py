@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: MIT-0
+"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1` rewrites the kept outputs.
+
+An exercise is three cells: one to fill in, which begins with "# exercise 1" (behind a %%px line, if it has one); one
+that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and a folded solution, a Markdown cell with
+"Solution 1" and one block of Python.
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import nbclient
+import nbformat
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def notebooks(chapter: str = "") -> list[Path]:
+    return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
+
+
+def execute(path: Path, solutions: bool = False, timeout: int = 300) -> nbformat.NotebookNode:
+    """The executed notebook, in memory; with `solutions` the exercises are solved first. Raises where a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    if solutions:
+        solve(notebook)
+    nbclient.NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return notebook
+
+
+def exercises(notebook) -> dict[str, dict]:
+    """Number to the cell that is to be filled in."""
+    found = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (match := re.match(r"(?:%%px.*\n)?# exercise (\d+)", cell.source)):
+            found[match[1]] = cell
+    return found
+
+
+def solve(notebook) -> None:
+    """Puts every folded solution into its cell."""
+    cells = exercises(notebook)
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown" and (match := re.search(r"Solution (\d+)", cell.source)):
+            code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+            magic = cells[match[1]].source.split("\n")[0] if cells[match[1]].source.startswith("%%px") else ""
+            cells[match[1]].source = f"{magic}\n{code}" if magic else code
+
+
+def text_of(output) -> str:
+    """What an output printed; what ranks print comes as data, one output a rank."""
+    return output.get("text", "") or output.get("data", {}).get("text/plain", "")
+
+
+def printed(notebook) -> str:
+    """All text that the cells printed."""
+    return "".join(text_of(output) for cell in notebook.cells for output in cell.get("outputs", []))
+
+
+def tidy(notebook) -> None:
+    """Takes out what differs from one execution or machine to the next: versions, times, progress bars, ranks' order."""
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            shown = [output for output in cell.outputs if "widget" not in " ".join(output.get("data", {}))]
+            cell.outputs = sorted(shown, key=lambda output: text_of(output) if "[std" in text_of(output) else "")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--chapter", default="")
+    parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
+    args = parser.parse_args()
+    for path in notebooks(args.chapter):
+        print(f"── {path.relative_to(ROOT)}", flush=True)
+        notebook = execute(path)
+        for number in exercises(notebook):
+            if f"exercise {number}: not solved yet" not in printed(notebook):
+                raise SystemExit(f"{path.name}: exercise {number} passes before it is solved")
+        if args.save:
+            tidy(notebook)
+            nbformat.write(notebook, path)
+
+
+if __name__ == "__main__":
+    main()
