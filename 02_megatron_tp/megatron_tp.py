@@ -1352,11 +1352,8 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
     from tqdm import tqdm
 
-    config, data, (dtype, autocast) = (
-        config_of(args),
-        TextData(args.data, args.tokenizer, args.seq_length),
-        precision(args),
-    )
+    config, (dtype, autocast) = config_of(args), precision(args)
+    data = TextData(args.data, args.tokenizer, config.seq_length)
 
     def batches(first: int = 0) -> Batches:
         steps = range(first, args.steps)
@@ -1479,8 +1476,10 @@ def flags() -> argparse.Namespace:
         if args.tp < 1 or args.world_size % args.tp or min(args.batch, args.save_every) < 1:
             text = f"--batch {args.batch} and --save-every {args.save_every} must be at least 1"
             raise ValueError(f"--tp {args.tp} must divide the {args.world_size} ranks; {text}")
-        check_tp(config_of(args), args.tp)
-        TextData(args.data, args.tokenizer, args.seq_length)
+        config = config_of(args)
+        check_tp(config, args.tp)
+        if config.vocab_size < (words := TextData(args.data, args.tokenizer, config.seq_length).encoding.n_vocab):
+            raise ValueError(f"{args.gpt2} knows {config.vocab_size} words, --tokenizer {args.tokenizer} has {words}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
@@ -1577,7 +1576,8 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **shown)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

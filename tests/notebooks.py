@@ -59,7 +59,7 @@ def printed(notebook) -> str:
 
 
 def tidy(notebook) -> None:
-    """Takes out what differs from one execution or machine to the next: versions, times, progress bars, ranks' order."""
+    """Takes out what differs from one execution to the next: versions, times, progress bars, the order of ranks."""
     notebook.metadata.get("language_info", {}).pop("version", None)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)

@@ -1284,20 +1284,7 @@ def run(*flags, launcher=(), timeout=120, **options) -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
-TINY = [
-    "--steps",
-    "3",
-    "--num-layers",
-    "1",
-    "--hidden-size",
-    "32",
-    "--seq-length",
-    "32",
-    "--generate",
-    "4",
-    "--beside",
-    "2",
-]
+TINY = ["--steps", "3", "--num-layers", "1", "--hidden-size", "32", "--seq-length", "32"]
 
 
 @pytest.mark.parametrize(
@@ -1322,7 +1309,8 @@ def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
     if "cuda" in flags + ["cuda"] * ("nccl" in flags) and torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     result = run(*flags)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+    usage, error = result.stderr.splitlines()
+    assert result.returncode == 2 and message in error and usage.startswith("usage:")
 
 
 def losses(text: str) -> list[str]:
@@ -1363,10 +1351,42 @@ def test_check_trace_dropout_and_data(tmp_path):
     assert result.returncode == 0 and "bound 1e-10; tp 4 × dp 1, fp64" in result.stdout
     text, trace = tmp_path / "größe x.txt", tmp_path / "trace.json"
     text.write_text("To be, or not to be, that is the question. " * 100, "utf-8")
-    result = run(*TINY, "--ranks", "2", "--data", str(text), "--trace", str(trace), "--dropout", "0.1")
+    options = [
+        "--ranks",
+        "2",
+        "--data",
+        str(text),
+        "--dropout",
+        "0.1",
+        "--recompute",
+        "--checkpoint",
+        str(tmp_path / "run"),
+    ]
+    result = run(*TINY, *options, "--trace", str(trace))
     assert result.returncode == 0, result.stderr
-    assert "needs steps and --dropout 0" in result.stdout
+    again = run(*TINY, *options)  # goes on from the end, at which nothing is left to do: the same model, the same text
+    assert len(losses(result.stdout)) == 3 and not losses(again.stdout)
+    assert held_out(again.stdout) == held_out(result.stdout)
+    assert "needs a new run without dropout" in result.stdout
     assert any(event["name"].startswith("gloo:all_reduce") for event in json.loads(trace.read_text())["traceEvents"])
+
+
+def held_out(text: str) -> list[str]:
+    """The held-out loss, and what the model writes."""
+    lines = text.splitlines()
+    begin = next(number for number, line in enumerate(lines) if line.startswith("held-out"))
+    return lines[begin : begin + 2]
+
+
+@pytest.mark.slow
+def test_published_weights_train_and_write(tmp_path):
+    """--gpt2 on a folder as transformers writes it; a tokenizer with more words than the model is refused."""
+    published(tmp_path, vocab_size=256, n_positions=32)
+    result = run("--gpt2", str(tmp_path), "--steps", "2", "--ranks", "2", "--lr", "1e-4")
+    assert result.returncode == 0 and len(losses(result.stdout)) == 2, result.stderr
+    published(tmp_path, vocab_size=61)
+    result = run("--gpt2", str(tmp_path))
+    assert result.returncode == 2 and "knows 61 words, --tokenizer bytes has 256" in result.stderr.splitlines()[-1]
 
 
 def ranks_of(parent: int) -> list[int]:
