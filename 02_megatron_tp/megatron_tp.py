@@ -100,6 +100,7 @@ class GPTConfig:
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
@@ -256,6 +257,8 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not config.tied_head:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
@@ -265,7 +268,8 @@ class GPT(nn.Module):
         x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
         for layer in self.layers:
             x_BSH = layer(x_BSH, streams)
-        return F.linear(self.final_norm(x_BSH), self.embedding.weight)
+        head = self.embedding if self.config.tied_head else self.head
+        return F.linear(self.final_norm(x_BSH), head.weight)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
@@ -664,8 +668,7 @@ class VocabParallelEmbedding(nn.Module):
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         if _readable(tokens_BS) and ((tokens_BS < 0) | (tokens_BS >= self.num_embeddings)).any():
-            found = f"tokens from {tokens_BS.min()} to {tokens_BS.max()}"
-            raise ValueError(f"{found}, but words are numbered 0 to {self.num_embeddings - 1}")
+            raise ValueError(f"token {tokens_BS.max()} or {tokens_BS.min()} is no word in [0, {self.num_embeddings})")
         v = self.weight.shape[0]
         index_BS = tokens_BS - group_rank(self.group) * v
         mine_BS = (index_BS >= 0) & (index_BS < v)
@@ -717,8 +720,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # Which targets are my words? For the others any index will do: what it picks is not used.
         mine_BS = (targets_BS >= first_word) & (targets_BS < first_word + v)
         index_BS1 = (targets_BS - first_word).clamp(0, v - 1)[..., None]
-        picked_BS = x_BSv.gather(-1, index_BS1)[..., 0]
-        partial_target_BS = torch.where(mine_BS, picked_BS, 0)  # not mine · picked: 0 · −inf is NaN
+        # A product with mine_BS in place of where() would make NaN of 0 · −inf.
+        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, index_BS1)[..., 0], 0)
         exp_BSv = x_BSv.exp_()
 
         # One message instead of two: both summands travel side by side.
@@ -834,6 +837,8 @@ class ParallelGPT(nn.Module):
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
         super().__init__()
+        if not config.tied_head:
+            raise ValueError("tied_head=False: this chapter cuts the paper's model, whose head is the embedding table")
         self.config, self.group, self.recompute = config, group, recompute
         with torch.device("meta"):  # shapes first, without memory
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)
@@ -878,8 +883,7 @@ def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature:
         logits_V = gather_from_tp(logits_v, model.group)[: model.config.vocab_size]  # one row: here a gather is cheap
         word = logits_V.argmax(-1, keepdim=True)
         if temperature:
-            wide = torch.promote_types(logits_V.dtype, torch.float32)
-            word = torch.multinomial((logits_V.to(wide) / temperature).softmax(-1), 1, generator=generator)
+            word = torch.multinomial((logits_V.double() / temperature).softmax(-1), 1, generator=generator)
         tokens_S = torch.cat([tokens_S, word])
     return tokens_S
 
@@ -1001,11 +1005,10 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
         part = {n: p if kind == "weight" else optimizer.state[p][kind] for n, p in model.named_parameters()}
         tensors |= {f"{kind} {n}": x for n, x in gather_state_dict(part, model.config, grid.tp_group).items()}
     if group_rank() == 0:
-        checksums = {name: _checksum(x) for name, x in tensors.items()}
-        run = json.dumps(dict(step=step, config=asdict(model.config), checksums=checksums))
+        run = dict(step=step, config=asdict(model.config), checksums={n: _checksum(x) for n, x in tensors.items()})
         aside = Path(f"{file}.unfinished")
         try:
-            save_file(tensors, aside, {"run": run})
+            save_file(tensors, aside, {"run": json.dumps(run)})
             with open(aside, "rb+") as written:
                 os.fsync(written.fileno())  # the data before the name: a power cut must not swap them
         except Exception as error:  # safetensors has errors of its own
@@ -1231,8 +1234,7 @@ def train(
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
         tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
-        masks = streams(step) if streams else None
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, masks, max_norm, autocast)
+        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, streams and streams(step), max_norm, autocast)
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────

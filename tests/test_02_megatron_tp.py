@@ -1202,7 +1202,7 @@ def test_tokens_and_targets_outside_the_vocabulary_are_refused_on_every_rank():
     model = tp.ParallelGPT(config())
     tokens, targets = (x.cpu() for x in batch_of())
     for bad in (61, -1):
-        with pytest.raises(ValueError, match="words are numbered 0 to 60"):
+        with pytest.raises(ValueError, match=r"is no word in \[0, 61\)"):
             model(torch.full_like(tokens, bad))
     with pytest.raises(ValueError, match=r"target 61 is neither a word in \[0, 61\) nor ignore_index=-100"):
         model.loss(tokens, torch.full_like(targets, 61))
@@ -1227,6 +1227,8 @@ def test_configurations_that_contradict_themselves_are_refused():
         config(dropout=1.5)
     with pytest.raises(ValueError, match="dropout probability 1"):
         tp.dropout(torch.ones(2), 1.0)
+    with pytest.raises(ValueError, match="tied_head=False"):
+        tp.ParallelGPT(config(tied_head=False))
 
 
 def test_state_dicts_that_do_not_fit_are_refused_by_name():
