@@ -671,7 +671,9 @@ def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
 # Its forward gather and its bias need no care: the bias is divided as the columns are. The row-parallel layer's bias is
 # whole, and is added *after* the reduce-scatter, once to each token; added before, it would count t times.
 #
-# These two functions are the only ones that ask for the flag. All the rest is the same program with and without.
+# column_parallel and sum_over_tp, below, are all that turns tensor parallelism into tensor and sequence parallelism.
+# Apart from them the flag is asked for in three places, which must know whose tokens are here: the positions (section
+# 2.9), the random streams (2.7), and the gradients of what every rank holds whole (part 4).
 
 
 class _GatherMultiply(torch.autograd.Function):
@@ -747,8 +749,8 @@ class SPRowParallelLinear(RowParallelLinear):
 #
 # "Core" is what stands between the two linear layers: products of queries and keys, softmax, dropout, product with the
 # values. It is local to a pair of a sequence and a head, so pairs are one dimension, p = B·n: in the layout S B n D the
-# two lie side by side in memory, and their joining is a view. (Chapter 2's B n S D would need copies here, which
-# autograd would keep.) Backward needs, of s × s numbers for each pair,
+# two lie side by side in memory, and their joining is a view; from B S n D it would be a copy. Backward needs, of s × s
+# numbers for each pair,
 #
 #     the softmax' output        2 bytes     for its own backward
 #     the dropout's mask         1 byte
@@ -770,7 +772,7 @@ class SPRowParallelLinear(RowParallelLinear):
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
     """Causal attention of each pair by itself, written out as in the paper: (p, S, D) three times to (p, S, D).
 
-    p: dropout on the attention weights, drawn from `generator`. Source: figure 3 of the paper. Needs: `dropout`.
+    p: dropout on the attention weights, drawn from `generator`. Source: section 4.1 of the paper. Needs: `dropout`.
     """
     S, D = q_pSD.shape[-2:]
     future_SS = torch.full((S, S), -torch.inf, dtype=q_pSD.dtype, device=q_pSD.device).triu(1)
@@ -801,8 +803,8 @@ def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0,
 #     full        runs again: the whole layer, its collectives included, if dropout keeps a mask at its very end;
 #                 without dropout it stops before the last product, and so before the last reduce-scatter
 #
-# Random numbers must be the same again, or the gradient belongs to another function than the loss does: no error, only
-# slow learning. `checkpoint` takes care of PyTorch's default generator and of no other. Ours are put back to where they
+# Random numbers must be the same again, or the gradient belongs to another function than the loss does: and no error
+# says so. `checkpoint` takes care of PyTorch's default generator and of no other. Ours are put back to where they
 # were for the second run, and afterwards to where they are by then, because other layers may draw from them between.
 
 
@@ -913,7 +915,7 @@ class SequenceParallelLayer(Block):
     `reduce_sequence_parallel_grads`. Parameters have the plain layer's names.
 
     Raises: ValueError where heads, features or tokens do not divide over the ranks, and for another `recompute`.
-    Source: figure 5 and section 5 of the paper. Needs: `Block`, sections 2.2 to 2.5, `GPTConfig`.
+    Source: sections 4.2.2 and 5 of the paper. Needs: `Block`, sections 2.2 to 2.5, `GPTConfig`.
     """
 
     def __init__(
@@ -1238,7 +1240,7 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
 
     module: a `SequenceParallelLayer`, a `SequenceParallelGPT`, or another whose parameters `SHARD_DIM` knows by name.
     Every rank must call it, once after all backward passes of a step, before clipping.
-    Source: Megatron-LM does so; the paper does not say it. Needs: `shard_dim`, `_all_reduce`.
+    Source: Megatron-LM. Needs: `shard_dim`, `_all_reduce`.
     """
     whole = [p for name, p in module.named_parameters() if shard_dim(name) is None]
     grads = [p.grad for p in whole if p.grad is not None]
@@ -1380,7 +1382,7 @@ def extra_bytes(model: Published) -> float:
 def stage_output_bytes(model: Published) -> float:
     """Freed on the first stage, if each micro-batch's output is dropped once it was sent: 2·s·b·h·p.
 
-    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: appendix B of the paper.
+    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix.
     """
     return 2 * SEQUENCE * model.micro_batch * model.h * model.p
 
@@ -1701,7 +1703,7 @@ def config_of(args) -> GPTConfig:
 
 
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=60)
+    parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
     flag(
         "--sequence-parallel", action=argparse.BooleanOptionalAction, default=True, help="off: tensor parallelism alone"

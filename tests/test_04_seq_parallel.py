@@ -134,7 +134,7 @@ def test_without_a_process_group_there_is_one_rank():
     x = random(8, 3, 5)
     for door in (sp.gather_from_sp, sp.reduce_scatter_to_sp, sp.scatter_to_sp):
         assert door(x) is x
-    cfg = config()
+    cfg = config(num_layers=1)
     for mode in MODES:
         plain, parallel = models(cfg, *mode)
         alone = sp.train_alone(plain, [batch_of()] * 2, lambda step: 1e-3)
