@@ -225,7 +225,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
 
-    Both are handed in, so that section 2.3 can hand in parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
@@ -645,9 +645,13 @@ class ParallelMLP(MLP):
 # else.
 
 
+# ── shared: padded vocabulary ──
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
+
+
+# ── end of padded vocabulary ──
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -893,6 +897,7 @@ def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature:
 # One table says how each parameter is cut. What is not in it is whole on every rank: norms, positions, and the biases
 # of row-parallel layers.
 
+# ── shared: tensor-parallel weights ──
 SHARD_DIM = {
     "embedding.weight": 0,  # by words
     "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
@@ -958,6 +963,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     if "embedding.weight" in full:
         full["embedding.weight"] = full["embedding.weight"][: config.vocab_size].clone()
     return full
+
+
+# ── end of tensor-parallel weights ──
 
 
 def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None) -> dict[str, Tensor]:

@@ -219,7 +219,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
 
-    Both are handed in, so that section 2.3 can hand in parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):

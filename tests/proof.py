@@ -99,14 +99,21 @@ class SavedStorages:
 
 
 class Events(TorchDispatchMode):
-    """`with Events() as events:` lists in events.order what happens in time: "product", "all_reduce", "wait"."""
+    """`with Events() as events:` lists in events.order what happens in time: "product", "wait", "all_reduce" ..."""
 
+    COLLECTIVES = {  # torch 2.13 renamed two of them
+        "all_reduce": "all_reduce",
+        "all_gather_single": "all_gather", "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_single": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
+    }  # fmt: skip
     PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm")
 
     def __enter__(self):
         self.order = []
         self.undo = contextlib.ExitStack()
-        self.undo.enter_context(plant(dist, "all_reduce", self._watched(dist.all_reduce)))
+        for name in self.COLLECTIVES:
+            if name in dist.__dict__:
+                self.undo.enter_context(plant(dist, name, self._watched(dist.__dict__[name])))
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -125,7 +132,7 @@ class Events(TorchDispatchMode):
                 return self.work.wait()
 
         def call(*args, **kwargs):
-            order.append(collective.__name__)
+            order.append(Events.COLLECTIVES[collective.__name__])
             work = collective(*args, **kwargs)
             return Work(work) if work is not None else None
 

@@ -1,0 +1,986 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 4 equals the single device in all six modes, keeps the bytes that the paper says, and sends what it says.
+
+A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, or PyTorch.
+"""
+
+import ast
+import contextlib
+import itertools
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import seq_parallel as sp
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import Events, SavedStorages, Shapes, assert_differs, assert_equal, plant
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+SCRIPT = Path(sp.__file__)
+EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
+MODES = list(itertools.product((False, True), ("none", "selective", "full")))
+EVERY_MODE = pytest.mark.parametrize("sequence_parallel, recompute", MODES)
+
+
+# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(**changes) -> sp.GPTConfig:
+    sizes = dict(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2, num_heads=4)
+    return sp.GPTConfig(**(sizes | changes))
+
+
+def random(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+
+
+def batch_of(rows=3, length=12, vocab=61, seed=1):
+    """Tokens and targets of which rows count unequally; 12 tokens divide over 1, 2, 4 ranks, and are fewer than 16."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BS, targets_BS = torch.randint(vocab, (2, rows, length), generator=generator).to(ranks.device)
+    targets_BS[0, 3:] = -100
+    return tokens_BS, targets_BS
+
+
+def models(cfg: sp.GPTConfig, *mode, **options):
+    plain, parallel = sp.GPT(cfg), sp.SequenceParallelGPT(cfg, None, *mode, **options)
+    return plain.to(ranks.device, torch.float64), parallel.to(ranks.device, torch.float64)
+
+
+def grads_of(module: nn.Module) -> dict:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def everywhere(x) -> list:
+    """Every rank's x."""
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, x)
+    return found
+
+
+def joined(tensors: dict, cfg: sp.GPTConfig) -> dict:
+    """All ranks' shares, put together; what should be whole on each must be the same on each, to the bit."""
+    return sp.merge_state_dicts(everywhere({name: x.detach().cpu() for name, x in tensors.items()}), cfg)
+
+
+def rank_0s(tensors: dict, cfg: sp.GPTConfig) -> dict:
+    """`joined` for planted bugs: of what should be whole and differs, rank 0's."""
+    shards = everywhere({name: x.detach().cpu() for name, x in tensors.items()})
+    for shard in shards[1:]:
+        shard.update({name: shards[0][name] for name in shard if sp.shard_dim(name) is None})
+    return sp.merge_state_dicts(shards, cfg)
+
+
+def step_gradients(parallel, batch, streams=None):
+    """Loss of each token, and gradients as a step makes them: summed where they must be."""
+    loss = parallel.loss(*batch, streams)
+    loss.sum().backward()
+    if parallel.sequence_parallel:
+        sp.reduce_sequence_parallel_grads(parallel)
+    return loss
+
+
+# ── 2.2 The doors ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+def test_doors_forward_and_backward():
+    """Each door against the sentence in its table, written out with what all ranks hold."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    x, per_rank = random(8, 3, 5), [random(8, 3, 5, seed=10 + r) for r in range(world)]
+    mine = slice(8 // world * rank, 8 // world * (rank + 1))
+
+    a = x[mine].clone().requires_grad_()
+    y = sp.gather_from_sp(a)
+    y.backward(per_rank[rank])
+    assert torch.equal(y, x)
+    assert_equal({"g": a.grad}, {"g": sum(per_rank)[mine]})
+
+    a = x[mine].clone().requires_grad_()
+    y = sp.gather_from_sp(a, backward="split")
+    y.backward(per_rank[0])
+    assert torch.equal(y, x) and torch.equal(a.grad, per_rank[0][mine])
+
+    a = per_rank[rank].clone().requires_grad_()
+    y = sp.reduce_scatter_to_sp(a)
+    y.backward(x[mine])
+    assert_equal({"ḡ": y}, {"ḡ": sum(per_rank)[mine]})
+    assert torch.equal(a.grad, x) and torch.equal(a, per_rank[rank])  # the input is as it was
+
+    a = x.clone().requires_grad_()
+    y = sp.scatter_to_sp(a)
+    y.backward(per_rank[0][mine])
+    assert torch.equal(y, x[mine]) and torch.equal(a.grad, per_rank[0])
+
+
+@pytest.mark.ranks(2)
+def test_doors_take_what_is_not_contiguous():
+    world, rank, x = 2, dist.get_rank(), random(3, 8, 5).transpose(0, 1)
+    assert torch.equal(sp.gather_from_sp(x.chunk(world)[rank]), x)
+    assert_equal({"x": sp.reduce_scatter_to_sp(x)}, {"x": 2 * x.chunk(world)[rank]})
+
+
+def test_without_a_process_group_there_is_one_rank():
+    assert not dist.is_initialized()
+    x = random(8, 3, 5)
+    for door in (sp.gather_from_sp, sp.reduce_scatter_to_sp, sp.scatter_to_sp):
+        assert door(x) is x
+    cfg = config(num_layers=1)
+    for mode in MODES:
+        plain, parallel = models(cfg, *mode)
+        alone = sp.train_alone(plain, [batch_of()] * 2, lambda step: 1e-3)
+        together = sp.train(parallel, [batch_of()] * 2, lambda step: 1e-3)
+        assert_equal(*({i: loss for i, (loss, _) in enumerate(run)} for run in (together, alone)))
+
+
+# ── 2.3 Keep the share ──────────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("shape", [(8, 3), (4, 1), (0, 2)], ids=str)
+def test_linear_layers(sequence_parallel, shape):
+    """A column- and a row-parallel layer beside two of nn.Linear: output, the input's gradient, every parameter's."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(3)
+    plain = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8))
+    torch.manual_seed(3)
+    layers = (sp.SPColumnParallelLinear(8, 12, None, sequence_parallel), nn.Tanh())
+    parallel = nn.Sequential(*layers, sp.SPRowParallelLinear(12, 8, None, sequence_parallel))
+    plain, parallel = plain.to(ranks.device, torch.float64), parallel.to(ranks.device, torch.float64)
+    x, upstream = random(*shape, 8).requires_grad_(), random(*shape, 8, seed=2)
+    expected = plain(x)
+    grad_x, *grads = torch.autograd.grad(expected, [x, *plain.parameters()], upstream)
+
+    def share(whole):
+        return whole.chunk(world)[rank] if sequence_parallel and shape[0] else whole
+
+    mine = share(x.detach()).clone().requires_grad_()
+    y = parallel(mine)
+    grad_mine, *grads_mine = torch.autograd.grad(y, [mine, *parallel.parameters()], share(upstream))
+    if sequence_parallel:
+        dist.all_reduce(grads_mine[3])  # the row-parallel bias: a partial gradient
+    cuts = [g.chunk(world, dim)[rank] for g, dim in zip(grads, (0, 0, 1))]
+    names = "y", "x", "weight 1", "bias 1", "weight 2", "bias 2"
+    here = dict(zip(names, (y, grad_mine, *grads_mine)))
+    there = dict(zip(names, (share(expected), share(grad_x), *cuts, grads[3])))
+    if not shape[0]:
+        assert all(here[name].shape == there[name].shape and not here[name].any() for name in names)
+    else:
+        assert_equal(here, there)
+
+
+@pytest.mark.ranks(2)
+def test_column_backward_hides_both_messages_behind_products():
+    """The order of events: gather, product, reduce-scatter, wait for the gather, product, wait for the reduction."""
+    layer = sp.SPColumnParallelLinear(8, 12).to(ranks.device, torch.float64)
+    x = random(4, 3, 8).requires_grad_()
+    y = layer(x)
+    with Events() as events:
+        y.sum().backward()
+    assert events.order == ["all_gather", "product", "reduce_scatter", "wait", "product", "wait"]
+
+
+@pytest.mark.ranks(2)
+def test_nothing_is_sent_for_what_needs_no_gradient():
+    """A frozen weight needs no second gather, an input without gradient no reduce-scatter."""
+    layer = sp.SPColumnParallelLinear(8, 12).to(ranks.device, torch.float64)
+    y = layer(random(4, 3, 8))
+    with Events() as events:
+        y.sum().backward()
+    assert events.order == ["all_gather", "wait", "product"]
+    layer.requires_grad_(False)
+    y = layer(random(4, 3, 8).requires_grad_())
+    with Events() as events:
+        y.sum().backward()
+    assert events.order == ["product", "reduce_scatter", "wait"]
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_share_is_what_is_kept():
+    """A column-parallel layer keeps 1/t of its input; g and a product of its own would keep all of it."""
+    world = dist.get_world_size()
+    layer = sp.SPColumnParallelLinear(8, 12).to(ranks.device, torch.float64)
+    x = random(8 // world, 3, 8).requires_grad_()
+    with SavedStorages(layer) as ours:
+        layer(x)
+    with SavedStorages(layer) as naive:
+        F.linear(sp.gather_from_sp(x), layer.weight)
+    assert ours.bytes == x.nbytes and naive.bytes == world * x.nbytes
+
+
+# ── 2.4 Core attention ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("core", [sp.unfused_attention, sp.fused_attention])
+def test_core_attention(core):
+    """Both forms against the plain model's, value and gradients."""
+    qkv = random(3, 2, 4, 7, 5).requires_grad_()  # three, B, N, S, D
+    expected = sp.core_attention(*qkv)
+    (grad,) = torch.autograd.grad(expected, qkv, random(2, 4, 7, 5, seed=2))
+    y = core(*qkv.flatten(1, 2))
+    (grad_here,) = torch.autograd.grad(y, qkv, random(8, 7, 5, seed=2))
+    assert_equal({"y": y.view(2, 4, 7, 5), "grad": grad_here}, {"y": expected, "grad": grad})
+
+
+# ── Layer and model: all modes, float64 ─────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@EVERY_MODE
+@pytest.mark.parametrize("norm", ["pre", "post"])
+def test_layer(sequence_parallel, recompute, norm):
+    """One layer alone, in the layout S B H: output, the input's gradient and every parameter's."""
+    world, rank, cfg = dist.get_world_size(), dist.get_rank(), config(norm=norm)
+    torch.manual_seed(5)
+    plain = sp.Block(cfg, sp.Attention(cfg), sp.MLP(cfg)).to(ranks.device, torch.float64)
+    torch.manual_seed(5)
+    parallel = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(ranks.device, torch.float64)
+    x_SBH, upstream_SBH = random(12, 3, 32), random(12, 3, 32, seed=2)
+    mine = slice(12 // world * rank, 12 // world * (rank + 1)) if sequence_parallel else slice(None)
+    a, b = x_SBH.transpose(0, 1).clone().requires_grad_(), x_SBH[mine].clone().requires_grad_()
+    expected, y = plain(a, sp.RandomStreams()), parallel(b, sp.RandomStreams())
+    expected.backward(upstream_SBH.transpose(0, 1))
+    y.backward(upstream_SBH[mine])
+    if sequence_parallel:
+        sp.reduce_sequence_parallel_grads(parallel)
+    there = {"y": expected.transpose(0, 1)[mine], "x": a.grad.transpose(0, 1)[mine]}
+    assert_equal({"y": y, "x": b.grad}, there)
+    grads = {"x." + name: grad for name, grad in grads_of(parallel).items()}
+    assert_equal(joined(grads, cfg), {"x." + name: grad for name, grad in grads_of(plain).items()})
+
+
+@EVERY_WORLD
+@EVERY_MODE
+def test_model(sequence_parallel, recompute):
+    """Loss and every gradient: an odd batch, a vocabulary that the ranks do not divide, fewer tokens than positions."""
+    cfg = config()
+    plain, parallel = models(cfg, sequence_parallel, recompute)
+    expected = plain.loss(*batch_of())
+    expected.sum().backward()
+    loss = step_gradients(parallel, batch_of())
+    assert_equal({"loss": loss}, {"loss": expected})
+    assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_model_with_the_fused_kernel(sequence_parallel):
+    cfg = config()
+    plain, parallel = models(cfg, sequence_parallel, core=sp.fused_attention)
+    plain.loss(*batch_of()).sum().backward()
+    step_gradients(parallel, batch_of())
+    assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+
+
+@EVERY_WORLD
+@EVERY_MODE
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_five_steps(sequence_parallel, recompute, optimizer):
+    """Weights after five steps, and the norm before clipping, which AdamW and clipping would both hide."""
+    cfg = config()
+    plain, parallel = models(cfg, sequence_parallel, recompute)
+
+    def make(model):
+        if optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
+
+    ours, theirs = make(parallel), make(plain)
+    max_norm = (1e9, 0.1)[optimizer == "adamw"]
+    for step in range(5):
+        tokens, targets = batch_of(seed=step)
+        theirs.zero_grad()
+        expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+        expected.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        theirs.step()
+        loss, norm_here = sp.train_step(parallel, ours, tokens, targets, max_norm=max_norm)
+        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+        assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
+        assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+    floor = 5e-3 if optimizer == "adamw" else 0.0
+    assert_equal(joined(parallel.state_dict(), cfg), plain.state_dict(), floor=floor)
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_weights_are_the_plain_models_whatever_t_is():
+    cfg = config()
+    whole = sp.GPT(cfg).state_dict()
+    mine = sp.shard_state_dict(whole, cfg, dist.get_rank(), dist.get_world_size())
+    here = sp.SequenceParallelGPT(cfg).state_dict()
+    assert here.keys() == mine.keys() and all(torch.equal(x, mine[name]) for name, x in here.items())
+    back = joined(here, cfg)
+    assert all(torch.equal(back[name], x) for name, x in whole.items())
+
+
+# ── 2.5 and 2.7 Dropout and recomputation ───────────────────────────────────────────────────────────────
+
+
+def plain_masks(masks: list, cfg: sp.GPTConfig, sequence_parallel: bool) -> list:
+    """All ranks' masks of one forward pass, put together as the plain model draws them: (B, S, H) and (B, N, S, S)."""
+    whole = []
+    for pieces in zip(*everywhere([mask.cpu() for mask in masks]), strict=True):
+        if pieces[0].shape[1] == pieces[0].shape[2]:  # attention: (B·n, S, S), the ranks' heads side by side
+            whole.append(torch.cat([p.unflatten(0, (-1, cfg.num_heads // len(pieces))) for p in pieces], 1))
+        elif sequence_parallel:
+            whole.append(torch.cat(pieces).transpose(0, 1))
+        else:
+            assert all(torch.equal(piece, pieces[0]) for piece in pieces)
+            whole.append(pieces[0].transpose(0, 1))
+        different = sequence_parallel or whole[-1].ndim == 4
+        assert len(pieces) == 1 or torch.equal(pieces[0], pieces[1]) != different
+    return whole
+
+
+@EVERY_WORLD
+@EVERY_MODE
+def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks(sequence_parallel, recompute):
+    """The ranks' masks of the forward pass, put together, are a mask of the plain model. Recomputation draws its own
+    in backward, from generators that were put back: under the same masks, or gradients would not be equal."""
+    cfg, rank = config(dropout=0.3), dist.get_rank()
+    plain, parallel = models(cfg, sequence_parallel, recompute)
+    streams, original, masks = sp.random_streams(7, rank, sequence_parallel, ranks.device), sp.keep_mask, []
+
+    def recorded(x, p, generator):
+        masks.append(original(x, p, generator))
+        return masks[-1]
+
+    with plant(sp, "keep_mask", recorded):
+        loss = parallel.loss(*batch_of(), streams)
+    after_forward = [stream.get_state() for stream in (streams.outside, streams.inside)]
+    loss.sum().backward()
+    if sequence_parallel:
+        sp.reduce_sequence_parallel_grads(parallel)
+    # Recomputation leaves the streams where forward left them, or the next micro-batch would repeat its masks.
+    assert all(torch.equal(a, s.get_state()) for a, s in zip(after_forward, (streams.outside, streams.inside)))
+
+    replay = iter(plain_masks(masks, cfg, sequence_parallel))
+    with plant(sp, "keep_mask", lambda x, p, generator: next(replay).to(x.device)):
+        expected = plain.loss(*batch_of())
+    assert next(replay, None) is None and len(masks) == 1 + 3 * cfg.num_layers
+    expected.sum().backward()
+    assert_equal({"loss": loss}, {"loss": expected})
+    assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_recomputation_changes_no_bit(sequence_parallel, dropout):
+    """Loss and gradients of two steps, with and without recomputation: the same numbers in the same order."""
+    found = []
+    for recompute in sp.RECOMPUTE:
+        parallel = models(config(dropout=dropout), sequence_parallel, recompute)[1]
+        streams = sp.random_streams(7, dist.get_rank(), sequence_parallel, ranks.device)
+        for step in range(2):  # gradients of two passes, accumulated
+            step_gradients(parallel, batch_of(seed=step), streams)
+        found.append(grads_of(parallel))
+    assert all(torch.equal(found[0][name], other[name]) for other in found[1:] for name in found[0])
+
+
+@pytest.mark.ranks(4)
+def test_random_streams():
+    rank = dist.get_rank()
+
+    def draw(streams):
+        return [sp.keep_mask(torch.empty(200, device=ranks.device), 0.5, s).cpu() for s in streams]
+
+    common = sp.random_streams(0, rank, False, ranks.device)
+    own = sp.random_streams(0, rank, True, ranks.device)
+    assert own.outside is own.inside and common.outside is not common.inside
+    outside, inside = zip(*everywhere(draw([common.outside, common.inside])))
+    assert all(torch.equal(outside[0], other) for other in outside)
+    masks = [*inside, *[drawn for (drawn,) in everywhere(draw([sp.random_streams(1, rank).outside]))], outside[0]]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
+
+
+def flops_of(layer, x, streams) -> int:
+    with FlopCounterMode(display=False) as counter:
+        layer(x, streams).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_computed_again(dropout):
+    """Counted: selective repeats one of core attention's two products, for it stops early; full repeats the layer,
+    or, without a mask at its end, all but its last product."""
+    s, b, h = 16, 3, 32
+    x, streams, found = torch.randn(s, b, h, requires_grad=True), sp.RandomStreams(), {}
+    for recompute in sp.RECOMPUTE:
+        found[recompute] = flops_of(sp.SequenceParallelLayer(config(dropout=dropout), recompute=recompute), x, streams)
+    forward = 24 * b * s * h**2 + 4 * b * s**2 * h
+    assert found["none"] == 3 * forward and math.isclose(3 * forward, sp.model_flops(b, s, h, 1, 0))
+    assert found["selective"] - found["none"] == sp.recomputed_flops(b, s, h, 1, products=1)
+    assert found["full"] - found["none"] == forward - (0 if dropout else 2 * 4 * b * s * h**2)
+
+    def both_products(function, *args, generators=()):
+        return checkpoint(function, *args, use_reentrant=True)
+
+    with plant(sp, "recompute", both_products):  # the older way to checkpoint does not stop early
+        selective = flops_of(sp.SequenceParallelLayer(config(), recompute="selective"), x, streams)
+    assert selective - found["none"] == sp.recomputed_flops(b, s, h, 1, products=2)
+
+
+# ── 2.8 What autograd keeps ─────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+def test_saved_bytes_are_the_papers():
+    """All rows of table 2, to the byte: the formula, and mean and deviation of two norms for each token, 8·s·b."""
+    if ranks.device.type == "cuda":
+        pytest.skip("kernels of GPUs keep statistics of another width")
+    world, cfg, batch = dist.get_world_size(), config(seq_length=32, hidden_size=64, dropout=0.1), 3
+    for cost in sp.layer_costs(cfg, batch):
+        saved = sp.kept_bytes(cost)
+        statistics = 0 if cost.recompute == "full" else 8 * cfg.seq_length * batch
+        divided = world if cost.sequence_parallel else 1
+        assert cost.formula == sp.activation_bytes(cfg, world, cost.sequence_parallel, cost.recompute, batch)
+        assert saved == cost.formula + statistics / divided, cost
+        assert saved / cost.formula < 1.01
+
+
+@pytest.mark.ranks(4)
+def test_saved_bytes_term_by_term():
+    """The table of section 2.6, line by line: what is kept, of which shape and type, in units of s·b·h."""
+    cfg, S, B, H, n, t = config(hidden_size=64, num_heads=8, dropout=0.1), 16, 2, 64, 2, 4
+    wide, bf16, mask = (S // t, B, H), torch.bfloat16, torch.bool
+    expected = [
+        (2 / t, bf16, wide),  # norm 1
+        (2 / t, bf16, wide),  # qkv's input: the share
+        (6 / t, bf16, (B * n, S, H // 8)),  # queries, keys, values: one storage, of which queries are a view
+        (2 * 8 * S / H / t, bf16, (B * n, S, S)),  # softmax
+        (1 * 8 * S / H / t, mask, (B * n, S, S)),
+        (2 * 8 * S / H / t, bf16, (B * n, S, S)),  # after dropout
+        (2 / t, bf16, (S, B, H // t)),  # out's input
+        (1 / t, mask, wide),
+        (2 / t, bf16, wide),  # norm 2
+        (2 / t, bf16, wide),  # up's input: the share
+        (8 / t, bf16, (S, B, 4 * H // t)),  # gelu's input
+        (8 / t, bf16, (S, B, 4 * H // t)),  # down's input
+        (1 / t, mask, wide),
+    ]
+    (cost,) = [c for c in sp.layer_costs(cfg, B) if c.sequence_parallel and c.recompute == "none"]
+    of_norms = [kept for kept in cost.saved if kept.shape[-1] == 1]
+    here = [(k.bytes / (S * B * H), k.dtype, tuple(k.shape)) for k in cost.saved if k.shape[-1] != 1]
+    here = [(units, kind, shape if len(shape) == 3 else (S, B, shape[-1])) for units, kind, shape in here]
+    assert here == expected and len(of_norms) == 4
+    assert "softmax" in cost.saved[5].line and all(kept.line for kept in cost.saved)
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_saved_bytes_of_the_ends(sequence_parallel):
+    """Of the model without layers: the final norm's and the head's input, fp32 logits, a mask behind the embedding;
+    and what belongs to the words' indices and the loss, a few bytes a token."""
+    cfg, B, world = config(vocab_size=64, hidden_size=64, dropout=0.1), 3, dist.get_world_size()
+    model = sp.SequenceParallelGPT(cfg, None, sequence_parallel).to(ranks.device)
+    model.load_state_dict({n: x.bfloat16() for n, x in model.state_dict().items()}, assign=True)
+    model.layers = nn.ModuleList()
+    streams = sp.random_streams(0, dist.get_rank(), sequence_parallel, ranks.device)
+    batch = batch_of(B, 16, 64)
+    saved = sum(k.bytes for k in sp.saved_bytes(lambda: model.loss(*batch, streams), model.parameters()))
+    t = world if sequence_parallel else 1
+    formula = 16 * B * ((1 + 4) * 64 / t + 4 * 64 / world)
+    assert formula <= saved <= formula + 16 * B * 40
+
+
+def test_the_fused_kernel_keeps_no_scores():
+    """Without dropout: the written-out core keeps 2·a·s²·b more; the kernel 4 bytes a query, and not one copy."""
+    S, B, cfg = 16, 2, config(hidden_size=64)
+    x, found = torch.randn(S, B, 64, dtype=torch.bfloat16, requires_grad=True), {}
+    for core in (sp.unfused_attention, sp.fused_attention):
+        layer = sp.SequenceParallelLayer(cfg, core=core).bfloat16()
+        saved = sp.saved_bytes(lambda layer=layer: layer(x, sp.RandomStreams()), layer.parameters())
+        found[core] = sum(kept.bytes for kept in saved)
+    queries = 4 * S * B
+    base = 32 * S * B * 64 + 8 * S * B  # 34 without two masks, and the norms' statistics
+    assert found[sp.unfused_attention] == base + 2 * queries * S
+    assert found[sp.fused_attention] == base + 4 * queries
+
+
+def test_saved_bytes_counts_memory_once_and_no_parameters():
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
+
+    def run():
+        y = x @ weight
+        return (y * y[:1]).sum() + (y.T @ x.detach()[:, :1]).sum()
+
+    kept = sp.saved_bytes(run, [weight])
+    assert [k.bytes for k in kept] == [48, 48]  # x, y: several views of each
+
+
+# ── Messages ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def ops(messages) -> dict:
+    names = [m.op.removesuffix("_base") for m in messages]
+    return {name: names.count(name) for name in names}
+
+
+@pytest.mark.ranks(2, 4)
+@EVERY_MODE
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_messages_of_a_layer(sequence_parallel, recompute, dropout):
+    """TP: 2 + 2 all-reduces. SP: 2 + 4 gathers, two of them again, and 2 + 2 reduce-scatters. Each is of s·b·h numbers.
+    Full recomputation sends forward's once more; without a mask at its end it stops before the last of them."""
+    cfg, t = config(dropout=dropout), dist.get_world_size()
+    layer = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(ranks.device, torch.float64)
+    x = random(16 // (t if sequence_parallel else 1), 3, 32).requires_grad_()
+    streams = sp.random_streams(0, dist.get_rank(), sequence_parallel, ranks.device)
+    with sp.Counter() as forward:
+        y = layer(x, streams)
+    with sp.Counter() as backward:
+        y.sum().backward()
+    again = 0 if recompute != "full" else 2 if dropout else 1
+    if sequence_parallel:
+        there, back = {"all_gather": 2, "reduce_scatter": 2}, {"all_gather": 4, "reduce_scatter": 2}
+        back["all_gather"] += 2 * (recompute == "full")
+        back["reduce_scatter"] += again
+    else:
+        there, back = {"all_reduce": 2}, {"all_reduce": 2 + again}
+    assert ops(forward.messages) == there and ops(backward.messages) == back
+    size = 16 * 3 * 32 * 8
+    assert {m.bytes for m in forward.messages + backward.messages} == {size}
+    if recompute != "full":
+        volume = sp.wire_bytes(forward.messages + backward.messages, t)
+        assert volume == (10 if sequence_parallel else 8) * size * (t - 1) / t
+        without_regathers = volume - 2 * size * (t - 1) / t if sequence_parallel else volume
+        assert without_regathers == 8 * size * (t - 1) / t
+
+
+@pytest.mark.ranks(2, 4)
+def test_messages_of_the_ends_and_of_a_step():
+    """Embedding: one reduce-scatter, its gather back. Head: one gather, its second one and a reduce-scatter back. The
+    loss two small all-reduces. A step: one message of all partial gradients, one number for the norm."""
+    cfg = config()
+    model = models(cfg, True)[1]
+    model.layers = nn.ModuleList()
+    with sp.Counter() as forward:
+        loss = model.loss(*batch_of())
+    with sp.Counter() as backward:
+        loss.sum().backward()
+    with sp.Counter() as partial:
+        sp.reduce_sequence_parallel_grads(model)
+    size = 12 * 3 * 32 * 8
+    big = [m for m in forward.messages + backward.messages if m.bytes == size]
+    assert ops(big[:2]) == {"reduce_scatter": 1, "all_gather": 1}
+    assert ops(big[2:]) == {"all_gather": 2, "reduce_scatter": 1}
+    small = [m.bytes for m in forward.messages + backward.messages if m.bytes != size]
+    assert small == [12 * 3 * 8, 2 * 12 * 3 * 8]
+    assert [m.bytes for m in partial.messages] == [8 * (16 * 32 + 2 * 32)]  # positions, final norm
+
+    model = models(cfg, True)[1]
+    with sp.Counter() as step:
+        sp.train_step(model, sp.make_optimizer(model), *batch_of())
+    assert step.messages[-1].bytes == 8 and ops(step.messages)["all_reduce"] == 2 + 1 + 1
+
+
+@pytest.mark.ranks(4)
+def test_no_rank_holds_all_tokens_between_the_regions():
+    """Forward makes tensors of S × B × H numbers only where a region begins (gathers) and ends (summands)."""
+    cfg = config(num_layers=1, hidden_size=64)
+    layer = sp.SequenceParallelLayer(cfg).to(ranks.device)
+    with Shapes() as shapes:
+        layer.norm1(torch.ones(4, 3, 64)) + layer.norm2(torch.ones(4, 3, 64))
+        assert (16, 3, 64) not in shapes.seen
+    with sp.Counter() as counter, Shapes() as shapes:
+        layer(torch.ones(4, 3, 64), sp.RandomStreams())
+    assert (16, 3, 64) in shapes.seen and len(counter.messages) == 4
+
+
+# ── Compilers and narrow types ──────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(2, timeout=120)
+@pytest.mark.parametrize("recompute", sp.RECOMPUTE)
+def test_compiled_model(recompute):
+    """torch.compile may break the graph at our functions, and must not change a number."""
+    cfg = config()
+    plain, parallel = models(cfg, True, recompute)
+    tokens, targets = batch_of()
+    plain.loss(tokens, targets).sum().backward()
+    logits_SBv = torch.compile(parallel, backend="aot_eager")(tokens)
+    sp.vocab_parallel_cross_entropy(logits_SBv, targets.T, vocab_size=61).sum().backward()
+    sp.reduce_sequence_parallel_grads(parallel)
+    assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+
+
+@pytest.mark.ranks(2)
+@EVERY_MODE
+def test_autocast(sequence_parallel, recompute):
+    """bf16 products over fp32 weights: gradients stay fp32, and are the plain model's under the same autocast."""
+    cfg = config()
+    plain = sp.GPT(cfg).to(ranks.device)
+    parallel = sp.SequenceParallelGPT(cfg, None, sequence_parallel, recompute).to(ranks.device)
+    with torch.autocast(ranks.device.type, torch.bfloat16), sp.Counter() as counter:
+        loss, expected = parallel.loss(*batch_of()), plain.loss(*batch_of())
+    loss.sum().backward()
+    expected.sum().backward()
+    if sequence_parallel:
+        sp.reduce_sequence_parallel_grads(parallel)
+        assert {m.bytes for m in counter.messages if m.op.startswith("all_gather")} == {12 * 3 * 32 * 2}  # sent narrow
+    # bf16 keeps 8 bits: each product is off by up to 0.4 %, and the summands of a row-parallel layer are rounded before
+    # they are added, which the single device does not do.
+    assert_equal(joined(grads_of(parallel), cfg), grads_of(plain), bound=0.05)
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+def test_table_2_in_units_of_sbh():
+    """All six rows of the four published models."""
+    for name, units in {
+        "22B": (26.33, 13, 2, 17.58, 4.25, 0.25),
+        "175B": (23, 13, 2, 14.25, 4.25, 0.25),
+        "530B": (21, 13, 2, 12.25, 4.25, 0.25),
+        "1T": (21, 13, 2, 12.25, 4.25, 0.25),
+    }.items():
+        m = sp.PAPER_MODELS[name]
+        here = [sp.layer_bytes(2048, 1, m.h, m.a, m.t, *mode) / (2048 * m.h) for mode in MODES]
+        assert [round(x, 2) for x in here] == list(units)
+        alone = [sp.layer_bytes(2048, 1, m.h, m.a, 1, False, r) / (2048 * m.h) for r in sp.RECOMPUTE]
+        assert alone == [34 + 5 * m.a * 2048 / m.h, 34, 2]
+
+
+@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 4]))
+@settings(max_examples=30, deadline=None)
+def test_what_the_modes_have_in_common(s, b, heads, size, t):
+    """At t = 1 the flag changes nothing; more saving never keeps more; with SP every term is divided by t."""
+    sizes = s * t, b, heads * size * t, heads * t
+    for recompute in sp.RECOMPUTE:
+        assert sp.layer_bytes(*sizes, 1, True, recompute) == sp.layer_bytes(*sizes, 1, False, recompute)
+        whole = sp.layer_bytes(*sizes, 1, True, recompute)
+        assert math.isclose(sp.layer_bytes(*sizes, t, True, recompute), whole / t)
+    none, selective, full = (sp.layer_bytes(*sizes, t, False, recompute) for recompute in sp.RECOMPUTE)
+    assert none > selective > full
+
+
+def test_memory_of_the_published_models():
+    """Figures of the first stage, and what the paper says about them, where it holds and where it does not."""
+    both, tp_only, full = (True, "selective"), (False, "none"), (False, "full")
+    gigabytes = {
+        name: [round(sp.first_stage_bytes(m, *mode) / 1e9, 1) for mode in (both, tp_only, full)]
+        for name, m in sp.PAPER_MODELS.items()
+    }
+    assert {name: (a, b) for name, (a, b, _) in gigabytes.items()} == {
+        "22B": (10.3, 63.6),
+        "175B": (13.3, 71.8),
+        "530B": (24.8, 122.4),
+        "1T": (28.5, 140.9),
+    }
+    factors = [round(sp.first_stage_bytes(m, *tp_only) / sp.first_stage_bytes(m, *both), 1)
+               for m in sp.PAPER_MODELS.values()]  # fmt: skip
+    assert factors == [6.2, 5.4, 4.9, 4.9]  # "about five times"
+    saved = [5 * m.a * 2048 / m.h / (34 + 5 * m.a * 2048 / m.h) for m in sp.PAPER_MODELS.values()]
+    assert [round(100 * x) for x in saved[1:3]] == [70, 65]
+    small = sp.PAPER_MODELS["22B"]
+    assert round(100 * sp.extra_bytes(small) / sp.first_stage_bytes(small, True, "none"), 2) == 0.57  # not 0.01
+    assert round(sp.stage_output_bytes(sp.PAPER_MODELS["530B"]) / 2**30, 2) == 2.73  # GiB
+
+
+def test_utilization_of_the_published_models():
+    """All eight cells of table 5; 22B's 1.10 s are rounded to half a percent, so its two are."""
+    for name, m in sp.PAPER_MODELS.items():
+        sizes = m.batch, sp.SEQUENCE, m.h, m.L, sp.WORDS
+        mfu = 100 * sp.utilization(sp.model_flops(*sizes), m.seconds, m.gpus)
+        hfu = 100 * sp.utilization(sp.hardware_flops(*sizes), m.seconds, m.gpus)
+        bound = 0.005 / 1.10 if name == "22B" else 0.001
+        assert abs(mfu / m.mfu - 1) < bound + 0.05 / m.mfu and abs(hfu / m.hfu - 1) < bound + 0.05 / m.hfu, name
+    gains = [round(100 * (m.seconds_full / m.seconds - 1)) for m in sp.PAPER_MODELS.values()]
+    assert gains == [29, 32, 30, 32]
+
+
+def test_the_papers_hardware_flops_count_attention_twice():
+    """Its equation adds what core attention costs forward and backward; computed once more is a third of that."""
+    for m in sp.PAPER_MODELS.values():
+        sizes = m.batch, sp.SEQUENCE, m.h, m.L
+        added = sp.hardware_flops(*sizes, sp.WORDS) - sp.model_flops(*sizes, sp.WORDS)
+        assert math.isclose(added, 3 * sp.recomputed_flops(*sizes), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["22B", "1T"])
+def test_published_layers_on_pretended_ranks(name):
+    """Full size, through the same code: bytes within 0.01 %, messages, volume and operations."""
+    numbers = "(s.kept_bytes(c) / c.formula - 1, c.wire, len(c.messages), c.flops)"
+    program = f"import seq_parallel as s; print([{numbers} for c in s.paper_scale({name!r})])"
+    options = dict(cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
+    found = ast.literal_eval(subprocess.run([sys.executable, "-c", program], **options).stdout)
+    m = sp.PAPER_MODELS[name]
+    size, forward = 2 * sp.SEQUENCE * m.micro_batch * m.h, sp.model_flops(m.micro_batch, sp.SEQUENCE, m.h, 1, 0) / 3
+    assert all(0 <= error < 2e-4 for error, *_ in found)
+    assert [wire / size * 8 / 7 for _, wire, *_ in found] == [8, 8, 12, 10, 10, 14]
+    assert [count for _, _, count, _ in found] == [4, 4, 6, 10, 10, 14]
+    again = sp.recomputed_flops(m.micro_batch, sp.SEQUENCE, m.h, 1, products=1)
+    assert [flops * 8 for *_, flops in found] == pytest.approx([3 * forward, 3 * forward + again, 4 * forward] * 2)
+
+
+# ── Planted bugs: what a missing safeguard looks like ───────────────────────────────────────────────────
+#
+# Each takes one safeguard away and looks as a user would: first at the loss, then at the gradients.
+
+
+def loss_and_grads(cfg, *mode):
+    """Loss and gradients here and of the plain model; of what should be whole and differs, rank 0's."""
+    plain, parallel = models(cfg, *mode)
+    expected, loss = plain.loss(*batch_of()).sum(), step_gradients(parallel, batch_of()).sum()
+    expected.backward()
+    return loss.item(), rank_0s(grads_of(parallel), cfg), expected.item(), grads_of(plain)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the loss is right; norms, positions and row biases get one rank's part, and their copies drift apart",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/1446",
+)
+def test_partial_gradients_not_summed():
+    with plant(sp, "reduce_sequence_parallel_grads", lambda module, group=None: None):
+        cfg = config()
+        loss, grads, expected, reference = loss_and_grads(cfg, True)
+        parallel = models(cfg, True)[1]
+        sp.train_step(parallel, sp.make_optimizer(parallel), *batch_of())
+    assert math.isclose(loss, expected, rel_tol=1e-12)
+    wrong = assert_differs(grads, reference)
+    assert set(wrong) == {name for name in reference if sp.shard_dim(name) is None}
+    with pytest.raises(ValueError, match="should be the same on every rank, but rank"):
+        joined(parallel.state_dict(), cfg)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="without sequence parallelism: whole gradients come out t times too large; Adam hides it", seen_in=None
+)
+def test_whole_gradients_summed():
+    cfg, t = config(), dist.get_world_size()
+    plain, parallel = models(cfg, False)
+    plain.loss(*batch_of()).sum().backward()
+    step_gradients(parallel, batch_of())
+    sp.reduce_sequence_parallel_grads(parallel)
+    here, reference = joined(grads_of(parallel), cfg), grads_of(plain)
+    factors = {name: t if sp.shard_dim(name) is None else 1 for name in reference}
+    assert_equal(here, {name: factors[name] * grad for name, grad in reference.items()})
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="norms and biases learn t times too slowly; with Adam nothing is to be seen",
+    seen_in="https://github.com/EleutherAI/gpt-neox/issues/1259",
+)
+def test_partial_gradients_averaged():
+    def averaged(module, group=None):
+        original(module, group)
+        for name, p in module.named_parameters():
+            if sp.shard_dim(name) is None:
+                p.grad /= dist.get_world_size()
+
+    with plant(sp, "reduce_sequence_parallel_grads", averaged) as original:
+        loss, grads, expected, reference = loss_and_grads(config(), True)
+    assert math.isclose(loss, expected, rel_tol=1e-12)
+    t = dist.get_world_size()
+    factors = {name: 1 / t if sp.shard_dim(name) is None else 1 for name in reference}
+    assert_equal(grads, {name: factors[name] * grad for name, grad in reference.items()})
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="invisible at the start, where biases are zero; then every row bias counts t times", seen_in=None
+)
+def test_bias_before_the_reduce_scatter():
+    def forward(self, y_SBf):
+        return sp.sum_over_tp(F.linear(y_SBf, self.weight, self.bias), self.group, self.sequence_parallel)
+
+    torch.manual_seed(3)
+    layer, t = sp.SPRowParallelLinear(8, 12).to(ranks.device, torch.float64), dist.get_world_size()
+    x = random(4, 3, 8).chunk(t, -1)[dist.get_rank()]
+    right = layer(x)
+    with plant(sp.SPRowParallelLinear, "forward", forward):
+        assert_equal({"y": layer(x) - right}, {"y": ((t - 1) * layer.bias).expand(4 // t, 3, 12)})
+        loss, _, expected, _ = loss_and_grads(config(), True)
+        assert math.isclose(loss, expected, rel_tol=1e-12)  # the first step sees nothing
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="tokens i and i + s lose the same features, always; no number looks wrong",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/1256",
+)
+def test_one_stream_for_all_tokens():
+    """The common stream of tensor parallelism, under sequence parallelism: the mask repeats after s tokens."""
+    model = models(config(dropout=0.3), True)[1]
+    original = sp.keep_mask
+    for flag, repeats in ((False, True), (True, False)):
+        masks = []
+
+        def recorded(x, p, generator, masks=masks):
+            masks.append(original(x, p, generator))
+            return masks[-1]
+
+        with plant(sp, "keep_mask", recorded):
+            loss = model.loss(*batch_of(), sp.random_streams(7, dist.get_rank(), flag, ranks.device))
+        assert torch.isfinite(loss).all()
+        assert torch.equal(*everywhere(masks[0].cpu())) == repeats
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the loss is right and falls; everything below a region gets one rank's summand of its gradient",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/7452",
+)
+def test_slice_instead_of_reduce_scatter():
+    """g's backward as if the work behind it were repeated: on the operator, and in all column-parallel layers."""
+    t, rank = dist.get_world_size(), dist.get_rank()
+    weight, x = random(6, 5).chunk(t if t == 2 else 1)[0], random(8, 3, 5)
+    right, wrong = (x.chunk(t)[rank].clone().requires_grad_() for _ in range(2))
+    (sp.gather_from_sp(right) @ weight.T * (rank + 1)).sum().backward()
+    (sp.gather_from_sp(wrong, backward="split") @ weight.T * (rank + 1)).sum().backward()
+    assert_equal({"x": right.grad * (rank + 1)}, {"x": wrong.grad * sum(range(1, t + 1))})
+
+    def naive(x, weight, bias, group, sequence_parallel):
+        return F.linear(sp.gather_from_sp(x, group, backward="split"), weight, bias)
+
+    with plant(sp, "column_parallel", naive):
+        loss, grads, expected, reference = loss_and_grads(config(), True)
+    assert math.isclose(loss, expected, rel_tol=1e-12)
+    wrong = assert_differs(grads, reference, at_least=0.1)
+    assert "final_norm.weight" in wrong and "layers.1.mlp.up.weight" in wrong
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(symptom="gradients below repeated work come out t times too large", seen_in=None)
+def test_reduce_scatter_instead_of_slice():
+    """A classifier that every rank computes whole, behind a gather made for divided work."""
+    t, rank, x, weight = dist.get_world_size(), dist.get_rank(), random(8, 3, 5), random(5, 2)
+    whole = x.clone().requires_grad_()
+    (whole @ weight).square().sum().backward()
+    for backward, factor in (("split", 1), ("reduce_scatter", t)):
+        mine = x.chunk(t)[rank].clone().requires_grad_()
+        (sp.gather_from_sp(mine, backward=backward) @ weight).square().sum().backward()
+        assert_equal({"x": mine.grad}, {"x": factor * whole.grad.chunk(t)[rank]})
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="in the layout B S H ranks exchange sequences instead of tokens; shapes fit, and the loss falls",
+    seen_in=None,
+)
+def test_collective_over_the_wrong_dimension():
+    """A rank's tokens in the layout B s H through g: what comes out has the right size and the wrong order."""
+    x_BSH = random(4, 6, 5)
+    mine_BsH = x_BSH.chunk(2, 1)[dist.get_rank()]
+    gathered = sp.gather_from_sp(mine_BsH).view(4, 6, 5)  # as many numbers
+    assert not torch.equal(gathered, x_BSH)
+    right_SBH = sp.gather_from_sp(mine_BsH.transpose(0, 1))
+    assert torch.equal(right_SBH.transpose(0, 1), x_BSH)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="nothing is wrong but the memory: 34/t becomes 34/t + 4·(1 − 1/t) units of s·b·h", seen_in=None
+)
+def test_full_input_saved():
+    def naive(x, weight, bias, group, sequence_parallel):
+        return F.linear(sp.gather_from_sp(x, group) if sequence_parallel else sp.copy_to_tp(x, group), weight, bias)
+
+    cfg, t = config(seq_length=32, hidden_size=64, dropout=0.1), dist.get_world_size()
+    with plant(sp, "column_parallel", naive):
+        costs = [c for c in sp.layer_costs(cfg, 2) if c.sequence_parallel and c.recompute == "none"]
+    excess = sp.kept_bytes(costs[0]) - costs[0].formula - 8 * 32 * 2 / t
+    assert excess == 32 * 2 * 64 * 4 * (1 - 1 / t)
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+@pytest.mark.planted_bug(
+    symptom="the loss is right, the gradient is of another function: other masks than the loss had",
+    seen_in="https://github.com/allenai/OLMo-core/issues/828",
+)
+def test_recomputed_with_fresh_random_numbers(recompute):
+    cfg, losses, grads = config(dropout=0.3), [], []
+    for replay in (sp._Replay, lambda generators: contextlib.nullcontext()):
+        with plant(sp, "_Replay", replay):
+            parallel = models(cfg, True, recompute)[1]
+            streams = sp.random_streams(7, dist.get_rank(), True, ranks.device)
+            losses.append(step_gradients(parallel, batch_of(), streams))
+            grads.append(joined(grads_of(parallel), cfg))
+    assert torch.equal(*losses)
+    wrong = assert_differs(grads[1], grads[0], at_least=0.1)
+    assert "layers.0.attention.qkv.weight" in wrong
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(4)
+def test_sizes_that_do_not_divide_are_refused_on_every_rank():
+    remedy = "a sequence of 10 tokens does not divide over 4 ranks: pad it to 12, targets with −100"
+    for door in (sp.reduce_scatter_to_sp, sp.scatter_to_sp):
+        with pytest.raises(ValueError, match=remedy):
+            door(torch.zeros(10, 2))
+    model = sp.SequenceParallelGPT(config())
+    with pytest.raises(ValueError, match=remedy):
+        model(torch.zeros(2, 10, dtype=torch.int64))
+    assert sp.SequenceParallelGPT(config(), None, False)(torch.zeros(2, 10, dtype=torch.int64)).shape[0] == 10
+    with pytest.raises(ValueError, match=r"num_heads=6 and ffn_hidden_size=144 .* choose tp from \[1, 2, 3\]"):
+        sp.SequenceParallelGPT(config(hidden_size=36, num_heads=6))
+    with pytest.raises(ValueError, match="num_heads=6 does not divide over 4 ranks: choose a multiple of 4"):
+        sp.SequenceParallelLayer(config(hidden_size=36, num_heads=6))
+    with pytest.raises(ValueError, match="needs streams=random_streams"):
+        sp.SequenceParallelGPT(config(dropout=0.1))(batch_of()[0].cpu())
+
+
+@pytest.mark.ranks(1, 2)
+def test_what_makes_no_sense_is_refused_on_every_rank():
+    model, (tokens, targets) = sp.SequenceParallelGPT(config()), (x.cpu() for x in batch_of())
+    with pytest.raises(ValueError, match="words are numbered 0 to 60"):
+        model(torch.full_like(tokens, 61))
+    with pytest.raises(ValueError, match=r"target 61 is neither a word in \[0, 61\) nor ignore_index=-100"):
+        model.loss(tokens, torch.full_like(targets, 61))
+    with pytest.raises(ValueError, match="a sequence of 20 tokens, but the model has 16 positions"):
+        model(torch.zeros(1, 20, dtype=torch.int64))
+    with pytest.raises(ValueError, match="recompute='some': choose from none, selective, full"):
+        sp.SequenceParallelLayer(config(), recompute="some")
+    with pytest.raises(ValueError, match="backward='sum': 'reduce_scatter' in front of divided work"):
+        sp.gather_from_sp(torch.zeros(2, 2), backward="sum")
+    with pytest.raises(ValueError, match=r"dropout=0.1: the fused kernel takes no generator"):
+        sp.fused_attention(*torch.zeros(3, 1, 2, 2), p=0.1)
+
+
+# ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*flags, timeout=120) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--seq-length", "30"], "--seq-length 30 does not divide over 4 ranks: try 32"),
+        (["--num-heads", "2"], "num_heads=2 and ffn_hidden_size=512 do not both divide over tp=4 ranks"),
+        (["--batch", "0"], "--batch 0"),
+        (["--recompute", "some"], "invalid choice"),
+    ],
+)
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
+    result = run(*flags)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_script_and_its_flags():
+    """A short run ends in its claims, all ok; --check proves each mode; another mode trains with dropout."""
+    result = run("--ranks", "2", "--steps", "6", "--num-layers", "1")
+    assert result.returncode == 0 and "claim" in result.stdout and "FAILED" not in result.stdout, result.stderr
+    result = run("--ranks", "2", "--check", "--dtype", "fp64")
+    assert result.returncode == 0 and result.stdout.count("bound 1e-10; tp 2, fp64") == 6
+    result = run("--ranks", "1", "--no-sequence-parallel", "--recompute", "full", "--dropout", "0.1", "--steps", "3")
+    assert result.returncode == 0 and "training with TP + full" in result.stdout, result.stderr
