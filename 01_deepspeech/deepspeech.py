@@ -168,6 +168,7 @@ class PlainBatchNorm(nn.BatchNorm1d):
     """PyTorch's own, on the valid frames put side by side: x (..., H), valid (...) or broadcastable; 0 elsewhere."""
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in bf16 would be off by a percent
         valid, y = valid.expand(x.shape[:-1]), torch.zeros_like(x)
         y[valid] = super().forward(x[valid])
         return y
@@ -287,11 +288,10 @@ class DeepSpeech2(nn.Module):
     def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         if x_BTF.shape[-1] != self.config.features:
             raise ValueError(f"spectrograms of {x_BTF.shape[-1]} bins for a network of {self.config.features}")
-        x_BCTF, valid_TB = x_BTF[:, None], None
-        for convolution, norm in zip(self.convolutions, self.norms):
+        x_BCTF = x_BTF[:, None]
+        for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms), 1):
             x_TBFC = rearrange(convolution(x_BCTF), "B C T F -> T B F C")
-            lengths_B = (lengths_B - 1) // convolution.stride[0] + 1
-            valid_TB = valid_frames(lengths_B, x_TBFC.shape[0])
+            valid_TB = valid_frames(self.config.after(lengths_B, 0, number), x_TBFC.shape[0])
             x_BCTF = rearrange(clip(norm(x_TBFC, valid_TB[..., None])), "T B F C -> B C T F")
         x_TBH = rearrange(x_BCTF, "B C T F -> T B (C F)")
         for layer in self.layers:
@@ -301,7 +301,7 @@ class DeepSpeech2(nn.Module):
         x_TBH = clip(self.full_norm(self.full(self.dropout(x_TBH)), valid_TB))
         logits_TBV = self.out(x_TBH)
         wide = torch.promote_types(logits_TBV.dtype, torch.float32)
-        return logits_TBV.log_softmax(-1, dtype=wide), lengths_B
+        return logits_TBV.log_softmax(-1, dtype=wide), self.config.after(lengths_B, 0)
 
 
 @dataclass
@@ -1040,6 +1040,9 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
+# What a step does, and in which order the utterances come. (Where they come from stands behind part 6: sound, words,
+# files.)
+#
 # ── 4.1 One step on many ranks ──────────────────────────────────────────────────────────────────────────
 #
 # Long utterances make gradients explode, in a network that multiplies by U hundreds of times, and an accelerated
@@ -1468,6 +1471,10 @@ def flags() -> argparse.Namespace:
         for path in (args.data, args.dev, args.evaluate):
             for utterance in read_manifest(path) if path else ():
                 check_audio(utterance.path)
+        if args.transcribe:
+            check_audio(args.transcribe)
+        if args.load:
+            load_model(args.load)
         if args.save and not Path(args.save).absolute().parent.is_dir():
             raise ValueError(f"--save {args.save}: there is no such folder")
     except (ValueError, OSError) as error:
