@@ -344,18 +344,14 @@ def train_alone(
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
-# The same program runs in every process; torchrun starts them (the launcher at the end of this file calls it). A
-# *rank* is the number of a process, a *group* some of the ranks, and a *collective* is a function that all ranks of a
-# group call together. Two of them are enough for this chapter:
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are the four functions that
+# follow here. Two collectives are enough for this chapter:
 #
 #     all-reduce    rank 0: a    rank 1: b     →    rank 0: a + b     rank 1: a + b
 #     all-gather    rank 0: a    rank 1: b     →    rank 0: [a, b]    rank 1: [a, b]
-#
-# If one rank stays away, the others wait until the timeout, and fail. So whether to call a collective may depend only
-# on what is the same on all ranks: the size of a group, the structure of the model.
 
 
-# ── shared: tensor-parallel operators ──
+# ── shared: groups ──
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -368,7 +364,7 @@ def group_rank(group=None) -> int:
 
 def _readable(x: Tensor) -> bool:
     """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (part 5), which have none."""
+    not of fake tensors (chapter 2, part 5), which have none."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -379,6 +375,10 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+# ── end of groups ──
+
+
+# ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
 # Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
@@ -1148,10 +1148,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
 
 # ── 4.2 One norm for a gradient that no rank holds ──────────────────────────────────────────────────────
 #
-# Clipping scales the whole gradient by one number, so every rank must come to the same norm. Shards are different
-# elements on each rank: their squares are summed over the group. What is whole on every rank is the same elements tp
-# times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training clips too much, and
-# shows nothing.
+# Why the norm must be that of the summed gradient: chapter 1, section 4.2, the home of this function. New here are
+# shards. They are different elements on each rank: their squares are summed over the group. What is whole on every rank
+# is the same elements tp times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training
+# clips too much, and shows nothing.
 
 
 # ── shared: clipping ──
@@ -1542,6 +1542,7 @@ class TextData:
 # ── end of text data ──
 
 
+# Explained in chapter 1, at its end.
 # ── shared: counter ──
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
@@ -1566,6 +1567,7 @@ class Counter(TorchDispatchMode):
 # ── end of counter ──
 
 
+# Explained in chapter 1, at its end.
 # ── shared: claims table ──
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
@@ -1583,6 +1585,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── end of claims table ──
 
 
+# Explained in chapter 1, at its end.
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
@@ -1630,6 +1633,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
 # ── end of flags ──
 
 
+# Explained in chapter 1, at its end.
 # ── shared: launcher ──
 def say(text: str = "") -> None:
     """Rank 0 prints."""

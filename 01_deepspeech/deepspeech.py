@@ -1,0 +1,1957 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 1. Deep Speech: one network that hears, and data parallelism that makes it trainable.
+
+Papers: Deep Speech: Scaling up end-to-end speech recognition, Hannun et al., 2014, arXiv 1412.5567
+        Deep Speech 2: End-to-End Speech Recognition in English and Mandarin, Amodei et al., 2015, arXiv 1512.02595
+
+The problem. Speech recognisers were chains of hand-made parts: phonemes, alignments, decision trees. One network that
+writes letters directly needs none of them, but it needs thousands of hours of speech, weeks on one GPU.
+
+The idea. Two sums make it possible. The first is over alignments: nobody has to say when each letter is spoken, because
+the CTC loss adds up the probabilities of all ways in which the letters can lie on the frames. The second is over GPUs:
+each computes the gradient of its own utterances, and a ring adds the gradients up while backward still runs.
+
+     utterances     rank 0: "two one"           rank 1: "six"           each rank has the whole network
+                         │                           │
+     convolutions, recurrent layers  ◄─ BatchNorm ─► the same           statistics over the frames of all ranks
+                         │                           │
+     letters     _ t t w _ o o _ _ o n e     _ s _ i x x _              one symbol a frame, _ is "no letter"
+                         │                           │
+     CTC loss    all alignments of "two one"   all alignments of "six"  no human alignment
+                         │                           │
+     gradient            └──►  ring all-reduce  ◄────┘                  what one device gets for the whole batch
+
+Run it (no flag is needed; --help lists them):
+
+    python 01_deepspeech/deepspeech.py                             2 ranks on this machine, synthetic number words
+    python 01_deepspeech/deepspeech.py --ranks 1                   one process, for a debugger
+    python 01_deepspeech/deepspeech.py --check                     equivalence alone, each tensor's error
+    python 01_deepspeech/deepspeech.py --data train.jsonl --dev dev.jsonl --save model.safetensors
+    python 01_deepspeech/deepspeech.py --load model.safetensors --evaluate dev.jsonl
+    python 01_deepspeech/deepspeech.py --load model.safetensors --transcribe me.wav
+    torchrun --nproc-per-node=8 01_deepspeech/deepspeech.py
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 01_deepspeech/deepspeech.py
+
+It proves in float64 that every gradient equals the single device's, trains on speech that it synthesises, writes down
+what it hears in speech that it has not heard before, and ends in a table of the papers' claims.
+
+Left out: Deep Speech 1's feed-forward layers (its recurrence cut in time is section 2.5), bigram output, Mandarin, the
+GPU kernels and the memory allocator.
+"""
+
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The suffix of a tensor's name is its shape, one letter a dimension:
+#
+#     B  batch, in utterances           T  time, in frames       t: the frames of this rank (section 2.5)
+#     F  frequency bins                 U  labels of an utterance
+#     C  channels of a convolution      V  alphabet, the blank included
+#     H  hidden size                    S  states of the CTC lattice, 2U + 1
+#     D  directions: 1, or 2            W  samples of a waveform
+#
+# A CAPITAL is the whole dimension, the small letter this rank's share of it, and partial_ marks a summand that is still
+# to be reduced; a digit is a literal size. In data parallelism each rank has its own B: "whole" means within one
+# rank's batch. (F with a dot behind it is torch.nn.functional.)
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections import defaultdict, namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # 29 symbols; number 0, written _, is CTC's blank: "no letter here"
+
+
+@dataclass
+class SpeechConfig:
+    """The sizes of a Deep Speech 2 network. Raises ValueError where they contradict each other."""
+
+    sample_rate: int = 8000  # samples a second; other recordings are resampled to it
+    bins: int = 40  # F: mel bands; 0 for all frequencies of the spectrogram, as in the paper (161 at 16 kHz)
+    channels: tuple[int, ...] = (8,)  # of each 2-D convolution
+    kernels: tuple[tuple[int, int], ...] = ((11, 11),)  # its frames × bins, odd numbers
+    strides: tuple[tuple[int, int], ...] = ((2, 2),)  # the same
+    layers: int = 1  # recurrent ones
+    hidden_size: int = 64  # H
+    cell: str = "relu"  # "relu", clipped at 20, or "gru"
+    bidirectional: bool = True  # if not, a row convolution looks ahead instead
+    lookahead: int = 10  # of the row convolution: frames of the future that it sees (τ)
+    batch_norm: bool = True
+    dropout: float = 0.0  # between layers, never on a recurrent connection
+    seed: int = 0  # the weights are a function of this configuration alone
+
+    def __post_init__(self):
+        self.channels = tuple(self.channels)
+        self.kernels, self.strides = (tuple(map(tuple, pairs)) for pairs in (self.kernels, self.strides))
+        counts, sides = {len(self.channels), len(self.kernels), len(self.strides)}, itertools.chain(*self.kernels)
+        for names, good, remedy in (
+            ("sample_rate layers hidden_size", min(self.sample_rate, self.layers, self.hidden_size) > 0, "at least 1"),
+            ("bins lookahead", min(self.bins, self.lookahead) >= 0, "not below 0"),
+            ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
+            ("channels kernels strides", len(counts) == 1 and 0 not in counts, "as many of each, and at least one"),
+            ("kernels", all(side % 2 for side in sides), "odd sizes only, so that a convolution has a middle"),
+            ("strides", min(itertools.chain(*self.strides), default=1) > 0, "at least 1"),
+            ("cell", self.cell in ("relu", "gru"), "'relu' or 'gru'"),
+        ):
+            if not good:
+                found = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
+                raise ValueError(f"{found}: {remedy}")
+
+    @property
+    def features(self) -> int:
+        """F at the input."""
+        return self.bins or round(0.020 * self.sample_rate) // 2 + 1
+
+    def after(self, size, axis: int, convolutions: int | None = None):
+        """What `size` frames (axis 0) or bins (axis 1) have become behind that many convolutions (None: all).
+
+        Takes an int or a tensor of lengths. The one place for this arithmetic: masks, the CTC loss and the decoder must
+        agree to the frame. With an odd kernel k and k // 2 zeros on either side, size becomes ⌈size / stride⌉.
+        """
+        for stride in self.strides[:convolutions]:
+            size = (size - 1) // stride[axis] + 1
+        return size
+
+
+# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+#
+# Deep Speech 2 on one device, in ordinary PyTorch: the thing to equal. Convolutions over time and frequency, recurrent
+# layers, one fully connected layer, and the probabilities of 29 symbols in each frame.
+#
+# Utterances of a batch are of unequal length, and padded with zeros at the end. Every result must be the one that the
+# utterance would have alone, so one rule holds from layer to layer: *what lies behind the end of an utterance is
+# zero.* A convolution pads with zeros anyway, so it cannot tell padding from its own. And the backward direction of a
+# recurrent layer, which starts at the far end of the padding, stays at rest until the true last frame,
+#
+#     h = clip(0 + U·0) = 0
+#
+# because no layer here has a bias behind its BatchNorm that could wake it. Break the rule, and each utterance's text
+# depends on who else is in the batch.
+#
+# The norm and the recurrence are handed in, so that part 2 can hand in a parallel norm and a faster recurrence.
+
+
+def valid_frames(lengths_B: Tensor, T: int) -> Tensor:
+    """valid_TB: True where a frame lies before its utterance's end."""
+    return torch.arange(T, device=lengths_B.device)[:, None] < lengths_B
+
+
+def clip(x: Tensor) -> Tensor:
+    """The activation of both papers, min(max(x, 0), 20), which cannot explode; its derivative is 0 at 0 and at 20."""
+    return F.hardtanh(x, 0, 20)
+
+
+class PlainBatchNorm(nn.BatchNorm1d):
+    """PyTorch's own, on the valid frames put side by side: x (..., H), valid (...) or broadcastable; 0 elsewhere."""
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in bf16 would be off by a percent
+        valid, y = valid.expand(x.shape[:-1]), torch.zeros_like(x)
+        y[valid] = super().forward(x[valid])
+        return y
+
+
+class Bias(nn.Module):
+    """What stands in place of a BatchNorm in a network without."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        return torch.where(valid[..., None], x + self.bias, 0)
+
+
+def plain_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
+    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H)."""
+    h_DBH, states = torch.zeros_like(x_TDBH[0]), []
+    for x_DBH in x_TDBH:
+        h_DBH = clip(x_DBH + h_DBH @ weight_DHH)
+        states.append(h_DBH)
+    return torch.stack(states)
+
+
+def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Tensor:
+    """A gated recurrence, (T, D, B, 3H) to all states (T, D, B, H), with the paper's clip where others have tanh.
+
+    x holds the inputs of the gate z, of the gate r and of the candidate, side by side, and so does weight.
+    Source: Deep Speech 2, section 3 (the equations of its gated unit).
+    """
+    H = weight_DH3H.shape[1]
+    h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
+    for x_DB3H in x_TDB3H:
+        xz_DBH, xr_DBH, xn_DBH = x_DB3H.split(H, -1)
+        hz_DBH, hr_DBH, hn_DBH = (h_DBH @ weight_DH3H).split(H, -1)
+        z_DBH, r_DBH = torch.sigmoid(xz_DBH + hz_DBH), torch.sigmoid(xr_DBH + hr_DBH)
+        h_DBH = (1 - z_DBH) * h_DBH + z_DBH * activation(xn_DBH + r_DBH * hn_DBH)
+        states.append(h_DBH)
+    return torch.stack(states)
+
+
+class RecurrentLayer(nn.Module):
+    """h = recurrence(norm(W x)), both directions added up; x_TBH to (T, B, H), zero behind the end.
+
+    W is shared by the directions; only U is not. The norm acts on W x alone: the recurrent term passes as it is.
+    Source: Deep Speech 2, section 3. Needs: `SpeechConfig`, a norm, a recurrence.
+    """
+
+    def __init__(self, config: SpeechConfig, inputs: int, norm: Callable, recurrence: Callable):
+        super().__init__()
+        H, self.recurrence = config.hidden_size, recurrence
+        D, gates = 1 + config.bidirectional, 3 if config.cell == "gru" else 1
+        self.input, self.norm = nn.Linear(inputs, gates * H, bias=False), norm(gates * H)
+        weight = torch.randn(D, H, gates * H) * 0.3 / math.sqrt(H)
+        weight[:, :, -H:] += 0.5 * torch.eye(H)  # a state that fades slowly, so that gradients reach far back
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x_TBH: Tensor, valid_TB: Tensor) -> Tensor:
+        x_TBH = self.norm(self.input(x_TBH), valid_TB)
+        ways = [x_TBH, x_TBH.flip(0)][: len(self.weight)]
+        h_TDBH = self.recurrence(torch.stack(ways, 1), self.weight)
+        y_TBH = h_TDBH[:, 0] + h_TDBH[:, 1].flip(0) if len(ways) == 2 else h_TDBH[:, 0]
+        return torch.where(valid_TB[..., None], y_TBH, 0)
+
+
+class RowConvolution(nn.Module):
+    """Sees `lookahead` frames of the future, each feature by itself: y_t = Σ_j weight_j ∘ x_{t+j}, j = 0 … lookahead.
+
+    x_TBH, zero behind each end, to (T, B, H), which is not zero there. A recogniser that must answer while somebody
+    still speaks cannot have a backward direction; this on top of forward ones is nearly as good.
+    Source: Deep Speech 2, section 3.7 (lookahead convolution).
+    """
+
+    def __init__(self, hidden_size: int, lookahead: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((hidden_size, lookahead + 1), 1 / (lookahead + 1)))
+
+    def forward(self, x_TBH: Tensor) -> Tensor:
+        future = self.weight.shape[1] - 1
+        x_BHT = F.pad(rearrange(x_TBH, "T B H -> B H T"), (0, future))  # padded on the right: the future, not the past
+        y_BHT = F.conv1d(x_BHT, self.weight[:, None], groups=self.weight.shape[0])
+        return rearrange(y_BHT, "B H T -> T B H")
+
+
+class DeepSpeech2(nn.Module):
+    """Spectrograms to log-probabilities of symbols.
+
+    Args:
+        norm: a class or function that makes a norm for so many features, called as norm(x, valid).
+        recurrence: what `plain_recurrence` computes; a GRU brings its own.
+
+    forward: x_BTF, zero behind each end, and lengths_B (int64) to log_probs_TBV, at least fp32, and their lengths.
+    Raises: ValueError for another number of bins than the configuration's.
+    Source: Deep Speech 2, section 3. Needs: part 1.
+    """
+
+    def __init__(self, config: SpeechConfig, norm: Callable = PlainBatchNorm, recurrence: Callable = plain_recurrence):
+        super().__init__()
+        self.config, norm = config, norm if config.batch_norm else Bias
+        self.dropout = nn.Dropout(config.dropout)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            pairs = itertools.pairwise((1, *config.channels))
+            self.convolutions = nn.ModuleList(
+                nn.Conv2d(*pair, kernel, stride, [k // 2 for k in kernel], bias=False)
+                for pair, kernel, stride in zip(pairs, config.kernels, config.strides)
+            )
+            self.norms = nn.ModuleList(norm(channels) for channels in config.channels)
+            H, cell = config.hidden_size, gru if config.cell == "gru" else recurrence
+            inputs = [config.channels[-1] * config.after(config.features, axis=1)] + [H] * (config.layers - 1)
+            self.layers = nn.ModuleList(RecurrentLayer(config, size, norm, cell) for size in inputs)
+            self.ahead = None if config.bidirectional else RowConvolution(H, config.lookahead)
+            self.full, self.full_norm = nn.Linear(H, H, bias=False), norm(H)
+            self.out = nn.Linear(H, len(ALPHABET))
+
+    def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        if x_BTF.shape[-1] != self.config.features:
+            raise ValueError(f"spectrograms of {x_BTF.shape[-1]} bins for a network of {self.config.features}")
+        x_BCTF = x_BTF[:, None]
+        for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms), 1):
+            x_TBFC = rearrange(convolution(x_BCTF), "B C T F -> T B F C")
+            valid_TB = valid_frames(self.config.after(lengths_B, 0, number), x_TBFC.shape[0])
+            x_BCTF = rearrange(clip(norm(x_TBFC, valid_TB[..., None])), "T B F C -> B C T F")
+        x_TBH = rearrange(x_BCTF, "B C T F -> T B (C F)")
+        for layer in self.layers:
+            x_TBH = layer(self.dropout(x_TBH), valid_TB)
+        if self.ahead is not None:
+            x_TBH = clip(self.ahead(x_TBH))
+        x_TBH = clip(self.full_norm(self.full(self.dropout(x_TBH)), valid_TB))
+        logits_TBV = self.out(x_TBH)
+        wide = torch.promote_types(logits_TBV.dtype, torch.float32)
+        return logits_TBV.log_softmax(-1, dtype=wide), self.config.after(lengths_B, 0)
+
+
+@dataclass
+class Batch:
+    """Utterances and what is said in them, padded with zeros at the end."""
+
+    features_BTF: Tensor
+    frames_B: Tensor  # of each utterance; int64, as all that follows
+    labels_BU: Tensor
+    sizes_B: Tensor  # labels of each utterance
+
+    def rows(self, index: Iterable[int]) -> Batch:
+        """Some of the utterances, padded no further than they need; it may be none."""
+        index = torch.tensor(list(index), dtype=torch.int64, device=self.frames_B.device)
+        frames_B, sizes_B = self.frames_B[index], self.sizes_B[index]
+        T, U = (max(lengths.tolist(), default=1) for lengths in (frames_B, sizes_B))
+        return Batch(self.features_BTF[index, :T], frames_B, self.labels_BU[index, :U], sizes_B)
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
+        return Batch(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in vars(self).values()))
+
+
+def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
+    """The papers' accelerated gradient (they take a momentum of 0.99), or "adamw"; the caller sets "lr"."""
+    if kind == "nesterov":
+        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.95, nesterov=True)
+    return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
+
+
+def train_alone(
+    model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], max_norm: float = 400.0,
+    kind: str = "nesterov", autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """Trains the plain model with PyTorch's own CTC loss; yields each step's loss and norm before clipping.
+
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
+    `make_optimizer`, `Batch`.
+    """
+    optimizer = make_optimizer(model, kind)
+    for step, batch in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        optimizer.zero_grad()
+        with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
+            log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
+        loss = F.ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B)  # see 2.3 for what "mean" means
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield loss.detach(), norm
+
+
+# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The same program runs in every process; torchrun starts them (the launcher at the end of this file calls it). A
+# *rank* is the number of a process, and usually owns one GPU. A *group* is some of the ranks, and a *collective* is a
+# function that all ranks of a group call together. The whole book needs five; drawn for two ranks, which hold a and b,
+# and of which some cut them in halves, a = [a₀ a₁] and b = [b₀ b₁]:
+#
+#                       before                         after
+#                       rank 0      rank 1             rank 0       rank 1
+#     broadcast         a           –             →    a            a
+#     all-reduce        a           b             →    a + b        a + b
+#     reduce-scatter    [a₀ a₁]     [b₀ b₁]       →    a₀ + b₀      a₁ + b₁       each rank: its share of the sum
+#     all-gather        a           b             →    [a b]        [a b]
+#     all-to-all        [a₀ a₁]     [b₀ b₁]       →    [a₀ b₀]      [a₁ b₁]       part i of each goes to rank i
+#
+# An all-reduce is a reduce-scatter and then an all-gather: section 2.2 builds it that way. Beside collectives there are
+# *point-to-point* messages, a send on one rank and a receive on another.
+#
+# If one rank stays away from a collective, the others wait until the timeout, and fail. So whether to call one may
+# depend only on what is the same on all ranks, never on this rank's data.
+#
+# Every function here takes a group; None is all ranks. Where no process group exists there is one rank, and nothing to
+# communicate: so each piece also works in a plain program.
+
+
+# ── shared: groups ──
+def group_size(group=None) -> int:
+    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group=None) -> int:
+    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _readable(x: Tensor) -> bool:
+    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
+    not of fake tensors (chapter 2, part 5), which have none."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; with a single rank there is nothing to do."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+# ── end of groups ──
+
+# ── 2.1 The CTC loss ────────────────────────────────────────────────────────────────────────────────────
+#
+# The network writes one symbol a frame, and there are more frames than letters. A *path* is one symbol for each frame;
+# it says the text that is left when repeats are merged and then blanks dropped: "_hhe_ll_lo" says "hello". (Two equal
+# letters in a row need a blank between them, so "hello" takes at least 6 frames.) The probability of a text is the sum
+# over all of its paths, and the loss its −log. Frames are independent, so a path's probability is a product.
+#
+# There are too many paths to list, and no need to: put the labels in a row with blanks around them, S = 2U + 1 states,
+#
+#     state      0     1     2     3     4                  a path moves through the states from left to right: in each
+#     symbol     _     c     _     a     _                  frame it stays, steps to the next, or skips a blank that
+#                                                           stands between two different letters
+#
+# and let alpha_t(s) be the probability of all ways to be in state s after frame t. A row needs only the row before:
+#
+#     alpha_t(s) = y_t(symbol of s) · [ alpha_{t−1}(s) + alpha_{t−1}(s−1) + alpha_{t−1}(s−2) if a skip is allowed ]
+#
+# The text's probability is alpha at the end, in the last state or the one before. beta is the same from the end to the
+# start; the product of both tells how much of all probability passes through state s in frame t, and that is the
+# gradient:  −∂ log p / ∂ log y_t(k) = − Σ over states s of symbol k of  alpha_t(s) beta_t(s) / (y_t(k) p).
+#
+# In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
+# would make ∞ − ∞ = NaN where alpha and beta are put together.
+#
+# beta needs no code. Read both labels and frames backwards, and beta is alpha: the reversed problem is stacked on the
+# batch, so one loop over time serves both, and it is the only loop.
+
+IMPOSSIBLE = -1e30
+
+
+def _lattice(log_y_TBS: Tensor, skip_BS: Tensor) -> Tensor:
+    """alpha (T + 1, B, S + 2): before any frame and after each; two impossible states on the left spare edge cases."""
+    T, B, S = log_y_TBS.shape
+    alpha = log_y_TBS.new_full((T + 1, B, S + 2), IMPOSSIBLE)
+    alpha[0, :, 2] = 0  # before the first frame every path is in state 0
+    skip_BS = torch.where(skip_BS, 0.0, IMPOSSIBLE).to(alpha.dtype)
+    for t in range(T):
+        stay_BS, step_BS, two_BS = alpha[t, :, 2:], alpha[t, :, 1:-1], alpha[t, :, :-2]
+        come_BS = torch.logaddexp(torch.logaddexp(stay_BS, step_BS), two_BS + skip_BS)
+        torch.add(come_BS, log_y_TBS[t], out=alpha[t + 1, :, 2:])
+    return alpha
+
+
+class _CTC(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
+        T, B, _ = log_probs_TBV.shape
+        U, device = labels_BU.shape[1], log_probs_TBV.device
+        ends_B, row_B = 2 * sizes_B + 1, torch.arange(B, device=device)  # states of each utterance
+        state_S, t_T1 = torch.arange(2 * U + 1, device=device), torch.arange(T, device=device)[:, None]
+        symbol_BS = torch.full((B, 2 * U + 1), blank, device=device)
+        symbol_BS[:, 1::2] = labels_BU
+
+        def problem(symbol_BS: Tensor, log_probs_TBV: Tensor) -> tuple[Tensor, Tensor]:
+            log_y_TBS = log_probs_TBV.gather(2, symbol_BS.expand(T, -1, -1)).clamp_min(IMPOSSIBLE)
+            skip_BS = (symbol_BS != blank) & (symbol_BS != symbol_BS.roll(2, 1)) & (state_S > 1)
+            return log_y_TBS, skip_BS
+
+        there = problem(symbol_BS, log_probs_TBV)
+        if not ctx.needs_input_grad[0]:
+            alpha = _lattice(*there)
+        else:
+            back_BS = (ends_B[:, None] - 1 - state_S).clamp_min(0)  # each utterance reversed within its own length
+            back_TB = (frames_B - 1 - t_T1).clamp_min(0)
+            back = problem(symbol_BS.gather(1, back_BS), log_probs_TBV[back_TB, row_B])
+            both = _lattice(torch.cat([there[0], back[0]], 1), torch.cat([there[1], back[1]]))
+            alpha, beta = both[:, :B], both[:, B:]
+        last_2B = alpha[frames_B, row_B, torch.stack([ends_B + 1, ends_B])]  # state s stands in column s + 2
+        log_p_B = torch.logaddexp(*last_2B)
+        if ctx.needs_input_grad[0]:
+            beta_TBS = beta[1:, :, 2:][back_TB, row_B].gather(2, back_BS.expand(T, -1, -1))
+            # Both alpha and beta contain y of their frame: it is taken off once.
+            through_TBS = (alpha[1:, :, 2:] + beta_TBS - there[0] - log_p_B[:, None]).exp_()
+            lives_TBS = (t_T1 < frames_B)[..., None] & (state_S < ends_B[:, None])
+            through_TBS.masked_fill_(~lives_TBS, 0)
+            grad_TBV = torch.zeros_like(log_probs_TBV)
+            grad_TBV.scatter_add_(2, symbol_BS.expand(T, -1, -1), through_TBS.neg_())
+            ctx.save_for_backward(grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan))
+        return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
+
+    @staticmethod
+    def backward(ctx, grad_B):
+        (grad_TBV,) = ctx.saved_tensors
+        return torch.where(grad_B[:, None] == 0, 0, grad_TBV * grad_B[:, None]), None, None, None, None
+
+
+def ctc_loss(
+    log_probs_TBV: Tensor, targets: Tensor, input_lengths: Tensor, target_lengths: Tensor, blank: int = 0,
+    reduction: str = "mean", zero_infinity: bool = False,
+) -> Tensor:  # fmt: skip
+    """The CTC loss, −log of the probability of a text, of each utterance; torch.nn.functional.ctc_loss's interface.
+
+    Args:
+        log_probs_TBV: log_softmax of the logits.
+        targets: (B, U), padded with anything that is a symbol, or all labels in one row; without blanks.
+        input_lengths, target_lengths: (B,), frames and labels of each utterance; 0 is allowed for both.
+        reduction: "none": (B,); "sum"; "mean": each utterance's loss divided by its labels (at least 1), then the mean.
+        zero_infinity: an impossible text (fewer frames than labels and repeats) costs 0 and has no gradient. If not, it
+            costs ∞, and its gradient is NaN, so that nobody trains on one by mistake.
+
+    Returns: the loss in nats, at least fp32. Its gradient at log_probs is the true one, −(share of each symbol); the
+    native function's contains the softmax's term already, exp(log_probs) − share. Through log_softmax both are equal.
+    Raises: ValueError: shapes or lengths that contradict each other, a target that is blank or no symbol (values are
+    looked at on the CPU only).
+    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_readable`.
+    """
+    (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
+    frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
+    labels = targets.to(device, torch.int64)
+    if reduction not in ("none", "sum", "mean") or not 0 <= blank < V:
+        raise ValueError(f"reduction={reduction!r}: none, sum or mean; blank={blank}: one of the {V} symbols")
+    if (
+        not frames_B.shape == sizes_B.shape == (B,)
+        or labels.ndim not in (1, 2)
+        or (labels.ndim == 2 and len(labels) != B)
+    ):
+        found = f"targets {tuple(labels.shape)}, lengths {tuple(frames_B.shape)} and {tuple(sizes_B.shape)}"
+        raise ValueError(f"{found} do not fit log_probs of {B} utterances")
+    if labels.ndim == 1:  # all in one row: into a table
+        if labels.numel() != int(sizes_B.sum()):
+            raise ValueError(f"{labels.numel()} targets in one row, but target_lengths sum to {int(sizes_B.sum())}")
+        labels = nn.utils.rnn.pad_sequence(labels.split(sizes_B.tolist()), True) if B else labels[None]
+    valid_BU = valid_frames(sizes_B, labels.shape[1]).T
+    if B and _readable(frames_B):
+        if min(frames_B.min(), sizes_B.min()) < 0 or frames_B.max() > T or sizes_B.max() > labels.shape[1]:
+            found = f"input_lengths {frames_B.tolist()}, target_lengths {sizes_B.tolist()}"
+            raise ValueError(f"{found}: there are {T} frames, and targets have {labels.shape[1]} columns")
+        if (bad := labels[valid_BU & ((labels < 0) | (labels >= V) | (labels == blank))]).numel():
+            raise ValueError(f"target {bad[0]} is the blank {blank} or no symbol: they are numbered 0 to {V - 1}")
+    labels_BU = torch.where(valid_BU, labels, blank)
+    wide = log_probs_TBV.to(torch.promote_types(log_probs_TBV.dtype, torch.float32))
+    loss_B = _CTC.apply(wide, labels_BU, frames_B, sizes_B, blank)
+    if zero_infinity:
+        loss_B = torch.where(loss_B == torch.inf, 0, loss_B)
+    return {"none": loss_B, "sum": loss_B.sum(), "mean": (loss_B / sizes_B.clamp_min(1)).mean()}[reduction]
+
+
+# ── 2.2 The ring ────────────────────────────────────────────────────────────────────────────────────────
+#
+# N ranks hold a vector of K numbers each, and all want the sum. If every rank sent its vector to one, that one's cable
+# would carry N·K numbers. In a ring each rank talks to its two neighbours alone, and all cables work at the same time.
+# The vector is cut in N segments, and a segment travels around once to be summed, and once more to be handed out:
+#
+#     reduce-scatter, N − 1 steps     in step i rank r sends segment r − i to the right; what comes from the left is
+#                                     added to segment r − i − 1. In the end rank r holds all of the sum of r + 1.
+#     all-gather, N − 1 steps         in step i rank r sends segment r + 1 − i, and replaces segment r − i.
+#
+#          segment 0    1    2             after 2 steps     0    1    2            after 2 more
+#     rank 0      a0 → a1   a2                         .    Σ1    .                   Σ0  Σ1  Σ2
+#     rank 1      b0   b1 → b2                         .     .   Σ2                   Σ0  Σ1  Σ2
+#     rank 2    → c0   c1   c2                        Σ0     .    .                   Σ0  Σ1  Σ2
+#
+# Each rank sends 2·K·(N − 1)/N numbers: hardly more for a thousand ranks than for two. Segment s is summed as
+# x_s + x_{s+1} + …, beginning at rank s, and then copied: so the result is the same on every rank, to the bit, although
+# floating-point sums depend on their order.
+#
+# Receives are posted before sends, in one batch. If every rank began with a blocking send, each would wait for its
+# right neighbour to receive, which itself waits: a deadlock, which a transport with buffers hides while messages are
+# small.
+
+
+def _exchange(messages: list[tuple[Callable, Tensor, int]], group) -> None:
+    """Sends and receives at once: (dist.isend or dist.irecv, tensor, rank in the group) each. Empty ones are left out.
+
+    gloo has no point-to-point messages for CUDA tensors: they go through the CPU.
+    """
+    staged = [x.cpu() if x.is_cuda and dist.get_backend(group) == "gloo" else x for _, x, _ in messages]
+    peers = [peer if group is None else dist.get_global_rank(group, peer) for _, _, peer in messages]
+    steps = [(way, x, peer) for (way, _, _), x, peer in zip(messages, staged, peers) if x.numel()]
+    steps.sort(key=lambda step: step[0] is dist.isend)  # receives first
+    works = dist.batch_isend_irecv([dist.P2POp(*step, group) for step in steps]) if steps else []
+    for work in works:
+        work.wait()
+    for (way, x, _), copy in zip(messages, staged):
+        if way is dist.irecv and copy is not x:
+            x.copy_(copy)
+
+
+def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
+    """Sums `tensor` over the ranks of `group`, in place, by messages between neighbours; returns it.
+
+    tensor: the same shape on every rank; any, also with fewer elements than ranks, or none. The result is equal on all
+    ranks to the bit. Each rank sends about 2·K·(N − 1)/N elements, all ranks together exactly 2·K·(N − 1).
+    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, `group_size`, `group_rank`.
+    """
+    N, r = group_size(group), group_rank(group)
+    if N == 1:
+        return tensor
+    flat = tensor.detach().contiguous().view(-1)
+    segments = flat.tensor_split(N)  # the first K mod N get one element more
+    left, right, inbox = (r - 1) % N, (r + 1) % N, torch.empty_like(segments[0])
+    for step in range(N - 1):
+        mine = segments[(r - step - 1) % N]
+        arrived = inbox[: mine.numel()]
+        _exchange([(dist.irecv, arrived, left), (dist.isend, segments[(r - step) % N], right)], group)
+        mine += arrived
+    for step in range(N - 1):
+        sent, received = segments[(r + 1 - step) % N], segments[(r - step) % N]
+        _exchange([(dist.irecv, received, left), (dist.isend, sent, right)], group)
+    if not tensor.is_contiguous():
+        tensor.detach().copy_(flat.view_as(tensor))
+    return tensor
+
+
+# ── 2.3 Data parallelism ────────────────────────────────────────────────────────────────────────────────
+#
+# Each rank has the whole network and some of the batch's utterances. When is the sum of the ranks' gradients the one
+# that a single device gets for the whole batch? When the sum of the ranks' losses is its loss. That loss is a mean:
+#
+#     loss = 1 / utterances · Σ over utterances of  CTC loss / labels of that utterance         ("mean" of CTC)
+#
+# so each rank divides by the number of utterances *on all ranks*, and gradients are summed. To divide by the rank's own
+# number and average the gradients is the same only while all shares are equal: the last batch of an epoch is not.
+#
+# What is sent and when: the first gradients are ready long before the last, because backward starts at the output. They
+# are put into buckets, in the order in which backward produces them, and a bucket leaves as soon as all of its
+# gradients are there, while backward goes on:
+#
+#     main thread      backward:  out  full │ layer 1 │ layer 0 │ convolutions │ wait
+#     ring's thread                         │ bucket 0 ──► │ bucket 1 ──► │ bucket 2 ──► │
+#
+# Three rules keep the ranks in step. One thread sends, so buckets never overtake each other. Buckets leave in a fixed
+# order, since a rank could finish gradients in another order than its neighbour. And the ring has a group of its own:
+# BatchNorm's messages (2.4) travel at the same time, and must not meet those of the ring.
+
+
+class GradientRing:
+    """Sums the gradients of `parameters` over `group` while backward runs; after each backward call finish().
+
+    Args:
+        group: for this ring alone, made by `make_group`; None: a single rank, and nothing to do.
+        bucket_bytes: a bucket is closed when it holds that much.
+
+    Every rank must call finish() once for every step; a rank without an utterance sends zeros. Gradients are complete
+    when it returns. Do not call backward twice between two of them: the first sum would be on its way already.
+    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce`.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
+        if group is None and group_size() > 1:
+            raise ValueError("the ring needs a group of its own among several ranks: make_group makes one")
+        self.group, self.buckets = group, [[]]
+        for p in reversed([p for p in parameters if p.requires_grad]):
+            if sum(q.nbytes for q in self.buckets[-1]) >= bucket_bytes:
+                self.buckets.append([])
+            self.buckets[-1].append(p)
+        self.thread = ThreadPoolExecutor(1, "ring")
+        self.hooks = []
+        if group_size(group) > 1:
+            for number, bucket in enumerate(self.buckets):
+                hook = partial(self._arrived, number)
+                self.hooks += [p.register_post_accumulate_grad_hook(hook) for p in bucket]
+        self._begin()
+
+    def _begin(self) -> None:
+        self.missing, self.jobs = [len(bucket) for bucket in self.buckets], []
+
+    def _arrived(self, number: int, _: nn.Parameter) -> None:
+        self.missing[number] -= 1
+        while len(self.jobs) < len(self.buckets) and self.missing[len(self.jobs)] == 0:
+            self.jobs.append(self.thread.submit(self._sum, self.buckets[len(self.jobs)]))
+
+    def _sum(self, bucket: list[nn.Parameter]) -> None:
+        if bucket and bucket[0].is_cuda:
+            torch.cuda.set_device(bucket[0].device)  # a thread's own setting
+        flat = ring_all_reduce(torch.cat([p.grad.flatten() for p in bucket]), self.group)
+        for p, total in zip(bucket, flat.split([p.numel() for p in bucket])):
+            p.grad.copy_(total.view_as(p))
+
+    def finish(self) -> None:
+        """Sends what has not left yet, and waits for all of it."""
+        if self.hooks:
+            for bucket in self.buckets[len(self.jobs) :]:
+                for p in bucket:
+                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self.jobs.append(self.thread.submit(self._sum, bucket))
+            for job in self.jobs:
+                job.result()  # raises here what has been raised there
+        self._begin()
+
+    def close(self) -> None:
+        """Takes the hooks off and ends the thread."""
+        for hook in self.hooks:
+            hook.remove()
+        self.thread.shutdown()
+
+
+# ── 2.4 BatchNorm over all frames of all ranks ──────────────────────────────────────────────────────────
+#
+# A recurrent layer could be normalised in each time step by itself, over the batch; that gained nothing. The second
+# paper takes one mean and one variance for each feature over all frames of all utterances, and it normalises W x alone:
+#
+#     h_t = clip(BN(W x_t) + U h_{t−1})         BN(x) = γ (x − E[x]) / √(Var[x] + ε) + β
+#
+# Two things have to be right. Padding is no frame: counted, it pulls mean and variance towards zero, the more the more
+# unequal the batch is. And with data parallelism "all" means all ranks, or each rank would be another network:
+#
+#     count, Σ x         ─ all-reduce ─►  E         ranks hold unequal numbers of frames, so sums and counts travel,
+#     Σ (x − E)²         ─ all-reduce ─►  Var       never means
+#
+# Backward needs the sums too. E and Var of every rank depend on every rank's x: what a rank's loss says about E must
+# reach the frames of all others. The all-reduce's gradient is therefore an all-reduce. Left out, the loss is right to
+# the last digit, and gradients are wrong.
+
+
+class _SumOverRanks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial_x, group):
+        ctx.group = group
+        return _all_reduce(partial_x.clone(), group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _all_reduce(grad.clone(), ctx.group), None
+
+
+def sum_over_ranks(partial_x: Tensor, group=None) -> Tensor:
+    """The sum over `group`, on every rank; its gradient is summed as well, since each rank's loss depends on all x.
+
+    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, `_all_reduce`.
+    """
+    return _SumOverRanks.apply(partial_x, group) if group_size(group) > 1 else partial_x
+
+
+class SequenceBatchNorm(nn.BatchNorm1d):
+    """BatchNorm over all valid frames of all ranks of `group`; other arguments and the state dict: nn.BatchNorm1d's.
+
+    forward: x (..., H); valid (...), bool, or broadcastable to it. Returns x's shape, zero where not valid, at least
+    fp32. The running averages are the same on every rank. Every rank must call it in training, with frames or without.
+    Raises: ValueError in training where fewer than two frames are valid on all ranks together (looked at on the CPU).
+    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_readable`, `group_size`.
+    """
+
+    def __init__(self, num_features: int, group=None, **options):
+        super().__init__(num_features, **options)
+        self.group = group
+
+    def forward(self, x: Tensor, valid: Tensor) -> Tensor:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        valid, frames = valid.expand(x.shape[:-1])[..., None], tuple(range(x.ndim - 1))
+        mean, var = self.running_mean, self.running_var
+        if self.training:
+            here = valid.sum().to(x.dtype)[None]
+            total = sum_over_ranks(torch.cat([torch.where(valid, x, 0).sum(frames), here]), self.group)
+            count = total[-1].detach()
+            if _readable(x) and count < 2:
+                raise ValueError(f"{count:.0f} valid frames on all ranks: a variance needs two")
+            mean = total[:-1] / count
+            var = sum_over_ranks(torch.where(valid, x - mean, 0).square().sum(frames), self.group) / count
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+                self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return torch.where(valid, (x - mean) * scale + self.bias, 0)
+
+
+# ── 2.5 Recurrence, on one rank and cut in time ─────────────────────────────────────────────────────────
+#
+# h_t = clip(x_t + h_{t−1} U) is a loop that nothing can shorten, so it should at least be a short one. Autograd would
+# record four operators a step. Written out, backward is one product a step, from the end to the start,
+#
+#     a_t  = (dL/dh_t + a_{t+1} Uᵀ) · [0 < h_t < 20]          the gradient of what goes into the clip
+#     dL/dx_t = a_t              dL/dU = Σ_t h_{t−1}ᵀ a_t      and the sum is one product over all steps, after the loop
+#
+# Both directions go through the loop side by side, as a batch of D matrices.
+
+
+def _unroll(x_TDBH: Tensor, weight_DHH: Tensor, state_DBH: Tensor) -> Tensor:
+    """All states, from the one before the first."""
+    h_TDBH = torch.empty_like(x_TDBH)
+    for x_DBH, h_DBH in zip(x_TDBH, h_TDBH):
+        state_DBH = torch.baddbmm(x_DBH, state_DBH, weight_DHH, out=h_DBH).clamp_(0, 20)
+    return h_TDBH
+
+
+def _unroll_back(grad_TDBH: Tensor, h_TDBH: Tensor, weight_DHH: Tensor, carry_DBH: Tensor) -> tuple[Tensor, Tensor]:
+    """a of every step, and what arrives at the state before the first; carry_DBH arrives at the last from behind."""
+    a_TDBH, open_TDBH, back_DHH = torch.empty_like(grad_TDBH), (h_TDBH > 0) & (h_TDBH < 20), weight_DHH.mT
+    for t in reversed(range(len(a_TDBH))):
+        a_DBH = torch.add(grad_TDBH[t], carry_DBH, out=a_TDBH[t]).mul_(open_TDBH[t])
+        carry_DBH = a_DBH @ back_DHH
+    return a_TDBH, carry_DBH
+
+
+def _weight_gradient(start_DBH: Tensor, h_TDBH: Tensor, a_TDBH: Tensor) -> Tensor:
+    before_TDBH = torch.cat([start_DBH[None], h_TDBH])[:-1]
+    return einsum(before_TDBH, a_TDBH, "T D B H, T D B J -> D H J")
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TDBH, weight_DHH):
+        h_TDBH = _unroll(x_TDBH, weight_DHH, x_TDBH.new_zeros(x_TDBH.shape[1:]))
+        ctx.save_for_backward(h_TDBH, weight_DHH)
+        return h_TDBH
+
+    @staticmethod
+    def backward(ctx, grad_TDBH):
+        h_TDBH, weight_DHH = ctx.saved_tensors
+        rest_DBH = torch.zeros_like(h_TDBH[0]) if len(h_TDBH) else h_TDBH.sum(0)
+        a_TDBH, _ = _unroll_back(grad_TDBH, h_TDBH, weight_DHH, rest_DBH)
+        return a_TDBH, _weight_gradient(rest_DBH, h_TDBH, a_TDBH)
+
+
+def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
+    """`plain_recurrence`, some four times as fast: all states (T, D, B, H). Needs: `_Recurrence` and what it calls."""
+    return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH)
+
+
+# Deep Speech 1 put a second GPU to work inside one utterance: it cut the recordings in time. The layers without
+# recurrence need no other rank for that. The recurrence is a chain, and a rank cannot begin before the state arrives
+# from its neighbour. But there are two chains, and they start at opposite ends:
+#
+#     slot           0              1              2              3            forward wave  ─►, backward wave ◄─
+#     rank 0       forward                                       backward
+#     rank 1                      forward       backward                       in the middle two ranks exchange
+#     rank 2                      backward      forward                        their boundary states and swap roles
+#     rank 3      backward                                       forward
+#
+# So N ranks take N slots of T/N steps: T steps, where one rank has 2T to do. The speed-up is 2 at most, whatever N is:
+# each direction is T steps one after the other, and there are only two of them. With more ranks each holds less, and
+# rests longer.
+#
+# The gradient takes the same way back: what dL/dh of a rank's first state says belongs to the neighbour that has sent
+# it. Make the exchange with plain send and receive, and autograd sees a constant there: every gradient is wrong that
+# should have crossed the cut. Here forward and backward of the whole layer are one node of the graph, so no message can
+# be left out of it.
+
+
+def _wave(compute: Callable[[int, Tensor], Tensor], state_2BH: Tensor, up: int, group) -> None:
+    """Runs compute(direction, state that arrives) on one rank after the other, and hands on what it returns.
+
+    Direction `up` (0 or 1) goes from rank 0 upwards, the other one from the last rank downwards.
+    """
+    N, r = group_size(group), group_rank(group)
+    chains = (up, r, 1), (1 - up, N - 1 - r, -1)  # direction, this rank's place in its chain, way to the next rank
+    for slot in range(N):
+        messages = []
+        for direction, place, way in chains:
+            if place == slot:
+                state_2BH[direction] = compute(direction, state_2BH[direction])
+                if slot + 1 < N:
+                    messages.append((dist.isend, state_2BH[direction], r + way))
+            elif place == slot + 1:
+                messages.append((dist.irecv, state_2BH[direction], r - way))
+        _exchange(messages, group)
+
+
+class _TimeParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_tBH, weight_2HH, group):
+        x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1)  # each direction in its own order
+        h_t2BH, state_2BH = torch.empty_like(x_t2BH), x_tBH.new_zeros(2, *x_tBH.shape[1:])
+        start_2BH = torch.zeros_like(state_2BH)
+
+        def compute(d: int, state_BH: Tensor) -> Tensor:
+            start_2BH[d] = state_BH
+            h_t2BH[:, d : d + 1] = _unroll(x_t2BH[:, d : d + 1], weight_2HH[d : d + 1], state_BH[None])
+            return h_t2BH[-1, d] if len(h_t2BH) else state_BH
+
+        _wave(compute, state_2BH, 0, group)
+        ctx.save_for_backward(h_t2BH, start_2BH, weight_2HH)
+        ctx.group = group
+        return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
+
+    @staticmethod
+    def backward(ctx, grad_tBH):
+        h_t2BH, start_2BH, weight_2HH = ctx.saved_tensors
+        grad_t2BH = torch.stack([grad_tBH, grad_tBH.flip(0)], 1)
+        a_t2BH, carry_2BH = torch.empty_like(grad_t2BH), torch.zeros_like(start_2BH)
+
+        def compute(d: int, carry_BH: Tensor) -> Tensor:
+            own = slice(d, d + 1)
+            a_t1BH, carry_1BH = _unroll_back(grad_t2BH[:, own], h_t2BH[:, own], weight_2HH[own], carry_BH[None])
+            a_t2BH[:, own] = a_t1BH
+            return carry_1BH[0]
+
+        _wave(compute, carry_2BH, 1, ctx.group)  # the other way round: direction 0 ended on the last rank
+        partial_2HH = _weight_gradient(start_2BH, h_t2BH, a_t2BH)
+        return a_t2BH[:, 0] + a_t2BH[:, 1].flip(0), _all_reduce(partial_2HH, ctx.group), None
+
+
+def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor:
+    """A bidirectional clipped recurrence over frames that are divided over `group`; both directions added, (t, B, H).
+
+    Args:
+        x_tBH: this rank's frames, which follow those of the rank before; ranks may hold unequal numbers, or none.
+            Utterances of unequal length: zero behind each end, as everywhere in this chapter.
+        weight_2HH: U of either direction, the same on every rank. Its gradient is summed over `group` here.
+
+    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`, `_exchange`,
+    `_weight_gradient`, `_all_reduce`, `group_size`, `group_rank`.
+    """
+    return _TimeParallel.apply(x_tBH.to(weight_2HH.dtype), weight_2HH, group)
+
+
+def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
+    """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence."""
+    return DeepSpeech2(config, partial(SequenceBatchNorm, group=group), clipped_recurrence)
+
+
+# ── 2.6 From probabilities to words ─────────────────────────────────────────────────────────────────────
+#
+# The greedy way takes the most probable symbol of each frame, merges repeats and drops blanks: that is the text of the
+# most probable *path*. But a text's probability is a sum over paths, and nobody has told the network which words exist.
+# So the papers search for the text that maximises
+#
+#     Q = log P(text | speech) + α · log P(text | language model) + β · (number of words)
+#
+# (β, because every word costs probability: without it the language model likes texts of few words.)
+#
+# The search goes through the frames with a set of *prefixes*, the beam. Two numbers are kept for each: the probability
+# of its paths that end in a blank and of those that do not. They must be apart, because the same symbol once more
+#
+#     after a blank         is a new letter      "l" + "_" + "l"   says "ll"
+#     without a blank       is a repeat          "l" + "l"         says "l"
+#
+# The language model (`NGram`, beside the data, or any other) speaks when a space completes a word, and at the end. With
+# a beam that is wide enough to hold every prefix, the sum over paths is exact.
+
+
+def greedy(log_probs_TV: Tensor) -> str:
+    """The text of the most probable path. Needs: `ALPHABET`."""
+    path = torch.unique_consecutive(log_probs_TV.argmax(-1)).tolist() if len(log_probs_TV) else []
+    return " ".join("".join(ALPHABET[symbol] for symbol in path if symbol).split())
+
+
+def beam_search(
+    log_probs_TV: Tensor, beam: int = 32, lm=None, alpha: float = 1.0, beta: float = 1.0, cutoff: float = 0.999,
+    most: int = 40,
+) -> list[tuple[str, float]]:  # fmt: skip
+    """The best texts and their Q, the best first.
+
+    Args:
+        log_probs_TV: of one utterance.
+        beam: prefixes that are kept after each frame (the papers: 500 to 8,000).
+        lm: anything with score(history: tuple of words, word) in nats; None: no language model, and no bonus.
+        alpha, beta: its weight, and the bonus for each word.
+        cutoff, most: a frame's symbols are tried from the most probable on, until they add up to `cutoff`, and never
+            more than `most` of them: section 7.2 of the second paper. 1.0 tries all.
+
+    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`.
+    """
+    if beam < 1:
+        raise ValueError(f"beam={beam}: at least 1")
+    none = -math.inf
+    heard = {"": (0.0, none)}  # prefix to log-probabilities of its paths that end in a blank, and that do not
+    spoken: dict[str, float] = {"": 0.0}  # prefix to what the language model says of its complete words
+
+    def language(prefix: str, at_the_end: bool = False) -> float:
+        """α log P + β of the complete words; a word is complete when a space follows it, or nothing more at all."""
+        if lm is None:
+            return 0.0
+        before, _, word = prefix.rpartition(" ")
+        if at_the_end:
+            history = before.split()
+            return language(prefix) + ((alpha * lm.score(tuple(history), word) + beta) if word else 0.0)
+        if prefix not in spoken:
+            spoken[prefix] = language(prefix[:-1], at_the_end=True) if prefix[-1] == " " else language(prefix[:-1])
+        return spoken[prefix]
+
+    probs_TV, order_TV = log_probs_TV.to(torch.float64).sort(-1, descending=True)
+    tried_T = ((probs_TV.exp().cumsum(-1) - probs_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
+    for row, symbols, tried in zip(probs_TV.tolist(), order_TV.tolist(), tried_T):
+        arrived = defaultdict(lambda: [none, none])
+        for log_p, symbol in zip(row[:tried], symbols):
+            letter = ALPHABET[symbol]
+            for prefix, (blank, letters) in heard.items():
+                whole = _log_add(blank, letters)
+                if symbol == 0:
+                    arrived[prefix][0] = _log_add(arrived[prefix][0], whole + log_p)
+                    continue
+                if prefix.endswith(letter):  # without a blank between them: the same letter, still
+                    arrived[prefix][1] = _log_add(arrived[prefix][1], letters + log_p)
+                    whole = blank
+                longer = arrived[prefix + letter]
+                longer[1] = _log_add(longer[1], whole + log_p)
+        reached = (item for item in arrived.items() if max(item[1]) > none)
+        best = sorted(reached, key=lambda item: _log_add(*item[1]) + language(item[0]), reverse=True)
+        heard = {prefix: tuple(pair) for prefix, pair in best[:beam]}
+    texts: dict[str, float] = {}  # prefixes that differ in spaces alone are one text
+    for prefix, pair in heard.items():
+        text = " ".join(prefix.split())
+        texts[text] = _log_add(texts.get(text, none), _log_add(*pair) + language(prefix, at_the_end=True))
+    return sorted(texts.items(), key=lambda item: item[1], reverse=True)
+
+
+def _log_add(a: float, b: float) -> float:
+    low, high = (a, b) if a < b else (b, a)
+    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# With data parallelism each rank's weights are the single device's: nothing is cut, and a file written by one rank can
+# be read by any number. What can go wrong is that ranks drift apart, by one gradient that was not summed, without any
+# error. `check_replicas` finds that; it belongs in front of every checkpoint.
+
+
+def check_replicas(model: nn.Module, group=None) -> None:
+    """Raises ValueError, on every rank, where a parameter or running average is not the same on all ranks of `group`.
+
+    Compares the lowest with the highest value of each element. Needs: `_all_reduce`.
+    """
+    for name, x in model.state_dict().items():
+        low, high = (_all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+        if not torch.equal(low, high):
+            raise ValueError(f"{name} should be the same on every rank, but differs by {(high - low).abs().max():.1e}")
+
+
+def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
+    """Weights, configuration, and what the language model is counted from, in one safetensors file."""
+    from safetensors.torch import save_file
+
+    kept = dict(config=json.dumps(asdict(model.config)), texts="\n".join(texts))
+    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path, kept)
+
+
+def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
+    """What `save_model` has written, in eval mode. Raises ValueError for a file that is no such model."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            kept, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        model = parallel_model(SpeechConfig(**json.loads(kept["config"])))
+        model.load_state_dict(state)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} holds no model that --save has written: {error}") from error
+    return model.eval(), kept["texts"].splitlines()
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# What a step does, and in which order the utterances come. (Where they come from stands behind part 6: sound, words,
+# files.)
+#
+# ── 4.1 One step on many ranks ──────────────────────────────────────────────────────────────────────────
+#
+# Long utterances make gradients explode, in a network that multiplies by U hundreds of times, and an accelerated
+# gradient with a momentum of 0.99 remembers an explosion for hundreds of steps. Both papers clip: where the norm of the
+# whole gradient is above a bound (400), the gradient is scaled down to it. The norm is that of the *summed* gradient,
+# behind the ring. Each rank then finds the same norm by itself, and steps alike. Clipped before, each rank would scale
+# its summand by another factor, and the sum would point elsewhere.
+#
+# The function below does more than this chapter needs: from chapter 2 on some gradients are divided over the ranks, and
+# each rank knows only its own part of their norm. It sums the squares of those over a group, and counts what is whole
+# on every rank once.
+
+
+# ── shared: clipping ──
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+) -> Tensor:
+    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+
+    Args:
+        parameters: all of this rank's.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
+        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
+
+    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
+    is not (the gradients are then useless). Needs: nothing else.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    shares = {id(p) for p in sharded}  # by identity: == compares elements
+    device = parameters[0].grad.device if parameters else None
+
+    def squares(grads: list[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    if shares and dist.is_initialized():
+        dist.all_reduce(of_shares, group=group)
+    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        p.grad.mul_(scale.to(p.grad.dtype))
+    return norm
+
+
+# ── end of clipping ──
+
+
+def train_step(
+    model: DeepSpeech2, optimizer: torch.optim.Optimizer, batch: Batch, ring: GradientRing, group=None,
+    max_norm: float = 400.0, autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One optimiser step on this rank's utterances, which may be none; every rank must call it.
+
+    Returns: the mean loss over the utterances of all ranks, and the gradient's norm before clipping; the same on every
+    rank. Needs: `ctc_loss`, `GradientRing`, `clip_grad_norm_`, `_all_reduce`, `Batch`.
+    """
+    optimizer.zero_grad()
+    utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
+    with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
+        log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
+    loss_B = ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B, reduction="none")
+    loss = (loss_B / batch.sizes_B.clamp_min(1)).sum() / utterances  # this rank's part of the mean
+    loss.backward()
+    ring.finish()
+    norm = clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return _all_reduce(loss.detach(), group), norm
+
+
+def train(
+    model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], group=None, ring_group=None,
+    max_norm: float = 400.0, kind: str = "nesterov", autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """`train_alone` on many ranks: the same losses and norms. Every rank must iterate it.
+
+    batches: this rank's share of each step's utterances. group: the data-parallel ranks, None for all; ring_group: the
+    same ranks once more, for the gradients alone. Needs: `make_optimizer`, `GradientRing`, `train_step`.
+    """
+    optimizer, ring = make_optimizer(model, kind), GradientRing(model.parameters(), ring_group)
+    try:
+        for step, batch in enumerate(batches):
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr(step)
+            yield train_step(model, optimizer, batch, ring, group, max_norm, autocast)
+    finally:
+        ring.close()
+
+
+# ── 4.2 Which utterances when, and how fast ─────────────────────────────────────────────────────────────
+#
+# A batch is made of utterances of about the same length, since all are padded to the longest. SortaGrad: in the first
+# epoch the batches come in order of length, short ones first. Long utterances have small probabilities and large
+# gradients while the network knows nothing, and the short ones teach it the letters. Later epochs shuffle the batches.
+#
+# The ranks' shares of a batch are dealt out in turn, longest first: each gets long ones and short ones, and no rank
+# waits for another that has all of the long ones.
+
+
+def sortagrad_batches(lengths: list[int], batch: int, epoch: int, seed: int = 0, sort: bool = True) -> list[list[int]]:
+    """Epoch `epoch`'s batches, as lists of utterance numbers; each utterance is in exactly one.
+
+    The batches of epoch 0 are sorted by length, later ones are in random order. sort=False: epoch 0 too.
+    Source: Deep Speech 2, section 3.3.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    batches = [order[first : first + batch] for first in range(0, len(order), batch)]
+    if epoch or not sort:
+        random.Random(f"{seed} {epoch}").shuffle(batches)
+    return batches
+
+
+def share_of(utterances: list[int], lengths: list[int], rank: int, world_size: int) -> list[int]:
+    """This rank's utterances of a batch: dealt out in turn, longest first."""
+    return sorted(utterances, key=lambda i: -lengths[i])[rank::world_size]
+
+
+def learning_rate(step: int, epoch_steps: int, epochs: int, peak: float, kind: str = "nesterov") -> float:
+    """For "nesterov" divided by 1.2 after each epoch, as in Deep Speech 2; for "adamw" 100 steps up, a cosine down."""
+    if kind == "nesterov":
+        return peak / 1.2 ** (step // epoch_steps)
+    done = step / max(1, epoch_steps * epochs)
+    return peak * min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+def ring_elements(K: int, N: int) -> int:
+    """Elements that all ranks together send: N − 1 segments pass each of N cables twice, K elements in N segments."""
+    return 2 * K * (N - 1)
+
+
+def time_split_speedup(N: int) -> float:
+    """Of `time_parallel_birnn` on N ranks over one: 2T steps become N slots of T / N, and no exchange is free."""
+    return 2.0 if N > 1 else 1.0
+
+
+def parameter_count(layers: int, recurrent: int, hidden: int) -> int:
+    """Weights of the nets in Deep Speech 2's comparison of depths: 1-D convolution, `recurrent` layers, full ones.
+
+    161·11·H in the convolution; H² for W, which both directions share, and H² for each direction's U; H² for each full
+    layer that is left; 29·H at the end. (With a W for each direction the four nets would have 45 to 51 million, and not
+    the 38 that the paper gives to all.)
+    """
+    return 161 * 11 * hidden + (3 * recurrent + layers - recurrent - 1) * hidden**2 + 29 * hidden
+
+
+SAME_SIZE = ((5, 1, 2400), (5, 3, 1880), (7, 5, 1510), (9, 7, 1280))  # layers, recurrent ones, H: "38 million"
+OWN_TEST_SET = (24.01, 13.59)  # error rates of Deep Speech and Deep Speech 2, in %
+ENGLISH_HOURS = dict(WSJ=80, Switchboard=300, Fisher=2000, LibriSpeech=960, Baidu_read=5000, Baidu_mixed=3600)
+# Deep Speech on its own recordings, error rates in %: clean, noisy, both together.
+NOISY_SPEECH = {
+    "Apple": (14.24, 43.76, 26.73), "Bing": (11.73, 36.12, 22.05), "Google": (6.64, 30.47, 16.72),
+    "wit.ai": (7.94, 35.06, 19.41), "Deep Speech": (6.56, 19.06, 11.85),
+}  # fmt: skip
+
+
+def noisy_share(clean: float, noisy: float, together: float) -> float:
+    """The share of words that are in the noisy recordings, from three error rates: one number for all systems."""
+    return (together - clean) / (noisy - clean)
+
+
+# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+
+def small_batch(utterances: int, config: SpeechConfig, seed: int = 1) -> Batch:
+    """Noise of very unequal lengths with random labels, one of them empty, one with repeats."""
+    generator = torch.Generator().manual_seed(seed)
+    frames_B = torch.randint(14, 40, (utterances,), generator=generator)
+    sizes_B = torch.randint(1, 5, (utterances,), generator=generator)
+    sizes_B[0] = 0
+    labels_BU = torch.randint(1, len(ALPHABET), (utterances, 5), generator=generator)
+    labels_BU[-1, 1] = labels_BU[-1, 0]
+    features_BTF = torch.randn(utterances, 40, config.features, generator=generator)
+    features_BTF *= valid_frames(frames_B, 40).T[..., None]
+    return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(utterances))
+
+
+def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small network on these ranks beside the same on one device: name to relative error, of every tensor.
+
+    Utterances are of unequal length and the ranks' shares unequal in number. Errors are per tensor, max|Δ| over
+    max|reference|. Then CTC beside PyTorch's, and the layer that is cut in time beside the whole one.
+    """
+    N, r = group_size(), group_rank()
+    config = SpeechConfig(bins=12, channels=(3, 4), kernels=((5, 5), (3, 3)), strides=((2, 2), (1, 2)), layers=2,
+                          hidden_size=16)  # fmt: skip
+    plain, parallel = DeepSpeech2(config).to(device, dtype), parallel_model(config).to(device, dtype)
+    batches = [small_batch(2 * N + 1, config, seed).to(device, dtype) for seed in range(5)]
+    options = dict(lr=lambda step: 0.01, max_norm=0.5, autocast=autocast)
+
+    def gap(here: Tensor, reference: Tensor) -> float:
+        return ((here - reference).abs().max() / reference.abs().max()).item()
+
+    errors = {}
+    mine = (batch.rows(range(r, 2 * N + 1, N)) for batch in batches)
+    runs = zip(train_alone(plain, batches, **options), train(parallel, mine, ring_group=ring_group, **options))
+    for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
+        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
+        if step == 0:
+            pairs = zip(parallel.named_parameters(), plain.parameters())
+            errors |= {f"gradient of {name}": gap(p.grad, q.grad) for (name, p), q in pairs}
+    if dtype == torch.float64:  # after five steps in narrower types rounding has grown
+        pairs = ((name, x, plain.state_dict()[name]) for name, x in parallel.state_dict().items())
+        errors |= {f"after Nesterov {name}": gap(x, y) for name, x, y in pairs if x.is_floating_point()}
+
+    batch = small_batch(9, config, 7)
+    logits_TBV = torch.randn(40, 9, len(ALPHABET), dtype=dtype, generator=torch.Generator().manual_seed(8)).to(device)
+    results = []
+    for loss_function in (ctc_loss, F.ctc_loss):
+        x_TBV = logits_TBV.clone().requires_grad_()
+        loss = loss_function(x_TBV.log_softmax(-1), batch.labels_BU, batch.frames_B, batch.sizes_B, zero_infinity=True)
+        results.append((loss, *torch.autograd.grad(loss, x_TBV)))
+    errors |= {f"CTC {what}": gap(*pair) for what, pair in zip(("loss", "gradient"), zip(*results))}
+
+    x_TBH = logits_TBV[..., :8] * valid_frames(batch.frames_B.to(device), 40)[..., None]
+    inputs, upstream_TBH = (x_TBH.requires_grad_(), plain.layers[0].weight[:, :8, :8]), logits_TBV[..., 8:16]
+
+    def own(x_TBH: Tensor) -> Tensor:
+        return x_TBH.tensor_split(N)[r]
+
+    h_T2BH = plain_recurrence(torch.stack([x_TBH, x_TBH.flip(0)], 1), inputs[1])
+    whole_TBH, cut_tBH = h_T2BH[:, 0] + h_T2BH[:, 1].flip(0), time_parallel_birnn(own(x_TBH), inputs[1])
+    reference_TBH, reference_2HH = torch.autograd.grad(whole_TBH, inputs, upstream_TBH)
+    grad_TBH, grad_2HH = torch.autograd.grad(cut_tBH, inputs, own(upstream_TBH))
+    errors |= {
+        "cut in time: output": gap(cut_tBH, own(whole_TBH)),
+        "cut in time: input's gradient": gap(own(grad_TBH), own(reference_TBH)),
+        "cut in time: weight's gradient": gap(grad_2HH, reference_2HH),
+    }
+    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
+    return dict(zip(errors, _all_reduce(worst, None, dist.ReduceOp.MAX).tolist()))
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
+    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
+    errors = list(errors)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+@torch.no_grad()
+def transcribe(model: DeepSpeech2, speech: Speech, device, rows: Iterable[int], lm=None, **search) -> list[tuple]:
+    """(reference, greedy text, text by beam search) of some utterances, one by one. Call model.eval() before."""
+    found = []
+    for i in rows:
+        batch = speech.batch([i], model.config).to(device, next(model.parameters()).dtype)
+        log_probs_TBV, _ = model(batch.features_BTF, batch.frames_B)
+        log_probs_TV = log_probs_TBV[:, 0].cpu()
+        best = beam_search(log_probs_TV, lm=lm, **search)[0][0] if lm else None
+        found.append((speech.texts[i], greedy(log_probs_TV), best))
+    return found
+
+
+def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], float, float]:
+    """Trains; returns each epoch's mean loss, and the word error rates on speech not heard before: greedy, beam."""
+    from tqdm import tqdm
+
+    config, (dtype, autocast), (N, r) = config_of(args), precision(args), (group_size(), group_rank())
+    if args.data:
+        heard, unheard = (Speech.from_manifest(path, config, say) for path in (args.data, args.dev or args.data))
+    else:
+        heard, unheard = Speech.synthetic(320, config, args.seed), Speech.synthetic(60, config, args.seed + 1)
+    model = parallel_model(config).to(device, dtype)
+    torch.manual_seed(args.seed + r)  # dropout: every rank has utterances, and masks, of its own
+    epoch_steps = math.ceil(len(heard.texts) / args.batch)
+    total = min(args.steps or math.inf, args.epochs * epoch_steps)
+    lengths = [len(wave_W) for wave_W in heard.waves]
+
+    def batches() -> Iterator[Batch]:
+        for epoch in range(args.epochs):
+            for utterances in sortagrad_batches(lengths, args.batch, epoch, args.seed, not args.no_sortagrad):
+                mine = share_of(utterances, lengths, r, N)
+                yield heard.batch(mine, config, (args.seed, epoch) if args.distort else None).to(device, dtype)
+
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(lengths)} utterances to learn from, "
+        f"{sum(lengths) / config.sample_rate / 60:.1f} minutes, {len(unheard.texts)} to try\n")  # fmt: skip
+    say("epoch   step     loss      norm")
+    steps = train(
+        model, itertools.islice(batches(), total), partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs,
+        peak=args.lr, kind=args.optimizer), ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer,
+        autocast=autocast,
+    )  # fmt: skip
+    losses, sums = [], []
+    for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+        sums.append(loss)
+        if step % epoch_steps == 0 or step == total:
+            losses.append(torch.stack(sums).mean().item())
+            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
+            sums = []
+    check_replicas(model)
+    lm, mine = NGram(heard.texts), range(r, len(unheard.texts), N)
+    found = transcribe(model.eval(), unheard, device, mine, lm, beam=args.beam, alpha=args.alpha, beta=args.beta)
+    every = [found] * N
+    if N > 1:
+        dist.all_gather_object(every, found)
+    if args.save and r == 0:
+        save_model(args.save, model, heard.texts)
+    return losses, *report(list(itertools.chain(*every)))
+
+
+def report(found: list[tuple]) -> tuple[float, float]:
+    """Prints what was heard, and the word error rates: greedy, and with beam search."""
+    references, plain, searched = zip(*found)
+    say("\nsaid                               heard, greedy                      with the language model")
+    for row in found[:6]:
+        say("".join(f"{text[:33]:35}" for text in row).rstrip())
+    rates = word_error_rate(references, plain), word_error_rate(references, searched)
+    letters = word_error_rate(*([" ".join(text.replace(" ", "|")) for text in texts] for texts in (references, plain)))
+    say(f"\nword error rate {rates[0]:.1%} greedy, {rates[1]:.1%} with beam search; letters {letters:.1%} greedy\n")
+    return rates
+
+
+def main(args, device: torch.device) -> None:
+    torch.set_flush_denormal(True)
+    ranks = list(range(group_size()))
+    ring_group = make_group([ranks], device, args.timeout) if len(ranks) > 1 else None
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {len(ranks)} ranks, {args.dtype}, "
+        f"seed {args.seed}\n")  # fmt: skip
+    if args.check:
+        errors = equivalence(device, ring_group, *precision(args))
+        worst, good = within(errors.values(), BOUNDS[args.dtype])
+        say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
+        say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; {len(ranks)} ranks, {args.dtype}")
+        sys.exit(0 if good else 1)
+    errors = equivalence(device, ring_group, torch.float64)
+    with Counter() as counter:
+        ring_all_reduce(torch.ones(1001, device=device), ring_group)
+    sent = sum(m.bytes // 4 for m in counter.messages if m.op == "send")
+    sent = int(_all_reduce(torch.tensor(sent, device=device)))
+    losses, plain, searched = demonstrate(args, device, ring_group)
+    if group_rank() > 0:
+        return
+
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (("gradient equals", "gradient"), ("norm before clipping equals", "norm"),
+                        ("weight after 5 steps equals", "after"), ("number of CTC equals PyTorch's,", "CTC"),
+                        ("number of the layer cut in time equals", "cut")):  # fmt: skip
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        whose = "" if kind == "CTC" else " the single device's,"
+        row(f"every {claim}{whose} float64", "exact", f"worst {worst:.1e} relative", good)
+    row(f"ring: elements sent to sum 1,001 on {len(ranks)} ranks", f"{ring_elements(1001, len(ranks)):,}", f"{sent:,}")
+    if len(losses) > 1:
+        row("the CTC loss falls", "falls", f"{losses[0]:.2f} to {losses[-1]:.2f}", losses[-1] < losses[0])
+    aim = "below 5 %" if not args.data and not args.steps else ""
+    row("words wrong in speech not heard before, greedy", aim or "–", f"{plain:.1%}", plain < 0.05 if aim else "–")
+    row("the same with beam search and language model", aim or "–", f"{searched:.1%}", searched < 0.05 if aim else "–")
+    for layers, recurrent, hidden in SAME_SIZE:
+        count = parameter_count(layers, recurrent, hidden) / 1e6
+        claim = f"parameters of {layers} layers, {recurrent} recurrent, of {hidden}"
+        row(claim, "38 M", f"{count:.1f} M", abs(count / 38 - 1) < 0.04)
+    row("hours of English speech, summed over its sources", "11,940", f"{sum(ENGLISH_HOURS.values()):,}")
+    shares = [noisy_share(*rates) for rates in NOISY_SPEECH.values()]
+    here = f"{min(shares):.3f} to {max(shares):.3f}"
+    row("share of noisy words, from each system's three rates", "one share", here, max(shares) - min(shares) < 0.001)
+    first, second = OWN_TEST_SET
+    row("words wrong of Deep Speech 2, fewer than Deep Speech's by", "43.4%", f"{1 - second / first:.1%}")
+    row("epoch time halves when the GPUs are doubled", "8 to 16 GPUs", "–", "needs 16 GPUs")
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+# The recipe for half an hour of real speech, and the largest English network of the second paper.
+SIZES = {
+    "small": {},
+    "digits": dict(channels=(16, 24), kernels=((11, 11), (5, 7)), strides=((2, 2), (1, 2)), layers=2, hidden_size=128,
+                   dropout=0.1),
+    "paper": dict(sample_rate=16_000, bins=0, channels=(32, 32, 96), kernels=((11, 41), (11, 21), (11, 21)),
+                  strides=((2, 2), (1, 2), (1, 2)), layers=7, hidden_size=1280),
+}  # fmt: skip
+
+
+def config_of(args) -> SpeechConfig:
+    changes = dict(layers=args.layers, hidden_size=args.hidden_size, cell=args.cell, dropout=args.dropout)
+    sizes = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
+    return SpeechConfig(**sizes, bidirectional=not args.one_way, batch_norm=not args.no_batch_norm, seed=args.seed)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=0)
+    flag = parser.add_argument
+    flag("--dev", default="", metavar="FILE", help="the manifest to try it on; --data takes one to learn from")
+    flag("--size", choices=SIZES, default="small", help="of the network; what follows overrides it")
+    flag("--layers", type=int, help="recurrent layers")
+    flag("--hidden-size", type=int, help="H")
+    flag("--cell", choices=("relu", "gru"), help="of the recurrent layers")
+    flag("--dropout", type=float, help="probability, between layers")
+    flag("--one-way", action="store_true", help="forward recurrence alone, with a row convolution on top")
+    flag("--no-batch-norm", action="store_true", help="a bias in place of each BatchNorm")
+    flag("--no-sortagrad", action="store_true", help="the first epoch in random order")
+    flag("--distort", action="store_true", help="other pitch, tempo, noise, in each epoch anew")
+    flag("--epochs", type=int, default=8, help="times through the data; --steps above 0 stops earlier")
+    flag("--batch", type=int, default=8, help="utterances of a step, over all ranks")
+    flag("--optimizer", choices=("nesterov", "adamw"), default="nesterov", help="the papers', or AdamW with a cosine")
+    flag("--lr", type=float, default=0.03, help="peak learning rate")
+    flag("--max-norm", type=float, default=400.0, help="longer gradients are clipped")
+    flag("--beam", type=int, default=32, help="prefixes that beam search keeps")
+    flag("--alpha", type=float, default=1.0, help="weight of the language model")
+    flag("--beta", type=float, default=1.0, help="bonus for each word")
+    flag("--save", metavar="FILE", help="keep the trained model")
+    flag("--load", metavar="FILE", help="a model that --save kept, for --evaluate or --transcribe")
+    flag("--evaluate", metavar="FILE", help="print the word error rate on a manifest, and stop")
+    flag("--transcribe", metavar="FILE", help="print what is said in an audio file, and stop")
+    args = parse_flags(parser, ranks=2)
+    try:
+        if args.epochs < 1 or args.batch < 1 or args.beam < 1:
+            raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
+        if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
+            raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
+        config_of(args)
+        for path in (args.data, args.dev, args.evaluate):
+            for utterance in read_manifest(path) if path else ():
+                check_audio(utterance.path)
+        if args.transcribe:
+            check_audio(args.transcribe)
+        if args.load:
+            load_model(args.load)
+        if args.save and not Path(args.save).absolute().parent.is_dir():
+            raise ValueError(f"--save {args.save}: there is no such folder")
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def use_model(args) -> None:
+    """--evaluate and --transcribe: one process, no ranks."""
+    torch.set_num_threads(1)
+    model, texts = load_model(args.load)
+    search = dict(lm=NGram(texts), beam=args.beam, alpha=args.alpha, beta=args.beta)
+    if args.evaluate:
+        speech = Speech.from_manifest(args.evaluate, model.config, print)
+        report(transcribe(model, speech, torch.device("cpu"), range(len(speech.texts)), **search))
+    if args.transcribe:
+        speech = Speech([load_audio(args.transcribe, model.config.sample_rate)], [""])
+        ((_, plain, searched),) = transcribe(model, speech, torch.device("cpu"), [0], **search)
+        print(f"greedy             {plain}\nwith beam search   {searched}")
+
+
+# ── Data ────────────────────────────────────────────────────────────────────────────────────────────────
+#
+# Without --data the program makes its own speech: number words as rows of phones. A phone is three resonances of the
+# vocal tract (formants), driven by the pulses of a voice, by noise, or by both. A filter that moves smoothly from phone
+# to phone makes neighbours flow into each other, as in a mouth (coarticulation). Speakers differ in pitch, in the
+# length of their vocal tract, in tempo, and in the noise around them.
+
+# Phone to formants in Hz, share of voice (the rest is noise), loudness, seconds.
+PHONES = {
+    "iy": (270, 2290, 3010, 1, 1, 0.10), "ih": (390, 1990, 2550, 1, 1, 0.08), "eh": (530, 1840, 2480, 1, 1, 0.09),
+    "ah": (640, 1190, 2390, 1, 1, 0.09), "ao": (570, 840, 2410, 1, 1, 0.10), "ow": (450, 800, 2300, 1, 1, 0.12),
+    "uw": (300, 870, 2240, 1, 1, 0.12), "w": (300, 650, 2200, 1, 0.5, 0.06), "r": (350, 1100, 1500, 1, 0.6, 0.07),
+    "n": (250, 1400, 2500, 1, 0.4, 0.08), "v": (250, 1200, 3000, 0.6, 0.3, 0.06), "f": (900, 1500, 3300, 0, 0.15, 0.09),
+    "z": (250, 2500, 3600, 0.4, 0.4, 0.09), "k": (1500, 1900, 2400, 0, 0.3, 0.04), "s": (2800, 3400, 3900, 0, 0.5, 0.1),
+    "th": (1400, 2400, 3500, 0, 0.12, 0.09), "t": (2000, 3000, 3700, 0, 0.4, 0.04), "_": (500, 1500, 2500, 0, 0, 0.05),
+}  # fmt: skip
+WORDS = {
+    "zero": "z ih r ow", "one": "w ah n", "two": "_ t uw", "three": "th r iy", "four": "f ao r", "five": "f ah iy v",
+    "six": "s ih _ k s", "seven": "s eh v ah n", "eight": "eh iy _ t", "nine": "n ah iy n",
+}  # fmt: skip
+
+
+def synthesize(words: list[str], rate: int, rng: np.random.Generator) -> np.ndarray:
+    """A speaker whom `rng` invents says the words; floats, `rate` samples a second."""
+    pitch, tract, tempo = rng.uniform(90, 220), rng.uniform(0.9, 1.12), rng.uniform(0.8, 1.2)
+    phones = ["_", "_", *" _ ".join(WORDS[word] for word in words).split(), "_", "_"]
+    hop = rate // 200  # 5 ms: every number below is one for each hop, and a straight line between the phones' middles
+    seconds = np.array([PHONES[phone][5] * tempo * rng.uniform(0.85, 1.15) for phone in phones])
+    middles, frames = np.cumsum(seconds) - seconds / 2, int(seconds.sum() * 200)
+    at, table = np.arange(frames) / 200, np.array([PHONES[phone][:5] for phone in phones])
+    shape = [np.interp(at, middles, column * rng.normal(1, 0.02, len(phones))) for column in table.T]
+    tone = pitch * (1 + 0.15 * np.cumsum(rng.normal(0, 0.1, frames)) / np.sqrt(frames)) * np.linspace(1.1, 0.9, frames)
+    cycles = np.cumsum(np.repeat(tone, hop)) / rate
+    pulses, noise = 1 - 2 * (cycles % 1), rng.normal(0, 1, frames * hop)
+    window, hertz = np.hanning(2 * hop + 1)[:-1], np.fft.rfftfreq(4 * hop, 1 / rate)
+    formants = np.stack(shape[:3], 1)[..., None] / tract
+    gain = (1 / (1 + ((hertz - formants) / (60 + formants * 0.04)) ** 2)).sum(1)
+    wave = np.zeros((frames + 4) * hop)
+    for i in range(frames - 1):  # filter a window of the source, and add it in its place
+        source = shape[3][i] * pulses[i * hop : (i + 2) * hop] + (1 - shape[3][i]) * noise[i * hop : (i + 2) * hop]
+        sound = np.fft.irfft(np.fft.rfft(source * window, 4 * hop) * gain[i]) * max(0.0, shape[4][i])
+        wave[i * hop : (i + 4) * hop] += sound
+    return wave / np.abs(wave).max() + rng.normal(0, 1, len(wave)) * 10 ** (-rng.uniform(25, 40) / 20) * 0.2
+
+
+# ── Sound ───────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The network sees the strength of each frequency in windows of 20 ms, one every 10 ms, in logarithms, as ears hear. Two
+# things are taken out that say nothing about words: how loud the recording is, and (bin by bin) the sound of the
+# microphone. The papers give all frequencies to the network; with little data, bands that are wider at high
+# frequencies, the mel scale, leave less to learn.
+
+
+def log_spectrogram(wave_W: Tensor, sample_rate: int = 16_000, bins: int = 0) -> Tensor:
+    """Log power of each frequency and frame, mean 0 in each bin: (T, F).
+
+    wave_W: floats, any scale. bins: mel bands, or 0 for all frequencies from 0 to half the sample rate, 50 Hz apart.
+    T = 1 + (W − window) // hop, with a window of 20 ms and a hop of 10 ms; a shorter recording is padded to one window.
+    Source: Deep Speech 2, section 3 (power-normalised spectrograms). Needs: nothing else.
+    """
+    window, hop = round(0.020 * sample_rate), round(0.010 * sample_rate)
+    wave_W = F.pad(wave_W, (0, max(0, window - len(wave_W))))
+    frames = wave_W.unfold(0, window, hop) * torch.hann_window(window, dtype=wave_W.dtype)
+    size = 4 * window if bins else window  # finer steps of frequency, so that no narrow band falls between two of them
+    power_TF = torch.fft.rfft(frames, size).abs().square()
+    if bins:
+        top = 2595 * math.log10(1 + sample_rate / 2 / 700)
+        edges = 700 * (10 ** (torch.linspace(0, top, bins + 2, dtype=wave_W.dtype) / 2595) - 1)
+        hertz = torch.arange(power_TF.shape[1], dtype=wave_W.dtype)[:, None] * sample_rate / size
+        rising, falling = (hertz - edges[:-2]) / edges.diff()[:-1], (edges[2:] - hertz) / edges.diff()[1:]
+        power_TF = power_TF @ torch.minimum(rising, falling).clamp_min(0)  # triangles
+    log_TF = (power_TF / power_TF.mean().clamp_min(1e-20) + 1e-4).log()  # 40 dB below the mean is silence
+    return (log_TF - log_TF.mean(0)) / 2
+
+
+def mix_noise(wave_W: Tensor, noise_W: Tensor, snr_db: float) -> Tensor:
+    """wave + noise, the noise scaled so that the wave has snr_db decibels more power; a short noise is repeated.
+
+    Superposition is how the papers make noisy speech: x̂ = x + ξ. Raises: ValueError for noise of no power.
+    Source: Deep Speech, section 3.2.
+    """
+    if not noise_W.numel() or not noise_W.square().mean() > 0:
+        raise ValueError(f"noise of {noise_W.numel()} samples has no power to be scaled")
+    noise_W = noise_W.repeat(-(-len(wave_W) // len(noise_W)))[: len(wave_W)]
+    ratio = wave_W.square().mean() / noise_W.square().mean() / 10 ** (snr_db / 10)
+    return wave_W + noise_W * ratio.sqrt()
+
+
+def resample(wave_W: Tensor, rate: int, new_rate: int) -> Tensor:
+    """The same sound at another sample rate, by its spectrum: what both rates can hold stays as it is."""
+    if rate == new_rate or not len(wave_W):
+        return wave_W
+    size = max(1, round(len(wave_W) * new_rate / rate))
+    spectrum = torch.fft.rfft(wave_W)[: size // 2 + 1]
+    return torch.fft.irfft(spectrum, size) * (size / len(wave_W))
+
+
+def distort(wave_W: Tensor, config: SpeechConfig, rng: np.random.Generator) -> Tensor:
+    """A spectrogram of the recording as somebody else could have made it: (T, F) of another T.
+
+    Another pitch and length of the vocal tract (played faster or slower), another tempo, coloured noise 5 to 35 dB
+    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way.
+    """
+    rate = config.sample_rate
+    wave_W = resample(wave_W, rate, round(rate * rng.uniform(0.82, 1.18)))
+    spectrum = torch.fft.rfft(torch.from_numpy(rng.standard_normal(len(wave_W))).to(wave_W.dtype))
+    slope = torch.arange(1, len(spectrum) + 1, dtype=wave_W.dtype) ** -rng.uniform(0, 1)
+    noise_W = torch.fft.irfft(spectrum * slope, len(wave_W))
+    if wave_W.any():
+        wave_W = mix_noise(wave_W, noise_W, rng.uniform(5, 35))
+    x_TF = log_spectrogram(wave_W, rate, config.bins)
+    T, bins = max(1, round(len(x_TF) * rng.uniform(0.85, 1.15))), x_TF.shape[1]
+    x_TF = F.interpolate(x_TF.T[None], T, mode="linear", align_corners=False)[0].T.contiguous()
+    first, moment = rng.integers(bins), rng.integers(T)
+    x_TF[:, first : first + rng.integers(bins // 6 + 1)] = 0
+    x_TF[moment : moment + rng.integers(12)] = 0
+    return x_TF
+
+
+# ── Words ───────────────────────────────────────────────────────────────────────────────────────────────
+#
+# The papers take their language model ready-made, counted in 250 million lines of text. This one is small enough to
+# read, and is counted in what the network has learned from. The README shows how another one takes its place.
+
+
+class NGram:
+    """A language model of word n-grams, counted in texts: score(history, word) is log P(word | last words of history).
+
+    Absolute discounting: every n-gram that was seen gives up 0.5 of its count, and what has been given up is shared out
+    by the shorter history; at the end of that chain stand all words alike, the unknown one included.
+    Anything with the same `score` can take its place. Raises: ValueError where the texts hold no word, or order < 1.
+    """
+
+    def __init__(self, texts: Iterable[str], order: int = 3):
+        if order < 1:
+            raise ValueError(f"order={order}: at least 1")
+        self.order, self.counts = order, defaultdict(lambda: defaultdict(int))  # history to how often each word follows
+        for text in texts:
+            words = ["<s>"] * (order - 1) + text.split()
+            for end in range(order - 1, len(words)):
+                for n in range(order):
+                    self.counts[tuple(words[end - n : end])][words[end]] += 1
+        self.totals = {history: sum(follow.values()) for history, follow in self.counts.items()}
+        self.words = set(self.counts.get((), ()))
+        if not self.words:
+            raise ValueError("a language model needs text, but there is no word in it")
+
+    def probability(self, history: tuple[str, ...], word: str) -> float:
+        shorter = self.probability(history[1:], word) if history else 1 / (len(self.words) + 1)
+        if not (total := self.totals.get(history)):
+            return shorter
+        follow = self.counts[history]
+        return (max(follow.get(word, 0) - 0.5, 0.0) + 0.5 * len(follow) * shorter) / total
+
+    def score(self, history: tuple[str, ...], word: str) -> float:
+        """history: the words before, from the first one of the text on. In nats."""
+        history = (("<s>",) * (self.order - 1) + tuple(history))[-(self.order - 1) :] if self.order > 1 else ()
+        return math.log(self.probability(history, word if word in self.words else "<unknown>"))
+
+
+def word_error_rate(references: Iterable[str], texts: Iterable[str]) -> float:
+    """Words to insert, delete and replace, over the words of the references; letters instead of words: put spaces in.
+
+    Raises: ValueError for unequal numbers of texts, or references without a word.
+    """
+    edits = words = 0
+    for reference, text in zip(references, texts, strict=True):
+        reference, text = reference.split(), text.split()
+        row = list(range(len(text) + 1))
+        for i, word in enumerate(reference, 1):
+            row, above = [i], row
+            for j, other in enumerate(text, 1):
+                row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (word != other)))
+        edits, words = edits + row[-1], words + len(reference)
+    if not words:
+        raise ValueError("the references hold no word")
+    return edits / words
+
+
+# ── Files ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+Utterance = namedtuple("Utterance", "path text line")  # of a manifest; line: its number, from 1
+
+
+def read_manifest(path: str) -> list[Utterance]:
+    """The utterances of a manifest: JSON lines with audio_filepath, text, and duration in seconds (not used).
+
+    A relative audio_filepath is relative to the manifest's folder. Letters are made small. Raises: ValueError that
+    names file and line for what is no JSON object, lacks a key, names no file, or has letters outside the alphabet;
+    also for a manifest without utterances.
+    """
+    utterances = []
+    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            audio, text = Path(path).parent / entry["audio_filepath"], " ".join(entry["text"].lower().split())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            need = '{"audio_filepath": "a.wav", "duration": 1.9, "text": "three one four"}'
+            raise ValueError(f"{path}, line {number}: {error!r}; a line looks like {need}") from error
+        if strange := sorted(set(text) - set(ALPHABET[1:])):
+            raise ValueError(f"{path}, line {number}: {strange} not in the alphabet {ALPHABET[1:]!r}; spell it out")
+        if not audio.is_file():
+            raise ValueError(f"{path}, line {number}: there is no file {audio}")
+        utterances.append(Utterance(str(audio), text, number))
+    if not utterances:
+        raise ValueError(f"{path} holds no utterance")
+    return utterances
+
+
+def check_audio(path: str) -> None:
+    """Raises ValueError where an audio file cannot be opened; reads only its head."""
+    import soundfile
+
+    try:
+        soundfile.info(path)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as audio: {error}") from error
+
+
+def load_audio(path: str, sample_rate: int) -> Tensor:
+    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file."""
+    import soundfile
+
+    check_audio(path)
+    try:
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    except (RuntimeError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as audio: {error}") from error
+    if not len(samples) or not np.isfinite(samples).all():
+        strange = int((~np.isfinite(samples)).sum())
+        raise ValueError(f"{path}: {len(samples)} samples, of which {strange} are not finite")
+    return resample(torch.from_numpy(samples.mean(1)), rate, sample_rate)
+
+
+@dataclass
+class Speech:
+    """Recordings and what is said in them; all in memory."""
+
+    waves: list[Tensor]
+    texts: list[str]
+
+    @classmethod
+    def synthetic(cls, count: int, config: SpeechConfig, seed: int) -> Speech:
+        rng = np.random.default_rng((seed, 7))
+        texts = [" ".join(rng.choice(list(WORDS), rng.integers(1, 5))) for _ in range(count)]
+        waves = [torch.from_numpy(synthesize(text.split(), config.sample_rate, rng)) for text in texts]
+        return cls([wave_W.to(torch.float32) for wave_W in waves], texts)
+
+    @classmethod
+    def from_manifest(cls, path: str, config: SpeechConfig, tell: Callable[[str], None]) -> Speech:
+        """Utterances with too few frames for their letters cannot be learned: they are left out, and counted aloud."""
+        utterances = read_manifest(path)
+        waves = [load_audio(utterance.path, config.sample_rate) for utterance in utterances]
+        long = [frames_of(wave_W, config) >= frames_needed(u.text) for wave_W, u in zip(waves, utterances)]
+        if not all(long):
+            first = utterances[long.index(False)]
+            tell(f"{path}: left out {long.count(False)} of {len(long)} utterances, whose text has more letters than "
+                 f"there are frames; the first is {first.path}, line {first.line}")  # fmt: skip
+        if not any(long):
+            raise ValueError(f"{path} holds no utterance that is long enough for its text")
+        return cls(list(itertools.compress(waves, long)), [u.text for u in itertools.compress(utterances, long)])
+
+    def batch(self, rows: list[int], config: SpeechConfig, key: tuple[int, int] | None = None) -> Batch:
+        """Spectrograms and labels of some utterances, distorted as (seed, epoch) says or as they are (None)."""
+        features, labels = [torch.zeros(1, config.features)], [torch.zeros(1, dtype=torch.int64)]
+        for i in rows:
+            x_TF = log_spectrogram(self.waves[i], config.sample_rate, config.bins)
+            if key is not None:
+                other_TF = distort(self.waves[i], config, np.random.default_rng((*key, i)))
+                x_TF = other_TF if config.after(len(other_TF), 0) >= frames_needed(self.texts[i]) else x_TF
+            features.append(x_TF)
+            labels.append(torch.tensor([ALPHABET.index(letter) for letter in self.texts[i]], dtype=torch.int64))
+        frames_B, sizes_B = (torch.tensor([len(x) for x in xs]) for xs in (features, labels))
+        features_BTF, labels_BU = (nn.utils.rnn.pad_sequence(xs, batch_first=True) for xs in (features, labels))
+        return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(1, len(rows) + 1))
+
+
+def frames_of(wave_W: Tensor, config: SpeechConfig) -> int:
+    """Frames of a recording at the network's output."""
+    return config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0)
+
+
+def frames_needed(text: str) -> int:
+    """A symbol for each letter, and a blank between equal ones."""
+    return len(text) + sum(a == b for a, b in itertools.pairwise(text))
+
+
+# ── What every chapter carries ──────────────────────────────────────────────────────────────────────────
+#
+# The counter listens to a program's communication: PyTorch shows every operator that is called to a "dispatch mode",
+# and a collective is an operator of the namespace c10d. So messages and bytes are counted, not estimated.
+
+
+# ── shared: counter ──
+Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+
+    def __enter__(self):
+        self.messages = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function.name():
+            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# ── end of counter ──
+
+
+# The claims table is the last thing that a chapter prints. `here` is measured in this run, or computed by part 5. A
+# claim that fails sets the exit code; one that this machine cannot test says what it needs, and is never "ok".
+
+
+# ── shared: claims table ──
+def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+
+    Returns False where a claim fails.
+    """
+    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
+    table = [("claim", "paper", "here", "verdict"), *words]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
+    for row in table:
+        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return not any(row[3] is False for row in rows)
+
+
+# ── end of claims table ──
+
+
+# Flags are read, and every "auto" settled, in one process before any rank starts: what is wrong is one line, and not
+# one from each rank. Nothing falls back in silence from what a flag asked for.
+
+
+# ── shared: flags ──
+def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
+    """The flags that every chapter has; `parse_flags` reads them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
+    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
+    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
+    flag("--steps", type=int, default=steps, help="optimiser steps")
+    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
+    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
+    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
+    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
+    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
+    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
+    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
+    if local < 1 or args.ranks not in (None, local):
+        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+    if args.device == "auto":
+        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
+    if args.device == "cuda" and not gpus:
+        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
+    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
+        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
+    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
+        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
+    if args.steps < 0 or args.timeout <= 0:
+        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+    return args
+
+
+# ── end of flags ──
+
+
+# The launcher makes a script its own torchrun: started plainly, it replaces itself by torchrun with itself as the
+# program; started by torchrun (which sets LOCAL_RANK), it joins. One rank stays in the process, with a process group of
+# one, so that a debugger works. A collective that waits longer than --timeout fails instead of hanging, the first
+# rank's error is printed last, and the other ranks are ended.
+
+
+# ── shared: launcher ──
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
+    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+
+    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
+    hang in a first send that only two ranks know of.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
+    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+
+
+def run_rank(main: Callable, args: argparse.Namespace) -> None:
+    """One rank: its device, the process group of all ranks, then main."""
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    device_id = device if args.backend == "nccl" else None
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+    dist.all_reduce(torch.ones(1, device=device))
+    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    try:
+        with profile:
+            main(args, device)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)
+        raise
+    if args.trace and dist.get_rank() == 0:
+        profile.export_chrome_trace(args.trace)
+    dist.destroy_process_group()
+
+
+# ── end of launcher ──
+
+
+if __name__ == "__main__":
+    arguments = flags()
+    if arguments.load:
+        use_model(arguments)
+    else:
+        launch(main, arguments)

@@ -1,0 +1,1140 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 1 equals the single device: the loss, the ring, the norm, the network, the layer cut in time, the training.
+
+A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, PyTorch's own
+functions, or a sum over everything that is possible.
+"""
+
+import itertools
+import json
+import math
+import subprocess
+import sys
+import time
+from functools import lru_cache, partial
+from pathlib import Path
+
+import deepspeech as ds
+import numpy as np
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import assert_differs, assert_equal, plant
+from torch import nn
+
+SCRIPT = Path(ds.__file__)
+EVERY_WORLD = pytest.mark.ranks(1, 2, 3, 4)
+
+
+# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(**changes) -> ds.SpeechConfig:
+    sizes = dict(bins=12, channels=(3, 4), kernels=((5, 5), (3, 3)), strides=((2, 2), (1, 2)), layers=2, hidden_size=10)
+    return ds.SpeechConfig(**(sizes | changes))
+
+
+def random(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+
+
+@lru_cache
+def ring_group() -> dist.ProcessGroup:
+    return ds.make_group([list(range(dist.get_world_size()))], ranks.device, 60.0)
+
+
+def batch_of(utterances=7, cfg=None, seed=1) -> ds.Batch:
+    return ds.small_batch(utterances, cfg or config(), seed).to(ranks.device, torch.float64)
+
+
+def grads_of(module: nn.Module) -> dict:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def models(cfg):
+    """The plain model, and the one that shares its statistics with all ranks."""
+    return tuple(m.to(ranks.device, torch.float64) for m in (ds.DeepSpeech2(cfg), ds.parallel_model(cfg)))
+
+
+def loss_of(model, batch, loss=ds.ctc_loss):
+    log_probs, frames = model(batch.features_BTF, batch.frames_B)
+    return loss(log_probs, batch.labels_BU, frames, batch.sizes_B)
+
+
+def mine(batch: ds.Batch) -> ds.Batch:
+    """This rank's utterances, dealt out in turn."""
+    return batch.rows(range(dist.get_rank(), len(batch.frames_B), dist.get_world_size()))
+
+
+# ── 2.1 The CTC loss ────────────────────────────────────────────────────────────────────────────────────
+
+
+def says(path: tuple[int, ...], blank: int = 0) -> tuple[int, ...]:
+    """What a path says, by the two rules: merge repeats, drop blanks."""
+    return tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != blank)
+
+
+def loss_over_all_paths(log_probs_TV: torch.Tensor, labels: tuple[int, ...], blank: int = 0) -> torch.Tensor:
+    T, V = log_probs_TV.shape
+    paths = [p for p in itertools.product(range(V), repeat=T) if says(p, blank) == labels]
+    return -torch.logsumexp(torch.stack([log_probs_TV[range(T), list(p)].sum() for p in paths]), 0)
+
+
+@pytest.mark.parametrize("labels", [(), (1,), (1, 1), (1, 2, 1), (2, 2, 2), (3, 1, 1, 2)], ids=str)
+@pytest.mark.parametrize("blank", [0, 3])
+def test_ctc_is_the_sum_over_all_paths(labels, blank):
+    """Value, and gradient at the log-probabilities, beside all 4⁵ paths; T = 5 is exactly enough for (3, 1, 1, 2)."""
+    labels = tuple((symbol + blank) % 4 if blank else symbol for symbol in labels)
+    x = random(5, 4).log_softmax(-1)
+    a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = loss_over_all_paths(a, labels, blank)
+    loss = ds.ctc_loss(b[:, None], torch.tensor([labels], dtype=torch.int64), [5], [len(labels)], blank, "sum")
+    expected.backward()
+    loss.backward()
+    assert_equal({"loss": loss, "grad": b.grad}, {"loss": expected, "grad": a.grad}, bound=1e-12)
+
+
+def ragged(T=30, B=6, V=9, seed=2):
+    """Empty targets, T exactly labels + repeats, T one too few, repeats, full length; padding of labels is garbage."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(1, V, (B, 8), generator=generator)
+    labels[1], labels[2], labels[3] = 4, torch.arange(1, 9), 5
+    sizes = torch.tensor([0, 3, 8, 4, 8, 5])
+    frames = torch.tensor([T, 5, 8, 7, 23, 17])  # utterance 3 would need 4 + 3 repeats = 7 frames
+    return random(T, B, V, seed=seed), labels.to(ranks.device), frames.to(ranks.device), sizes.to(ranks.device)
+
+
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
+@pytest.mark.parametrize("form", ["table", "one row", "lists"])
+@pytest.mark.parametrize("blank", [0, 8])
+def test_ctc_is_pytorchs(reduction, form, blank):
+    """Compared at the logits, where both conventions of the gradient are one."""
+    logits, labels, frames, sizes = ragged()
+    labels = labels % 8 if blank else labels
+    args = (labels, frames, sizes)
+    if form == "one row":
+        args = (torch.cat([row[:n] for row, n in zip(labels, sizes)]), frames, sizes)
+    if form == "lists":
+        args = (labels, tuple(frames.tolist()), tuple(sizes.tolist()))
+    results = []
+    for function in (ds.ctc_loss, F.ctc_loss):
+        x = logits.clone().requires_grad_()
+        loss = function(x.log_softmax(-1), *args, blank=blank, reduction=reduction)
+        loss.backward(torch.arange(1.0, 7, dtype=torch.float64) if reduction == "none" else None)
+        results.append({"loss": loss, "grad": x.grad})
+    assert_equal(*results, bound=1e-12)
+
+
+def test_an_impossible_text():
+    """One frame too few for labels and repeats: ∞ and a gradient of NaN, or 0 and no gradient; neighbours unharmed."""
+    logits, labels, frames, sizes = ragged()
+    frames[3] = 6
+    x = logits.clone().requires_grad_()
+    loss = ds.ctc_loss(x.log_softmax(-1), labels, frames, sizes, reduction="none")
+    assert loss[3] == torch.inf and torch.isfinite(loss[[0, 1, 2, 4, 5]]).all()
+    loss.sum().backward()
+    assert x.grad[:, 3].isnan().any() and torch.isfinite(x.grad[:, [0, 1, 2, 4, 5]]).all()
+    results = []
+    for function in (ds.ctc_loss, F.ctc_loss):
+        x = logits.clone().requires_grad_()
+        loss = function(x.log_softmax(-1), labels, frames, sizes, zero_infinity=True)
+        loss.backward()
+        assert not x.grad[:, 3].any()
+        results.append({"loss": loss, "grad": x.grad})
+    assert_equal(*results, bound=1e-12)
+
+
+def test_ctc_of_no_utterance_no_frame_and_no_probability():
+    empty = torch.zeros(4, 0, 5, dtype=torch.float64, requires_grad=True)
+    loss = ds.ctc_loss(empty, torch.zeros(0, 3, dtype=torch.int64), [], [], reduction="sum")
+    loss.backward()
+    assert loss == 0 and empty.grad.shape == (4, 0, 5)
+    x = random(4, 2, 5).log_softmax(-1)  # no frame says "" for certain, and nothing else
+    loss = ds.ctc_loss(x, torch.tensor([[1], [2]]), [0, 0], [0, 1], reduction="none")
+    assert loss.tolist() == [0, math.inf]
+    x[1, :, 1] = -torch.inf  # a symbol of probability 0 in a frame
+    a, b = x.clone().requires_grad_(), x[:, 0].clone().requires_grad_()
+    loss, expected = ds.ctc_loss(a, torch.tensor([[1, 2]] * 2), [4, 4], [2, 2], reduction="sum"), None
+    expected = 2 * loss_over_all_paths(torch.where(b == -torch.inf, -1e4, b), (1, 2))
+    other = loss_over_all_paths(torch.where(x[:, 1] == -torch.inf, -1e4, x[:, 1]), (1, 2))
+    loss.backward()
+    assert_equal({"loss": loss}, {"loss": expected / 2 + other}) and torch.isfinite(a.grad).all()
+
+
+def test_ctc_of_long_and_narrow_input():
+    """1,500 frames, where (1/29)^T is zero in any format; half precision is widened."""
+    x = (random(1500, 2, 29) * 3).log_softmax(-1)
+    labels, lengths = torch.arange(1, 29).repeat(2, 4), ([1500, 1200], [112, 90])
+    for y, bound in ((x, 1e-12), (x.float(), 1e-5)):  # fp32 adds up 1,500 roundings
+        assert_equal({"l": ds.ctc_loss(y, labels, *lengths)}, {"l": F.ctc_loss(y, labels, *lengths)}, bound=bound)
+    assert ds.ctc_loss(x.bfloat16(), labels, *lengths).dtype == torch.float32
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_ctc_of_anything(data):
+    """Any lengths and labels: value and gradient at the logits are the native function's."""
+    B, T, V = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)), data.draw(st.integers(2, 5))
+    sizes = [data.draw(st.integers(0, 5)) for _ in range(B)]
+    frames = [data.draw(st.integers(1, T)) for _ in range(B)]
+    labels = torch.tensor([[data.draw(st.integers(1, V - 1)) for _ in range(5)] for _ in range(B)])
+    logits, results = random(T, B, V, seed=data.draw(st.integers(0, 99))), []
+    for function in (ds.ctc_loss, F.ctc_loss):
+        x = logits.clone().requires_grad_()
+        loss = function(x.log_softmax(-1), labels, tuple(frames), tuple(sizes), reduction="sum", zero_infinity=True)
+        loss.backward()
+        results.append({"loss": loss, "grad": x.grad})
+    for name, x in results[1].items():
+        assert (results[0][name] - x).abs().max() <= 1e-10 * max(1.0, x.abs().max().item())
+
+
+# ── 2.2 The ring ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("K", [0, 1, 2, 3, 7, 1001])
+def test_ring(K):
+    """The sum in the documented order, to the bit, and the same on every rank; 2·K·(N − 1) elements in all."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    every = [random(K, seed=10 + n) for n in range(N)]
+    x = every[r].clone()
+    with ds.Counter() as counter:
+        assert ds.ring_all_reduce(x) is x
+    expected = []
+    for s, segments in enumerate(zip(*(y.tensor_split(N) for y in every))):
+        total = segments[s].clone()
+        for n in range(1, N):
+            total += segments[(s + n) % N]
+        expected.append(total)
+    assert torch.equal(x, torch.cat(expected))
+    copies = [None] * N
+    dist.all_gather_object(copies, x.cpu())
+    assert all(torch.equal(copy, copies[0]) for copy in copies)
+    sent = torch.tensor(sum(m.bytes for m in counter.messages if m.op == "send") // 8)
+    dist.all_reduce(sent)
+    assert sent == ds.ring_elements(K, N) == 2 * K * (N - 1)
+    assert {m.op for m in counter.messages} <= {"send", "recv_", "recv"}
+
+
+@pytest.mark.ranks(3)
+def test_ring_of_odd_tensors():
+    """Not contiguous, whole numbers, a parameter, no dimension, a group of some ranks."""
+    world = dist.get_world_size()
+    x = torch.arange(12).reshape(3, 4).to(ranks.device)
+    assert torch.equal(ds.ring_all_reduce(x.clone().T), world * x.T)
+    y = nn.Parameter(x.double())
+    ds.ring_all_reduce(y)
+    assert torch.equal(y, world * x.double())
+    assert ds.ring_all_reduce(torch.tensor(5.0, device=ranks.device)) == 15
+    group = dist.new_group([0, 2])
+    if dist.get_rank() != 1:
+        assert torch.equal(ds.ring_all_reduce(x.clone(), group), 2 * x)
+
+
+# ── 2.3 Data parallelism ────────────────────────────────────────────────────────────────────────────────
+
+KINDS = pytest.mark.parametrize("kind", ["nesterov", "adamw"])
+
+
+@EVERY_WORLD
+@KINDS
+@pytest.mark.parametrize(
+    "change", [{}, {"cell": "gru", "bidirectional": False, "layers": 1}, {"batch_norm": False}], ids=str
+)
+def test_five_steps(kind, change):
+    """Seven utterances of unequal length over the ranks: losses, norms, gradients, weights, running averages."""
+    cfg = config(**change)
+    plain, parallel = models(cfg)
+    batches, steps = [batch_of(7, cfg, seed) for seed in range(5)], 0
+    options = dict(lr=lambda step: 0.01 / (step + 1), max_norm=0.5, kind=kind)
+    alone = ds.train_alone(plain, batches, **options)
+    together = ds.train(parallel, map(mine, batches), ring_group=ring_group(), **options)
+    for (expected, norm), (loss, norm_here) in zip(alone, together, strict=True):
+        assert norm > 0.5, "nothing was clipped"
+        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+        assert_equal(grads_of(parallel), grads_of(plain))
+        steps += 1
+    assert steps == 5
+    state = {name: x for name, x in plain.state_dict().items() if x.is_floating_point()}
+    assert_equal({name: parallel.state_dict()[name] for name in state}, state, floor=0.05 if kind == "adamw" else 0.0)
+    ds.check_replicas(parallel)
+
+
+@pytest.mark.ranks(2, 4)
+def test_a_rank_without_an_utterance():
+    """A batch smaller than the ranks leaves some with nothing; they take part in every sum, and step alike."""
+    cfg = config()
+    plain, parallel = models(cfg)
+    batch = batch_of(7, cfg).rows([5])
+    ((expected, norm),) = ds.train_alone(plain, [batch], lambda step: 0.01)
+    ((loss, norm_here),) = ds.train(parallel, [mine(batch)], lambda step: 0.01, ring_group=ring_group())
+    assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+    assert_equal(grads_of(parallel), grads_of(plain))
+
+
+@pytest.mark.ranks(2)
+def test_buckets_leave_while_backward_runs():
+    """The first bucket is on its way before the first layer has its gradient; in a fixed order; nothing twice."""
+    cfg = config()
+    model = models(cfg)[1]
+    ring = ds.GradientRing(model.parameters(), ring_group(), bucket_bytes=500)
+    names = {id(p): name for name, p in model.named_parameters()}
+    order, sent, expected = [], [], [[names[id(p)] for p in bucket] for bucket in ring.buckets]
+    assert len(expected) > 4 and sorted(itertools.chain(*expected)) == sorted(names.values())
+    original = ring._sum
+    ring._sum = lambda bucket: (sent.append([names[id(p)] for p in bucket]), order.append("sent"), original(bucket))
+    ring_last = model.convolutions[0].weight.register_post_accumulate_grad_hook(lambda p: order.append("last gradient"))
+    for _ in range(2):
+        del order[:], sent[:]
+        model.zero_grad()
+        loss_of(model, mine(batch_of(7, cfg))).backward()
+        deadline = time.monotonic() + 10
+        while "sent" not in order and time.monotonic() < deadline:
+            time.sleep(0.01)
+        ring.finish()
+        assert sent == expected and ring.jobs == []
+        assert ring.thread._max_workers == 1
+    assert order.index("sent") < order.index("last gradient") or order[0] == "sent"
+    ring_last.remove()
+    ring.close()
+
+
+@pytest.mark.ranks(2)
+def test_messages_of_a_step():
+    """In the ring's group the gradients, 2·K·(N − 1)/N elements a rank; in the other BatchNorm's sums and scalars."""
+    cfg = config()
+    model, ring = models(cfg)[1], None
+    ring = ds.GradientRing(model.parameters(), ring_group())
+    optimizer = ds.make_optimizer(model)
+    optimizer.param_groups[0]["lr"] = 0.0
+    sent = []
+    exchange = ds._exchange
+
+    def watched(messages, group):
+        sent.extend((x.nbytes, group) for way, x, _ in messages if way is dist.isend)
+        return exchange(messages, group)
+
+    with plant(ds, "_exchange", watched), ds.Counter() as counter:  # the ring's thread is not this one: it is watched
+        ds.train_step(model, optimizer, mine(batch_of(7, cfg)), ring)
+    ring.close()
+    K = sum(p.numel() for p in model.parameters())
+    assert sum(size for size, _ in sent) == K * 8 and {group for _, group in sent} == {ring_group()}
+    features = [3, 4, 10, 10, 10]  # of each BatchNorm: forward H + 1 and H numbers, backward the same in reverse
+    forward = [8 * n for H in features for n in (H + 1, H)]
+    assert [m.bytes for m in counter.messages if m.op == "all_reduce"] == [8, *forward, *forward[::-1], 8]
+
+
+# ── 2.4 BatchNorm over all frames of all ranks ──────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+def test_sequence_batch_norm():
+    """Beside nn.BatchNorm1d on all valid frames of all ranks: outputs, every gradient, running averages, then eval."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    torch.manual_seed(3)
+    plain, ours = nn.BatchNorm1d(5).double(), ds.SequenceBatchNorm(5).double()
+    for p in plain.parameters():
+        nn.init.normal_(p, 1.0)
+    ours.load_state_dict(plain.state_dict())
+    plain, ours = plain.to(ranks.device), ours.to(ranks.device)
+    every = [(random(6, 3, 5, seed=n) + n) for n in range(N)]
+    valid = [ds.valid_frames(torch.tensor([6, 2, n % 4], device=ranks.device), 6) for n in range(N)]
+    for _ in range(2):
+        rows = torch.cat([x[v] for x, v in zip(every, valid)]).requires_grad_()
+        x = torch.where(valid[r][..., None], every[r], 1e6).requires_grad_()  # padding is garbage
+        expected, y = plain(rows), ours(x, valid[r])
+        upstream = random(*rows.shape, seed=9)
+        expected.backward(upstream)
+        counts = [int(v.sum()) for v in valid]
+        own = slice(sum(counts[:r]), sum(counts[: r + 1]))
+        full = torch.full_like(every[r], 3.0).index_put((valid[r],), upstream[own])
+        y.backward(full)
+        assert not y[~valid[r]].any() and not x.grad[~valid[r]].any()
+        assert_equal({"y": y[valid[r]], "x": x.grad[valid[r]]}, {"y": expected[own], "x": rows.grad[own]})
+        for p in ours.parameters():
+            dist.all_reduce(p.grad)
+        assert_equal(grads_of(ours), grads_of(plain))
+        plain.zero_grad(), ours.zero_grad()
+    for name, buffer in plain.named_buffers():
+        assert_equal({name: ours.get_buffer(name)}, {name: buffer})
+    here, there = ours.eval()(every[r], valid[r]), plain.eval()(every[r][valid[r]])
+    assert_equal({"eval": here[valid[r]]}, {"eval": there})
+
+
+# ── 2.5 Recurrence ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("T", [1, 13])
+@pytest.mark.parametrize("B", [0, 3])
+def test_clipped_recurrence(D, T, B):
+    """Beside the loop that autograd differentiates, with states that reach both ends of the clip."""
+    x, weight = random(T, D, B, 6) * 8, random(D, 6, 6, seed=2)
+    a, b = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    expected, y = ds.plain_recurrence(*a), ds.clipped_recurrence(*b)
+    assert not B or T == 1 or ((y == 0).any() and (y == 20).any())
+    expected.backward(random(T, D, B, 6, seed=3))
+    y.backward(random(T, D, B, 6, seed=3))
+    if B:
+        zeros = {"weight": 0.0} if T == 1 else {}  # one step has no step before it
+        pairs = zip(("y", "x", "weight"), (y, b[0].grad, b[1].grad), (expected, a[0].grad, a[1].grad))
+        pairs = list(pairs)
+        assert_equal({n: p for n, p, _ in pairs}, {n: q for n, _, q in pairs}, zeros=zeros)
+    else:
+        assert y.shape == expected.shape and not b[1].grad.any()
+
+
+def test_the_recurrences_are_pytorchs():
+    """Below the clip the simple one is nn.RNN's; with tanh for the clip and z turned, the gated one nn.GRU's."""
+    x = random(9, 3, 6)
+    theirs = nn.RNN(6, 6, nonlinearity="relu", bias=False).double()
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(torch.eye(6))
+    weight = theirs.weight_hh_l0.detach().T[None]
+    assert_equal({"h": ds.plain_recurrence(x[:, None], weight)[:, 0]}, {"h": theirs(x)[0]})
+    theirs = nn.GRU(18, 6, bias=False).double()  # rows of its weights: r, z, n; its z keeps the old state
+    x, order = random(9, 3, 18), torch.arange(18).view(3, 6)[[1, 0, 2]].flatten()
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(torch.eye(18)[order])
+        theirs.weight_ih_l0[6:12] *= -1
+    weight = theirs.weight_hh_l0.detach()[order].T[None].clone()
+    weight[..., :6] *= -1
+    assert_equal({"h": ds.gru(x[:, None], weight, torch.tanh)[:, 0]}, {"h": theirs(x)[0]})
+    h = ds.gru(50 * random(9, 1, 3, 18), weight)
+    assert h.max() <= 20 and h.min() >= 0 and (h == 20).any()
+
+
+LAYOUTS = [
+    {}, {"bidirectional": False}, {"cell": "gru"}, {"cell": "gru", "bidirectional": False}, {"batch_norm": False},
+    {"layers": 7, "hidden_size": 4}, {"channels": (2,), "kernels": ((11, 7),), "strides": ((3, 2),)},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", LAYOUTS, ids=str)
+@pytest.mark.parametrize("build", ["plain", "parallel"])
+def test_an_utterance_is_heard_alone_as_in_a_batch(change, build):
+    cfg = config(**change)
+    model = models(cfg)[build == "parallel"]
+    batch = batch_of(6, cfg)
+    with torch.no_grad():
+        for _ in range(3):  # running averages that mean something
+            model(batch.features_BTF, batch.frames_B)
+        together, lengths = model.eval()(batch.features_BTF, batch.frames_B)
+        for i, length in enumerate(lengths.tolist()):
+            one = batch.rows([i])
+            alone, (alone_length,) = model(one.features_BTF, one.frames_B)
+            assert length == alone_length == len(alone)
+            assert_equal({"y": alone[:, 0]}, {"y": together[:length, i]})
+
+
+def test_the_two_recurrences_make_the_same_network():
+    """Forward and backward of the whole network, by the loop and by the function."""
+    plain, parallel = models(config())
+    batch = batch_of()
+    for model in (plain, parallel):
+        loss_of(model, batch).backward()
+    assert_equal(grads_of(parallel), grads_of(plain))
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(1, 60), kernel=st.sampled_from([1, 3, 5, 11]), stride=st.integers(1, 4))
+def test_the_arithmetic_of_lengths(size, kernel, stride):
+    """Every length comes out of a convolution as the one function says."""
+    cfg = config(channels=(1,), kernels=((kernel, 1),), strides=((stride, 1),), hidden_size=2, layers=1)
+    convolution = ds.DeepSpeech2(cfg).convolutions[0]
+    assert convolution(torch.zeros(1, 1, size, 12)).shape[2] == cfg.after(size, 0)
+    assert torch.equal(cfg.after(torch.tensor([size]), 0), torch.tensor([cfg.after(size, 0)]))
+
+
+def test_the_papers_front_end():
+    """161 bins become 81, 41 and 21; the shapes of the three convolutions."""
+    cfg = ds.SpeechConfig(**ds.SIZES["paper"])
+    assert [cfg.after(cfg.features, 1, n) for n in range(4)] == [161, 81, 41, 21]
+    assert cfg.after(1000, 0) == 500
+
+
+def test_row_convolution():
+    """The formula, feature by feature; frame t knows nothing of what comes after t + τ, nor of what came before t."""
+    layer = ds.RowConvolution(4, 3).double()
+    nn.init.normal_(layer.weight)
+    x = random(9, 2, 4).requires_grad_()
+    padded = torch.cat([x, torch.zeros(3, 2, 4)])
+    expected = torch.stack([sum(layer.weight[:, j] * padded[t + j] for j in range(4)) for t in range(9)])
+    y = layer(x)
+    assert_equal({"y": y}, {"y": expected})
+    (grad,) = torch.autograd.grad(y[4, 0, 1], x)
+    assert grad.nonzero().tolist() == [[t, 0, 1] for t in range(4, 8)]
+
+
+def bidirectional(x, weight):
+    """The whole layer on one device, by the plain loop."""
+    h = ds.plain_recurrence(torch.stack([x, x.flip(0)], 1), weight)
+    return h[:, 0] + h[:, 1].flip(0)
+
+
+def time_parallel_case(T: int, upstream_of=lambda y: y):
+    """Output, gradient of this rank's frames, and of the weight: cut in time, and on one device."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    lengths = torch.tensor([T, max(1, T // 2), 1], device=ranks.device)
+    x = random(T, 3, 5) * 3 * ds.valid_frames(lengths, T)[..., None]
+    weight, upstream = random(2, 5, 5, seed=2) / 2, random(T, 3, 5, seed=3)
+    a, b = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
+    expected, y = bidirectional(*a), ds.time_parallel_birnn(b[0].tensor_split(N)[r], b[1])
+    expected.backward(upstream)
+    y.backward(upstream.tensor_split(N)[r])
+    own = lambda z: z.tensor_split(N)[r]  # noqa: E731
+    here = {"y": y, "x": own(b[0].grad), "weight": b[1].grad}
+    there = {"y": own(expected), "x": own(a[0].grad), "weight": a[1].grad}
+    return here, there
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("T", [2, 3, 8, 21])
+def test_the_layer_cut_in_time(T):
+    """Any number of ranks, frames that they do not divide, fewer frames than ranks, utterances that end anywhere."""
+    here, there = time_parallel_case(T)
+    nothing = [name for name, x in there.items() if not x.numel()]
+    assert nothing == ([] if T >= dist.get_world_size() or dist.get_rank() < T else ["y", "x"])
+    for name in nothing:
+        assert here.pop(name).shape == there.pop(name).shape
+    zeros = {name: 1e-12 for name, x in there.items() if x.numel() and not x.any()}
+    assert_equal(here, there, zeros=zeros)
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_messages_of_the_layer_cut_in_time():
+    """A boundary state for each neighbour and direction, forward and backward; the weight's gradient once."""
+    N, r, state = dist.get_world_size(), dist.get_rank(), 3 * 5 * 8
+    with ds.Counter() as counter:
+        time_parallel_case(8)
+    neighbours = (r > 0) + (r < N - 1)
+    assert [m.bytes for m in counter.messages if m.op == "send"] == [state] * 2 * neighbours
+    assert [m.bytes for m in counter.messages if m.op == "all_reduce"] == [2 * 5 * 5 * 8]
+
+
+def blocking(operations):
+    """Each batch's receives posted, then sends that wait for their receiver: shows every true deadlock."""
+    works = [dist.irecv(op.tensor, op.peer, op.group) for op in operations if op.op is dist.irecv]
+    for op in operations:
+        if op.op is dist.isend:
+            dist.send(op.tensor, op.peer, op.group)
+    return works
+
+
+@pytest.mark.ranks(2, 3, 4)
+def test_no_deadlock_with_blocking_sends():
+    with plant(dist, "batch_isend_irecv", blocking):
+        assert_equal(*time_parallel_case(21))
+        x = random(7)
+        assert_equal({"sum": ds.ring_all_reduce(x.clone())}, {"sum": x * dist.get_world_size()})
+
+
+# ── 2.6 Decoding ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def texts_of_all_paths(log_probs_TV: torch.Tensor) -> dict[str, float]:
+    """Every text's log-probability, by looking at every path."""
+    T, V = log_probs_TV.shape
+    found: dict[str, list] = {}
+    for path in itertools.product(range(V), repeat=T):
+        text = " ".join("".join(ds.ALPHABET[symbol] for symbol in says(path)).split())
+        found.setdefault(text, []).append(log_probs_TV[range(T), list(path)].sum())
+    return {text: torch.logsumexp(torch.stack(terms), 0).item() for text, terms in found.items()}
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_beam_search_without_a_limit_is_exact(seed):
+    """Symbols _, space, ', a in six frames: every text, with its probability, in order."""
+    x = (random(6, 4, seed=seed) * 2).log_softmax(-1)
+    found, expected = dict(ds.beam_search(x, beam=10**6, cutoff=1.0)), texts_of_all_paths(x)
+    assert found.keys() == expected.keys()
+    assert all(math.isclose(found[text], log_p, rel_tol=1e-10) for text, log_p in expected.items())
+    assert list(found.values()) == sorted(found.values(), reverse=True)
+
+
+def test_beam_search_with_a_language_model_is_exact():
+    """Q = log P + α log P_lm + β words of every text, the language model's part computed from the words at once."""
+    lm = ds.NGram(["a a' a", "a' a", "a"], order=2)
+    x = (random(6, 4, seed=5) * 2).log_softmax(-1)
+    found = dict(ds.beam_search(x, beam=10**6, lm=lm, alpha=0.7, beta=0.3, cutoff=1.0))
+    for text, log_p in texts_of_all_paths(x).items():
+        words = text.split()
+        q = log_p + sum(0.7 * lm.score(tuple(words[:i]), word) + 0.3 for i, word in enumerate(words))
+        assert math.isclose(found[text], q, rel_tol=1e-10), text
+    assert found.keys() == texts_of_all_paths(x).keys()
+
+
+def test_beam_search_prefers_the_text_to_the_path():
+    """The most probable path says nothing, yet "a" is the more probable text: 0.4 · 0.4 + 2 · 0.6 · 0.4 = 0.64."""
+    p = torch.zeros(2, 29)
+    p[:, 0], p[:, 3] = 0.6, 0.4
+    assert ds.greedy(p.log()) == "" and ds.beam_search(p.log())[0][0] == "a"
+    assert math.isclose(math.exp(ds.beam_search(p.log())[0][1]), 0.64, rel_tol=1e-6)
+    assert ds.greedy(torch.zeros(0, 29)) == "" == ds.beam_search(torch.zeros(0, 29))[0][0]
+
+
+def test_a_language_model_repairs_a_word():
+    x = torch.full((9, 29), -12.0)
+    for t, letter in enumerate("tvo _one_"):
+        x[t, ds.ALPHABET.index(letter)] = 0
+    x[1, ds.ALPHABET.index("w")] = -0.5
+    lm = ds.NGram(["two one", "one two", "two"])
+    assert ds.greedy(x) == "tvo one" and ds.beam_search(x.log_softmax(-1), lm=lm)[0][0] == "two one"
+
+
+def test_the_n_gram_is_a_distribution():
+    """For any history the words and the unknown one add up to 1; what was seen is more probable than what was not."""
+    lm = ds.NGram(["one two three", "one two one", "three"], order=3)
+    for history in ((), ("one",), ("one", "two"), ("never", "heard"), ("never", "two")):
+        assert math.isclose(sum(math.exp(lm.score(history, w)) for w in [*lm.words, "unheard-of"]), 1.0, rel_tol=1e-12)
+    assert lm.score(("one", "two"), "three") > lm.score(("one", "two"), "two") > lm.score(("one", "two"), "unheard-of")
+    assert lm.score((), "one") == lm.score(("<s>", "<s>"), "one")
+    assert math.isclose(math.exp(ds.NGram(["a a b"], order=1).score((), "a")), (1.5 + 0.5 * 2 / 3) / 3)
+
+
+def test_word_error_rate():
+    rate = ds.word_error_rate
+    assert rate(["one two three"], ["one two three"]) == 0 and rate(["one two"], [""]) == 1
+    assert rate(["one two three four"], ["one too three four five"]) == 0.5
+    assert rate(["a b", "c"], ["b", "c"]) == 1 / 3 and rate(["a"], ["a b c"]) == 2
+    with pytest.raises(ValueError, match="no word"):
+        rate([""], ["one"])
+
+
+# ── 3 and 4: weights, sound, order ──────────────────────────────────────────────────────────────────────
+
+
+def test_a_saved_model_is_the_same_model(tmp_path):
+    model = ds.parallel_model(config(dropout=0.1, bidirectional=False))
+    batch = ds.small_batch(4, config())
+    model(batch.features_BTF, batch.frames_B)
+    ds.save_model(str(tmp_path / "m"), model, ["one two", "three"])
+    loaded, texts = ds.load_model(str(tmp_path / "m"))
+    assert texts == ["one two", "three"] and loaded.config == model.config and not loaded.training
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in model.state_dict().items())
+
+
+@pytest.mark.ranks(2, 4)
+def test_ranks_that_have_drifted_apart_are_found():
+    model = ds.parallel_model(config())
+    ds.check_replicas(model)
+    if dist.get_rank() == 1:
+        model.layers[1].norm.running_mean[3] += 1e-3
+    with pytest.raises(
+        ValueError, match=r"layers.1.norm.running_mean should be the same on every rank, but differs by 1.0e-03"
+    ):
+        ds.check_replicas(model)
+
+
+@settings(max_examples=40, deadline=None)
+@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch=st.integers(1, 9), world=st.integers(1, 5))
+def test_sortagrad(lengths, batch, world):
+    """Epoch 0 by length, later ones the same batches shuffled; each utterance once; shares are a batch again."""
+    first, *later = (ds.sortagrad_batches(lengths, batch, epoch, seed=3) for epoch in range(3))
+    order = [lengths[i] for b in first for i in b]
+    assert order == sorted(lengths) and sorted(i for b in first for i in b) == list(range(len(lengths)))
+    for batches in [*later, ds.sortagrad_batches(lengths, batch, 0, seed=3, sort=False)]:
+        assert sorted(map(tuple, batches)) == sorted(map(tuple, first))
+    for b in first:
+        shares = [ds.share_of(b, lengths, r, world) for r in range(world)]
+        assert sorted(itertools.chain(*shares)) == sorted(b) and max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_learning_rates():
+    assert ds.learning_rate(0, 10, 20, 6e-4) == ds.learning_rate(9, 10, 20, 6e-4) == 6e-4
+    assert math.isclose(ds.learning_rate(25, 10, 20, 6e-4), 6e-4 / 1.44)
+    rate = partial(ds.learning_rate, epoch_steps=100, epochs=10, peak=3e-3, kind="adamw")
+    assert rate(0) == 3e-5 and math.isclose(rate(500), 1.5e-3) and rate(1000) < 1e-12
+
+
+def test_spectrogram():
+    """Sizes, a tone in its bin, loudness has no say; the paper's 161 bins at 16 kHz."""
+    tone = torch.sin(2 * math.pi * 1000 * torch.arange(16_000) / 16_000)
+    tone = tone * (1 + torch.sin(2 * math.pi * 3 * torch.arange(16_000) / 16_000))
+    x = ds.log_spectrogram(tone)
+    assert x.shape == (1 + (16_000 - 320) // 160, 161)
+    assert x.std(0).argmax() in (19, 20, 21)  # 1,000 Hz stands in bin 20; only it moves
+    assert torch.allclose(x, ds.log_spectrogram(100 * tone), atol=1e-4) and x.mean(0).abs().max() < 1e-4
+    assert ds.log_spectrogram(tone[:7], 8000, 40).shape == (1, 40)
+    assert torch.isfinite(ds.log_spectrogram(torch.zeros(4000), 8000, 40)).all()
+    assert ds.log_spectrogram(torch.rand(8000), 8000, 40).std(0).min() > 0  # no band is empty
+
+
+@pytest.mark.parametrize("snr", [-5.0, 0.0, 12.0])
+def test_noise_has_the_power_that_was_asked_for(snr):
+    wave, noise = random(5000), random(700, seed=2) * 13
+    added = ds.mix_noise(wave, noise, snr) - wave
+    assert math.isclose(10 * math.log10(wave.square().mean() / added.square().mean()), snr, abs_tol=1e-9)
+    with pytest.raises(ValueError, match="no power"):
+        ds.mix_noise(wave, torch.zeros(5), 3.0)
+
+
+def test_resampling_keeps_the_tone():
+    for rate in (16_000, 11_025, 44_100, 8000):
+        at, there = torch.arange(rate, dtype=torch.float64) / rate, torch.arange(8000, dtype=torch.float64) / 8000
+        wave = ds.resample(torch.sin(2 * math.pi * 500 * at), rate, 8000)
+        assert_equal({"wave": wave}, {"wave": torch.sin(2 * math.pi * 500 * there)})
+
+
+def test_speech_is_a_function_of_the_seed():
+    a, b, c = (ds.Speech.synthetic(3, config(), seed) for seed in (1, 1, 2))
+    assert a.texts == b.texts and all(torch.equal(x, y) for x, y in zip(a.waves, b.waves)) and a.texts != c.texts
+    first, again, other = (a.batch([1, 2], config(), key) for key in ((0, 1), (0, 1), (0, 2)))
+    assert torch.equal(first.features_BTF, again.features_BTF)
+    assert first.features_BTF.shape != other.features_BTF.shape or not torch.equal(
+        first.features_BTF, other.features_BTF
+    )
+    swapped = a.batch([2], config(), (0, 1))  # distortion belongs to the utterance, whatever batch it is in
+    assert torch.equal(swapped.features_BTF[0], first.features_BTF[1, : swapped.frames_B[0]])
+
+
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_same_size_nets():
+    """Four nets of "38 million": within 4 %. One number is checked against the built network."""
+    counts = [ds.parameter_count(*net) / 1e6 for net in ds.SAME_SIZE]
+    assert [round(count, 1) for count in counts] == [38.9, 38.7, 39.2, 38.3]
+    cfg = config(layers=3, hidden_size=8)
+    layers = ds.DeepSpeech2(cfg).layers
+    assert sum(p.numel() for layer in layers[1:] for p in (layer.input.weight, layer.weight)) == 2 * 3 * 8**2
+
+
+def test_tables_that_must_agree_with_themselves():
+    assert sum(ds.ENGLISH_HOURS.values()) == 11_940
+    shares = [ds.noisy_share(*rates) for rates in ds.NOISY_SPEECH.values()]
+    assert len(shares) == 5 and max(shares) - min(shares) < 5e-4 and abs(shares[0] - 0.423) < 5e-4
+    assert abs((12.6 + 19.3) / 2 - 16.0) < 0.051 and (20.0 + 31.8) / 2 == 25.9  # Switchboard and CallHome: full
+
+
+def test_the_speed_up_of_the_time_split():
+    """Slots of T / N steps, counted in the schedule itself: no rank starts its last part before slot N − 1."""
+    for N in (1, 2, 3, 4, 7):
+        with plant(ds, "group_size", lambda group=None, N=N: N), plant(ds, "_exchange", lambda messages, group: None):
+            last = 0
+            for r in range(N):
+                done = []
+                with plant(ds, "group_rank", lambda group=None, r=r: r):
+                    ds._wave(lambda d, state, done=done: (done.append(d), state)[1], torch.zeros(2, 1, 1), 0, None)
+                assert sorted(done) == [0, 1]
+                last = max(last, N - 1 - r, r)
+        assert ds.time_split_speedup(N) == (2 * N / (last + 1) if N > 1 else 1)
+    assert ds.time_split_speedup(8) == 2
+
+
+# ── Planted bugs: what a missing safeguard looks like ───────────────────────────────────────────────────
+
+
+@pytest.mark.planted_bug(
+    symptom="texts with double letters get too high a probability; all others are right", seen_in=None
+)
+def test_without_the_repeat_rule():
+    """A skip over the blank between equal labels lets "l" + "l" say "ll"."""
+    original = ds._lattice
+
+    def lattice(log_y, skip_BS):
+        skip = torch.zeros_like(skip_BS)
+        skip[:, 3::2] = True
+        return original(log_y, skip)
+
+    x = random(6, 2, 4).log_softmax(-1)
+    labels, lengths = torch.tensor([[1, 2, 3], [1, 1, 2]]), ([6, 6], [3, 3])
+    right = F.ctc_loss(x, labels, *lengths, reduction="none")
+    with plant(ds, "_lattice", lattice):
+        wrong = ds.ctc_loss(x, labels, *lengths, reduction="none")
+    assert math.isclose(wrong[0], right[0], rel_tol=1e-12) and wrong[1] < right[1] - 0.1
+
+
+@pytest.mark.planted_bug(
+    symptom="short utterances are right; from some 200 frames on the loss is infinite", seen_in="https://github.com/pytorch/pytorch/issues/14401"
+)  # fmt: skip
+def test_in_linear_space():
+    def loss(log_probs_TV, labels):
+        y, symbols = log_probs_TV.exp(), [0, *(s for label in labels for s in (label, 0))]
+        alpha = torch.zeros(len(symbols), dtype=torch.float64)
+        alpha[0] = 1
+        for y_V in y:
+            step, two = (F.pad(alpha, (n, 0))[: len(alpha)] for n in (1, 2))
+            skip = torch.tensor([s > 1 and symbols[s] not in (0, symbols[s - 2]) for s in range(len(symbols))])
+            alpha = (alpha + step + two * skip) * y_V[symbols]
+        return -alpha[-2:].sum().log()
+
+    x = torch.full((300, 29), 1 / 29, dtype=torch.float64).log()
+    for T, label in ((60, (3, 3, 4)), (300, (3, 3, 4))):
+        right = ds.ctc_loss(x[:T, None], torch.tensor([label]), [T], [3], reduction="sum")
+        assert torch.isfinite(right)
+        assert (loss(x[:T], label) == torch.inf) == (T == 300)
+        assert T == 300 or math.isclose(loss(x[:T], label), right, rel_tol=1e-10)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="an utterance's loss depends on how much padding its batch has", seen_in="https://github.com/SeanNaren/deepspeech.pytorch/issues/312"
+)  # fmt: skip
+def test_batch_norm_that_counts_padding():
+    cfg = config()
+    plain, parallel = models(cfg)
+    batch = batch_of(7, cfg)
+    right = loss_of(plain, batch, F.ctc_loss)
+    original = ds.SequenceBatchNorm.forward
+
+    def forward(self, x, valid):
+        everything = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        return torch.where(valid.expand(x.shape[:-1])[..., None], original(self, x, everything), 0)
+
+    with plant(ds.SequenceBatchNorm, "forward", forward):
+        wrong = loss_of(parallel, batch)
+    assert abs(wrong / right - 1) > 0.01 and torch.isfinite(wrong)  # a loss like any other
+    parallel = models(cfg)[1]
+    assert_equal({"loss": loss_of(parallel, batch)}, {"loss": right})
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the loss is right to the last digit, gradients below every BatchNorm are not", seen_in=None
+)
+def test_statistics_that_are_reduced_forward_only():
+    cfg = config()
+    plain, parallel = models(cfg)
+    batch = batch_of(8, cfg)
+    with plant(ds._SumOverRanks, "backward", staticmethod(lambda ctx, grad: (grad, None))):
+        ((loss, _),) = ds.train(parallel, [mine(batch)], lambda step: 0.01, ring_group=ring_group(), max_norm=1e9)
+    ((expected, _),) = ds.train_alone(plain, [batch], lambda step: 0.01, max_norm=1e9)
+    assert_equal({"loss": loss}, {"loss": expected})
+    wrong = assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
+    assert "convolutions.0.weight" in wrong and "out.weight" not in wrong and "full_norm.weight" not in wrong
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="loss and gradients are close to right; utterances of small shares count more", seen_in="https://github.com/huggingface/transformers/issues/34191"
+)  # fmt: skip
+def test_the_average_of_unequal_shares():
+    cfg, N = config(batch_norm=False), dist.get_world_size()
+    plain, parallel = models(cfg)
+    batch = batch_of(7, cfg)
+    expected = loss_of(plain, batch, F.ctc_loss)
+    expected.backward()
+    loss_of(parallel, mine(batch)).backward()  # the mean of the rank's own utterances: 4 on one, 3 on the other
+    for p in parallel.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= N
+    assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
+    equal = batch.rows(range(6))  # with equal shares nobody would have noticed
+    for model, part in ((plain, equal), (parallel, mine(equal))):
+        model.zero_grad()
+        loss_of(model, part).backward()
+    for p in parallel.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= N
+    assert_equal(grads_of(parallel), grads_of(plain))
+
+
+@pytest.mark.planted_bug(
+    symptom="short utterances are heard differently in the company of long ones; alone they are right", seen_in=None
+)
+def test_a_backward_direction_that_starts_in_the_padding():
+    """Padding that is not zero behind the norm wakes the backward direction before the utterance's true end."""
+    cfg = config()
+    model = models(cfg)[1].eval()
+    for module in model.modules():
+        if isinstance(module, ds.SequenceBatchNorm):
+            nn.init.normal_(module.bias, 0.5)
+    batch = batch_of(6, cfg)
+    shortest = batch.frames_B.argmin().item()
+    one = batch.rows([shortest])
+    alone, (length,) = model(one.features_BTF, one.frames_B)
+    assert_equal({"y": model(batch.features_BTF, batch.frames_B)[0][:length, shortest]}, {"y": alone[:, 0]})
+    original = ds.SequenceBatchNorm.forward
+
+    def forward(self, x, valid):
+        return original(self, x, torch.ones_like(valid))
+
+    with plant(ds.SequenceBatchNorm, "forward", forward):
+        wrong, right = model(batch.features_BTF, batch.frames_B)[0], model(one.features_BTF, one.frames_B)[0]
+    assert_differs({"y": wrong[:length, shortest]}, {"y": right[:, 0]}, at_least=1e-3)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="outputs are right; what should cross the cut in backward is missing from every gradient", seen_in=None
+)
+def test_an_exchange_outside_the_graph():
+    original = ds._wave
+
+    def wave(compute, state, up, group):
+        if up == 0:
+            return original(compute, state, up, group)
+        for direction in (0, 1):
+            compute(direction, state[direction])  # nothing arrives, as if the state had been a constant
+
+    with plant(ds, "_wave", wave):
+        here, there = time_parallel_case(16)
+    assert_equal({"y": here["y"]}, {"y": there["y"]})
+    wrong = [
+        name for name in ("x", "weight") if (here[name] - there[name]).abs().max() > 1e-2 * there[name].abs().max()
+    ]
+    assert "weight" in wrong
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="nothing, for ever; then, on every rank, an error that names the send and the timeout", seen_in=None
+)
+def test_a_ring_that_sends_before_it_receives():
+    group = ds.make_group([[0, 1]], ranks.device, 2.0)  # a group of its own: what times out is lost
+
+    def exchange(messages, group):
+        for way, x, peer in sorted(messages, key=lambda message: message[0] is dist.irecv):
+            (dist.send if way is dist.isend else dist.recv)(x, peer, group=group)
+
+    begin = time.monotonic()
+    with plant(ds, "_exchange", exchange), pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
+        ds.ring_all_reduce(torch.ones(1000), group)
+    assert 1 < time.monotonic() - begin < 20
+    assert ds.ring_all_reduce(torch.ones(1000)).sum() == 2000
+
+
+@pytest.mark.planted_bug(
+    symptom="the net trains; but what it writes at t uses the past and not the future", seen_in=None
+)
+def test_a_row_convolution_padded_on_the_wrong_side():
+    layer = ds.RowConvolution(3, 2).double()
+    x = random(7, 1, 3).requires_grad_()
+    original = F.pad
+
+    def left(y, pad):
+        return original(y, pad[::-1])
+
+    with plant(F, "pad", left):
+        (grad,) = torch.autograd.grad(layer(x)[4, 0, 0], x)
+    assert grad[:, 0, 0].nonzero().flatten().tolist() == [2, 3, 4]
+    (grad,) = torch.autograd.grad(layer(x)[4, 0, 0], x)
+    assert grad[:, 0, 0].nonzero().flatten().tolist() == [4, 5, 6]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(symptom="ranks scale by different factors, and then drift apart", seen_in=None)
+def test_clipping_before_the_sum():
+    cfg = config()
+    plain, parallel = models(cfg)
+    batch = batch_of(7, cfg)
+    ((_, norm),) = ds.train_alone(plain, [batch], lambda step: 0.01, max_norm=0.1)
+    original = ds.GradientRing.finish
+
+    def finish(self):
+        for bucket in self.buckets:
+            for p in bucket:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        ds.clip_grad_norm_(itertools.chain(*self.buckets), 0.1)
+        original(self)
+
+    huge = 1 << 40  # one bucket, which must not leave before it is clipped
+    ring = ds.GradientRing(parallel.parameters(), ring_group(), huge)
+    for hook in ring.hooks:
+        hook.remove()
+    optimizer = ds.make_optimizer(parallel)
+    optimizer.param_groups[0]["lr"] = 0.01
+    with plant(ds.GradientRing, "finish", finish):
+        ds.train_step(parallel, optimizer, mine(batch), ring, max_norm=0.1)
+    ring.close()
+    assert norm > 0.1
+    assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(layers=0), "layers=0"), (dict(cell="lstm"), "cell='lstm'"), (dict(dropout=1.0), "dropout=1.0"),
+    (dict(kernels=((4, 5), (3, 3))), "odd sizes only"), (dict(strides=((0, 1), (1, 1))), "strides"),
+    (dict(channels=(1,)), "as many of each"), (dict(bins=-1), "bins=-1"),
+])  # fmt: skip
+def test_configurations_that_contradict_themselves(change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)
+
+
+def test_ctc_refuses_what_does_not_fit():
+    x = torch.zeros(5, 2, 4).log_softmax(-1)
+    two = torch.tensor([[1, 2], [3, 1]])
+    cases = [
+        ((torch.tensor([[1, 4], [3, 1]]), [5, 5], [2, 2]), {}, "target 4 is the blank 0 or no symbol"),
+        ((torch.tensor([[1, 0], [3, 1]]), [5, 5], [2, 2]), {}, "target 0 is the blank"),
+        ((two, [5, 6], [2, 2]), {}, r"input_lengths \[5, 6\], target_lengths \[2, 2\]: there are 5 frames"),
+        ((two, [5, 5], [2, 3]), {}, "targets have 2 columns"),
+        ((two, [5], [2, 2]), {}, "do not fit log_probs of 2 utterances"),
+        ((two.flatten(), [5, 5], [2, 1]), {}, "4 targets in one row, but target_lengths sum to 3"),
+        ((two, [5, 5], [2, 2]), dict(reduction="max"), "reduction='max'"),
+        ((two, [5, 5], [2, 2]), dict(blank=4), "blank=4"),
+    ]
+    for args, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            ds.ctc_loss(x, *args, **options)
+    assert ds.ctc_loss(x, torch.tensor([[1, 0], [3, 9]]), [5, 5], [1, 1]) > 0  # behind the end anything goes
+
+
+@pytest.mark.ranks(1, 2)
+def test_the_network_and_the_ring_refuse_on_every_rank():
+    with pytest.raises(ValueError, match="spectrograms of 11 bins for a network of 12"):
+        ds.parallel_model(config())(torch.zeros(1, 20, 11), torch.tensor([20]))
+    with pytest.raises(ValueError, match="0 valid frames on all ranks"):
+        ds.SequenceBatchNorm(3)(torch.zeros(4, 0, 3), torch.zeros(4, 0, dtype=torch.bool))
+    if dist.get_world_size() > 1:
+        with pytest.raises(ValueError, match="a group of its own"):
+            ds.GradientRing(ds.parallel_model(config()).parameters())
+    with pytest.raises(ValueError, match="beam=0"):
+        ds.beam_search(torch.zeros(3, 29), beam=0)
+    with pytest.raises(ValueError, match="no word in it"):
+        ds.NGram(["", " "])
+
+
+def write(folder, *lines, audio=None, rate=8000, name="a.wav"):
+    import soundfile
+
+    soundfile.write(folder / name, np.zeros(4000) if audio is None else audio, rate, subtype="FLOAT")
+    (folder / "m.jsonl").write_text("\n".join(lines), "utf-8")
+    return str(folder / "m.jsonl")
+
+
+def entry(audio="a.wav", text="one", **more) -> str:
+    return json.dumps({"audio_filepath": audio, "duration": 0.5, "text": text} | more)
+
+
+@pytest.mark.parametrize("lines, message", [
+    ([], "m.jsonl holds no utterance"), (["", "  "], "holds no utterance"),
+    ([entry(), "not json"], "line 2: JSONDecodeError.* a line looks like"), ([entry(), "[1]"], "line 2: TypeError"),
+    ([json.dumps({"text": "one"})], "line 1: KeyError"), ([entry(text=5)], "line 1: AttributeError"),
+    ([entry(), "", entry(text="naïve 3")], r"line 3: \['3', 'ï'\] not in the alphabet"),
+    ([entry("b.wav")], "line 1: there is no file .*b.wav"),
+])  # fmt: skip
+def test_manifests_that_cannot_be_used(tmp_path, lines, message):
+    with pytest.raises(ValueError, match=message):
+        ds.read_manifest(write(tmp_path, *lines))
+
+
+def test_manifests_that_can_be_used(tmp_path):
+    """Large letters, many spaces, further keys, empty lines and an empty text; the path is relative to the manifest."""
+    path = write(tmp_path, entry(text="  One  TWO "), "", entry(text="", speaker="me"))
+    assert ds.read_manifest(path) == [(str(tmp_path / "a.wav"), "one two", 1), (str(tmp_path / "a.wav"), "", 3)]
+    with pytest.raises(FileNotFoundError):
+        ds.read_manifest(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
+@pytest.mark.parametrize("channels", [1, 2])
+@pytest.mark.parametrize("name", ["a.wav", "a.flac"])
+def test_audio_of_any_kind(tmp_path, rate, channels, name):
+    import soundfile
+
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)
+    soundfile.write(tmp_path / name, np.stack([tone] * channels, 1), rate)
+    wave = ds.load_audio(str(tmp_path / name), 8000)
+    assert wave.shape == (8000,) and wave.dtype == torch.float32
+    expected = 0.5 * torch.sin(2 * math.pi * 440 * torch.arange(8000) / 8000)
+    assert (wave - expected)[100:-100].abs().max() < 1e-2
+
+
+def test_audio_that_cannot_be_used(tmp_path):
+    (tmp_path / "noise.wav").write_bytes(b"this is no audio at all" * 50)
+    for name, message in (("noise.wav", "noise.wav cannot be read as audio"), ("gone.wav", "gone.wav cannot be read")):
+        with pytest.raises(ValueError, match=message):
+            ds.load_audio(str(tmp_path / name), 8000)
+    bad = np.zeros(4000)
+    bad[7] = np.nan
+    write(tmp_path, audio=bad)
+    with pytest.raises(ValueError, match=r"a.wav: 4000 samples, of which 1 are not finite"):
+        ds.load_audio(str(tmp_path / "a.wav"), 8000)
+    write(tmp_path, audio=np.zeros(0))
+    with pytest.raises(ValueError, match="a.wav: 0 samples"):
+        ds.load_audio(str(tmp_path / "a.wav"), 8000)
+
+
+def test_texts_that_are_too_long_are_left_out_aloud(tmp_path):
+    """0.5 s are 49 frames, 25 behind the stride: 25 letters fit, 24 with a repeat, not 25 with one."""
+    long, heard = "abcdefghijklmnopqrstuvwxyz"[:25], []
+    path = write(tmp_path, entry(text=long), entry(text=long[:24] + "z"), entry(text="aa" + long[2:25]))
+    speech = ds.Speech.from_manifest(path, config(), heard.append)
+    assert speech.texts == [long, long[:24] + "z"]
+    assert len(heard) == 1 and "left out 1 of 3 utterances" in heard[0] and heard[0].endswith("a.wav, line 3")
+    with pytest.raises(ValueError, match="no utterance that is long enough"):
+        ds.Speech.from_manifest(write(tmp_path, entry(text="a" * 99)), config(), heard.append)
+
+
+def test_files_that_are_no_model(tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "text").write_text("hello")
+    save_file({"x": torch.zeros(1)}, tmp_path / "other")
+    for name in ("text", "other"):
+        with pytest.raises(ValueError, match="holds no model that --save has written"):
+            ds.load_model(str(tmp_path / name))
+
+
+# ── Real speech, where it is ────────────────────────────────────────────────────────────────────────────
+
+DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "digits"
+
+
+@pytest.mark.skipif(not DIGITS.exists(), reason=f"needs recordings of people, {DIGITS}/train.jsonl and dev.jsonl")
+def test_recordings_of_people():
+    """Every utterance can be read, is long enough for its text, and is distorted to something of a similar size."""
+    cfg, heard = ds.SpeechConfig(**ds.SIZES["digits"]), []
+    speech = ds.Speech.from_manifest(str(DIGITS / "dev.jsonl"), cfg, heard.append)
+    assert not heard and len(speech.texts) == 100
+    plain, other = (speech.batch(list(range(100)), cfg, key) for key in (None, (0, 0)))
+    assert torch.isfinite(other.features_BTF).all() and 0.6 < other.frames_B.sum() / plain.frames_B.sum() < 1.5
+    loss = loss_of(ds.parallel_model(cfg), other)
+    assert torch.isfinite(loss)
+
+
+# ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*flags, timeout=120) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
+    (["--data", "/nowhere/at/all"], "No such file"), (["--layers", "0"], "layers=0"), (["--beam", "0"], "--beam 0"),
+    (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
+])  # fmt: skip
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
+    result = run(*flags)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_train_save_evaluate_and_transcribe(tmp_path):
+    """Two ranks learn from files; one process reads the model, names its error rate, and writes what it hears."""
+    import soundfile
+
+    rng, lines = np.random.default_rng(3), []
+    for i, words in enumerate(["one two", "three", "nine", "six"] * 4):
+        soundfile.write(tmp_path / f"{i}.wav", 0.5 * ds.synthesize(words.split(), 8000, rng), 8000)
+        lines.append(json.dumps(dict(audio_filepath=f"{i}.wav", duration=1.0, text=words)))
+    (tmp_path / "m.jsonl").write_text("\n".join(lines))
+    manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
+    trained = run("--data", manifest, "--epochs", "2", "--distort", "--hidden-size", "8", "--save", model)
+    assert trained.returncode == 0, trained.stderr
+    rate = next(line for line in trained.stdout.splitlines() if line.startswith("word error rate"))
+    evaluated = run("--load", model, "--evaluate", manifest)
+    assert evaluated.returncode == 0 and rate in evaluated.stdout, (rate, evaluated.stdout, evaluated.stderr)
+    heard = run("--load", model, "--transcribe", str(tmp_path / "3.wav"))
+    assert heard.returncode == 0 and "greedy" in heard.stdout, heard.stderr
+    (tmp_path / "0.wav").write_bytes(b"no audio")
+    broken = run("--load", model, "--evaluate", manifest)
+    assert broken.returncode == 2 and "0.wav cannot be read as audio" in broken.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_the_default_run_and_the_check():
+    result = run(timeout=180)
+    assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout + result.stderr
+    check = run("--check", "--dtype", "fp64", "--ranks", "3")
+    assert check.returncode == 0 and "bound 1e-10; 3 ranks, fp64" in check.stdout
