@@ -358,7 +358,7 @@ def train_alone(
 # `reduce_from_tp` are the paper's f and f̄, and its two linear layers.
 
 
-# ── shared: tensor-parallel operators ──
+# ── shared: groups ──
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -371,7 +371,7 @@ def group_rank(group=None) -> int:
 
 def _readable(x: Tensor) -> bool:
     """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (part 5), which have none."""
+    not of fake tensors (chapter 2, part 5), which have none."""
     return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
 
 
@@ -382,6 +382,10 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
+# ── end of groups ──
+
+
+# ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
 # Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
