@@ -5,6 +5,8 @@ A test marked `ranks` is what every rank of that world executes. References are 
 """
 
 import copy
+import dataclasses
+import functools
 import json
 import math
 import os
@@ -209,6 +211,29 @@ def test_nothing_is_computed_for_what_needs_no_gradient():
     assert events.order == ["product"]
 
 
+@pytest.mark.ranks(2)
+def test_a_layer_keeps_no_more_than_its_share():
+    """Shares are copies: a view would hold the whole weight in memory."""
+    column, row, words = tp.ColumnParallelLinear(8, 12), tp.RowParallelLinear(8, 12), tp.VocabParallelEmbedding(7, 6)
+    for p in (column.weight, column.bias, row.weight, words.weight):
+        assert p.untyped_storage().nbytes() == p.nbytes
+    assert words.weight.shape == (4, 6) and (dist.get_rank() == 0 or not words.weight[3].any())  # padding is zero
+
+
+@pytest.mark.ranks(2)
+def test_gather_of_a_transposed_tensor():
+    x = random(3, 4).mT
+    assert torch.equal(tp.gather_from_tp(x), torch.cat([x, x], -1))
+    assert torch.equal(tp.reduce_from_tp(x), 2 * x)
+
+
+@pytest.mark.ranks(2)
+def test_autocast_leaves_float64_alone():
+    layer = tp.ColumnParallelLinear(8, 12).to(ranks.device, torch.float64)
+    with torch.autocast(ranks.device.type, torch.bfloat16):
+        assert layer(random(3, 8)).dtype == torch.float64
+
+
 # ── 2.3 Attention, feed-forward layer, block ────────────────────────────────────────────────────────────
 
 
@@ -250,6 +275,41 @@ def test_plain_attention_is_pytorchs():
     assert_equal({"y": ours(x, tp.RandomStreams())}, {"y": theirs(x, x, x, attn_mask=mask, is_causal=True)[0]})
 
 
+def test_block_in_both_orders():
+    """x + f(LN(x)) and LN(x + f(x)), written out."""
+    x, streams = random(2, 5, 32), tp.RandomStreams()
+    for norm in ("pre", "post"):
+        cfg = config(norm=norm)
+        block = tp.Block(cfg, tp.Attention(cfg), tp.MLP(cfg)).double()
+        for p in (block.norm1.weight, block.norm2.weight, block.norm1.bias, block.norm2.bias):
+            nn.init.normal_(p)
+        f, g = (lambda x, part=part: part(x, streams) for part in (block.attention, block.mlp))
+        if norm == "pre":
+            y = x + f(block.norm1(x))
+            y = y + g(block.norm2(y))
+        else:
+            y = block.norm1(x + f(x))
+            y = block.norm2(y + g(y))
+        assert torch.equal(block(x, streams), y)
+
+
+@pytest.mark.parametrize("kind", [tp.GPT, tp.ParallelGPT])
+def test_nothing_is_dropped_in_eval_mode(kind):
+    tokens = batch_of()[0]
+    with_dropout, without = kind(config(dropout=0.5)).eval(), kind(config()).train()
+    assert torch.equal(with_dropout(tokens), without(tokens))
+    assert not torch.equal(with_dropout.train()(tokens), without(tokens))
+
+
+def test_attention_weights_are_narrowed_after_the_softmax():
+    """In bf16 the softmax is computed in fp32, and its result rounded once."""
+    q, k, v = (random(1, 2, 6, 4, seed=s).bfloat16() for s in (1, 2, 3))
+    future = torch.full((6, 6), -torch.inf).triu(1)
+    weights = ((q @ k.mT / 2).float() + future).softmax(-1).bfloat16()
+    with plant(tp, "keep_mask", lambda x, p, generator: torch.ones_like(x, dtype=torch.bool)):
+        assert torch.equal(tp.core_attention(q, k, v, p=1e-15), weights @ v)
+
+
 def test_written_out_attention_equals_the_fused_kernel():
     """With a dropout too small to drop anything the written-out path must give what the kernel gives."""
     q, k, v = (random(2, 3, 7, 4, seed=s) for s in (1, 2, 3))
@@ -278,6 +338,22 @@ def test_embedding(words):
     assert torch.equal(y, expected)
     grads = joined({"embedding.weight": parallel.weight.grad}, cfg)
     assert_equal(grads, {"embedding.weight": plain.weight.grad})
+
+
+@pytest.mark.ranks(2)
+def test_embedding_drops_foreign_rows_and_does_not_multiply_them():
+    """A product with zero would carry a NaN of an unused row into every rank's sum."""
+    words = tp.VocabParallelEmbedding(6, 4)
+    with torch.no_grad():
+        words.weight[0] = torch.nan if dist.get_rank() else 1.0
+    assert torch.equal(words(torch.zeros(1, 2, dtype=torch.int64)), torch.ones(1, 2, 4))
+
+
+@pytest.mark.ranks(4)
+def test_a_vocabulary_must_fit_its_group():
+    """Two ranks of a world of four hold 2·v columns, not 4·v."""
+    with pytest.raises(ValueError, match="a vocabulary of 12 words does not fit the 8 columns"):
+        tp.vocab_parallel_cross_entropy(torch.zeros(2, 4), torch.zeros(2, dtype=torch.int64), grid_of(2).tp_group, 12)
 
 
 # ── 2.5 The loss ────────────────────────────────────────────────────────────────────────────────────────
@@ -443,7 +519,7 @@ def test_weights_are_the_plain_models_whatever_tp_is():
 def test_initial_weights_are_the_papers():
     """σ = 0.02, and 0.02/√(2L) for what writes onto the residual stream; biases 0, norms 1; the seed decides."""
     cfg = config(hidden_size=256, num_layers=8, seq_length=64, vocab_size=997)
-    weights, other = (dict(tp.initial_weights(c)) for c in (cfg, config(hidden_size=256, num_layers=8, seed=1)))
+    weights, other = (dict(tp.initial_weights(c)) for c in (cfg, dataclasses.replace(cfg, seed=1)))
     for name, x in weights.items():
         if name.endswith(("out.weight", "down.weight")):
             assert abs(x.std() / (0.02 / 4) - 1) < 0.02, name
@@ -467,6 +543,48 @@ def test_weights_survive_any_resharding(vocab, head_size, heads, layers, multipl
     for world in (first, second):
         state = tp.merge_state_dicts([tp.shard_state_dict(state, cfg, r, world) for r in range(world)], cfg)
     assert state.keys() == whole.keys() and all(torch.equal(state[name], x) for name, x in whole.items())
+
+
+def test_shares_are_copies():
+    """What happens to a share does not happen to the whole, nor the other way round."""
+    cfg = config()
+    for name, whole in tp.initial_weights(cfg):
+        before = whole.clone()
+        share = tp.shard_tensor(name, whole, cfg, 0, 2)
+        merged = tp.merge_state_dicts([{name: share}, {name: tp.shard_tensor(name, whole, cfg, 1, 2)}], cfg)[name]
+        share.add_(1)
+        assert torch.equal(whole, before) and torch.equal(merged, before)
+
+
+def test_the_optimizer_decays_matrices_alone():
+    model = tp.GPT(config())
+    matrices, vectors = tp.make_optimizer(model, weight_decay=0.3).param_groups
+    assert {p.ndim for p in matrices["params"]} == {2} and matrices["weight_decay"] == 0.3
+    assert {p.ndim for p in vectors["params"]} == {1} and vectors["weight_decay"] == 0
+    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+
+
+@pytest.mark.ranks(2)
+def test_padding_stays_zero_while_training():
+    cfg, grid = config(), grid_of(2)
+    model = tp.ParallelGPT(cfg, grid.tp_group)
+    list(tp.train(model, [batch_of(seed=step) for step in range(3)], lambda step: 1e-2, grid))
+    assert grid.tp_rank == 0 or not model.embedding.weight[30:].any()  # 61 words: the last rank's last row
+
+
+@pytest.mark.ranks(2)
+def test_training_under_autocast():
+    """Both trainers run their forward pass in bf16: the loss is autocast's, to the bit, and not fp32's."""
+    cfg, grid = config(), grid_of(2)
+    tokens, targets = batch_of()
+    for train, kind in ((tp.train_alone, (cfg,)), (functools.partial(tp.train, grid=grid), (cfg, grid.tp_group))):
+        model = (tp.GPT if len(kind) == 1 else tp.ParallelGPT)(*kind).to(ranks.device)
+        with torch.no_grad():
+            wide = model.loss(tokens, targets).sum() / (targets != -100).sum()
+            with torch.autocast(ranks.device.type, torch.bfloat16):
+                narrow = model.loss(tokens, targets).sum() / (targets != -100).sum()
+        ((loss, _),) = train(model, [(tokens, targets)], lambda step: 1e-3, autocast=torch.bfloat16)
+        assert loss == narrow and loss != wide
 
 
 def test_a_copied_model_still_knows_its_shards():
@@ -527,6 +645,7 @@ def test_dropout_streams(degree):
         for other_replica, other_outside, other_inside in every[:i]:
             assert torch.equal(outside, other_outside) == (replica == other_replica)
             assert not torch.equal(inside, other_inside)
+        assert not torch.equal(outside, inside)
 
 
 @pytest.mark.ranks(1, 2, 4)
