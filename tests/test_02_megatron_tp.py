@@ -1388,6 +1388,64 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path):
         tp.TextData(str(tmp_path / "nowhere"), "bytes", 128)
 
 
+def test_the_last_tenth_of_a_text_is_held_out(tmp_path):
+    """Nine tenths to train on; windows reach the very end of their part, and a part one token too short is refused."""
+    (tmp_path / "text").write_text("a" * 900 + "b" * 100)
+    data = tp.TextData(str(tmp_path / "text"), "bytes", 99)
+    trained, held_out = data.batch(0, 50, 0), data.batch(0, 3, 0, held_out=True)
+    assert {int(x) for x in torch.cat(trained).unique()} == {ord("a")}
+    assert {int(x) for x in torch.cat(held_out).unique()} == {ord("b")}  # 100 tokens: one window of 99 and its target
+    with pytest.raises(ValueError, match="longer than a sequence of 100"):
+        tp.TextData(str(tmp_path / "text"), "bytes", 100)
+    seen = torch.cat([tp.TextData("", "bytes", 8).batch(0, 4, seed)[0] for seed in (0, 1)])
+    assert not torch.equal(seen[:4], seen[4:])
+
+
+def test_a_claim_that_fails_is_seen(capsys):
+    """FAILED in the table, False to the caller; NaN is no success."""
+    good = [("a", "1", "1", True), ("b", "2", "–", "needs 8 GPUs")]
+    assert tp.print_claims(good) and not tp.print_claims([*good, ("c", "3", "4", False)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["c", "3", "4", "FAILED"] and "needs 8 GPUs" in lines[-2] and "ok" in lines[-3]
+    assert tp.within([1e-12, 1e-11], 1e-10) == (1e-11, True) and not tp.within([1e-9, 1e-12], 1e-10)[1]
+    worst, passed = tp.within([1e-12, math.nan, 1e-13], 1e-10)
+    assert math.isnan(worst) and not passed
+
+
+@pytest.mark.ranks(2)
+def test_the_counter():
+    """Collectives and messages from rank to rank, with bytes and group; a barrier carries nothing."""
+    other, x = 1 - dist.get_rank(), torch.ones(4)
+    with tp.Counter() as counter:
+        dist.barrier()
+        dist.all_reduce(x)
+        dist.all_gather([torch.empty(4) for _ in range(2)], x)
+        sends = [dist.P2POp(dist.isend, x, other), dist.P2POp(dist.irecv, torch.empty(4), other)]
+        for work in dist.batch_isend_irecv(sends):
+            work.wait()
+    found = [(message.op, message.bytes) for message in counter.messages]
+    assert found[:2] == [("all_reduce", 16), ("all_gather", 32)]
+    assert sorted(found[2:]) == [("recv", 16), ("send", 16)]
+    assert {message.group for message in counter.messages} == {dist.group.WORLD.group_name}
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_the_chapters_own_check(degree):
+    """What the demonstration calls equivalence covers every tensor, and sees a bug."""
+    grid = grid_of(degree)
+    errors = tp.equivalence(grid, ranks.device, torch.float64)
+    if grid.tp_rank == 0:  # where whole tensors are put together
+        names = tp.parameter_shapes(tp.GPTConfig(num_layers=2))
+        assert {f"{kind} {name}" for kind in ("gradient of", "after AdamW") for name in names} < errors.keys()
+        assert all(error <= 1e-10 for error in errors.values())
+    if degree > 1:
+        once = tp.copy_to_tp
+        with plant(tp, "copy_to_tp", lambda x, group=None: once(once(x, group), group)):
+            errors = tp.equivalence(grid, ranks.device, torch.float64)
+        assert grid.tp_rank or max(errors.values()) > 1e-3
+
+
 def test_text_batches_are_a_function_of_seed_and_step():
     data = tp.TextData("", "bytes", 16)
     tokens, targets = data.batch(3, 5, seed=1)
