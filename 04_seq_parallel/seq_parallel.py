@@ -1591,25 +1591,25 @@ def demonstrate(args, device: torch.device) -> list[float]:
     return differences
 
 
-def main(args, device: torch.device) -> None:
-    say(
-        f"torch {torch.__version__}, {args.device}, {args.backend}, tp {group_size()}, {args.dtype}, seed {args.seed}\n"
-    )
-    if args.check:
-        sys.exit(0 if check(args, device) else 1)
-    errors = {
-        (*mode, name): error for mode in MODES for name, error in equivalence(mode, device, torch.float64).items()
-    }
-    small = GPTConfig(seq_length=64, hidden_size=128, num_heads=2 * group_size(), dropout=0.1)
-    costs, sbh = layer_costs(small, 2, None, device), 2 * small.seq_length * small.hidden_size
-    say(
-        f"One layer, TP + SP on {group_size()} ranks: what is kept, in units of s·b·h bytes, and the line that keeps it"
-    )
+def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
+    """Prints what a small layer keeps and what the six modes cost; returns the costs, and the elements of its x_SBH."""
+    config = GPTConfig(seq_length=64, hidden_size=128, num_heads=2 * t, dropout=0.1)
+    costs, sbh = layer_costs(config, 2, None, device), 2 * config.seq_length * config.hidden_size
+    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h bytes, and the line that keeps it")
     for kept in costs[3].saved:
         say(f"{kept.bytes / sbh:8.4f}  {str(kept.dtype)[6:]:9}{kept.line:.95}")
     say("\nThe four small ones are the norms' mean and deviation of each token, which the formula leaves out.\n")
     print_costs(costs, sbh)
-    differences = demonstrate(args, device)
+    return costs, sbh
+
+
+def main(args, device: torch.device) -> None:
+    t = group_size()
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, tp {t}, {args.dtype}, seed {args.seed}\n")
+    if args.check:
+        sys.exit(0 if check(args, device) else 1)
+    errors = [item for mode in MODES for item in equivalence(mode, device, torch.float64).items()]
+    (costs, sbh), differences = show_layer(t, device), demonstrate(args, device)
     if group_rank() > 0:
         return
 
@@ -1618,70 +1618,42 @@ def main(args, device: torch.device) -> None:
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (
-        ("gradient", "gradient"),
-        ("norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
-        found = [error for (*_, name), error in errors.items() if name.startswith(kind)]
-        worst, good = within(found, BOUNDS["fp64"])
+    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+        worst, good = within((error for name, error in errors if name.startswith(kind)), BOUNDS["fp64"])
         row(f"every {claim} equals one device's, six modes, fp64", "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    dry = {name: dry_run(name) for name in ("175B", "1T")}
-    here = [(kept_bytes(cost), cost.formula) for cost in costs]
-    for what, found in (
-        (f"of this run, t = {group_size()}", here),
-        *((f"of {name}, t = 8, pretended ranks", [cost[:2] for cost in costs]) for name, costs in dry.items()),
-    ):
-        worst, good = within([kept / formula - 1 for kept, formula in found], 0.01)
-        row(f"bytes kept of a layer {what}, six modes", "table 2", f"within {100 * worst:.3f} %", good)
-    unit = 2 * sbh * (group_size() - 1) / group_size()
+    found = {f"this run, t = {t}": [(kept_bytes(cost), cost.formula, cost.flops) for cost in costs]}
+    found |= {f"{name}, t = 8, pretended ranks": dry_run(name) for name in ("175B", "1T")}
+    for what, modes in found.items():
+        worst, good = within((kept / formula - 1 for kept, formula, _ in modes), 0.01)
+        row(f"bytes kept of a layer of {what}, six modes", "table 2", f"within {100 * worst:.3f} %", good)
+    unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
-    row(
-        "sent in a layer, TP and TP + SP, in b·s·h·(t − 1)/t",
-        "8, 8",
-        sent,
-        "2 are the second gathers: 2.3" if unit else "needs ranks",
-    )
+    why = "2 are the second gathers: 2.3" if unit else "needs ranks"
+    row("sent in a layer, TP and TP + SP, in b·s·h·(t − 1)/t", "8, 8", sent, why)
+
     for name, m in PAPER_MODELS.items():
         sizes, end = (m.batch, SEQUENCE, m.h, m.L, WORDS), (m.seconds, m.gpus)
         share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
         good = all(abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu)))  # 22B's 1.10 s are good to 0.2 points
         row(f"MFU and HFU of {name}", f"{m.mfu} %, {m.hfu} %", "{:.1f} %, {:.1f} %".format(*share), good)
-    none, selective = (dry["175B"][mode][2] for mode in (0, 1))
-    row(
-        "operations that selective recomputation adds, 175B",
-        "2.7 %",
-        f"{100 * (selective / none - 1):.1f} %",
-        "see section 5.2",
-    )
+    none, selective = (found["175B, t = 8, pretended ranks"][mode][2] for mode in (0, 1))
+    here = f"{100 * (selective / none - 1):.1f} %"
+    row("operations that selective recomputation adds, 175B", "2.7 %", here, "see section 5.2")
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on one device, 175B, 530B", "70 %, 65 %", here)
-    shares = [
-        first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none") for m in PAPER_MODELS.values()
-    ]
+    models = PAPER_MODELS.values()
+    shares = [first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none") for m in models]
     here = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
-    row(
-        "memory with both, of tensor parallelism's",
-        "under 20 %",
-        here,
-        max(shares) < 0.2 or "530B and 1T miss it by a little",
-    )
-    small = PAPER_MODELS["22B"]
-    extra = extra_bytes(small) / first_stage_bytes(small, True, "none")
-    row(
-        "what the ends of the network add, 22B",
-        "under 0.01 %",
-        f"{100 * extra:.2f} %",
-        extra < 1e-4 or "its own formula says so",
-    )
-    freed = stage_output_bytes(PAPER_MODELS["530B"]) / 2**30
-    row("freed by dropping sent outputs, 530B", "2.73 GB", f"{freed:.2f} GiB", f"{freed:.2f}" == "2.73")
-    row("time that full, selective recomputation add, 22B", "39 %, 7 %", "–", "needs an A100; see make bench")
-    row("time that sequence parallelism adds, 22B", "−3 %", "–", "needs 8 GPUs")
+    verdict = max(shares) < 0.2 or "530B and 1T miss it by a little"
+    row("memory with both, of tensor parallelism's", "under 20 %", here, verdict)
+    extra = extra_bytes(PAPER_MODELS["22B"]) / first_stage_bytes(PAPER_MODELS["22B"], True, "none")
+    verdict = extra < 1e-4 or "its own formula says so"
+    row("what the ends of the network add, 22B", "under 0.01 %", f"{100 * extra:.2f} %", verdict)
+    row("time added by full, selective, sequence parallelism", "39, 7, −3 %", "–", "needs 8 A100s; see make bench")
     if not print_claims(rows):
         sys.exit(1)
 
