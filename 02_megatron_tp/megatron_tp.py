@@ -100,6 +100,7 @@ class GPTConfig:
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
@@ -256,6 +257,8 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not config.tied_head:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
@@ -265,7 +268,8 @@ class GPT(nn.Module):
         x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
         for layer in self.layers:
             x_BSH = layer(x_BSH, streams)
-        return F.linear(self.final_norm(x_BSH), self.embedding.weight)
+        head = self.embedding if self.config.tied_head else self.head
+        return F.linear(self.final_norm(x_BSH), head.weight)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
@@ -834,6 +838,8 @@ class ParallelGPT(nn.Module):
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
         super().__init__()
+        if not config.tied_head:
+            raise ValueError("tied_head=False: this chapter cuts the paper's model, whose head is the embedding table")
         self.config, self.group, self.recompute = config, group, recompute
         with torch.device("meta"):  # shapes first, without memory
             self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)

@@ -1227,6 +1227,8 @@ def test_configurations_that_contradict_themselves_are_refused():
         config(dropout=1.5)
     with pytest.raises(ValueError, match="dropout probability 1"):
         tp.dropout(torch.ones(2), 1.0)
+    with pytest.raises(ValueError, match="tied_head=False"):
+        tp.ParallelGPT(config(tied_head=False))
 
 
 def test_state_dicts_that_do_not_fit_are_refused_by_name():

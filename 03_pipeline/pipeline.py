@@ -1,0 +1,1785 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 3. Pipeline parallelism: one model, cut between its layers, and the schedule as data.
+
+Paper: Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM,
+       Narayanan et al., 2021, arXiv 2104.04473 (its schedules: GPipe, arXiv 1811.06965; PipeDream-Flush, 2006.09503)
+
+The problem. Tensor parallelism (chapter 2) talks in every layer, so it ends at the walls of one server, and a model of
+a trillion parameters needs hundreds of servers. Cut *between* layers, a rank has one short message to send, but must
+wait for the one that it gets.
+
+The idea. Cut the stack of layers into p stages and the batch into m micro-batches, which follow each other through the
+stages like cars through a factory. Here p = 4, m = 8; a digit is a micro-batch, ─ its forward, ═ its backward:
+
+    rank 0  0──1──2──3──                  0═════4──1═════5──2═════6──3═════7──4═════   5═════   6═════   7═════
+    rank 1     0──1──2──            0═════3──1═════4──2═════5──3═════6──4═════7──5═════   6═════   7═════
+    rank 2        0──1──      0═════2──1═════3──2═════4──3═════5──4═════6──5═════7──6═════   7═════
+    rank 3           0──0═════1──1═════2──2═════3──3═════4──4═════5──5═════6──6═════7──7═════
+
+What is white is lost: the bubble, (p − 1)/m of the work. The paper makes it v times smaller by giving each rank v short
+pieces of the model instead of a long one. Which rank does what, in which order, is a table and nothing more: a list of
+operations for each rank. Once it is data it can be proven free of deadlock, timed, drawn, planned for 3,072 GPUs on a
+laptop, and executed, all by the same few functions.
+
+Run it (no flag is needed; --help lists them):
+
+    python 03_pipeline/pipeline.py                                   4 ranks on this machine, 4 stages
+    python 03_pipeline/pipeline.py --ranks 1                         one process, for a debugger
+    python 03_pipeline/pipeline.py --check                           equivalence alone, each tensor's error
+    python 03_pipeline/pipeline.py --pp 2 --schedule interleaved --chunks 2 --recompute      2 stages × 2 replicas
+    python 03_pipeline/pipeline.py plan --layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80
+    torchrun --nproc-per-node=8 03_pipeline/pipeline.py --pp 8
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 03_pipeline/pipeline.py --pp 8
+
+It proves in float64 that every gradient equals the single device's under each schedule, trains a small GPT on real
+text, draws the step as it ran below the step as it was planned, and ends in a table of the paper's claims.
+
+Left out: executing the zero-bubble schedule (it is generated, proven and timed here), overlap of a message with the
+operation that waits for it, recomputation layer by layer (here: a stage at a time). Tensor, pipeline and data
+parallelism at once are executed in a later chapter; here boundaries are ready for it (section 2.6).
+"""
+
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The suffix of a tensor's name is its shape, one letter a dimension. This chapter divides no dimension: every tensor is
+# whole, and B is the batch of one micro-batch inside a stage.
+#
+#     B  batch        S  sequence, in tokens        H  hidden size (the paper's h)        V  words in vocabulary
+#
+# Plain numbers, named as in the paper:
+#
+#     p   ranks of one pipeline            stage   one piece of the model: 0 has the embedding, p·v − 1 the loss
+#     v   chunks: pieces that a rank has   chunk   the number of a piece within its rank: stage = chunk · p + rank
+#     m   micro-batches of one step        op      F (forward), B (backward), W (its weights' part) of one of them
+#
+# dp is the number of copies of the pipeline, so world size = p · dp. (F with a dot behind it is torch.nn.functional.)
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import sys
+import sysconfig
+import time
+import zlib
+from collections import defaultdict, namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# The configuration is explained in chapter 2.
+
+
+# ── shared: GPT config ──
+@dataclass
+class GPTConfig:
+    """The sizes of a GPT. Raises ValueError where they contradict each other."""
+
+    vocab_size: int = 256
+    seq_length: int = 128  # S: the model has this many positions
+    hidden_size: int = 128  # H
+    num_layers: int = 4  # L
+    num_heads: int = 4  # N
+    ffn_hidden_size: int | None = None  # F; None: 4·H, the paper's choice
+    dropout: float = 0.0  # the paper trains with 0.1
+    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    init_std: float = 0.02
+    seed: int = 0  # the weights are a function of this configuration alone
+    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
+
+    def __post_init__(self):
+        self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
+        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}: "
+                f"choose a multiple, such as {-(-self.hidden_size // self.num_heads) * self.num_heads}"
+            )
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+# ── end of GPT config ──
+
+# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+#
+# The GPT on one device that the pipeline must equal; chapter 2 explains it. One detail matters here: the last layer
+# multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
+
+
+# ── shared: plain GPT ──
+@dataclass
+class RandomStreams:
+    """The generators that dropout draws from; None is PyTorch's default one.
+
+    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
+    single device holds everything, and may draw both from one stream.
+    """
+
+    outside: torch.Generator | None = None
+    inside: torch.Generator | None = None
+
+
+def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
+    """True where dropout keeps an element, with probability 1 − p."""
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, p: float, generator) -> Tensor:
+        keep, ctx.scale = keep_mask(x, p, generator), 1 / (1 - p)
+        ctx.save_for_backward(keep)
+        return (x * keep).mul_(ctx.scale)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (keep,) = ctx.saved_tensors
+        return (grad * keep).mul_(ctx.scale), None, None
+
+
+def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
+
+    Args: x of any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
+    Raises: ValueError where p is outside [0, 1).
+    Needs: `_Dropout`, `keep_mask`.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
+    return _Dropout.apply(x, p, generator) if p else x
+
+
+def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+    """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
+
+    p is the dropout on the attention weights. Needs: `dropout`.
+    """
+    if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
+        return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
+    S, D = q_BNSD.shape[-2:]
+    scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
+    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
+    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # a softmax in bf16 would lose a percent
+    weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
+    return dropout(weights_BNSS, p, generator) @ v_BNSD
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, x_BSH to (B, S, H). Needs: `core_attention`, `GPTConfig`, `RandomStreams`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        heads = dict(three=3, D=self.config.head_size)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        p = self.config.dropout if self.training else 0.0
+        y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
+        return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
+
+
+class MLP(nn.Module):
+    """The feed-forward layer, x_BSH to (B, S, H)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size)
+        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
+
+    Both are handed in, so that section 2.3 can hand in parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    """
+
+    def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
+        super().__init__()
+        self.config = config
+        self.norm1, self.attention = nn.LayerNorm(config.hidden_size), attention
+        self.norm2, self.mlp = nn.LayerNorm(config.hidden_size), mlp
+
+    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
+        p = self.config.dropout if self.training else 0.0
+        for norm, sublayer in ((self.norm1, self.attention), (self.norm2, self.mlp)):
+            if self.config.norm == "pre":
+                x_BSH = x_BSH + dropout(sublayer(norm(x_BSH), streams), p, streams.outside)
+            else:
+                x_BSH = norm(x_BSH + dropout(sublayer(x_BSH, streams), p, streams.outside))
+        return x_BSH
+
+
+class GPT(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits (B, S, V).
+
+    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not config.tied_head:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+            self.load_state_dict(dict(initial_weights(config)))
+
+    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        streams = streams or RandomStreams()
+        x_BSH = embed(self.embedding, self.positions, tokens_BS)
+        x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
+        for layer in self.layers:
+            x_BSH = layer(x_BSH, streams)
+        head = self.embedding if self.config.tied_head else self.head
+        return F.linear(self.final_norm(x_BSH), head.weight)
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
+        logits_BSV = self(tokens_BS, streams)
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+
+
+def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
+    """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
+    S = tokens_BS.shape[1]
+    if S > positions.num_embeddings:
+        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+    return words(tokens_BS) + positions.weight[:S]
+
+
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the plain model, without allocating any. Needs: `GPT`."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
+
+
+def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+
+    Drawn on the CPU because a GPU's generator gives other numbers. Source: section 4.2 of the Megatron-LM paper. Needs:
+    `parameter_shapes`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
+            std = config.init_std / math.sqrt(2 * config.num_layers)
+            yield name, torch.randn(shape, generator=generator, device="cpu") * std
+        elif len(shape) == 2:
+            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
+        else:  # biases 0, LayerNorm's weights 1
+            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+
+
+def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+
+
+def train_alone(
+    model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Trains the plain model, a step for each batch; yields the mean loss per token and the norm before clipping.
+
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
+    `make_optimizer`.
+    """
+    optimizer = make_optimizer(model)
+    for step, (tokens_BS, targets_BS) in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        optimizer.zero_grad()
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield loss.detach(), norm
+
+
+# ── end of plain GPT ──
+
+# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Sections 2.1 to 2.4 have no tensor and no process in them: they make, time and prove tables. 2.5 to 2.7 execute them.
+
+
+# ── 2.1 A schedule is how far forward may run ahead ─────────────────────────────────────────────────────
+#
+# Each rank has its forwards in one fixed order and its backwards in another. All that a schedule still decides is how
+# the two are shuffled, and for all of the paper's that is one number: how many forwards go ahead before the first
+# backward. From then on forward and backward alternate, until the forwards are used up.
+#
+#     gpipe          all m                      simple; the activations of all micro-batches wait in memory
+#     1f1b           p − rank − 1               as few as keep everybody busy: p of them wait at most, whatever m is
+#     interleaved    2(p − rank − 1) + (v−1)p   1f1b for v chunks: micro-batches go in groups of p, each group through
+#                                               chunk 0, then through chunk 1, ...; backward through the last one first
+#     zb-h1          p − rank − 1               1f1b with backward cut in two: B, the gradient of the input, for which
+#                                               the next rank waits, and W, of the weights, for which nobody waits.
+#                                               Rank r lets r of its W's wait; they fill what was bubble.
+#
+# Why groups of p: the first p micro-batches come out of chunk 0 of the last rank just as the first rank is done with
+# the p-th, and may enter chunk 1. So m must be a multiple of p: a broken last group would leave a rank waiting for a
+# micro-batch that its neighbour has put behind another one, and the neighbour for the rank. (Megatron-LM runs all
+# forwards first where m = p. The rule without exception takes as long, and keeps less in memory.)
+# [section 2.2; zb-h1: Zero Bubble Pipeline Parallelism, Qi et al., arXiv 2401.10241, section 2]
+
+KINDS = ("gpipe", "1f1b", "interleaved", "zb-h1")
+
+
+class Op(NamedTuple):
+    """One operation of one rank: kind "F", "B" or "W" on one micro-batch, in one of the rank's chunks."""
+
+    kind: str
+    microbatch: int
+    chunk: int = 0
+
+
+Schedule = list[list[Op]]  # of each rank, what it does, in order
+
+
+def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+    """The table of a published schedule.
+
+    Args: stages: p, ranks of the pipeline. microbatches: m; fewer than stages work, except interleaved. chunks: v,
+    pieces of the model for each rank; only "interleaved" takes more than one.
+    Raises: ValueError with the reason for what cannot be scheduled. Source: section 2.2 of the paper.
+    """
+    p, m, v = stages, microbatches, chunks
+    if kind not in KINDS:
+        raise ValueError(f"schedule {kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    if min(p, m, v) < 1:
+        raise ValueError(f"stages={p}, microbatches={m}, chunks={v}: each must be at least 1")
+    if v > 1 and kind != "interleaved":
+        raise ValueError(f"chunks={v}: {kind} has one chunk a rank; interleaved takes more")
+    if kind == "interleaved" and m % p:
+        raise ValueError(
+            f"microbatches={m} is no multiple of stages={p}: interleaving sends them through in groups of {p}, and "
+            f"with a broken group ranks would wait for each other; choose {m // p * p or p} or {m // p * p + p}"
+        )
+
+    def order(kind: str, chunk_order: Iterable[int]) -> list[Op]:
+        groups = (range(first, min(first + p, m)) for first in range(0, m, p))
+        return [Op(kind, i, chunk) for group in groups for chunk in chunk_order for i in group]
+
+    forwards, backwards = order("F", range(v)), order("B", range(v)[::-1])
+    table = []
+    for rank in range(p):
+        ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(kind, p - rank - 1)
+        ops, waiting = forwards[:ahead], []
+        for k, backward in enumerate(backwards):
+            ops += [*forwards[ahead + k : ahead + k + 1], backward]
+            if kind == "zb-h1":
+                waiting.append(backward._replace(kind="W"))
+                ops += [waiting.pop(0)] if len(waiting) > rank else []
+        table.append(ops + waiting)
+    return table
+
+
+# ── 2.2 Time: what waits for what ───────────────────────────────────────────────────────────────────────
+#
+# The whole of pipeline parallelism is in three rules, for stage s:
+#
+#     forward  needs  the forward of stage s − 1
+#     backward needs  its own forward, and the backward of stage s + 1
+#     weights  need   their own backward
+#
+# With them a table can be played through on paper: an operation starts when its rank is free and what it needs is
+# there. That gives every operation's time, and if nobody can go on, it has found a deadlock.
+#
+# Times are fractions, so that a bubble can be held against a formula exactly: (p − 1)/m, (p − 1)/(v·m). Mind the
+# convention: the paper divides the bubble by the *ideal* time, not by the whole; (p − 1)/(m + p − 1) is the other.
+
+
+def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
+    """What must be done before `op` of `rank`: (rank, op) of each; what comes from another stage is last."""
+    stage = op.chunk * stages + rank
+    wanted = {
+        "F": [("F", stage - 1)],
+        "B": [("F", stage), ("B", stage + 1)],
+        "W": [("B", stage)],
+    }[op.kind]
+    return [(s % stages, Op(kind, op.microbatch, s // stages)) for kind, s in wanted if 0 <= s < stages * chunks]
+
+
+def chunks_of(schedule: Schedule) -> int:
+    return 1 + max((op.chunk for ops in schedule for op in ops), default=0)
+
+
+def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0) -> dict:
+    """(rank, op) to the time at which it ends, for ops of the given durations.
+
+    t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
+    Needs: `needs`, `chunks_of`.
+    """
+    p, v = len(schedule), chunks_of(schedule)
+    done, free, at, moved = {}, [0] * p, [0] * p, True
+    while moved:
+        moved = False
+        for rank, ops in enumerate(schedule):
+            while at[rank] < len(ops):
+                op = ops[at[rank]]
+                needed = needs(op, rank, p, v)
+                if any(key not in done for key in needed):
+                    break
+                arrival = [done[key] + (t_send if key[0] != rank else 0) for key in needed]
+                done[rank, op] = free[rank] = max([free[rank], *arrival]) + duration[op.kind]
+                at[rank], moved = at[rank] + 1, True
+    stuck = []
+    for rank, ops in enumerate(schedule):
+        if at[rank] < len(ops):
+            lacking = [key for key in needs(ops[at[rank]], rank, p, v) if key not in done]
+            stuck.append(f"rank {rank} cannot do {ops[at[rank]]} without {lacking}")
+    if stuck:
+        raise ValueError("deadlock: " + "; ".join(stuck))
+    return done
+
+
+class Bar(NamedTuple):
+    """One operation on a timeline."""
+
+    op: Op
+    start: float | Fraction
+    end: float | Fraction
+
+
+class Timeline(NamedTuple):
+    """When each rank does what: simulated, or measured."""
+
+    ranks: list[list[Bar]]
+
+    @property
+    def length(self):
+        return max(bar.end for bars in self.ranks for bar in bars) - min(
+            bar.start for bars in self.ranks for bar in bars
+        )
+
+    @property
+    def bubble(self):
+        """Time lost, over the ideal time, in which the busiest rank does nothing but its work."""
+        ideal = max(sum(bar.end - bar.start for bar in bars) for bars in self.ranks)
+        return self.length / ideal - 1
+
+
+def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0) -> Timeline:
+    """A schedule's timeline, in exact fractions.
+
+    Args: t_forward, t_backward: of one micro-batch through all layers of a rank (so a chunk takes 1/v of it), any unit.
+    t_backward is the whole backward and t_weight its part for the weights, which matters where the schedule has W's.
+    t_send: of a message between ranks.
+    Raises: ValueError where the schedule deadlocks. Needs: `play`.
+    """
+    v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
+    times = {"F": t_forward, "B": t_backward - t_weight if cut else t_backward, "W": t_weight}
+    duration = {kind: Fraction(t) / v for kind, t in times.items()}
+    done = play(schedule, duration, Fraction(t_send))
+    ends = [[(op, done[rank, op]) for op in ops] for rank, ops in enumerate(schedule)]
+    return Timeline([[Bar(op, end - duration[op.kind], end) for op, end in ops] for ops in ends])
+
+
+def draw(timeline: Timeline, width: int = 100) -> str:
+    """A timeline as text, a line for each rank: a micro-batch's number, then ─ for F, ═ for B, ┄ for W.
+
+    Of several chunks the second is lettered b, the third c, and so on; a number that does not fit is cut.
+    """
+    first = min(bars[0].start for bars in timeline.ranks)
+    several = any(bar.op.chunk for bars in timeline.ranks for bar in bars)
+    lines = []
+    for rank, bars in enumerate(timeline.ranks):
+        line = [" "] * width
+        for op, *span in bars:
+            begin, end = (round(float((t - first) / timeline.length) * width) for t in span)
+            label = f"{op.microbatch}" + ("abcdefghij"[op.chunk % 10] if several else "")
+            line[begin:end] = label.ljust(end - begin, {"F": "─", "B": "═", "W": "┄"}[op.kind])[: end - begin]
+        lines.append(f"rank {rank:<2} " + "".join(line).rstrip())
+    return "\n".join(lines)
+
+
+# ── 2.3 Messages: one clock for all ranks ───────────────────────────────────────────────────────────────
+#
+# Where an operation needs one of another rank, a tensor must travel; so the table implies the messages. Their *order*
+# is the hard part. A receive waits for its send, a send may wait for its receive (on GPUs, and for gloo's blocking
+# send), and between two ranks the k-th send meets the k-th receive, whatever the two mean by it. In the steady state of
+# 1f1b two neighbours have something for each other at the same time, and if both send first, both wait forever:
+#
+#     rank 1   send activation ──► ?         rank 2   send gradient ──► ?         each waits for the other's receive
+#
+# The cure is to post the two as one batch, which completes as a whole. Which messages form a batch? Play the table on a
+# clock on which every operation takes one tick. All that is made in a tick is sent at its end, and both ends know the
+# tick: so let each rank post what it sends and receives at the end of a tick as one batch.
+#
+#     tick 5    rank 1: forward of 3   rank 2: backward of 0      then both:  [1 ─► 2 activation 3,  2 ─► 1 gradient 0]
+#
+# Batches stand in the order of ticks on every rank, so they cannot wait for each other in a circle. It is a proof, and
+# section 2.4 checks it on the result all the same, for whoever writes a schedule of their own.
+
+
+class Hop(NamedTuple):
+    """A message between two ranks: the activation (or gradient) that `op` of rank `source` makes."""
+
+    source: int
+    target: int
+    op: Op
+
+
+class Step(NamedTuple):
+    """A tick of one rank: an operation (or a pause, None), then one batch of messages."""
+
+    op: Op | None
+    batch: tuple[Hop, ...]
+
+
+Program = list[Step]  # of one rank
+
+
+def programs(schedule: Schedule) -> list[Program]:
+    """Each rank's program: the schedule's operations with the messages between them.
+
+    Raises: ValueError where the schedule deadlocks. Needs: `play`, `needs`.
+    """
+    p, v = len(schedule), chunks_of(schedule)
+    ticks = play(schedule, dict(F=1, B=1, W=1))
+    op_at, hops_at = [{} for _ in schedule], [defaultdict(list) for _ in schedule]
+    for (rank, op), tick in ticks.items():
+        op_at[rank][tick] = op
+        for source, needed in needs(op, rank, p, v):
+            if source != rank:
+                for end in (source, rank):
+                    hops_at[end][ticks[source, needed]].append(Hop(source, rank, needed))
+    return [  # sorted, so that both ends list the messages between them in the same order
+        [Step(ops.get(t), tuple(sorted(hops[t]))) for t in sorted(ops.keys() | hops.keys())]
+        for ops, hops in zip(op_at, hops_at)
+    ]
+
+
+# ── 2.4 Proof without a process ─────────────────────────────────────────────────────────────────────────
+#
+# `verify` looks at the table: each operation once, forward before backward, nothing that waits in a circle. Then
+# `verify_programs` plays the messages in the strictest way that a network could have: a batch ends only when every
+# peer stands at the batch that has the other end of each of its messages, and until then its rank does nothing. What
+# passes here cannot deadlock on any network that is kinder, as gloo and NCCL are.
+
+
+def verify(schedule: Schedule) -> list[int]:
+    """Proves a schedule; returns, of each rank, the most activations that it holds at once (in chunks of its model).
+
+    Raises: ValueError that says what is wrong: an operation missing or done twice, an order that cannot be, a deadlock.
+    Needs: sections 2.1 to 2.4.
+    """
+    if not schedule or not all(schedule):
+        raise ValueError("a schedule has at least one rank, and each rank at least one operation")
+    m, v = 1 + max(op.microbatch for ops in schedule for op in ops), chunks_of(schedule)
+    kinds = sorted({"F", "B"} | {op.kind for ops in schedule for op in ops})
+    if unknown := set(kinds) - set("FBW"):
+        raise ValueError(f"operations are F, B or W, not {sorted(unknown)}")
+    every = {Op(kind, i, chunk) for kind in kinds for i in range(m) for chunk in range(v)}
+    peaks = []
+    for rank, ops in enumerate(schedule):
+        if missing := every - set(ops):
+            raise ValueError(f"rank {rank} never does {min(missing)}")
+        if len(set(ops)) < len(ops):
+            raise ValueError(f"rank {rank} does {next(op for op in ops if ops.count(op) > 1)} twice")
+        releases, held = "W" if "W" in kinds else "B", [0]
+        for op in ops:
+            held.append(held[-1] + (op.kind == "F") - (op.kind == releases))
+        peaks.append(max(held))
+    verify_programs(programs(schedule))
+    return peaks
+
+
+def verify_programs(all_programs: list[Program]) -> None:
+    """Proves that the ranks' programs match and end, under rendezvous of whole batches.
+
+    Raises: ValueError where two ends list messages in different orders, a rank uses or sends what it does not have, or
+    all wait for each other. Needs: `needs`.
+    """
+    p = len(all_programs)
+    v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
+    between = [defaultdict(list) for _ in all_programs]
+    for rank, program in enumerate(all_programs):
+        for hop in (hop for step in program for hop in step.batch):
+            if rank not in (hop.source, hop.target):
+                raise ValueError(f"rank {rank} takes part in {hop}, which is not its own")
+            between[rank][hop.source, hop.target].append(hop)
+    for rank, messages in enumerate(between):
+        for (source, target), hops in messages.items():
+            there = between[target if rank == source else source][source, target]
+            for mine, theirs in zip(hops + [None] * len(there), there + [None] * len(hops)):
+                if mine != theirs:
+                    raise ValueError(
+                        f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}"
+                    )
+
+    has: list[set] = [set() for _ in all_programs]  # what each rank has made or received
+    posted: list[set] = [set() for _ in all_programs]
+    at, moved = [0] * p, True
+    while moved:
+        moved = False
+        for rank, program in enumerate(all_programs):
+            while at[rank] < len(program):
+                op, batch = program[at[rank]]
+                if op and (rank, op) not in has[rank]:
+                    if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
+                        raise ValueError(f"rank {rank} does {op} without {lacking}")
+                    has[rank].add((rank, op))
+                if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
+                    raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
+                posted[rank] |= set(batch)
+                if any(hop not in posted[hop.target if hop.source == rank else hop.source] for hop in batch):
+                    break
+                has[rank] |= {(hop.source, hop.op) for hop in batch}
+                at[rank], moved = at[rank] + 1, True
+    if stuck := [
+        f"rank {r} in {program[at[r]].batch}" for r, program in enumerate(all_programs) if at[r] < len(program)
+    ]:
+        raise ValueError("deadlock: all wait for each other's batches: " + "; ".join(stuck))
+
+
+# ── 2.5 A stage ─────────────────────────────────────────────────────────────────────────────────────────
+#
+# A rank's part of the model is the plain model's own layers, some of them, under the plain model's own names: layer 5
+# is "layers.5" wherever it lives, so a checkpoint does not know how many stages there were.
+#
+# Where p·v divides the layers, every stage gets as many. Where it does not, the rest goes one by one to the stages
+# 1, 2, ..., then to the first, whose embedding weighs in, and never to the last, whose head and loss weigh most.
+#
+# With a tied head the first rank and the last have the same weight, each its own copy, which start equal and get the
+# same gradient: the sum of both parts (section 4.1). With p = 1 it is one tensor, and nothing has to be summed.
+
+
+def place_layers(layers: int, stages: int) -> list[range]:
+    """The layers of each of `stages` stages (p·v of them). Raises: ValueError for fewer layers than stages."""
+    if layers < stages:
+        raise ValueError(f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages")
+    rest = [*range(1, stages - 1), 0][: layers % stages]
+    sizes = [layers // stages + (stage in rest) for stage in range(stages)]
+    return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(stages)]
+
+
+class PipelineStage(nn.Module):
+    """Rank `rank`'s chunks of GPT(config), cut into stages · chunks pieces; a chunk is called by its number.
+
+    Its weights are those that GPT(config) has, and so are their names. No more than one whole tensor of another rank is
+    in memory at a time.
+    Raises: ValueError where layers are fewer than stages. Needs: the plain GPT, `place_layers`.
+    """
+
+    def __init__(self, config: GPTConfig, rank: int = 0, stages: int = 1, chunks: int = 1):
+        super().__init__()
+        if not 0 <= rank < stages or chunks < 1:
+            raise ValueError(
+                f"rank={rank}, stages={stages}, chunks={chunks}: ranks are 0 to stages - 1, chunks at least 1"
+            )
+        self.config, self.rank, self.stages, self.chunks = config, rank, stages, chunks
+        self.layers_of = place_layers(config.num_layers, stages * chunks)
+        first, last = rank == 0, rank == stages - 1
+        with torch.device("meta"):  # shapes first, without memory
+            if first or (last and config.tied_head):
+                self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+            if first:
+                self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+            mine = [layer for chunk in range(chunks) for layer in self.layers_of[chunk * stages + rank]]
+            blocks = {str(layer): Block(config, Attention(config), MLP(config)) for layer in mine}
+            self.layers = nn.ModuleDict(blocks)
+            if last:
+                self.final_norm = nn.LayerNorm(config.hidden_size)
+            if last and not config.tied_head:
+                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        names = self.state_dict().keys()
+        weights = {name: whole for name, whole in initial_weights(config) if name in names}
+        self.load_state_dict(weights, assign=True)  # puts them in the place of the shapes
+
+    def stage(self, chunk: int) -> int:
+        return chunk * self.stages + self.rank
+
+    def is_last(self, chunk: int) -> bool:
+        return self.stage(chunk) == self.stages * self.chunks - 1
+
+    def forward(self, chunk: int, x: Tensor, streams: RandomStreams) -> Tensor:
+        """tokens_BS for the first stage, else x_BSH; to x_BSH, for the last stage to logits (B, S, V)."""
+        if self.stage(chunk) == 0:
+            x = embed(self.embedding, self.positions, x)
+            x = dropout(x, self.config.dropout if self.training else 0.0, streams.outside)
+        for layer in self.layers_of[self.stage(chunk)]:
+            x = self.layers[str(layer)](x, streams)
+        if self.is_last(chunk):
+            x = F.linear(self.final_norm(x), (self.embedding if self.config.tied_head else self.head).weight)
+        return x
+
+    def loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+
+    def tied_copies(self) -> list[nn.Parameter]:
+        """The tied weight, where another rank has a copy of it."""
+        return (
+            [self.embedding.weight] if self.stages > 1 and self.config.tied_head and hasattr(self, "embedding") else []
+        )
+
+
+def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
+    """Dropout's generator for one rank; equal on no two, since no two hold the same tensor. Needs: `RandomStreams`."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(repr((seed, pp_rank, dp_rank)).encode()))
+    return RandomStreams(outside=generator, inside=generator)
+
+
+# ── 2.6 Messages on the wire ────────────────────────────────────────────────────────────────────────────
+#
+# With tensor parallelism inside the stages, all t ranks of a stage hold the same x_BSH at its boundary. Sent as it is,
+# each of them would send the same tensor to its peer in the next server, t times over the slow network. So each sends
+# its t-th part, and the receivers put the parts together inside their server, where the network is fast. The paper
+# calls it scatter/gather; it makes schedules with much communication, such as interleaving, worth their bubble.
+#
+#     rank 0 of 2   x ─► first half   ═══ network ═══►  rank 0  ─┐
+#     rank 1 of 2   x ─► second half  ═══ network ═══►  rank 1  ─┴─ all-gather ─►  x on both
+#
+# It is right only where the tensor is the same on all t ranks; chapter 4's sequence parallelism cuts it beforehand.
+# [section 4.1]
+
+
+def cut_for_wire(x: Tensor, group=None) -> Tensor:
+    """This rank's part of x, flat, for its peer; x is the same on every rank of `group`. group None: all of x.
+
+    A number of elements that does not divide is padded. Needs: nothing.
+    """
+    flat = x.detach().reshape(-1)
+    if group is None:
+        return flat
+    t = dist.get_world_size(group)
+    return F.pad(flat, (0, -flat.numel() % t)).chunk(t)[dist.get_rank(group)].contiguous()
+
+
+def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
+    """The whole tensor of `shape` from the parts that the ranks of `group` have received. Undoes `cut_for_wire`."""
+    if group is None:
+        return part.view(shape)
+    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, part, group)
+    return torch.cat(parts)[: math.prod(shape)].view(shape)
+
+
+# A mailbox runs the batches of a program. One batch is in the air while the next operation computes; before the batch
+# after it is posted, it must have landed. (Simulated with F = 1 and B = 2 the one batch costs gpipe and 1f1b nothing;
+# a test holds it.) A tensor that has been sent is held until then and no longer.
+#
+# Nobody guesses shapes: an activation has its micro-batch's shape and H, in the dtype of the parameters, and so has its
+# gradient. Both ends work it out for each micro-batch, a shorter last one too, and the sender checks what it sends.
+
+
+class Mailbox:
+    """Values by (pipeline rank, op) that made them; `post` sends and receives those that a batch names.
+
+    shape_of: a hop to the shape of its tensor. Needs: `cut_for_wire`, `join_from_wire`, `Grid` (part 4).
+    """
+
+    def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
+        self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
+        self.values, self.flying, self.landing, self.held = {}, [], [], ()
+        # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
+        through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
+        self.wire = torch.device("cpu") if through_cpu else device
+
+    def put(self, rank: int, op: Op, value: Tensor) -> None:
+        self.values[rank, op] = value
+
+    def take(self, rank: int, op: Op) -> Tensor:
+        if (rank, op) not in self.values:
+            self.land()
+        return self.values.pop((rank, op))
+
+    def post(self, batch: tuple[Hop, ...]) -> None:
+        if not batch:
+            return
+        self.land()
+        messages, grid = [], self.grid
+        for hop in batch:
+            shape = self.shape_of(hop)
+            if hop.source == grid.pp_rank:
+                x = self.values.pop((hop.source, hop.op))
+                if x.shape != shape or x.dtype != self.dtype:
+                    raise ValueError(
+                        f"{hop} is {tuple(x.shape)} {x.dtype}, the receiver waits for {shape} {self.dtype}"
+                    )
+                part = cut_for_wire(x, grid.tp_group).to(self.wire)
+                messages.append(dist.P2POp(dist.isend, part, group=grid.pp_group, group_peer=hop.target))
+            else:
+                t = 1 if grid.tp_group is None else dist.get_world_size(grid.tp_group)
+                part = torch.empty(-(-math.prod(shape) // t), dtype=self.dtype, device=self.wire)
+                messages.append(dist.P2POp(dist.irecv, part, group=grid.pp_group, group_peer=hop.source))
+                self.landing.append((hop, part, shape))
+        self.held, self.batch = messages, batch
+        self.flying = dist.batch_isend_irecv(messages)
+
+    def land(self) -> None:
+        """Waits for the batch in the air. Raises: RuntimeError that names the peers when one of them is lost."""
+        try:
+            while self.flying:
+                self.flying.pop(0).wait()
+        except RuntimeError as error:
+            peers = sorted({hop.source + hop.target - self.grid.pp_rank for hop in self.batch})
+            raise RuntimeError(
+                f"pipeline rank {self.grid.pp_rank} lost rank {peers} in {self.batch}: {error}"
+            ) from error
+        for hop, part, shape in self.landing:
+            self.values[hop.source, hop.op] = join_from_wire(part, shape, self.grid.tp_group).to(self.device)
+        self.landing, self.held = [], ()
+
+
+# ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
+#
+# The executor goes through its rank's program. A forward takes its input from the mailbox, makes it a leaf of its own
+# little graph (requires_grad, or there will be no gradient to send back), and puts its output into the mailbox. A
+# backward takes the gradient of that output, runs autograd through this piece alone, and puts the input's gradient
+# into the mailbox. Between them the rank holds the input and the graph, but not the output: the next stage has that.
+# What backward needs of it is the edge at which autograd enters the graph, and an edge keeps no tensor alive.
+#
+# A micro-batch's loss is the sum over its tokens, divided by the number of tokens that count in the *whole* batch, on all
+# replicas. So gradients add up to the batch's, whatever the sizes of micro-batches, and nothing is divided by m ever
+# again. Divided by the micro-batch's own count, the loss looks the same once it is averaged for the screen, but its
+# gradient is m times too large. AdamW does not notice, since it divides the gradient by its own size; clipping and SGD
+# do.
+#
+# Recomputation keeps the input alone, and runs the forward a second time right before the backward: p micro-batches'
+# activations become p inputs and one micro-batch's activations. With dropout the second forward must see the mask of
+# the first one, so the generator's state is kept with the input, of every micro-batch that is under way.
+#
+# Sums over replicas come after the last backward, once. At each micro-batch they would be m times the bytes, and wrong
+# as well: what has been summed already would be summed again.
+
+
+def count_targets(targets_BS: Tensor, group=None) -> Tensor:
+    """How many targets count, over all replicas."""
+    count = (targets_BS != -100).sum()
+    sum_over(group, [count])
+    return count
+
+
+@contextlib.contextmanager
+def replayed(generator: torch.Generator | None, state: Tensor | None):
+    """Inside, the generator draws once more what it drew after `state`; afterwards it is where it was."""
+    if generator is None:
+        yield
+        return
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
+
+
+def run_step(
+    stage: PipelineStage, program: Program, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid | None = None,
+    streams: RandomStreams | None = None, recompute: bool = False, autocast: torch.dtype | None = None,
+    bars: list[Bar] | None = None,
+) -> Tensor:  # fmt: skip
+    """Runs a program on this replica's batch, forward and backward; every rank of the grid must call it.
+
+    Afterwards p.grad of every parameter has the gradient of the mean loss per token, over all micro-batches and
+    replicas, added to what it had. A program without backwards, under torch.no_grad(), evaluates.
+
+    Args:
+        program: programs(schedule)[pp rank]; its m micro-batches are the rows in order, sizes differ by one at most.
+        tokens_BS, targets_BS: int64, the same on every rank of a pipeline (the middle ones look at the shape alone);
+            −100 marks a target that does not count.
+        streams: `random_streams`, needed where the model has dropout.
+        recompute: keep a micro-batch's input and not its activations. autocast: dtype of products, or None.
+        bars: a list that gets each operation with its times in seconds, as the CPU saw them.
+
+    Returns: the mean loss per token, the same on every rank.
+    Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams;
+    RuntimeError that names the peer which was lost.
+    Needs: `PipelineStage`, `Mailbox`, `needs`, `count_targets`, `replayed`, `Grid`, `sum_over`.
+    """
+    grid, streams = grid or Grid(), streams or RandomStreams()
+    p, v, rank, H = stage.stages, stage.chunks, stage.rank, stage.config.hidden_size
+    ops = [step.op for step in program if step.op]
+    m = 1 + max(op.microbatch for op in ops)
+    if len(tokens_BS) < m:
+        raise ValueError(
+            f"a batch of {len(tokens_BS)} rows has fewer than {m} micro-batches: choose at most {len(tokens_BS)}"
+        )
+    if any(op.kind == "W" for op in ops):
+        raise ValueError("zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved")
+    if (chunks := chunks_of([ops])) != v or (p, rank) != (grid.pp, grid.pp_rank):
+        raise ValueError(
+            f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, "
+            f"but the stage was built with {v} chunks for rank {rank} of {p}"
+        )
+    if stage.training and stage.config.dropout and streams.outside is None:
+        raise ValueError(f"dropout={stage.config.dropout} needs streams=random_streams(seed, pp_rank, dp_rank)")
+
+    tokens, targets = tokens_BS.tensor_split(m), targets_BS.tensor_split(m)
+    count, dtype = count_targets(targets_BS, grid.dp_group), next(stage.parameters()).dtype
+    total = torch.zeros((), device=tokens_BS.device, dtype=torch.promote_types(dtype, torch.float32))
+    mailbox = Mailbox(grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H))
+    saved = {}  # (micro-batch, chunk) to the input, the edge of the output, and the generator's state before it
+
+    def compute(op: Op, x: Tensor) -> Tensor:
+        """This piece's output: an activation, or of the last stage the micro-batch's part of the loss."""
+        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+            y = stage(op.chunk, x, streams)
+            return stage.loss(y, targets[op.microbatch]).sum() / count if stage.is_last(op.chunk) else y
+
+    for op, batch in program:
+        if op is not None:
+            key = (op.microbatch, op.chunk)
+            neighbour = [other for other in needs(op, rank, p, v) if other[1].kind == op.kind]
+            received = mailbox.take(*neighbour[0]) if neighbour else None  # at the two ends of the model there is none
+            begin = time.perf_counter()
+            if op.kind == "F":
+                x = tokens[op.microbatch] if received is None else received.requires_grad_()
+                state = streams.outside.get_state() if streams.outside is not None and recompute else None
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not recompute):
+                    y = compute(op, x)
+                if torch.is_grad_enabled():
+                    saved[key] = x, None if recompute else get_gradient_edge(y), state
+                if stage.is_last(op.chunk):
+                    total += y.detach()
+                else:
+                    mailbox.put(rank, op, y.detach())
+                del y
+            else:
+                x, edge, state = saved.pop(key)
+                if recompute:
+                    with replayed(streams.outside, state):
+                        edge = get_gradient_edge(compute(op, x))
+                torch.autograd.backward(edge, torch.ones_like(total) if received is None else received)
+                if x.is_floating_point():
+                    mailbox.put(rank, op, x.grad)
+                del x, edge
+            if bars is not None:
+                bars.append(Bar(op, begin, time.perf_counter()))
+        mailbox.post(batch)
+    mailbox.land()
+
+    if torch.is_grad_enabled():
+        sum_over(grid.dp_group, [p.grad for p in stage.parameters()])
+        sum_over(grid.tied_group, [p.grad for p in stage.tied_copies()])
+    for group in (grid.pp_group, grid.dp_group):
+        sum_over(group, [total])
+    return total
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# A rank's state dict is some of the plain model's entries, uncut.
+
+
+def shard_state_dict(
+    full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int, chunks: int = 1
+) -> dict[str, Tensor]:
+    """The plain model's state dict to that of pipeline rank `rank` of `world_size`, copies.
+
+    Raises: ValueError that names what is missing, unknown or of another shape. Needs: `PipelineStage`,
+    `parameter_shapes`.
+    """
+    expected = parameter_shapes(config)
+    if missing := expected.keys() - full.keys():
+        raise ValueError(f"the state dict lacks {sorted(missing)}")
+    if unknown := full.keys() - expected.keys():
+        raise ValueError(f"the state dict has {sorted(unknown)}, which this model does not know")
+    for name, shape in expected.items():
+        if full[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    return {name: full[name].clone() for name in PipelineStage(config, rank, world_size, chunks).state_dict()}
+
+
+def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
+    """All ranks' state dicts to the plain model's: `shard_state_dict` undone, to the bit. Works for gradients as well.
+
+    Raises: ValueError where something is missing, or the copies of a tied weight have drifted apart.
+    Needs: `parameter_shapes`.
+    """
+    full = {}
+    for shard in shards:
+        for name, x in shard.items():
+            if name in full and not torch.equal(full[name], x):
+                raise ValueError(
+                    f"the copies of {name} differ by {(full[name] - x).abs().max():.1e}: they have drifted apart"
+                )
+            full[name] = x.clone()
+    names = parameter_shapes(config)
+    if missing := names.keys() - full.keys():
+        raise ValueError(f"no rank has {sorted(missing)}")
+    return {name: full[name] for name in names}
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Pipeline and data parallelism are two directions of one grid. With --pp 2 on 4 ranks:
+#
+#                      replica 0    replica 1
+#        stage 0         rank 0       rank 1       ← a dp group: the same layers, other rows of the batch
+#        stage 1         rank 2       rank 3
+#                          ↑ a pp group: the same rows, other layers
+#
+# Here stages are the far neighbours, the reverse of chapter 2: a stage sends one tensor a micro-batch and can do that
+# from server to server, while replicas sum whole gradients and tensor ranks talk in every layer.
+
+
+@dataclass(frozen=True)
+class Grid:
+    """This rank's place in the pipeline × data grid. In each group None is for a direction with this rank alone.
+
+    tied_group: the first and the last rank of a pipeline. tp_group: ranks that hold the same boundary tensors.
+    """
+
+    pp: int = 1
+    dp: int = 1
+    pp_rank: int = 0
+    dp_rank: int = 0
+    pp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    tied_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+
+
+def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (pp, dp); every rank must call it.
+
+    timeout: seconds. Raises: ValueError where pp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world % pp:
+        raise ValueError(f"pp={pp} does not divide the {world} ranks")
+    dp = world // pp
+    pipelines = [list(range(replica, world, dp)) for replica in range(dp)]
+    replicas = [list(range(first, first + dp)) for first in range(0, world, dp)]
+    ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
+    groups = (make_group(lists, device, timeout) for lists in (pipelines, replicas, ends))
+    pp_group, dp_group, tied_group = (group if dist.get_world_size(group) > 1 else None for group in groups)
+    return Grid(pp, dp, rank // dp, rank % dp, pp_group, dp_group, tied_group)
+
+
+# ── 4.1 Sums over the grid ──────────────────────────────────────────────────────────────────────────────
+#
+# Three sums make the gradient whole: over replicas; of the tied weight, whose first copy has the embedding's part and
+# whose last copy the head's, over the two ranks that have them; and of the squares for the global norm, over stages.
+# In the last the tied weight counts once, though two ranks have it: its first copy counts, and the second is scaled.
+
+
+def sum_over(group, tensors: list[Tensor]) -> None:
+    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone."""
+    if group is not None and tensors:
+        flat = torch.cat([x.flatten() for x in tensors])
+        dist.all_reduce(flat, group=group)
+        for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
+            x.copy_(total.view_as(x))
+
+
+def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor:
+    """Scales all gradients so that their norm over the stages of `group` is at most max_norm; returns what it was.
+
+    Returns: a scalar tensor, the same on every rank; what torch.nn.utils.clip_grad_norm_ returns for the plain model.
+    Needs: `sum_over`.
+    """
+    copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
+    square = nn.utils.get_total_norm([p.grad for p in stage.parameters() if id(p) not in copies]).square()
+    sum_over(group, [square])
+    nn.utils.clip_grads_with_norm_(stage.parameters(), max_norm, square.sqrt())
+    return square.sqrt()
+
+
+def train(
+    stage: PipelineStage, schedule: Schedule, batches: Batches, lr: Callable[[int], float], grid: Grid | None = None,
+    streams: RandomStreams | None = None, max_norm: float = 1.0, recompute: bool = False,
+    autocast: torch.dtype | None = None, bars: list[Bar] | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
+    """`train_alone` on a grid: the same losses and norms. Every rank must iterate it; arguments as `run_step`'s.
+
+    batches: the global ones. Each replica takes its rows, where dp does not divide them an unequal number.
+    bars: gets the operations of the latest step alone.
+    Raises: ValueError for a schedule that is none, or a batch with too few rows.
+    Needs: `make_optimizer`, `run_step`, `clip_grad_norm_`, `verify`, `programs`.
+    """
+    grid, optimizer = grid or Grid(), make_optimizer(stage)
+    verify(schedule)
+    program, m = programs(schedule)[grid.pp_rank], 1 + max(op.microbatch for op in schedule[0])
+    for step, batch in enumerate(batches):
+        if (rows := len(batch[0])) < m * grid.dp:  # before any message: the replicas would not fail together
+            raise ValueError(f"a batch of {rows} rows is too small for {m} micro-batches on {grid.dp} replicas")
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        optimizer.zero_grad()
+        if bars is not None:
+            bars.clear()
+        tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
+        loss = run_step(stage, program, tokens_BS, targets_BS, grid, streams, recompute, autocast, bars)
+        norm = clip_grad_norm_(stage, max_norm, grid.pp_group)
+        optimizer.step()
+        yield loss, norm
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+#
+# ── 5.1 Bubbles and memory, exactly ─────────────────────────────────────────────────────────────────────
+
+
+def bubble(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Fraction:
+    """Time lost over ideal time, as the paper gives it; for zb-h1 where F, B and W take as long and m ≥ p.
+
+    zb-h1 in general: (p − 1)(F + B − W), with B and W the two parts of backward. Source: section 2.2.
+    """
+    return Fraction(stages - 1, microbatches * (3 if kind == "zb-h1" else chunks))
+
+
+def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: int = 0) -> int:
+    """The most activations that `rank` holds at once, in chunks of its model (each 1/v of its layers).
+
+    1f1b: p on the first rank and 1 on the last. interleaved: p·v + p − 1 on the first, so 1 + (p − 1)/(p·v) times
+    1f1b's memory. zb-h1: p on every rank, since an activation is kept until its W.
+    """
+    p, m, v = stages, microbatches, chunks
+    most = {"gpipe": m, "1f1b": p - rank, "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1, "zb-h1": p}[kind]
+    return min(most, m * v)
+
+
+# ── 5.2 Parameters, operations, days ────────────────────────────────────────────────────────────────────
+#
+# A product of (a × b) and (b × c) is 2abc operations. Forward, a layer has 24·B·S·H² of them in its four matrices and
+# 4·B·S²·H in attention; backward has twice as many, and recomputation the forward's once more. The head has 2·B·S·H·V,
+# and three times that with backward: it is not recomputed.
+#
+# The rule of thumb 8·T·P/(n·X) (T tokens, P parameters, n GPUs of X FLOP/s) drops attention's and the head's. The
+# paper's 34 and 84 days are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
+
+
+def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:
+    """Parameters of a GPT with a tied head, without the final norm's 2H, as the paper counts. Source: section 5.1."""
+    return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
+
+
+def flops(
+    layers: int, hidden: int, batch: int, vocab: int = 51_200, seq: int = 2048, recompute: bool = True
+) -> int:  # fmt: skip
+    """Floating-point operations of one step of `batch` sequences. Source: section 5.1 (with recomputation)."""
+    per_layer = 24 * batch * seq * hidden**2 + 4 * batch * seq**2 * hidden
+    return (4 if recompute else 3) * layers * per_layer + 6 * batch * seq * hidden * vocab
+
+
+def training_days(
+    tokens: float, gpus: int, flops_per_gpu: float, layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048
+) -> float:  # fmt: skip
+    """Days to train on `tokens`, from the exact count of operations, recomputation included. Needs: `flops`."""
+    return flops(layers, hidden, 1, vocab, seq) / seq * tokens / (gpus * flops_per_gpu) / 86_400
+
+
+def training_days_rule(tokens: float, gpus: int, flops_per_gpu: float, parameters: float) -> float:
+    """Days to train on `tokens` by the rule 8·T·P/(n·X). Source: section 5.1."""
+    return 8 * tokens * parameters / (gpus * flops_per_gpu) / 86_400
+
+
+class Published(NamedTuple):
+    """A row of the paper's table 1; micro-batch b and chunks v are those of its published scripts."""
+
+    billions: float
+    heads: int
+    hidden: int
+    layers: int
+    tp: int
+    pp: int
+    gpus: int
+    batch: int
+    b: int
+    v: int
+    tflops: int  # per GPU
+    percent: int  # of peak, 312 TFLOP/s
+    petaflops: float  # all GPUs
+
+
+TABLE_1 = [
+    Published(1.7, 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137, 44, 4.4),
+    Published(3.6, 32, 3072, 30, 2, 1, 64, 512, 16, 1, 138, 44, 8.8),
+    Published(7.5, 32, 4096, 36, 4, 1, 128, 512, 16, 1, 142, 46, 18.2),
+    Published(18.4, 48, 6144, 40, 8, 1, 256, 1024, 8, 1, 135, 43, 34.6),
+    Published(39.1, 64, 8192, 48, 8, 2, 512, 1536, 4, 1, 138, 44, 70.8),
+    Published(76.1, 80, 10240, 60, 8, 4, 1024, 1792, 2, 3, 140, 45, 143.8),
+    Published(145.6, 96, 12288, 80, 8, 8, 1536, 2304, 2, 2, 148, 47, 227.1),
+    Published(310.1, 128, 16384, 96, 8, 16, 1920, 2160, 1, 2, 155, 50, 297.4),
+    Published(529.6, 128, 20480, 105, 8, 35, 2520, 2520, 1, 3, 163, 52, 410.2),
+    Published(1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 1, 1, 163, 52, 502.0),
+]
+
+# Table 2, days for 300 B tokens: (layers, hidden), GPUs, TFLOP/s per GPU, days. The first six are ZeRO-3's, without
+# model parallelism; the last six the paper's own.
+TABLE_2 = [
+    ((96, 12288), 384, 144, 90), ((96, 12288), 768, 88, 74), ((96, 12288), 1536, 44, 74),
+    ((105, 20480), 640, 138, 169), ((105, 20480), 1120, 98, 137), ((105, 20480), 2240, 48, 140),
+    ((96, 12288), 384, 153, 84), ((96, 12288), 768, 149, 43), ((96, 12288), 1536, 141, 23),
+    ((105, 20480), 560, 171, 156), ((105, 20480), 1120, 167, 80), ((105, 20480), 2240, 159, 42),
+]  # fmt: skip
+
+# ── 5.3 A plan for a cluster ────────────────────────────────────────────────────────────────────────────
+#
+# With t-way tensor, p-way pipeline and d-way data parallelism, n = t·p·d, a step of B sequences takes
+#
+#     (m + (p − 1)/v) · (time of one micro-batch on one rank)  +  (sum of gradients over d replicas)
+#
+# and the micro-batch's time is made of its operations, of the all-reduces inside its layers, and of the messages to the
+# neighbours. Each is a volume over a speed, with the volumes of the paper's section 3 (in elements, for one micro-batch
+# of b sequences; recomputation repeats the forward's):
+#
+#     all-reduces of one layer   6 of b·S·H over t ranks: 12·b·S·H·(t − 1)/t      inside a server
+#     messages of one chunk      b·S·H/t, forward and backward                    between servers
+#     gradients, once a step     2·(d − 1)/d of this rank's parameters            between servers
+#
+# The speeds are the reader's to state. Those below are an A100's: 312 TFLOP/s of which products reach some 60 %,
+# 300 GB/s between the GPUs of a server, 25 GB/s a GPU between servers, and a tenth of a millisecond a layer in which
+# kernels start and nothing is computed. The result is a ranking and not a forecast.
+#
+# Memory: 18 bytes a parameter (bf16 weight and gradient, fp32 gradient, weight and two moments), of the fullest stage;
+# a layer's input for each layer and each micro-batch in flight; one layer's activations while it is recomputed
+# (chapter 4 counts them: S·b·H·(10 + 24/t + 5·heads·S/(H·t)) bytes); and the last stage's logits. A tenth stays free.
+
+
+class Layout(NamedTuple):
+    """One way to lay a model out, with its predicted seconds a step and gigabytes on the fullest GPU."""
+
+    t: int
+    p: int
+    d: int
+    v: int
+    b: int
+    m: int
+    seconds: float
+    bubble: float  # of the ideal time
+    tensor: float  # seconds a step in all-reduces inside layers
+    network: float  # seconds a step in messages between stages and sums over replicas
+    memory: float
+    tflops: float  # per GPU
+
+
+def plan(
+    layers: int, hidden: int, heads: int, gpus: int, batch: int, gpu_memory: float = 80, vocab: int = 51_200,
+    seq: int = 2048, gpus_per_node: int = 8, peak: float = 312e12, efficiency: float = 0.6, nvlink: float = 300e9,
+    network: float = 25e9, overhead: float = 1e-4,
+) -> list[Layout]:  # fmt: skip
+    """The layouts that fit, fastest first, for each (t, p) the best (v, b).
+
+    Args: gpu_memory in GB; peak in FLOP/s, of which products reach `efficiency`; nvlink, network: bytes/s of one GPU
+    inside and between servers; overhead: seconds lost in each layer for each micro-batch.
+    t stays inside a server. All must divide: t the heads and the hidden size, p·v the layers, b·d the batch, and m by
+    p where v > 1.
+    Raises: ValueError where nothing fits. Needs: `flops`, `in_flight`, `bubble`.
+    """
+    divisors = lambda n, most: [i for i in range(1, min(n, most) + 1) if n % i == 0]  # noqa: E731
+    best: dict[tuple[int, int], Layout] = {}
+    for t in divisors(gpus_per_node, gpus):
+        for p in divisors(gpus // t, layers):
+            d = gpus // (t * p)
+            if gpus % t or heads % t or hidden % t or layers % p or batch % d:
+                continue
+            for b in divisors(batch // d, 16):
+                m = batch // d // b
+                for v in divisors(layers // p, layers) if p > 1 and m % p == 0 else [1]:
+                    micro = b * seq * hidden  # elements of one boundary tensor
+                    held = layers // p * (12 * hidden**2 + 13 * hidden) / t + (vocab + seq) * hidden / t
+                    kind = "interleaved" if v > 1 else "1f1b"
+                    inputs = in_flight(kind, p, m, v) * (layers // p // v) * 2 * micro
+                    working = micro * (10 + 24 / t + 5 * heads * seq / (hidden * t)) + 6 * b * seq * vocab / t
+                    memory = (18 * held + inputs + working) / 1e9
+                    if memory > 0.9 * gpu_memory:
+                        continue
+                    head = 6 * b * seq * hidden * vocab
+                    slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head  # the last stage's
+                    compute = slowest / t / (peak * efficiency) + overhead * layers / p
+                    tensor = 12 * micro * (t - 1) / t * 2 / nvlink * layers / p
+                    messages = 2 * v * micro / t * 2 / network if p > 1 else 0.0
+                    lost = float(bubble(kind, p, m, v))
+                    rounds, sums = m * (1 + lost), 2 * (d - 1) / d * held * 2 / network
+                    seconds = rounds * (compute + tensor + messages) + sums
+                    speed = flops(layers, hidden, batch, vocab, seq) / (gpus * seconds) / 1e12
+                    layout = Layout(
+                        t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed
+                    )
+                    if (t, p) not in best or seconds < best[t, p].seconds:
+                        best[t, p] = layout
+    if not best:
+        raise ValueError(
+            f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs of {gpu_memory:g} GB: "
+            "take more GPUs, or a batch with more divisors"
+        )
+    return sorted(best.values(), key=lambda layout: layout.seconds)
+
+
+# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+
+def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small odd model on this grid beside the same on one device, under each schedule: name to relative error.
+
+    Rows divide neither over replicas nor over micro-batches, which have unequal numbers of tokens that count. Errors
+    are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    """
+    config = GPTConfig(61, 16, hidden_size=16, num_layers=2 * grid.pp + 1, num_heads=2)
+    m = 2 * grid.pp
+    rows = m * grid.dp + 1
+    tokens_BS, targets_BS = torch.randint(61, (2, rows, 13), generator=torch.Generator().manual_seed(1)).to(device)
+    targets_BS[0, 3:] = -100
+    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+    errors = {}
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards = [None] * grid.pp
+        dist.all_gather_object(
+            shards, {n: x.detach().cpu() for n, x in here.items()}, grid.pp_group or dist.group.WORLD
+        )
+        whole = merge_state_dicts(shards, config)
+        pairs = ((name, whole[name], y.detach().cpu()) for name, y in reference.items())
+        return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
+
+    for kind, chunks in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
+        plain = GPT(config).to(device, dtype)
+        stage = PipelineStage(config, grid.pp_rank, grid.pp, chunks).to(device, dtype)
+        here = train(stage, schedule(kind, grid.pp, m, chunks), batches, grid=grid, recompute=chunks > 1, **options)
+        for step, ((loss, norm), (loss_here, norm_here)) in enumerate(
+            zip(train_alone(plain, batches, **options), here)
+        ):
+            errors[f"loss {step}, {kind}"] = abs(loss_here / loss - 1).item()
+            errors[f"norm {step}, {kind}"] = abs(norm_here / norm - 1).item()
+            if step == 0:
+                grads = ({n: p.grad for n, p in module.named_parameters()} for module in (stage, plain))
+                errors |= gaps(f"gradient, {kind},", *grads)
+        if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself
+            errors |= gaps(f"after AdamW, {kind},", stage.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    return errors
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
+    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
+    errors = list(errors)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+def check(args, grid: Grid, device: torch.device) -> bool:
+    """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
+    errors = equivalence(grid, device, *precision(args))
+    worst, good = within(errors.values(), BOUNDS[args.dtype])
+    say("\n".join(f"{name:70} {error:.1e}" for name, error in errors.items()))
+    say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; pp {grid.pp} × dp {grid.dp}, {args.dtype}")
+    return good
+
+
+def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
+    """Trains on real text and draws a step; returns the differences in loss of the first steps from one device."""
+    from tqdm import tqdm
+
+    config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
+    dtype, autocast = precision(args)
+    batches = ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+    options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
+    stage = PipelineStage(config, grid.pp_rank, grid.pp, args.chunks).to(device, dtype)
+    streams = random_streams(args.seed, grid.pp_rank, grid.dp_rank, device)
+    table, bars = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), []
+    alone, differences = iter(()), []
+    if dist.get_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
+        first = [[x.to(device) for x in data.batch(step, args.batch, args.seed)] for step in range(min(5, args.steps))]
+        alone = train_alone(GPT(config).to(device, dtype), first, **options)
+    held = sum(p.numel() for p in stage.parameters())
+    whole = sum(shape.numel() for shape in parameter_shapes(config).values())
+    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
+    say("step      loss    on one device      norm")
+    training = train(stage, table, batches, grid=grid, streams=streams, recompute=args.recompute, bars=bars, **options)
+    quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
+    for step, (loss, norm) in enumerate(tqdm(training, total=args.steps, disable=quiet)):
+        beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
+        differences += [abs(loss.item() - other) for other in beside]
+        if step < 5 or step % 10 == 9:
+            text = f"{beside[0]:.6f}" if beside else ""
+            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+
+    stage.eval()
+    forward_only = programs([[op for op in ops if op.kind == "F"] for ops in table])[grid.pp_rank]
+    rows = (x_BS.to(device).tensor_split(grid.dp)[grid.dp_rank] for x_BS in data.batch(0, args.batch, args.seed, True))
+    with torch.no_grad():
+        loss = run_step(stage, forward_only, *rows, grid, autocast=autocast)
+    say(f"\nheld-out loss {loss.item():.4f} nats a token\n")
+
+    ratio = 3 if args.recompute else 2
+    planned = simulate(table, t_backward=ratio)
+    say(
+        f"as planned, a backward as long as {ratio} forwards: bubble {planned.bubble} of the ideal time\n{draw(planned)}\n"
+    )
+    every = [None] * dist.get_world_size()
+    dist.all_gather_object(every, (grid.dp_rank, bars))
+    measured = Timeline([bars for replica, bars in every if replica == 0 and bars])
+    if measured.ranks:
+        cores = f"{1e3 * measured.length:.0f} ms on {os.cpu_count()} CPU cores"
+        say(f"the last step as it ran, {cores}\n{draw(measured)}\n")
+    return differences
+
+
+def main(args, device: torch.device) -> None:
+    grid = make_grid(args.pp, device, args.timeout)
+    where = f"{args.device}, {args.backend}, {dist.get_world_size()} ranks: pp {grid.pp} × dp {grid.dp}"
+    what = f"{args.schedule}, {args.microbatches} micro-batches, {args.chunks} chunks"
+    say(f"torch {torch.__version__}, {where}, {what}, {args.dtype}, seed {args.seed}\n")
+    if args.check:
+        sys.exit(0 if check(args, grid, device) else 1)
+    errors, differences = equivalence(grid, device, torch.float64), demonstrate(args, grid, device)
+    if dist.get_rank() == 0 and not print_claims(claims(args, errors, differences)):
+        sys.exit(1)
+
+
+def claims(args, errors: dict[str, float], differences: list[float]) -> list[tuple]:
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (("gradient", "gradient"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+    row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
+    for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
+        table = schedule(kind, 4, 8, v)
+        row(f"bubble of {kind}, p = 4, m = 8, v = {v}", str(bubble(kind, 4, 8, v)), str(simulate(table).bubble))
+        formula = [in_flight(kind, 4, 8, v, rank) for rank in range(4)]
+        row("   activations held, rank by rank", str(formula), str(verify(table)))
+    big = schedule("1f1b", 64, 512)
+    verify(big)
+    row("bubble of the 1T model's step, 64 stages, proven", "63/512", str(simulate(big).bubble))
+    same = sum(f"{parameters(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1)
+    row("parameters of table 1 as printed", "10 rows", f"{same} rows")
+    days = [training_days_rule(300e9, 1024, 140e12, 175e9), training_days_rule(450e9, 3072, 163e12, 1008e9)]
+    row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
+    first = plan(128, 25_600, 160, 3072, 3072)[0]
+    row("the plan for 1T on 3,072 GPUs", "t 8, p 64, d 6", f"t {first.t}, p {first.p}, d {first.d}")
+    row("throughput gained by interleaving", "up to 10 %", "–", "needs a GPU a rank")
+    row("throughput gained by scatter/gather, 96 GPUs", "up to 11 %", "–", "needs 12 servers")
+    return rows
+
+
+SIZES = dict(num_layers="layers; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads",
+             seq_length="tokens of a sequence, S", dropout="probability")  # fmt: skip
+DEFAULTS = dict(num_layers=8, hidden_size=64, num_heads=4, seq_length=64, dropout=0.0)
+
+
+def config_of(args) -> GPTConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    return GPTConfig(tokenizer(args.tokenizer).n_vocab, seed=args.seed, tied_head=not args.untied, **sizes)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=40)
+    flag = parser.add_argument
+    flag(
+        "--pp", type=int, help="ranks of one pipeline, must divide all ranks (default: 4, or all where there are fewer)"
+    )
+    flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
+    flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
+    flag("--microbatches", type=int, default=8, help="into which each replica cuts its rows")
+    flag("--recompute", action="store_true", help="keep inputs and compute activations again")
+    flag("--untied", action="store_true", help="a head with a weight of its own")
+    for name, text in SIZES.items():
+        flag("--" + name.replace("_", "-"), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=text)
+    flag("--batch", type=int, default=16, help="sequences of a step, over all replicas")
+    flag("--lr", type=float, default=3e-3, help="learning rate after ten steps")
+    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    args = parse_flags(parser, ranks=4)
+    args.pp = args.pp or min(4, args.world_size)
+    try:
+        if args.pp < 1 or args.world_size % args.pp:
+            raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
+        verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
+        place_layers(config_of(args).num_layers, args.pp * args.chunks)
+        if args.batch < (least := args.microbatches * args.world_size // args.pp):
+            raise ValueError(f"--batch {args.batch}: the micro-batches of all replicas need at least {least} rows")
+        TextData(args.data, args.tokenizer, args.seq_length)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def plan_command(arguments: list[str]) -> None:
+    """`pipeline.py plan ...`: the table of layouts, why the first is the first, and its schedule, proven and timed."""
+    parser = argparse.ArgumentParser(prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for name in ("layers", "hidden", "heads", "gpus", "batch"):
+        parser.add_argument("--" + name, type=int, required=True)
+    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU")
+    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one server")
+    parser.add_argument("--peak", type=float, default=312e12, help="FLOP/s of one GPU")
+    parser.add_argument("--rows", type=int, default=10, help="layouts to show")
+    args = vars(parser.parse_args(arguments))
+    rows = args.pop("rows")
+    try:
+        if min(args.values()) <= 0 or args["hidden"] % args["heads"]:
+            raise ValueError(f"{args}: all must be above 0, and the heads must divide the hidden size")
+        layouts = plan(**args)
+    except ValueError as error:
+        parser.error(str(error))
+    size = f"{parameters(args['layers'], args['hidden']) / 1e9:.1f} B parameters"
+    print(f"{size}, {args['gpus']} GPUs, the best (v, b) of each (t, p)\n")
+    print("  t    p    d   v   b    m    s/step   bubble   tensor  network      GB   TFLOP/s")
+    for x in layouts[:rows]:
+        sizes, shares = (
+            f"{x.t:3} {x.p:4} {x.d:4} {x.v:3} {x.b:3} {x.m:4}",
+            (x.tensor / x.seconds, x.network / x.seconds),
+        )
+        print(
+            f"{sizes} {x.seconds:9.2f} {x.bubble:8.1%} {shares[0]:8.1%} {shares[1]:8.1%} {x.memory:7.0f} {x.tflops:9.0f}"
+        )
+    x, node, full = layouts[0], args["gpus_per_node"], args["gpu_memory"]
+    print("\nThe first row by the paper's three rules:")
+    print(f"1. tensor parallelism inside a server, pipelines across: t = {x.t} of {node} GPUs, p = {x.p}")
+    print(
+        f"2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {full:.0f} GB; d = {x.d}"
+    )
+    print(f"3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}\n")
+    table = schedule("interleaved" if x.v > 1 else "1f1b", x.p, x.m, x.v)
+    peaks, timeline, count = verify(table), simulate(table), sum(map(len, table))
+    print(
+        f"Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} chunks' activations held"
+    )
+
+
+# ── shared: text data ──
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network library of the day raises
+        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
+        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
+
+
+class TextData:
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+
+    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
+        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
+        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+        try:
+            text = "".join(source.read_text("utf-8") for source in sources)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
+        cut = len(self.tokens) * 9 // 10
+        self.parts = self.tokens[:cut], self.tokens[cut:]
+        if len(self.parts[1]) <= seq_length:
+            need = f"its last tenth must be longer than a sequence of {seq_length}"
+            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+
+    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
+        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
+        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        return window_BS[:, :-1], window_BS[:, 1:]
+
+    def decode(self, tokens_S: Tensor) -> str:
+        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+
+# ── end of text data ──
+
+
+# ── shared: counter ──
+Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+
+    def __enter__(self):
+        self.messages = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function.name():
+            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# ── end of counter ──
+
+
+# ── shared: claims table ──
+def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+
+    Returns False where a claim fails.
+    """
+    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
+    table = [("claim", "paper", "here", "verdict"), *words]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
+    for row in table:
+        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return not any(row[3] is False for row in rows)
+
+
+# ── end of claims table ──
+
+
+# ── shared: flags ──
+def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
+    """The flags that every chapter has; `parse_flags` reads them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = parser.add_argument
+    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
+    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
+    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
+    flag("--steps", type=int, default=steps, help="optimiser steps")
+    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
+    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
+    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
+    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
+    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
+    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
+    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
+    if local < 1 or args.ranks not in (None, local):
+        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+    if args.device == "auto":
+        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
+    if args.device == "cuda" and not gpus:
+        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
+    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
+        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
+    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
+        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
+    if args.steps < 0 or args.timeout <= 0:
+        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+    return args
+
+
+# ── end of flags ──
+
+
+# ── shared: launcher ──
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
+    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+
+    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
+    hang in a first send that only two ranks know of.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
+    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+
+
+def run_rank(main: Callable, args: argparse.Namespace) -> None:
+    """One rank: its device, the process group of all ranks, then main."""
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    device_id = device if args.backend == "nccl" else None
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+    dist.all_reduce(torch.ones(1, device=device))
+    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    try:
+        with profile:
+            main(args, device)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)
+        raise
+    if args.trace and dist.get_rank() == 0:
+        profile.export_chrome_trace(args.trace)
+    dist.destroy_process_group()
+
+
+# ── end of launcher ──
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["plan"]:
+        plan_command(sys.argv[2:])
+    else:
+        launch(main, flags())

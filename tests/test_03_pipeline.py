@@ -1,0 +1,1114 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 3 equals the single device: schedules as data, and what they execute, forward, backward and after training.
+
+A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, PyTorch's own
+pipelines (for the order of operations), and the paper's tables.
+"""
+
+import contextlib
+import faulthandler
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from datetime import timedelta
+from fractions import Fraction
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import pipeline as pl
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pipeline import Op
+from proof import SavedStorages, assert_differs, assert_equal, plant
+from torch import nn
+
+SCRIPT = Path(pl.__file__)
+EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
+
+
+# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(**changes) -> pl.GPTConfig:
+    sizes = dict(vocab_size=61, seq_length=16, hidden_size=16, num_layers=8, num_heads=2)
+    return pl.GPTConfig(**(sizes | changes))
+
+
+def batch_of(rows=9, length=13, seed=1):
+    """Tokens and targets of which rows count unequally: the first row's targets are mostly −100."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BS, targets_BS = torch.randint(61, (2, rows, length), generator=generator).to(ranks.device)
+    targets_BS[0, 3:] = -100
+    return tokens_BS, targets_BS
+
+
+@lru_cache
+def grid_of(pp: int) -> pl.Grid:
+    return pl.make_grid(pp, ranks.device)
+
+
+def joined(tensors: dict, cfg: pl.GPTConfig, grid: pl.Grid) -> dict:
+    """All stages' tensors, under the plain model's names."""
+    shards = [{name: x.detach().cpu() for name, x in tensors.items()}]
+    if grid.pp_group is not None:
+        mine, shards = shards[0], [None] * grid.pp
+        dist.all_gather_object(shards, mine, grid.pp_group)
+    return pl.merge_state_dicts(shards, cfg)
+
+
+def grads_of(module: nn.Module) -> dict:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def models(cfg: pl.GPTConfig, grid: pl.Grid, chunks: int = 1):
+    stage = pl.PipelineStage(cfg, grid.pp_rank, grid.pp, chunks)
+    return pl.GPT(cfg).to(ranks.device, torch.float64), stage.to(ranks.device, torch.float64)
+
+
+def program_of(kind: str, grid: pl.Grid, m: int, chunks: int = 1):
+    return pl.programs(pl.schedule(kind, grid.pp, m, chunks))[grid.pp_rank]
+
+
+def loss_and_grads(grid: pl.Grid, kind="1f1b", m=4, chunks=1, cfg=None, batch=None, program=None, **options):
+    """Loss and merged gradients of one step here, and of the plain model."""
+    cfg, (tokens, targets) = cfg or config(), batch or batch_of()
+    plain, stage = models(cfg, grid, chunks)
+    expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+    expected.backward()
+    mine = [x.tensor_split(grid.dp)[grid.dp_rank] for x in (tokens, targets)]
+    loss = pl.run_step(stage, program or program_of(kind, grid, m, chunks), *mine, grid, **options)
+    return loss, joined(grads_of(stage), cfg, grid), expected, grads_of(plain)
+
+
+def check_equal(*result) -> None:
+    loss, grads, expected, reference = result
+    assert_equal({"loss": loss}, {"loss": expected})
+    assert_equal(grads, reference)
+
+
+SHAPES = [("gpipe", 1), ("1f1b", 1), ("interleaved", 1), ("interleaved", 2)]
+each_shape = pytest.mark.parametrize("kind, chunks", SHAPES, ids=lambda x: str(x))
+
+
+# ── 2.1 to 2.4 Schedules as data ────────────────────────────────────────────────────────────────────────
+
+
+def every_schedule(stages: int, microbatches: int, chunks: int):
+    for kind in pl.KINDS:
+        if (chunks == 1 or kind == "interleaved") and not (kind == "interleaved" and microbatches % stages):
+            yield kind, pl.schedule(kind, stages, microbatches, chunks)
+
+
+def check_schedule(p: int, m: int, v: int) -> None:
+    """Proven; memory as the formula has it; the bubble exact, whatever forward and backward take."""
+    for kind, table in every_schedule(p, m, v):
+        assert pl.verify(table) == [pl.in_flight(kind, p, m, v, rank) for rank in range(p)], kind
+        if kind == "zb-h1":
+            if m >= p:
+                assert pl.simulate(table, 1, 2, 1).bubble == pl.bubble(kind, p, m)
+            continue
+        for f, b in ((1, 2), (1, 1), (Fraction(3, 7), 1)):
+            if kind == "interleaved" and v > 1 and f > b:
+                continue
+            assert pl.simulate(table, f, b).bubble == pl.bubble(kind, p, m, v), (kind, f, b)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 4])
+def test_every_small_schedule_is_proven(stages):
+    """Exhaustive: up to 4 stages, 8 micro-batches, 2 chunks."""
+    for m in range(1, 9):
+        for v in (1, 2):
+            check_schedule(stages, m, v)
+
+
+@settings(max_examples=25, deadline=None)
+@given(p=st.integers(1, 8), m=st.integers(1, 32), v=st.integers(1, 4))
+def test_larger_schedules_are_proven(p, m, v):
+    check_schedule(p, m, v)
+    check_schedule(p, -(-m // p) * p, v)  # and one that interleaving takes
+
+
+def test_the_sheet_of_simulated_bubbles():
+    """Figures worked out beforehand, of other sizes."""
+    for kind, p, m, v, bubble, peaks in (
+        ("1f1b", 4, 8, 1, 0.375, [4, 3, 2, 1]),
+        ("1f1b", 8, 64, 1, 0.109375, [8, 7, 6, 5, 4, 3, 2, 1]),
+        ("1f1b", 4, 2, 1, 1.5, [2, 2, 2, 1]),
+        ("interleaved", 4, 8, 2, 0.1875, [11, 9, 7, 5]),
+        ("interleaved", 8, 16, 2, 0.21875, [23, 21, 19, 17, 15, 13, 11, 9]),
+        ("interleaved", 4, 16, 4, 0.046875, [19, 17, 15, 13]),
+        ("gpipe", 4, 8, 1, 0.375, [8, 8, 8, 8]),
+    ):
+        table = pl.schedule(kind, p, m, v)
+        assert pl.simulate(table).bubble == Fraction(bubble) and pl.verify(table) == peaks
+
+
+def test_zero_bubble_outside_its_rule():
+    """With fewer micro-batches than stages, or weights' parts longer than all else, it is proven, and slower."""
+    few = pl.schedule("zb-h1", 4, 2)
+    assert pl.verify(few) == [2, 2, 2, 2] and pl.simulate(few).bubble > pl.bubble("zb-h1", 4, 2)
+    many = pl.schedule("zb-h1", 4, 8)
+    assert pl.simulate(many, 1, 3, 2).length > 8 * 4 + 3 * (1 + 1 - 2)
+    assert pl.simulate(many).bubble == Fraction(1, 8) == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble / 3
+
+
+def test_all_forwards_first_is_no_faster_where_m_is_p():
+    """Megatron-LM's exception for m = p costs memory and saves nothing."""
+    for p in (2, 4, 8):
+        table = pl.schedule("interleaved", p, p, 2)
+        forwards_first = [sorted(ops, key=lambda op: op.kind != "F") for ops in table]
+        assert pl.simulate(forwards_first).length == pl.simulate(table).length
+        assert pl.verify(forwards_first) == [2 * p] * p and sum(pl.verify(table)) < 2 * p * p
+
+
+def test_one_batch_in_the_air_costs_nothing():
+    """What the executor does with a program, simulated: a rank goes on when the batch before the last has landed."""
+    for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
+        for p, m in ((2, 8), (4, 4), (4, 8), (8, 16)):
+            table = pl.schedule(kind, p, m, v)
+            ideal = pl.simulate(table, v, 2 * v).length
+            assert executed_length(pl.programs(table), dict(F=1, B=2)) == ideal, (kind, p, m)
+
+
+def executed_length(programs: list, duration: dict) -> int:
+    p, v = len(programs), pl.chunks_of([[s.op for s in program if s.op] for program in programs])
+    posted, at, free, place = [[] for _ in programs], [0] * p, [0] * p, {}
+    for rank, program in enumerate(programs):
+        place |= {(rank, hop): k for k, step in enumerate(program) for hop in step.batch}
+
+    def landed(rank: int, k: int):
+        """When batch k of a rank lands; None where a peer has not posted its end yet."""
+        ends = [(hop.source + hop.target - rank, hop) for hop in programs[rank][k].batch]
+        ends = [(peer, place[peer, hop]) for peer, hop in ends] + [(rank, k)]
+        return max(posted[r][j] for r, j in ends) if all(j < len(posted[r]) for r, j in ends) else None
+
+    moved = True
+    while moved:
+        moved = False
+        for rank, program in enumerate(programs):
+            while at[rank] < len(program):
+                op, _ = program[at[rank]]
+                needed = [key for key in pl.needs(op, rank, p, v) if key[0] != rank] if op else []
+                waits = [landed(rank, place[rank, pl.Hop(source, rank, o)]) for source, o in needed]
+                earlier = [k for k in range(at[rank]) if program[k].batch][-1:] if program[at[rank]].batch else []
+                before = [landed(rank, k) for k in earlier]
+                if None in waits + before:
+                    break
+                end = max([free[rank], *waits]) + (duration[op.kind] if op else 0)
+                free[rank] = max([end, *before])
+                posted[rank].append(free[rank])
+                at[rank], moved = at[rank] + 1, True
+    assert all(at[rank] == len(program) for rank, program in enumerate(programs))
+    return max(free)
+
+
+def test_sending_time_is_seen():
+    table = pl.schedule("1f1b", 2, 1)
+    assert pl.simulate(table, t_send=Fraction(1, 2)).length == 2 * 3 + 2 * Fraction(1, 2)
+
+
+def test_a_drawing():
+    drawn = pl.draw(pl.simulate(pl.schedule("1f1b", 2, 2)), 18).splitlines()
+    assert drawn == ["rank 0  0─1─  0═══  1═══", "rank 1    0─0═══1─1═══"]
+    assert "b═" in pl.draw(pl.simulate(pl.schedule("interleaved", 2, 2, 2)), 60)
+    assert "┄" in pl.draw(pl.simulate(pl.schedule("zb-h1", 2, 2)), 60)
+
+
+@pytest.mark.parametrize("p, m", [(2, 2), (2, 4), (4, 4), (4, 8), (4, 12)])
+def test_the_order_is_what_pytorch_executes(p, m):
+    """Operations of each rank, in order, as torch.distributed.pipelining runs them."""
+    from torch.distributed.pipelining import schedules as theirs
+
+    def executed(ours: list) -> list:
+        return [[(op.kind, op.microbatch, op.chunk) for op in ops] for ops in ours]
+
+    class Stage:
+        """What PyTorch's schedules want of a stage before they run."""
+
+        def __init__(self, rank, index):
+            self.group_rank, self.group_size, self.num_stages = rank, p, p * chunks
+            self.stage_index, self.is_first, self.is_last = index, index == 0, index == p * chunks - 1
+            self.has_backward, self.device, self.group = True, torch.device("cpu"), None
+
+        def __getattr__(self, name):
+            return lambda *args, **kwargs: []
+
+    for kind, chunks in (("interleaved", 2), ("interleaved", 3)):
+        ours = executed(pl.schedule(kind, p, m, chunks))
+        for rank in range(p):
+            stages = [Stage(rank, chunk * p + rank) for chunk in range(chunks)]
+            schedule = theirs.ScheduleInterleaved1F1B(stages, m, loss_fn=lambda *a: None)
+            names = {"FORWARD": "F", "FULL_BACKWARD": "B"}
+            actions = [a for a in schedule.pipeline_order[rank] if a is not None]
+            there = [(names[a.computation_type.name], a.microbatch_index, a.stage_index // p) for a in actions]
+            assert there == ours[rank], (kind, rank)
+    chunks = 1
+    for kind, name in (("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")):
+        for rank, ops in enumerate(executed(pl.schedule(kind, p, m))):
+            assert order_executed(getattr(theirs, name), Stage(rank, rank), m) == [op[:2] for op in ops], (kind, rank)
+
+
+def order_executed(kind, stage, m: int) -> list:
+    """Runs a single-stage schedule of PyTorch's over a stage that only takes notes."""
+    notes = []
+    stage.forward_one_chunk = lambda i, *args, **kwargs: notes.append(("F", i))
+    stage.backward_one_chunk = lambda i, *args, **kwargs: notes.append(("B", i))
+    schedule = kind(stage, m, loss_fn=lambda *args: torch.zeros(()), scale_grads=False)
+    schedule._stage_forward_initialized = schedule._stage_backward_initialized = schedule._stages_initialized = True
+    schedule._stage_initialized = True
+    schedule._internal_losses = [torch.zeros(())] * m
+    schedule._step_microbatches([()] * m, [{}] * m, [torch.zeros(())] * m, [])
+    return notes
+
+
+# ── verify can fail ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_verify_refuses_what_is_wrong():
+    table = pl.schedule("1f1b", 2, 2)
+    swapped = [list(reversed(table[0])), table[1]]
+    cases = {
+        "rank 0 never does": [table[0][:-1], table[1]],
+        "twice": [table[0] + table[0][:1], table[1]],
+        "deadlock": swapped,
+        "not \\['X'\\]": [[*table[0], Op("X", 0)], [*table[1], Op("X", 0)]],
+        "at least one rank": [],
+    }
+    for message, wrong in cases.items():
+        with pytest.raises(ValueError, match=message):
+            pl.verify(wrong)
+    different_orders = [
+        [Op("F", 0), Op("F", 1), Op("B", 1), Op("B", 0)],
+        [Op("F", 1), Op("B", 1), Op("F", 0), Op("B", 0)],
+    ]
+    pl.verify(different_orders)  # odd, and possible: both ends agree on the order of messages
+
+
+def test_verify_programs_refuses_what_is_wrong():
+    def wrong(change):
+        programs = pl.programs(pl.schedule("1f1b", 4, 8))
+        change(programs)
+        with pytest.raises(ValueError) as error:
+            pl.verify_programs(programs)
+        return str(error.value)
+
+    def order(programs):  # two messages in the other order, on one end
+        places = [k for k, step in enumerate(programs[1]) if any(h.source == 0 for h in step.batch)][:2]
+        hops = [next(h for h in programs[1][k].batch if h.source == 0) for k in places]
+        for k, old, new in zip(places, hops, reversed(hops)):
+            programs[1][k] = programs[1][k]._replace(batch=tuple(new if h == old else h for h in programs[1][k].batch))
+
+    def lost(programs):  # a receive that nobody posts
+        programs[1][0] = programs[1][0]._replace(batch=())
+
+    def early(programs):  # sent before it is made
+        programs[0][0], programs[0][1] = (programs[0][k]._replace(op=programs[0][1 - k].op) for k in (0, 1))
+
+    assert "one end lists" in wrong(order)
+    assert "one end lists" in wrong(lost)
+    assert "before it is made" in wrong(early)
+    assert "deadlock" in wrong(
+        lambda programs: programs.__setitem__(slice(None), [halves(p, r) for r, p in enumerate(programs)])
+    )
+
+
+def halves(program: list, rank: int) -> list:
+    """Each batch cut in two: what is sent first, and only then what is received."""
+    steps = []
+    for op, batch in program:
+        sends = tuple(hop for hop in batch if hop.source == rank)
+        receives = tuple(hop for hop in batch if hop.source != rank)
+        steps += [pl.Step(op, sends)] + ([pl.Step(None, receives)] if receives else [])
+    return steps
+
+
+# ── Equivalence ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("tied", [True, False])
+@each_shape
+def test_gradients(kind, chunks, tied):
+    """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter."""
+    grid, cfg = grid_of(dist.get_world_size()), config(tied_head=tied)
+    for m in range(1, 9):
+        if kind != "interleaved" or m % grid.pp == 0:
+            check_equal(*loss_and_grads(grid, kind, m, chunks, cfg))
+
+
+@pytest.mark.ranks(4, timeout=120)
+@pytest.mark.parametrize("tied", [True, False])
+@each_shape
+def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
+    """2 stages × 2 replicas, which get unequal rows and unequal numbers of tokens that count."""
+    grid, cfg = grid_of(2), config(tied_head=tied)
+    assert (grid.pp, grid.dp) == (2, 2)
+    for m in (1, 2, 3, 4):
+        if kind != "interleaved" or m % 2 == 0:
+            check_equal(*loss_and_grads(grid, kind, m, chunks, cfg))
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@each_shape
+def test_five_steps(kind, chunks, optimizer):
+    """Weights after five steps, and the norm before clipping, which AdamW and clipping would both hide."""
+    grid, cfg = grid_of(dist.get_world_size()), config()
+    plain, stage = models(cfg, grid, chunks)
+
+    def make(model):
+        if optimizer == "sgd":
+            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
+
+    ours, theirs, max_norm = make(stage), make(plain), (1e9, 0.1)[optimizer == "adamw"]
+    for step in range(5):
+        tokens, targets = batch_of(seed=step)
+        for each in (ours, theirs):
+            each.zero_grad()
+        expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+        expected.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
+        theirs.step()
+        loss = pl.run_step(stage, program_of(kind, grid, 4, chunks), tokens, targets, grid)
+        norm_here = pl.clip_grad_norm_(stage, max_norm, grid.pp_group)
+        ours.step()
+        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+        assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
+        assert_equal(joined(grads_of(stage), cfg, grid), grads_of(plain))
+    floor = 5e-3 if optimizer == "adamw" else 0.0
+    assert_equal(joined(stage.state_dict(), cfg, grid), plain.state_dict(), floor=floor)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("pp", [1, 2, 4])
+def test_training_on_every_grid(pp, recompute):
+    """`train` beside `train_alone` on 1×4, 2×2 and 4×1; afterwards replicas are equal to the bit."""
+    cfg, grid = config(), grid_of(pp)
+    plain, stage = models(cfg, grid)
+    batches = [batch_of(rows=13, seed=step) for step in range(5)]
+    rate = lambda step: 1e-3 / (step + 1)  # noqa: E731
+    alone = pl.train_alone(plain, batches, rate, max_norm=0.1)
+    here = pl.train(stage, pl.schedule("1f1b", pp, 3), batches, rate, grid, max_norm=0.1, recompute=recompute)
+    for (expected, norm), (loss, norm_here) in zip(alone, here, strict=True):
+        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+    weights = joined(stage.state_dict(), cfg, grid)
+    assert_equal(weights, plain.state_dict(), floor=5e-3)
+    every = [None] * 4
+    dist.all_gather_object(every, weights)
+    assert all(torch.equal(every[0][name], other[name]) for other in every for name in weights)
+
+
+def test_without_a_process_group_there_is_one_rank():
+    assert not dist.is_initialized()
+    for kind, chunks in SHAPES:
+        check_equal(*loss_and_grads(pl.Grid(), kind, 4, chunks))
+
+
+@pytest.mark.ranks(1, 2)
+@each_shape
+def test_gradients_do_not_depend_on_the_schedule(kind, chunks):
+    """Where one chunk's micro-batches come in one order, gradients are equal to the bit; losses always."""
+    grid = grid_of(dist.get_world_size())
+    first, here = (loss_and_grads(grid, k, 4, c) for k, c in (("gpipe", 1), (kind, chunks)))
+    assert torch.equal(first[0], here[0])
+    tied = {"embedding.weight"}  # head and embedding add into one tensor in an order that is the schedule's
+    assert all(torch.equal(first[1][name], here[1][name]) for name in first[1].keys() - tied)
+
+
+@pytest.mark.ranks(2, 4)
+@each_shape
+def test_evaluation_runs_the_forwards_alone(kind, chunks):
+    grid, cfg = grid_of(dist.get_world_size()), config()
+    plain, stage = models(cfg, grid, chunks)
+    tokens, targets = batch_of()
+    forwards = [[op for op in ops if op.kind == "F"] for ops in pl.schedule(kind, grid.pp, 4, chunks)]
+    with torch.no_grad(), pl.Counter() as counter:
+        loss = pl.run_step(stage, pl.programs(forwards)[grid.pp_rank], tokens, targets, grid)
+    assert_equal({"loss": loss}, {"loss": plain.loss(tokens, targets).sum() / (targets != -100).sum()})
+    sent = [m for m in counter.messages if m.op == "send"]
+    assert len(sent) == 4 * (chunks - (grid.pp_rank == grid.pp - 1))  # the last rank's last chunk sends nothing
+
+
+@pytest.mark.ranks(2)
+def test_autocast():
+    """bf16 products over fp32 weights: gradients stay fp32, and are the plain model's under the same autocast."""
+    cfg, grid = config(), grid_of(2)
+    plain, stage = pl.GPT(cfg).to(ranks.device), pl.PipelineStage(cfg, grid.pp_rank, 2).to(ranks.device)
+    tokens, targets = batch_of()
+    with torch.autocast(ranks.device.type, torch.bfloat16):
+        expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+    expected.backward()
+    for recompute in (False, True):
+        stage.zero_grad()
+        pl.run_step(
+            stage, program_of("1f1b", grid, 4), tokens, targets, grid, autocast=torch.bfloat16, recompute=recompute
+        )
+        # bf16 keeps 8 bits: the sums over micro-batches are of rounded gradients, which the single device does not do.
+        assert_equal(joined(grads_of(stage), cfg, grid), grads_of(plain), bound=0.05)
+
+
+@pytest.mark.ranks(2, timeout=120)
+def test_compiled_layers():
+    """torch.compile of each layer must not change a number."""
+    cfg, grid = config(), grid_of(2)
+    plain, stage = models(cfg, grid)
+    tokens, targets = batch_of(rows=4)
+    (plain.loss(tokens, targets).sum() / (targets != -100).sum()).backward()
+    for layer in stage.layers.values():
+        layer.compile(backend="aot_eager")
+    pl.run_step(stage, program_of("1f1b", grid, 2), tokens, targets, grid)
+    assert_equal(joined(grads_of(stage), cfg, grid), grads_of(plain))
+
+
+# ── Dropout and recomputation ───────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind, chunks", [("1f1b", 1), ("interleaved", 2)])
+def test_dropout_equals_the_plain_model_under_the_same_masks(kind, chunks, recompute):
+    """The masks that the stages drew, put in order, are the plain model's; with and without recomputation."""
+    cfg, grid = config(dropout=0.3), grid_of(dist.get_world_size())
+    plain, stage = models(cfg, grid, chunks)
+    tokens, targets = batch_of()
+    masks, original, where = {}, pl.keep_mask, []
+
+    def recorded(x, p, generator):
+        mask = original(x, p, generator)
+        masks.setdefault(where[-1], []).append(mask.cpu())
+        return mask
+
+    def forward(self, chunk, x, streams):
+        where.append((self.stage(chunk), len([w for w in where if w[0] == self.stage(chunk)])))
+        return forward_of(self, chunk, x, streams)
+
+    streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
+    with plant(pl, "keep_mask", recorded), plant(pl.PipelineStage, "forward", forward) as forward_of:
+        loss = pl.run_step(stage, program_of(kind, grid, 4, chunks), tokens, targets, grid, streams, recompute)
+    every = [None] * grid.pp
+    dist.all_gather_object(every, masks)
+    whole = {place: drawn for rank in every for place, drawn in rank.items()}
+    last = grid.pp * chunks
+    if recompute:  # forwards and recomputations are counted alike, in the order of the rank: pair them by equality
+        for s in range(last):
+            drawn = [whole.pop((s, k)) for k in range(8)]
+            same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))  # noqa: E731
+            assert all(sum(same(a, b) for b in drawn) == 2 for a in drawn), "a second mask is not the first"
+            firsts = [a for k, a in enumerate(drawn) if not any(same(a, b) for b in drawn[:k])]
+            whole |= {(s, k): a for k, a in enumerate(firsts)}
+    total = 0
+    count = (targets != -100).sum()
+    for i, (x, y) in enumerate(zip(tokens.tensor_split(4), targets.tensor_split(4))):
+        replay = iter([mask for s in range(last) for mask in whole[s, i]])
+        with plant(pl, "keep_mask", lambda x, p, generator, replay=replay: next(replay).to(x.device)):
+            part = plain.loss(x, y).sum() / count
+        part.backward()
+        total = total + part.detach()
+    assert_equal({"loss": loss}, {"loss": total})
+    assert_equal(joined(grads_of(stage), cfg, grid), grads_of(plain))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@each_shape
+def test_recomputation_is_equal_to_the_bit(kind, chunks, dropout):
+    grid, cfg, found = grid_of(2), config(dropout=dropout), []
+    for recompute in (False, True):
+        streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
+        _, stage = models(cfg, grid, chunks)
+        program = program_of(kind, grid, 4, chunks)
+        found.append((pl.run_step(stage, program, *batch_of(), grid, streams, recompute), grads_of(stage)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
+
+
+# ── Memory and messages ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
+def test_what_is_held_at_once(kind):
+    """As many micro-batches' graphs as the formula says, and no output of a stage outlives its message."""
+    grid, cfg = grid_of(4), config()
+    _, stage = models(cfg, grid)
+    alive, most, outputs, kept = [], [0], [], []
+
+    def forward(self, chunk, x, streams):
+        y = forward_of(self, chunk, x, streams)
+        alive.append(weakref.ref(y.grad_fn))
+        most[0] = max(most[0], sum(ref() is not None for ref in alive))
+        kept.append(sum(ref() is not None for ref in outputs))
+        outputs.append(weakref.ref(y.untyped_storage()))
+        return y
+
+    with plant(pl.PipelineStage, "forward", forward) as forward_of:
+        pl.run_step(stage, program_of(kind, grid, 8), *batch_of(), grid)
+    assert most[0] == pl.in_flight(kind, 4, 8, 1, grid.pp_rank)
+    assert max(kept) <= 2  # the one in the air, and the one before it until it has landed
+
+
+@pytest.mark.ranks(2)
+def test_recomputation_keeps_inputs_alone():
+    grid, cfg = grid_of(2), config(num_layers=4)
+    held = {}
+    for recompute in (False, True):
+        _, stage = models(cfg, grid)
+        with SavedStorages(stage) as saved:
+            forwards = [[op for op in ops if op.kind == "F"] for ops in pl.schedule("gpipe", 2, 4)]
+            pl.run_step(
+                stage, pl.programs(forwards)[grid.pp_rank], *batch_of(), grid, recompute=recompute
+            ) if recompute else None
+            if not recompute:
+                pl.run_step(stage, program_of("gpipe", grid, 4), *batch_of(), grid)
+        held[recompute] = saved.bytes
+    assert held[True] == 0 < held[False]
+
+
+@pytest.mark.ranks(2, 4)
+@each_shape
+def test_messages(kind, chunks):
+    """B·S·H of a micro-batch, once each way over each boundary between two ranks; interleaving v times as many."""
+    grid, cfg, m = grid_of(dist.get_world_size()), config(), 4
+    _, stage = models(cfg, grid, chunks)
+    tokens, targets = batch_of()
+    with pl.Counter() as counter:
+        pl.run_step(stage, program_of(kind, grid, m, chunks), tokens, targets, grid)
+    sent = [message.bytes for message in counter.messages if message.op == "send"]
+    first, last = grid.pp_rank == 0, grid.pp_rank == grid.pp - 1
+    boundaries = (chunks - last) + (chunks - first)  # forward over the one to the next rank, backward to the last
+    sizes = [len(x) * 13 * 16 * 8 for x in tokens.tensor_split(m)]
+    assert sorted(sent) == sorted(sizes * boundaries)
+    reductions = [message for message in counter.messages if message.op == "all_reduce"]
+    assert len(reductions) == (1 + (first or last))  # the loss; the tied weight
+
+
+@pytest.mark.ranks(4)
+def test_replicas_are_summed_once_and_after_the_last_backward():
+    grid, cfg = grid_of(2), config()
+    _, stage = models(cfg, grid)
+    with pl.Counter() as counter:
+        pl.run_step(stage, program_of("1f1b", grid, 4), *(x.tensor_split(2)[grid.dp_rank] for x in batch_of()), grid)
+    over_dp = [(k, m.bytes) for k, m in enumerate(counter.messages) if m.group == grid.dp_group.group_name]
+    last_message = max(k for k, m in enumerate(counter.messages) if m.op in ("send", "recv_any_source", "recv"))
+    size = 8 * sum(p.numel() for p in stage.parameters())
+    assert [b for _, b in over_dp] == [8, size, 8] and over_dp[1][0] > last_message
+
+
+@pytest.mark.ranks(4)
+@each_shape
+def test_scatter_gather(kind, chunks):
+    """2 stages × 2 ranks that hold the same: each sends half of every boundary tensor, and gradients are exact."""
+    rank = dist.get_rank()
+    pp_group = pl.make_group([[0, 2], [1, 3]], ranks.device, 60)
+    tp_group = pl.make_group([[0, 1], [2, 3]], ranks.device, 60)
+    grid = pl.Grid(pp=2, pp_rank=rank // 2, pp_group=pp_group, tied_group=pp_group, tp_group=tp_group)
+    with pl.Counter() as counter:
+        check_equal(*loss_and_grads(grid, kind, 4, chunks))
+    tokens = batch_of()[0]
+    boundaries = (chunks - (grid.pp_rank == 1)) + (chunks - (grid.pp_rank == 0))
+    whole = sum(x.numel() * 16 * 8 for x in tokens.tensor_split(4)) * boundaries
+    assert sum(m.bytes for m in counter.messages if m.op == "send") * 2 == whole
+
+
+@pytest.mark.ranks(2, 4)
+def test_parts_on_the_wire_join_again():
+    """Any number of elements, also one that does not divide."""
+    for shape in ((3, 5), (1,), (2, 3, 4)):
+        x = torch.arange(math.prod(shape), dtype=torch.float64).view(shape).to(ranks.device)
+        part = pl.cut_for_wire(x, dist.group.WORLD)
+        assert part.numel() == -(-x.numel() // dist.get_world_size())
+        assert torch.equal(pl.join_from_wire(part, shape, dist.group.WORLD), x)
+
+
+def rendezvous(messages: list) -> list:
+    """batch_isend_irecv with sends that block until they are received; the batch's receives are posted first."""
+    works = []
+    for message in messages:
+        if message.op is dist.irecv:
+            works.append(dist.irecv(message.tensor, group=message.group, group_src=message.group_peer))
+    for message in messages:
+        if message.op is dist.isend:
+            dist.send(message.tensor, group=message.group, group_dst=message.group_peer)
+    return works
+
+
+@pytest.mark.ranks(2, 4, timeout=120)
+@each_shape
+def test_blocking_sends(kind, chunks):
+    """gloo's blocking send waits for its receive: whatever could deadlock does."""
+    grid = grid_of(dist.get_world_size())
+    with plant(dist, "batch_isend_irecv", rendezvous):
+        for m in (1, 4, 5, 8):
+            if kind != "interleaved" or m % grid.pp == 0:
+                check_equal(*loss_and_grads(grid, kind, m, chunks))
+
+
+@pytest.mark.ranks(4)
+@each_shape
+def test_the_trace_is_the_schedule(kind, chunks):
+    """What ran, in order, is what was planned; nothing ran before what it needs."""
+    grid, cfg = grid_of(4), config()
+    _, stage = models(cfg, grid, chunks)
+    bars = []
+    pl.run_step(stage, program_of(kind, grid, 4, chunks), *batch_of(), grid, bars=bars)
+    table = pl.schedule(kind, 4, 4, chunks)
+    assert [bar.op for bar in bars] == table[grid.pp_rank]
+    assert all(a.start <= a.end <= b.start for a, b in pairwise(bars))
+    every = [None] * 4
+    dist.all_gather_object(every, bars)
+    end = {(rank, bar.op): bar.end for rank, own in enumerate(every) for bar in own}
+    for rank, own in enumerate(every):
+        for bar in own:
+            assert all(end[key] <= bar.start for key in pl.needs(bar.op, rank, 4, chunks))
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    layers=st.integers(1, 9), tied=st.booleans(),
+    first=st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 1)]),
+    second=st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2), (1, 3)]),
+)  # fmt: skip
+def test_weights_survive_any_resharding(layers, tied, first, second):
+    """Plain → p × v → plain → another p × v → plain, to the bit."""
+    cfg = config(num_layers=layers, tied_head=tied, hidden_size=4)
+    whole = {name: torch.randn(shape) for name, shape in pl.parameter_shapes(cfg).items()}
+    state = whole
+    for p, v in (first, second):
+        if p * v <= layers:
+            state = pl.merge_state_dicts([pl.shard_state_dict(state, cfg, r, p, v) for r in range(p)], cfg)
+    assert list(state) == list(whole) and all(torch.equal(state[name], x) for name, x in whole.items())
+
+
+def test_weights_are_the_plain_models_whatever_the_cut():
+    for tied in (True, False):
+        cfg = config(tied_head=tied)
+        whole = pl.GPT(cfg).state_dict()
+        for p, v in ((1, 1), (2, 1), (2, 2), (4, 2), (8, 1)):
+            stages = [pl.PipelineStage(cfg, rank, p, v).state_dict() for rank in range(p)]
+            assert all(torch.equal(x, whole[name]) for stage in stages for name, x in stage.items())
+            assert set().union(*stages) == set(whole)
+            assert sum("embedding.weight" in stage for stage in stages) == (2 if tied and p > 1 else 1)
+
+
+@given(layers=st.integers(1, 60), stages=st.integers(1, 20))
+def test_placement(layers, stages):
+    """Every layer once, in order, sizes one apart; the last stage has the fewest, the first no more than those between."""
+    if layers < stages:
+        with pytest.raises(ValueError, match="a stage needs a layer"):
+            pl.place_layers(layers, stages)
+        return
+    cuts = pl.place_layers(layers, stages)
+    assert [layer for cut in cuts for layer in cut] == list(range(layers))
+    sizes = [len(cut) for cut in cuts]
+    assert max(sizes) - min(sizes) <= 1 and sizes[-1] == layers // stages
+    assert stages < 3 or sizes[0] <= max(sizes[1:-1])
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("row", pl.TABLE_1, ids=lambda row: f"{row.billions}B")
+def test_table_1(row):
+    """Parameters as printed; PFLOP/s and share of peak within the rounding of the printed TFLOP/s; sizes divide."""
+    assert f"{pl.parameters(row.layers, row.hidden) / 1e9:.1f}" == f"{row.billions:.1f}"
+    low, high = (row.gpus * (row.tflops + half) / 1e3 for half in (-0.5, 0.5))
+    assert low - 0.05 <= row.petaflops <= high + 0.05
+    assert (row.tflops - 0.5) / 3.12 - 0.5 <= row.percent <= (row.tflops + 0.5) / 3.12 + 0.5
+    d = row.gpus // (row.tp * row.pp)
+    m = row.batch // (d * row.b)
+    assert row.gpus == row.tp * row.pp * d and row.layers % (row.pp * row.v) == 0 and row.batch == m * d * row.b
+    assert row.v == 1 or m % row.pp == 0
+    pl.schedule("interleaved" if row.v > 1 else "1f1b", row.pp, m, row.v)  # exists
+
+
+def test_operations_are_the_papers_formula():
+    for row in pl.TABLE_1:
+        B, s, l, h, V = row.batch, 2048, row.layers, row.hidden, 51_200
+        published = 96 * B * s * l * h**2 * (1 + Fraction(s, 6 * h) + Fraction(V, 16 * l * h))
+        assert pl.flops(l, h, B) == published
+        assert pl.parameters(l, h) == 12 * l * h**2 * (1 + Fraction(13, 12 * h) + Fraction(V + s, 12 * l * h))
+    assert pl.flops(2, 8, 1, recompute=False) < pl.flops(2, 8, 1)
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """The formula against the products that one step of the plain model does (attention written out)."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cfg = pl.GPTConfig(96, 16, 32, 2, 4, dropout=0.5)  # with dropout attention is two products and no fused kernel
+    model, tokens = pl.GPT(cfg), torch.zeros(3, 16, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model.loss(tokens, tokens).sum().backward()
+    assert counter.get_total_flops() == pl.flops(2, 32, 3, vocab=96, seq=16, recompute=False)
+
+
+@pytest.mark.parametrize("row", pl.TABLE_2, ids=str)
+def test_table_2(row):
+    """Days from the exact count of operations, within the rounding of the printed TFLOP/s and of the days."""
+    (layers, hidden), gpus, tflops, days = row
+    low, high = (pl.training_days(300e9, gpus, (tflops + half) * 1e12, layers, hidden) for half in (0.5, -0.5))
+    assert low <= days + 0.5 and high >= days - 0.5
+
+
+def test_the_rule_of_thumb():
+    """34 and 84 days; table 2 is not the rule's, which is too short in every row."""
+    assert round(pl.training_days_rule(300e9, 1024, 140e12, 175e9)) == 34
+    assert round(pl.training_days_rule(450e9, 3072, 163e12, 1008e9)) == 84
+    for (layers, hidden), gpus, tflops, _ in pl.TABLE_2:
+        rule = pl.training_days_rule(300e9, gpus, tflops * 1e12, pl.parameters(layers, hidden))
+        assert 0.97 < rule / pl.training_days(300e9, gpus, tflops * 1e12, layers, hidden) < 0.99
+
+
+@settings(max_examples=20, deadline=None)
+@given(layers=st.integers(1, 3), heads=st.integers(1, 3), size=st.integers(1, 4), vocab=st.integers(1, 50))
+def test_the_formula_counts_the_plain_model(layers, heads, size, vocab):
+    cfg = pl.GPTConfig(vocab, 7, heads * size, layers, heads)
+    counted = sum(shape.numel() for shape in pl.parameter_shapes(cfg).values())
+    assert counted == pl.parameters(layers, heads * size, vocab, 7) + 2 * heads * size  # and the final norm
+
+
+NOT_AMONG_THREE = {18.4: 1.06, 39.1: 1.06}  # how much slower than the first the paper's own is predicted to be, at most
+
+
+@pytest.mark.parametrize("row", pl.TABLE_1, ids=lambda row: f"{row.billions}B")
+def test_plan_finds_the_papers_layouts(row):
+    """The paper's (t, p) is among the best three of its row, but for two rows, of which section 5.3 says why not."""
+    layouts = pl.plan(row.layers, row.hidden, row.heads, row.gpus, row.batch)
+    place = next(k for k, x in enumerate(layouts) if (x.t, x.p) == (row.tp, row.pp))
+    if row.billions in NOT_AMONG_THREE:
+        assert place >= 3 and layouts[place].seconds < NOT_AMONG_THREE[row.billions] * layouts[0].seconds
+    else:
+        assert place < 3
+    for x in layouts:
+        assert x.t * x.p * x.d == row.gpus and x.m * x.d * x.b == row.batch and x.memory <= 72
+        assert row.heads % x.t == row.layers % (x.p * x.v) == 0 and (x.v == 1 or x.m % x.p == 0)
+
+
+def test_a_plan_that_cannot_be():
+    with pytest.raises(ValueError, match="fit no layout of 8 GPUs of 80 GB"):
+        pl.plan(128, 25_600, 160, 8, 3072)
+
+
+# ── Planted bugs: what a missing safeguard looks like ───────────────────────────────────────────────────
+
+
+@pytest.mark.ranks(1, 2)
+@pytest.mark.planted_bug(
+    symptom="the printed loss is right to all digits; gradients are m times too large, which AdamW hides",
+    seen_in="https://github.com/pytorch/pytorch/issues/144352",
+)
+def test_loss_not_divided_by_the_micro_batches():
+    """Each micro-batch divides by its own count, and the mean over micro-batches is printed."""
+    grid, m = grid_of(dist.get_world_size()), 4
+    batch = batch_of(rows=8)
+    batch[1].clamp_(min=0)  # every token counts
+    with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() // m):
+        loss, grads, expected, reference = loss_and_grads(grid, m=m, batch=batch)
+    assert_equal({"loss": loss / m}, {"loss": expected})  # what the screen shows
+    assert_equal({name: grad / m for name, grad in grads.items()}, reference)  # and what it hides
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(symptom="gradients are m times too small, clipping never bites; AdamW hides it", seen_in=None)
+def test_loss_divided_twice():
+    grid, m = grid_of(2), 4
+    with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() * m):
+        _, grads, _, reference = loss_and_grads(grid, m=m)
+    assert_equal({name: grad * m for name, grad in grads.items()}, reference)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the loss falls; the two copies of the tied weight get different gradients and drift apart",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/299",
+)
+def test_tied_gradient_not_summed():
+    grid, cfg = grid_of(dist.get_world_size()), config()
+    _, stage = models(cfg, grid)
+    tokens, targets = batch_of()
+    with plant(pl.PipelineStage, "tied_copies", lambda self: []):
+        losses = [loss.item() for loss, _ in pl.train(stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)] * 5,
+                                                      lambda step: 1e-2, grid)]  # fmt: skip
+    assert losses[-1] < losses[0]  # looks well
+    with pytest.raises(ValueError, match="the copies of embedding.weight differ by"):
+        joined(stage.state_dict(), cfg, grid)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the norm is too large: the tied weight counts twice, and clipping bites too early", seen_in=None
+)
+def test_norm_that_counts_the_tied_weight_twice():
+    grid, cfg = grid_of(2), config()
+    plain, stage = models(cfg, grid)
+    tokens, targets = batch_of()
+    (plain.loss(tokens, targets).sum() / (targets != -100).sum()).backward()
+    norm = nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+    pl.run_step(stage, program_of("1f1b", grid, 4), tokens, targets, grid)
+    assert_equal({"norm": pl.clip_grad_norm_(stage, 1e9, grid.pp_group)}, {"norm": norm})
+    with plant(pl.PipelineStage, "tied_copies", lambda self: []):
+        wrong = pl.clip_grad_norm_(stage, 1e9, grid.pp_group)
+    tied = plain.embedding.weight.grad.square().sum()
+    assert_equal({"n": wrong.square()}, {"n": norm.square() + tied}) and wrong > 1.01 * norm
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="the loss is right; what was summed once is summed again at each later micro-batch",
+    seen_in="https://github.com/deepspeedai/DeepSpeed/issues/7985",
+)
+def test_replicas_summed_at_every_micro_batch():
+    grid, cfg = grid_of(2), config()
+    plain, stage = models(cfg, grid)
+    tokens, targets = batch_of()
+    expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+    expected.backward()
+
+    def eager(edge, grad):
+        original(edge, grad)
+        pl.sum_over(grid.dp_group, [p.grad for p in stage.parameters() if p.grad is not None])
+
+    mine = [x.tensor_split(2)[grid.dp_rank] for x in (tokens, targets)]
+    with plant(torch.autograd, "backward", eager) as original:
+        loss = pl.run_step(stage, program_of("1f1b", grid, 2), *mine, grid)
+    assert_equal({"loss": loss}, {"loss": expected})
+    assert_differs(joined(grads_of(stage), cfg, grid), grads_of(plain), at_least=0.1)
+
+
+@pytest.mark.planted_bug(
+    symptom="there is no gradient to send back: a shape error here, and silence where zeros are sent instead",
+    seen_in=None,
+)
+def test_received_activation_without_requires_grad():
+    def take(self, rank, op):
+        value = original(self, rank, op)
+        value.requires_grad_ = lambda: value
+        return value
+
+    with plant(pl.Mailbox, "take", take) as original, pytest.raises(RuntimeError, match="Mismatch in shape"):
+        loss_and_grads(pl.Grid(), "interleaved", 2, 2)
+
+
+@pytest.mark.planted_bug(symptom="a deadlock, which verify finds without a process", seen_in=None)
+def test_backward_through_the_first_chunk_first():
+    table = pl.schedule("interleaved", 2, 4, 2)
+    wrong = [[op._replace(chunk=1 - op.chunk) if op.kind == "B" else op for op in ops] for ops in table]
+    with pytest.raises(ValueError, match="deadlock: rank 0 cannot do"):
+        pl.verify(wrong)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the loss is right; gradients belong to another network than the one that made it",
+    seen_in="https://github.com/allenai/OLMo-core/pull/828",
+)
+def test_recomputation_with_another_mask():
+    grid, cfg, found = grid_of(2), config(dropout=0.3), []
+    for replayed in (pl.replayed, lambda generator, state: contextlib.nullcontext()):
+        streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
+        _, stage = models(cfg, grid)
+        with plant(pl, "replayed", replayed):
+            loss = pl.run_step(stage, program_of("gpipe", grid, 4), *batch_of(), grid, streams, recompute=True)
+        found.append((loss, joined(grads_of(stage), cfg, grid)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert_differs(found[1][1], found[0][1], at_least=0.1)
+
+
+def sends_first(path: str) -> None:
+    """On each of two ranks: 1f1b in which each batch sends, and then receives; after two seconds the stacks."""
+    with open(f"{path}/{dist.get_rank()}", "w") as file:
+        faulthandler.dump_traceback_later(2, file=file)
+        programs = pl.programs(pl.schedule("1f1b", 2, 4))
+        program = halves(programs[dist.get_rank()], dist.get_rank())
+        with plant(dist, "batch_isend_irecv", rendezvous):
+            loss_and_grads(grid_of(2), program=program)
+
+
+@pytest.mark.planted_bug(
+    symptom="two neighbours stand in send, each waiting for the other's receive",
+    seen_in="https://github.com/pytorch/pytorch/issues/172668",
+)
+def test_each_send_before_the_receive_of_its_pair(tmp_path):
+    """Both ways to see it: verify says so without a process; real ranks hang until their time is up."""
+    programs = pl.programs(pl.schedule("1f1b", 2, 4))
+    with pytest.raises(ValueError, match="deadlock: all wait for each other's batches: rank 0 in .* rank 1 in"):
+        pl.verify_programs([halves(program, rank) for rank, program in enumerate(programs)])
+    pool = ranks.Pool(2)
+    try:
+        with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] silent"):
+            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=12)
+    finally:
+        pool.close()
+    for rank in (0, 1):
+        assert "in send\n" in (tmp_path / str(rank)).read_text()
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_schedules_that_cannot_be_are_refused():
+    for arguments, message in (
+        (("interleaved", 4, 6, 2), "microbatches=6 is no multiple of stages=4.*choose 4 or 8"),
+        (("interleaved", 4, 2, 2), "choose 4 or 4|choose 4"),
+        (("1f1b", 2, 4, 2), "chunks=2: 1f1b has one chunk a rank"),
+        (("1f1b", 0, 4), "each must be at least 1"),
+        (("gpipe", 2, 0), "each must be at least 1"),
+        (("fastest", 2, 2), "unknown: choose one of gpipe, 1f1b"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pl.schedule(*arguments)
+    broken = [[Op("F", g + i, c) for g in (0, 4) for c in (0, 1) for i in range(4) if g + i < 6] for _ in range(4)]
+    table = pl.schedule("interleaved", 4, 8, 2)
+    unchecked = [[op for op in ops if op.microbatch < 6] for ops in table]
+    assert len(broken[0]) == 12 and all(len(ops) == 24 for ops in unchecked)
+
+
+@pytest.mark.ranks(1, 2)
+def test_what_does_not_fit_is_refused_on_every_rank():
+    grid, cfg = grid_of(dist.get_world_size()), config()
+    _, stage = models(cfg, grid)
+    tokens, targets = batch_of(rows=3)
+    program = program_of("1f1b", grid, 4)
+    with pytest.raises(ValueError, match="a batch of 3 rows has fewer than 4 micro-batches: choose at most 3"):
+        pl.run_step(stage, program, tokens, targets, grid)
+    with pytest.raises(ValueError, match="a batch of 3 rows is too small for 4 micro-batches on 1 replicas"):
+        next(pl.train(stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)], lambda step: 1.0, grid))
+    with pytest.raises(ValueError, match="a program of 2 chunks on rank . of ., but the stage was built with 1 chunks"):
+        pl.run_step(stage, program_of("interleaved", grid, 4, 2), *batch_of(), grid)
+    with pytest.raises(ValueError, match="zb-h1 is planned here and not executed"):
+        pl.run_step(stage, program_of("zb-h1", grid, 4), *batch_of(), grid)
+    _, wet = models(config(dropout=0.1), grid)
+    with pytest.raises(ValueError, match=r"dropout=0.1 needs streams=random_streams"):
+        pl.run_step(wet, program, *batch_of(), grid)
+    with pytest.raises(ValueError, match="8 layers on 9 stages: a stage needs a layer, choose at most 8"):
+        pl.PipelineStage(cfg, 0, 9)
+    with pytest.raises(ValueError, match="rank=2, stages=2"):
+        pl.PipelineStage(cfg, 2, 2)
+    with pytest.raises(ValueError, match="a sequence of 17 tokens, but the model has 16 positions"):
+        pl.run_step(pl.PipelineStage(cfg), program_of("gpipe", pl.Grid(), 1), *batch_of(length=17))
+
+
+@pytest.mark.ranks(2)
+def test_a_boundary_of_another_type_is_refused_by_the_sender():
+    """The sender checks what it sends: a stage that returns another shape or dtype is named, with both."""
+    grid = grid_of(2)
+    mailbox = pl.Mailbox(grid, torch.float32, ranks.device, lambda hop: (2, 3))
+    hop = pl.Hop(grid.pp_rank, 1 - grid.pp_rank, Op("F", 0))
+    for x in (torch.zeros(2, 4), torch.zeros(2, 3, dtype=torch.float64)):
+        mailbox.put(grid.pp_rank, Op("F", 0), x)
+        with pytest.raises(ValueError, match="the receiver waits for"):
+            mailbox.post((hop,))
+
+
+def test_state_dicts_that_do_not_fit_are_refused_by_name():
+    cfg = config()
+    full = dict(pl.initial_weights(cfg))
+    cases = {
+        "lacks .'final_norm.weight'": {name: x for name, x in full.items() if name != "final_norm.weight"},
+        "has .'head.weight'": full | {"head.weight": torch.zeros(1)},
+        r"positions.weight has shape \(4, 16\); this configuration needs \(16, 16\)": full
+        | {"positions.weight": torch.zeros(4, 16)},
+    }
+    for message, state in cases.items():
+        with pytest.raises(ValueError, match=message):
+            pl.shard_state_dict(state, cfg, 0, 2)
+    shards = [pl.shard_state_dict(full, cfg, rank, 2) for rank in range(2)]
+    with pytest.raises(ValueError, match="no rank has .'final_norm.bias'"):
+        pl.merge_state_dicts(shards[:1], cfg)
+    shards[1]["embedding.weight"] += 1
+    with pytest.raises(ValueError, match="the copies of embedding.weight differ by 1.0e"):
+        pl.merge_state_dicts(shards, cfg)
+
+
+def mortal(rank: int, folder: str) -> None:
+    """One of three ranks, of which the second kills itself in its third operation; the others write what they see."""
+    torch.set_num_threads(1)
+    options = dict(rank=rank, world_size=3, timeout=timedelta(seconds=20))
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", **options)
+    count, compute = [], pl.PipelineStage.forward
+
+    def forward(self, *args):
+        count.append(1)
+        if rank == 1 and len(count) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return compute(self, *args)
+
+    with plant(pl.PipelineStage, "forward", forward):
+        try:
+            loss_and_grads(pl.make_grid(3, torch.device("cpu"), timeout=20), "gpipe", 6)
+        except RuntimeError as error:
+            Path(folder, f"seen by {rank}").write_text(str(error))
+
+
+def test_a_rank_that_dies_is_named_by_its_neighbours(tmp_path):
+    context, begin = multiprocessing.get_context("forkserver"), time.monotonic()
+    processes = [context.Process(target=mortal, args=(rank, str(tmp_path)), daemon=True) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(40)
+        assert process.exitcode is not None, "a rank outlives its lost neighbour"
+    assert processes[1].exitcode == -signal.SIGKILL and time.monotonic() - begin < 40
+    for rank in (0, 2):
+        assert f"pipeline rank {rank} lost rank [1] in (Hop(" in (tmp_path / f"seen by {rank}").read_text()
+
+
+# ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*flags, timeout=120) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--pp", "3"], "--pp 3 must divide the 4 ranks"),
+        (["--num-layers", "3"], "3 layers on 4 stages: a stage needs a layer"),
+        (["--schedule", "interleaved", "--chunks", "2", "--microbatches", "6"], "choose 4 or 8"),
+        (["--batch", "7"], "need at least 8 rows"),
+        (["--chunks", "2"], "1f1b has one chunk a rank"),
+        (
+            ["plan", "--layers", "8", "--hidden", "30", "--heads", "4", "--gpus", "8", "--batch", "8"],
+            "heads must divide",
+        ),
+    ],
+)
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
+    result = run(*flags)
+    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+
+
+def test_the_plan_command():
+    """The layout of the 1T model, its schedule proven, on a laptop."""
+    result = run("plan", *"--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split())
+    assert result.returncode == 0 and "1008.0 B parameters" in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    assert rows[1][:6] == ["8", "64", "6", "2", "1", "512"]
+    assert "131,072 operations: no deadlock, bubble 63/1024" in result.stdout
+
+
+@pytest.mark.slow
+def test_a_whole_run():
+    """Two stages × two replicas, interleaved, recomputed, with dropout: every flag together; and one rank alone."""
+    tiny = ["--steps", "3", "--hidden-size", "32", "--seq-length", "32"]
+    flags = ["--pp", "2", "--schedule", "interleaved", "--chunks", "2", "--recompute", "--untied", "--dropout", "0.1"]
+    result = run(*tiny, *flags)
+    assert result.returncode == 0, result.stderr
+    assert "pp 2 × dp 2" in result.stdout and "FAILED" not in result.stdout and result.stdout.count("rank 1 ") == 2
+    result = run(*tiny, "--ranks", "1", "--schedule", "interleaved", "--chunks", "2")
+    assert result.returncode == 0 and "FAILED" not in result.stdout, result.stderr
