@@ -801,9 +801,10 @@ def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
     return torch.cat(parts)[: math.prod(shape)].view(shape)
 
 
-# A mailbox runs the batches of a program. One batch is in the air while the next operation computes; before the batch
-# after it is posted, it must have landed. (Simulated with F = 1 and B = 2 the one batch costs gpipe and 1f1b nothing;
-# a test holds it.) A tensor that has been sent is held until then and no longer.
+# A mailbox runs the batches of a program. They fly while the rank computes: an operation waits for what it needs and
+# for nothing else, and up to four batches may be in the air before the next one waits for the oldest. (A test simulates
+# the executor: with four, no bubble grows up to p = 8. With one, gpipe and 1f1b lose nothing either, interleaving some
+# operations at the start of a step.) A tensor that has been sent is held until its batch has landed, and no longer.
 #
 # Nobody guesses shapes: an activation has its micro-batch's shape and H, in the dtype of the parameters, and so has its
 # gradient. Both ends work it out for each micro-batch, a shorter last one too, and the sender checks what it sends.
@@ -815,9 +816,11 @@ class Mailbox:
     shape_of: a hop to the shape of its tensor. Needs: `cut_for_wire`, `join_from_wire`, `Grid` (part 4).
     """
 
+    AIRBORNE = 4  # batches at once
+
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
-        self.values, self.flying, self.landing, self.held = {}, [], [], ()
+        self.values, self.flights = {}, []
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
@@ -826,46 +829,45 @@ class Mailbox:
         self.values[rank, op] = value
 
     def take(self, rank: int, op: Op) -> Tensor:
-        if (rank, op) not in self.values:
+        while (rank, op) not in self.values and self.flights:
             self.land()
         return self.values.pop((rank, op))
 
     def post(self, batch: tuple[Hop, ...]) -> None:
         if not batch:
             return
-        self.land()
+        if len(self.flights) == self.AIRBORNE:
+            self.land()
         messages, grid = [], self.grid
         for hop in batch:
             shape = self.shape_of(hop)
             if hop.source == grid.pp_rank:
                 x = self.values.pop((hop.source, hop.op))
                 if x.shape != shape or x.dtype != self.dtype:
-                    raise ValueError(
-                        f"{hop} is {tuple(x.shape)} {x.dtype}, the receiver waits for {shape} {self.dtype}"
-                    )
+                    found = f"{tuple(x.shape)} {x.dtype}"
+                    raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
                 part = cut_for_wire(x, grid.tp_group).to(self.wire)
                 messages.append(dist.P2POp(dist.isend, part, group=grid.pp_group, group_peer=hop.target))
             else:
                 t = 1 if grid.tp_group is None else dist.get_world_size(grid.tp_group)
                 part = torch.empty(-(-math.prod(shape) // t), dtype=self.dtype, device=self.wire)
                 messages.append(dist.P2POp(dist.irecv, part, group=grid.pp_group, group_peer=hop.source))
-                self.landing.append((hop, part, shape))
-        self.held, self.batch = messages, batch
-        self.flying = dist.batch_isend_irecv(messages)
+        self.flights.append((batch, messages, dist.batch_isend_irecv(messages)))
 
     def land(self) -> None:
-        """Waits for the batch in the air. Raises: RuntimeError that names the peers when one of them is lost."""
+        """Waits for the oldest batch. Raises: RuntimeError that names the peers when one of them is lost."""
+        batch, messages, works = self.flights.pop(0)
         try:
-            while self.flying:
-                self.flying.pop(0).wait()
+            for work in works:
+                work.wait()
         except RuntimeError as error:
-            peers = sorted({hop.source + hop.target - self.grid.pp_rank for hop in self.batch})
-            raise RuntimeError(
-                f"pipeline rank {self.grid.pp_rank} lost rank {peers} in {self.batch}: {error}"
-            ) from error
-        for hop, part, shape in self.landing:
-            self.values[hop.source, hop.op] = join_from_wire(part, shape, self.grid.tp_group).to(self.device)
-        self.landing, self.held = [], ()
+            rank = self.grid.pp_rank
+            peers = sorted({hop.source + hop.target - rank for hop in batch})
+            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {batch}: {error}") from error
+        for hop, message in zip(batch, messages):
+            if hop.target == self.grid.pp_rank:
+                x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
+                self.values[hop.source, hop.op] = x.to(self.device)
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -876,11 +878,11 @@ class Mailbox:
 # into the mailbox. Between them the rank holds the input and the graph, but not the output: the next stage has that.
 # What backward needs of it is the edge at which autograd enters the graph, and an edge keeps no tensor alive.
 #
-# A micro-batch's loss is the sum over its tokens, divided by the number of tokens that count in the *whole* batch, on all
-# replicas. So gradients add up to the batch's, whatever the sizes of micro-batches, and nothing is divided by m ever
-# again. Divided by the micro-batch's own count, the loss looks the same once it is averaged for the screen, but its
-# gradient is m times too large. AdamW does not notice, since it divides the gradient by its own size; clipping and SGD
-# do.
+# A micro-batch's loss is the sum over its tokens, divided by the number of tokens that count in the *whole* batch, over
+# all replicas. So gradients add up to the batch's, whatever the sizes of micro-batches, and nothing is divided by m
+# ever again. Divided by the micro-batch's own count, the loss looks the same once it is averaged for the screen, but
+# its gradient is m times too large. AdamW does not notice, since it divides the gradient by its own size; clipping and
+# SGD do.
 #
 # Recomputation keeps the input alone, and runs the forward a second time right before the backward: p micro-batches'
 # activations become p inputs and one micro-batch's activations. With dropout the second forward must see the mask of
@@ -994,7 +996,8 @@ def run_step(
             if bars is not None:
                 bars.append(Bar(op, begin, time.perf_counter()))
         mailbox.post(batch)
-    mailbox.land()
+    while mailbox.flights:
+        mailbox.land()
 
     if torch.is_grad_enabled():
         sum_over(grid.dp_group, [p.grad for p in stage.parameters()])
@@ -1448,11 +1451,8 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
         loss = run_step(stage, forward_only, *rows, grid, autocast=autocast)
     say(f"\nheld-out loss {loss.item():.4f} nats a token\n")
 
-    ratio = 3 if args.recompute else 2
-    planned = simulate(table, t_backward=ratio)
-    say(
-        f"as planned, a backward as long as {ratio} forwards: bubble {planned.bubble} of the ideal time\n{draw(planned)}\n"
-    )
+    planned = simulate(table, t_backward=3 if args.recompute else 2)
+    say(f"{args.schedule} as planned: bubble {planned.bubble} of the ideal time\n{draw(planned)}\n")
     every = [None] * dist.get_world_size()
     dist.all_gather_object(every, (grid.dp_rank, bars))
     measured = Timeline([bars for replica, bars in every if replica == 0 and bars])
@@ -1567,25 +1567,19 @@ def plan_command(arguments: list[str]) -> None:
     print(f"{size}, {args['gpus']} GPUs, the best (v, b) of each (t, p)\n")
     print("  t    p    d   v   b    m    s/step   bubble   tensor  network      GB   TFLOP/s")
     for x in layouts[:rows]:
-        sizes, shares = (
-            f"{x.t:3} {x.p:4} {x.d:4} {x.v:3} {x.b:3} {x.m:4}",
-            (x.tensor / x.seconds, x.network / x.seconds),
-        )
-        print(
-            f"{sizes} {x.seconds:9.2f} {x.bubble:8.1%} {shares[0]:8.1%} {shares[1]:8.1%} {x.memory:7.0f} {x.tflops:9.0f}"
-        )
-    x, node, full = layouts[0], args["gpus_per_node"], args["gpu_memory"]
-    print("\nThe first row by the paper's three rules:")
-    print(f"1. tensor parallelism inside a server, pipelines across: t = {x.t} of {node} GPUs, p = {x.p}")
-    print(
-        f"2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {full:.0f} GB; d = {x.d}"
-    )
-    print(f"3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}\n")
+        shares = f"{x.bubble:8.1%} {x.tensor / x.seconds:8.1%} {x.network / x.seconds:8.1%}"
+        sizes = f"{x.t:3} {x.p:4} {x.d:4} {x.v:3} {x.b:3} {x.m:4}"
+        print(f"{sizes} {x.seconds:9.2f} {shares} {x.memory:7.0f} {x.tflops:9.0f}")
+    x, room = layouts[0], args["gpu_memory"]
     table = schedule("interleaved" if x.v > 1 else "1f1b", x.p, x.m, x.v)
     peaks, timeline, count = verify(table), simulate(table), sum(map(len, table))
-    print(
-        f"Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} chunks' activations held"
-    )
+    print(f"""
+The first row by the paper's three rules:
+1. tensor parallelism inside a server, pipelines across: t = {x.t} of {args["gpus_per_node"]} GPUs, p = {x.p}
+2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {room:.0f} GB; d = {x.d} with the rest
+3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}
+
+Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")
 
 
 # ── shared: text data ──

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Op
-from proof import SavedStorages, assert_differs, assert_equal, plant
+from proof import assert_differs, assert_equal, plant
 from torch import nn
 
 SCRIPT = Path(pl.__file__)
@@ -171,16 +171,17 @@ def test_all_forwards_first_is_no_faster_where_m_is_p():
         assert pl.verify(forwards_first) == [2 * p] * p and sum(pl.verify(table)) < 2 * p * p
 
 
-def test_one_batch_in_the_air_costs_nothing():
-    """What the executor does with a program, simulated: a rank goes on when the batch before the last has landed."""
-    for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
+def test_four_batches_in_the_air_cost_nothing():
+    """What the executor does with a program, simulated; with one batch at a time interleaving loses a little."""
+    for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)):
         for p, m in ((2, 8), (4, 4), (4, 8), (8, 16)):
             table = pl.schedule(kind, p, m, v)
+            four, one = (executed_length(pl.programs(table), dict(F=1, B=2), n) for n in (pl.Mailbox.AIRBORNE, 1))
             ideal = pl.simulate(table, v, 2 * v).length
-            assert executed_length(pl.programs(table), dict(F=1, B=2)) == ideal, (kind, p, m)
+            assert four == ideal and (one == ideal or (kind == "interleaved" and p == 8 and one <= ideal + 6))
 
 
-def executed_length(programs: list, duration: dict) -> int:
+def executed_length(programs: list, duration: dict, airborne: int) -> int:
     p, v = len(programs), pl.chunks_of([[s.op for s in program if s.op] for program in programs])
     posted, at, free, place = [[] for _ in programs], [0] * p, [0] * p, {}
     for rank, program in enumerate(programs):
@@ -197,10 +198,10 @@ def executed_length(programs: list, duration: dict) -> int:
         moved = False
         for rank, program in enumerate(programs):
             while at[rank] < len(program):
-                op, _ = program[at[rank]]
+                op, batch = program[at[rank]]
                 needed = [key for key in pl.needs(op, rank, p, v) if key[0] != rank] if op else []
                 waits = [landed(rank, place[rank, pl.Hop(source, rank, o)]) for source, o in needed]
-                earlier = [k for k in range(at[rank]) if program[k].batch][-1:] if program[at[rank]].batch else []
+                earlier = [k for k in range(at[rank]) if program[k].batch][-airborne:][:1] if batch else []
                 before = [landed(rank, k) for k in earlier]
                 if None in waits + before:
                     break
@@ -219,7 +220,7 @@ def test_sending_time_is_seen():
 
 def test_a_drawing():
     drawn = pl.draw(pl.simulate(pl.schedule("1f1b", 2, 2)), 18).splitlines()
-    assert drawn == ["rank 0  0─1─  0═══  1═══", "rank 1    0─0═══1─1═══"]
+    assert drawn == ["rank 0  0─1─    0═══  1═══", "rank 1    0─0═══1─1═══"]
     assert "b═" in pl.draw(pl.simulate(pl.schedule("interleaved", 2, 2, 2)), 60)
     assert "┄" in pl.draw(pl.simulate(pl.schedule("zb-h1", 2, 2)), 60)
 
@@ -263,11 +264,10 @@ def order_executed(kind, stage, m: int) -> list:
     notes = []
     stage.forward_one_chunk = lambda i, *args, **kwargs: notes.append(("F", i))
     stage.backward_one_chunk = lambda i, *args, **kwargs: notes.append(("B", i))
-    schedule = kind(stage, m, loss_fn=lambda *args: torch.zeros(()), scale_grads=False)
-    schedule._stage_forward_initialized = schedule._stage_backward_initialized = schedule._stages_initialized = True
-    schedule._stage_initialized = True
-    schedule._internal_losses = [torch.zeros(())] * m
-    schedule._step_microbatches([()] * m, [{}] * m, [torch.zeros(())] * m, [])
+    schedule = kind(stage, m, loss_fn=lambda *args: None)
+    for name in ("_initialize_stage", "_maybe_compute_loss", "_maybe_get_loss", "_update_losses"):
+        setattr(schedule, name, lambda *args: None)
+    schedule._step_microbatches([()] * m, [{}] * m)
     return notes
 
 
@@ -537,43 +537,34 @@ def test_recomputation_is_equal_to_the_bit(kind, chunks, dropout):
 # ── Memory and messages ─────────────────────────────────────────────────────────────────────────────────
 
 
+class Token:
+    """Lives as long as what it hangs on."""
+
+
 @pytest.mark.ranks(4)
-@pytest.mark.parametrize("kind", ["gpipe", "1f1b"])
-def test_what_is_held_at_once(kind):
-    """As many micro-batches' graphs as the formula says, and no output of a stage outlives its message."""
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("kind, chunks", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
+def test_what_is_held_at_once(kind, chunks, recompute):
+    """As many graphs as the formula says, recomputed just one; and no output outlives its message."""
     grid, cfg = grid_of(4), config()
-    _, stage = models(cfg, grid)
-    alive, most, outputs, kept = [], [0], [], []
+    _, stage = models(cfg, grid, chunks)
+    graphs, outputs, most_graphs, most_outputs = [], [], [], []
 
     def forward(self, chunk, x, streams):
         y = forward_of(self, chunk, x, streams)
-        alive.append(weakref.ref(y.grad_fn))
-        most[0] = max(most[0], sum(ref() is not None for ref in alive))
-        kept.append(sum(ref() is not None for ref in outputs))
+        if y.grad_fn is not None:
+            y.grad_fn.metadata["token"] = token = Token()
+            graphs.append(weakref.ref(token))
         outputs.append(weakref.ref(y.untyped_storage()))
+        most_graphs.append(sum(ref() is not None for ref in graphs))
+        most_outputs.append(sum(ref() is not None for ref in outputs))
         return y
 
     with plant(pl.PipelineStage, "forward", forward) as forward_of:
-        pl.run_step(stage, program_of(kind, grid, 8), *batch_of(), grid)
-    assert most[0] == pl.in_flight(kind, 4, 8, 1, grid.pp_rank)
-    assert max(kept) <= 2  # the one in the air, and the one before it until it has landed
-
-
-@pytest.mark.ranks(2)
-def test_recomputation_keeps_inputs_alone():
-    grid, cfg = grid_of(2), config(num_layers=4)
-    held = {}
-    for recompute in (False, True):
-        _, stage = models(cfg, grid)
-        with SavedStorages(stage) as saved:
-            forwards = [[op for op in ops if op.kind == "F"] for ops in pl.schedule("gpipe", 2, 4)]
-            pl.run_step(
-                stage, pl.programs(forwards)[grid.pp_rank], *batch_of(), grid, recompute=recompute
-            ) if recompute else None
-            if not recompute:
-                pl.run_step(stage, program_of("gpipe", grid, 4), *batch_of(), grid)
-        held[recompute] = saved.bytes
-    assert held[True] == 0 < held[False]
+        pl.run_step(stage, program_of(kind, grid, 8, chunks), *batch_of(), grid, recompute=recompute)
+    held = pl.in_flight(kind, 4, 8, chunks, grid.pp_rank)
+    assert max(most_graphs) == (1 if recompute else held)
+    assert max(most_outputs) <= pl.Mailbox.AIRBORNE + 1
 
 
 @pytest.mark.ranks(2, 4)
@@ -707,7 +698,7 @@ def test_weights_are_the_plain_models_whatever_the_cut():
 
 @given(layers=st.integers(1, 60), stages=st.integers(1, 20))
 def test_placement(layers, stages):
-    """Every layer once, in order, sizes one apart; the last stage has the fewest, the first no more than those between."""
+    """Every layer once, in order, sizes one apart; the last has the fewest, the first no more than the middle."""
     if layers < stages:
         with pytest.raises(ValueError, match="a stage needs a layer"):
             pl.place_layers(layers, stages)
@@ -809,7 +800,7 @@ def test_a_plan_that_cannot_be():
 @pytest.mark.ranks(1, 2)
 @pytest.mark.planted_bug(
     symptom="the printed loss is right to all digits; gradients are m times too large, which AdamW hides",
-    seen_in="https://github.com/pytorch/pytorch/issues/144352",
+    seen_in="https://github.com/pytorch/torchtitan/issues/2972",
 )
 def test_loss_not_divided_by_the_micro_batches():
     """Each micro-batch divides by its own count, and the mean over micro-batches is printed."""
@@ -823,7 +814,10 @@ def test_loss_not_divided_by_the_micro_batches():
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(symptom="gradients are m times too small, clipping never bites; AdamW hides it", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="gradients are m times too small, so clipping never bites; AdamW hides it",
+    seen_in="https://github.com/areal-project/AReaL/pull/1273",
+)
 def test_loss_divided_twice():
     grid, m = grid_of(2), 4
     with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() * m):
@@ -869,7 +863,7 @@ def test_norm_that_counts_the_tied_weight_twice():
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
     symptom="the loss is right; what was summed once is summed again at each later micro-batch",
-    seen_in="https://github.com/deepspeedai/DeepSpeed/issues/7985",
+    seen_in=None,
 )
 def test_replicas_summed_at_every_micro_batch():
     grid, cfg = grid_of(2), config()
@@ -896,7 +890,8 @@ def test_replicas_summed_at_every_micro_batch():
 def test_received_activation_without_requires_grad():
     def take(self, rank, op):
         value = original(self, rank, op)
-        value.requires_grad_ = lambda: value
+        if value is not None:
+            value.requires_grad_ = lambda: value
         return value
 
     with plant(pl.Mailbox, "take", take) as original, pytest.raises(RuntimeError, match="Mismatch in shape"):
@@ -914,7 +909,7 @@ def test_backward_through_the_first_chunk_first():
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
     symptom="the loss is right; gradients belong to another network than the one that made it",
-    seen_in="https://github.com/allenai/OLMo-core/pull/828",
+    seen_in="https://github.com/allenai/OLMo-core/issues/828",
 )
 def test_recomputation_with_another_mask():
     grid, cfg, found = grid_of(2), config(dropout=0.3), []
@@ -929,9 +924,9 @@ def test_recomputation_with_another_mask():
 
 
 def sends_first(path: str) -> None:
-    """On each of two ranks: 1f1b in which each batch sends, and then receives; after two seconds the stacks."""
+    """On each of two ranks: 1f1b in which each batch sends, and then receives; after six seconds the stacks."""
     with open(f"{path}/{dist.get_rank()}", "w") as file:
-        faulthandler.dump_traceback_later(2, file=file)
+        faulthandler.dump_traceback_later(6, file=file)
         programs = pl.programs(pl.schedule("1f1b", 2, 4))
         program = halves(programs[dist.get_rank()], dist.get_rank())
         with plant(dist, "batch_isend_irecv", rendezvous):
@@ -950,7 +945,7 @@ def test_each_send_before_the_receive_of_its_pair(tmp_path):
     pool = ranks.Pool(2)
     try:
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] silent"):
-            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=12)
+            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=8)
     finally:
         pool.close()
     for rank in (0, 1):
@@ -971,10 +966,6 @@ def test_schedules_that_cannot_be_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             pl.schedule(*arguments)
-    broken = [[Op("F", g + i, c) for g in (0, 4) for c in (0, 1) for i in range(4) if g + i < 6] for _ in range(4)]
-    table = pl.schedule("interleaved", 4, 8, 2)
-    unchecked = [[op for op in ops if op.microbatch < 6] for ops in table]
-    assert len(broken[0]) == 12 and all(len(ops) == 24 for ops in unchecked)
 
 
 @pytest.mark.ranks(1, 2)
