@@ -361,9 +361,12 @@ def train_alone(
 #                                               Rank r lets r of its W's wait; they fill what was bubble.
 #
 # Why groups of p: the first p micro-batches come out of chunk 0 of the last rank just as the first rank is done with
-# the p-th, and may enter chunk 1. So m must be a multiple of p: a broken last group would leave a rank waiting for a
-# micro-batch that its neighbour has put behind another one, and the neighbour for the rank. (Megatron-LM runs all
-# forwards first where m = p. The rule without exception takes as long, and keeps less in memory.)
+# the p-th, and may enter chunk 1. So m must be a multiple of p. With a shorter last group every rank would wait in it
+# for what the missing micro-batches no longer hide: at p = 4, m = 6, v = 2 the bubble would be 19/36, and 1f1b's is
+# 18/36 without any chunks. (Megatron-LM's formulas would even have ranks wait for micro-batches that are not there.)
+#
+# Megatron-LM runs all forwards first where m = p. The rule without exception takes as long, and keeps less in memory.
+#
 # [section 2.2; zb-h1: Zero Bubble Pipeline Parallelism, Qi et al., arXiv 2401.10241, section 2]
 
 KINDS = ("gpipe", "1f1b", "interleaved", "zb-h1")
@@ -396,8 +399,8 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
         raise ValueError(f"chunks={v}: {kind} has one chunk a rank; interleaved takes more")
     if kind == "interleaved" and m % p:
         raise ValueError(
-            f"microbatches={m} is no multiple of stages={p}: interleaving sends them through in groups of {p}, and "
-            f"with a broken group ranks would wait for each other; choose {m // p * p or p} or {m // p * p + p}"
+            f"microbatches={m} is no multiple of stages={p}: interleaving sends them through in groups of {p}, "
+            f"and a shorter one costs more than chunks gain; choose {m // p * p or p} or {m // p * p + p}"
         )
 
     def order(kind: str, chunk_order: Iterable[int]) -> list[Op]:
@@ -436,11 +439,8 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
     """What must be done before `op` of `rank`: (rank, op) of each; what comes from another stage is last."""
     stage = op.chunk * stages + rank
-    wanted = {
-        "F": [("F", stage - 1)],
-        "B": [("F", stage), ("B", stage + 1)],
-        "W": [("B", stage)],
-    }[op.kind]
+    rules = {"F": [("F", stage - 1)], "B": [("F", stage), ("B", stage + 1)], "W": [("B", stage)]}
+    wanted = rules[op.kind]
     return [(s % stages, Op(kind, op.microbatch, s // stages)) for kind, s in wanted if 0 <= s < stages * chunks]
 
 
@@ -492,9 +492,8 @@ class Timeline(NamedTuple):
 
     @property
     def length(self):
-        return max(bar.end for bars in self.ranks for bar in bars) - min(
-            bar.start for bars in self.ranks for bar in bars
-        )
+        bars = [bar for own in self.ranks for bar in own]
+        return max(bar.end for bar in bars) - min(bar.start for bar in bars)
 
     @property
     def bubble(self):
@@ -619,8 +618,8 @@ def verify(schedule: Schedule) -> list[int]:
     for rank, ops in enumerate(schedule):
         if missing := every - set(ops):
             raise ValueError(f"rank {rank} never does {min(missing)}")
-        if len(set(ops)) < len(ops):
-            raise ValueError(f"rank {rank} does {next(op for op in ops if ops.count(op) > 1)} twice")
+        if len(ops) > len(every):
+            raise ValueError(f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has")
         releases, held = "W" if "W" in kinds else "B", [0]
         for op in ops:
             held.append(held[-1] + (op.kind == "F") - (op.kind == releases))
@@ -968,9 +967,10 @@ def run_step(
 
     for op, batch in program:
         if op is not None:
+            # From the neighbour comes the same kind of thing: an activation for F, a gradient for B.
             key = (op.microbatch, op.chunk)
             neighbour = [other for other in needs(op, rank, p, v) if other[1].kind == op.kind]
-            received = mailbox.take(*neighbour[0]) if neighbour else None  # at the two ends of the model there is none
+            received = mailbox.take(*neighbour[0]) if neighbour else None  # none at the model's two ends
             begin = time.perf_counter()
             if op.kind == "F":
                 x = tokens[op.microbatch] if received is None else received.requires_grad_()
@@ -1274,6 +1274,11 @@ TABLE_2 = [
 # 300 GB/s between the GPUs of a server, 25 GB/s a GPU between servers, and a tenth of a millisecond a layer in which
 # kernels start and nothing is computed. The result is a ranking and not a forecast.
 #
+# Held against table 1, the paper's own (t, p) comes first or second in eight rows. In the other two, 18 B and 39 B, it
+# is fifth and fourth: halving t saves more all-reduces there (of 18 B's step they are 14 % at t = 8 and 6 % at t = 4)
+# than a second or fourth stage costs. The difference is 5 % and 4 %, less than these four constants can tell, and the
+# paper's first rule, to fill the server with t, does without constants.
+#
 # Memory: 18 bytes a parameter (bf16 weight and gradient, fp32 gradient, weight and two moments), of the fullest stage;
 # a layer's input for each layer and each micro-batch in flight; one layer's activations while it is recomputed
 # (chapter 4 counts them: S·b·H·(10 + 24/t + 5·heads·S/(H·t)) bytes); and the last stage's logits. A tenth stays free.
@@ -1576,7 +1581,7 @@ def plan_command(arguments: list[str]) -> None:
     print(f"""
 The first row by the paper's three rules:
 1. tensor parallelism inside a server, pipelines across: t = {x.t} of {args["gpus_per_node"]} GPUs, p = {x.p}
-2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {room:.0f} GB; d = {x.d} with the rest
+2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {room:.0f} GB; d = {x.d}
 3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}
 
 Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")

@@ -162,6 +162,26 @@ def test_zero_bubble_outside_its_rule():
     assert pl.simulate(many).bubble == Fraction(1, 8) == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble / 3
 
 
+def test_a_shorter_last_group_costs_more_than_chunks_gain():
+    """What the refusal of m mod p ≠ 0 says, on the table that it refuses."""
+    table = []
+    for rank in range(4):
+        groups = (range(4), range(4, 6))
+        forwards = [Op("F", i, chunk) for group in groups for chunk in (0, 1) for i in group]
+        backwards = [Op("B", i, chunk) for group in groups for chunk in (1, 0) for i in group]
+        ahead, ops = 2 * (3 - rank) + 4, forwards[: 2 * (3 - rank) + 4]
+        for k, backward in enumerate(backwards):
+            ops += [*forwards[ahead + k : ahead + k + 1], backward]
+        table.append(ops)
+    pl.verify(table)
+    assert (
+        pl.simulate(table).bubble
+        == Fraction(19, 36)
+        > pl.simulate(pl.schedule("1f1b", 4, 6)).bubble
+        == Fraction(18, 36)
+    )
+
+
 def test_all_forwards_first_is_no_faster_where_m_is_p():
     """Megatron-LM's exception for m = p costs memory and saves nothing."""
     for p in (2, 4, 8):
