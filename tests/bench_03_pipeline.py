@@ -5,7 +5,7 @@
     make bench CHAPTER=03 ARGS="--device cuda"   NCCL, on as many stages as there are GPUs
 
 The two run in turn, in the same ranks and on the same weights; a ratio is of two neighbouring rounds, and the median of
-the ratios is printed. For the bubble the work of every operation is a sleep, so that two cores are enough for four ranks.
+the ratios is printed. For the bubble every operation sleeps, so that two cores are enough for four ranks.
 """
 
 import argparse
@@ -145,10 +145,10 @@ def main() -> None:
         print(f"{kind:12} {times} {ratio:18.2f} {gap:17.0e}", flush=True)
     pool.close()
 
-    print("\nbubble of 4 stages whose operations sleep 20 and 40 ms\nschedule       m   v   measured   formula")
+    print("\nbubble of 4 stages whose operations sleep 60 and 120 ms\nschedule       m   v   measured   formula")
     pool = ranks.Pool(4)
     for kind, m, chunks in (("gpipe", 8, 1), ("1f1b", 8, 1), ("1f1b", 16, 1), ("interleaved", 8, 2)):
-        kwargs = dict(kind=kind, m=m, chunks=chunks, seconds=0.02)
+        kwargs = dict(kind=kind, m=m, chunks=chunks, seconds=0.06)
         found = max(pool.run(Path(__file__).stem, "sleep_through", kwargs, timeout=120))
         print(f"{kind:12} {m:3} {chunks:3} {found:10.3f} {float(pl.bubble(kind, 4, m, chunks)):9.4f}", flush=True)
     pool.close()
