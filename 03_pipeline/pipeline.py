@@ -1386,10 +1386,9 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     errors = {}
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards = [None] * grid.pp
-        dist.all_gather_object(
-            shards, {n: x.detach().cpu() for n, x in here.items()}, grid.pp_group or dist.group.WORLD
-        )
+        shards = [{name: x.detach().cpu() for name, x in here.items()}] * grid.pp
+        if grid.pp_group is not None:
+            dist.all_gather_object(shards, shards[0], grid.pp_group)
         whole = merge_state_dicts(shards, config)
         pairs = ((name, whole[name], y.detach().cpu()) for name, y in reference.items())
         return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
@@ -1542,7 +1541,7 @@ def flags() -> argparse.Namespace:
     )
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
-    flag("--microbatches", type=int, default=8, help="into which each replica cuts its rows")
+    flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")
     flag("--recompute", action="store_true", help="keep inputs and compute activations again")
     flag("--untied", action="store_true", help="a head with a weight of its own")
     for name, text in SIZES.items():
@@ -1552,6 +1551,7 @@ def flags() -> argparse.Namespace:
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
     args.pp = args.pp or min(4, args.world_size)
+    args.microbatches = args.microbatches or 2 * args.pp
     try:
         if args.pp < 1 or args.world_size % args.pp:
             raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
