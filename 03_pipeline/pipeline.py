@@ -425,7 +425,8 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 #     weights  need   their own backward
 #
 # With them a table can be played through on paper: an operation starts when its rank is free and what it needs is
-# there. That gives every operation's time, and if nobody can go on, it has found a deadlock.
+# there. `play` asks one rank after the other to go on as far as it can. When a whole round has moved nobody, either all
+# are done, and every operation has its time, or all wait, and that is a deadlock.
 #
 # Times are fractions, so that a bubble can be held against a formula exactly: (p − 1)/m, (p − 1)/(v·m). Mind the
 # convention: the paper divides the bubble by the *ideal* time, not by the whole; (p − 1)/(m + p − 1) is the other.
@@ -637,6 +638,7 @@ def verify_programs(all_programs: list[Program]) -> None:
             if rank not in (hop.source, hop.target):
                 raise ValueError(f"rank {rank} takes part in {hop}, which is not its own")
             between[rank][hop.source, hop.target].append(hop)
+    # Order first: two ranks' messages are matched by their order alone, and a receive takes what comes.
     for rank, messages in enumerate(between):
         for (source, target), hops in messages.items():
             there = between[target if rank == source else source][source, target]
@@ -646,6 +648,7 @@ def verify_programs(all_programs: list[Program]) -> None:
                         f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}"
                     )
 
+    # Then the play: a rank goes on from a batch when the other end of each of its messages has been posted.
     has: list[set] = [set() for _ in all_programs]  # what each rank has made or received
     posted: list[set] = [set() for _ in all_programs]
     at, moved = [0] * p, True
@@ -665,9 +668,8 @@ def verify_programs(all_programs: list[Program]) -> None:
                     break
                 has[rank] |= {(hop.source, hop.op) for hop in batch}
                 at[rank], moved = at[rank] + 1, True
-    if stuck := [
-        f"rank {r} in {program[at[r]].batch}" for r, program in enumerate(all_programs) if at[r] < len(program)
-    ]:
+    stuck = [f"rank {r} in {all_programs[r][at[r]].batch}" for r in range(p) if at[r] < len(all_programs[r])]
+    if stuck:
         raise ValueError("deadlock: all wait for each other's batches: " + "; ".join(stuck))
 
 
@@ -914,8 +916,8 @@ def run_step(
 ) -> Tensor:  # fmt: skip
     """Runs a program on this replica's batch, forward and backward; every rank of the grid must call it.
 
-    Afterwards p.grad of every parameter has the gradient of the mean loss per token, over all micro-batches and
-    replicas, added to what it had. A program without backwards, under torch.no_grad(), evaluates.
+    Afterwards p.grad of every parameter is the gradient of the mean loss per token, over all micro-batches and
+    replicas; before, it must be None. A program without backwards, under torch.no_grad(), evaluates.
 
     Args:
         program: programs(schedule)[pp rank]; its m micro-batches are the rows in order, sizes differ by one at most.
@@ -926,8 +928,8 @@ def run_step(
         bars: a list that gets each operation with its times in seconds, as the CPU saw them.
 
     Returns: the mean loss per token, the same on every rank.
-    Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams;
-    RuntimeError that names the peer which was lost.
+    Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams,
+    gradients of an earlier step (the sums over the grid would count them again); RuntimeError that names a lost peer.
     Needs: `PipelineStage`, `Mailbox`, `needs`, `count_targets`, `replayed`, `Grid`, `sum_over`.
     """
     grid, streams = grid or Grid(), streams or RandomStreams()
@@ -935,9 +937,7 @@ def run_step(
     ops = [step.op for step in program if step.op]
     m = 1 + max(op.microbatch for op in ops)
     if len(tokens_BS) < m:
-        raise ValueError(
-            f"a batch of {len(tokens_BS)} rows has fewer than {m} micro-batches: choose at most {len(tokens_BS)}"
-        )
+        raise ValueError(f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least")
     if any(op.kind == "W" for op in ops):
         raise ValueError("zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved")
     if (chunks := chunks_of([ops])) != v or (p, rank) != (grid.pp, grid.pp_rank):
@@ -945,6 +945,8 @@ def run_step(
             f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, "
             f"but the stage was built with {v} chunks for rank {rank} of {p}"
         )
+    if torch.is_grad_enabled() and any(p.grad is not None for p in stage.parameters()):
+        raise ValueError("gradients of an earlier step are still there: call zero_grad(set_to_none=True) before")
     if stage.training and stage.config.dropout and streams.outside is None:
         raise ValueError(f"dropout={stage.config.dropout} needs streams=random_streams(seed, pp_rank, dp_rank)")
 
@@ -985,7 +987,7 @@ def run_step(
                     with replayed(streams.outside, state):
                         edge = get_gradient_edge(compute(op, x))
                 torch.autograd.backward(edge, torch.ones_like(total) if received is None else received)
-                if x.is_floating_point():
+                if x.is_floating_point():  # tokens have no gradient
                     mailbox.put(rank, op, x.grad)
                 del x, edge
             if bars is not None:
@@ -1004,7 +1006,10 @@ def run_step(
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
 #
-# A rank's state dict is some of the plain model's entries, uncut.
+# No tensor is cut, and a layer keeps its name, so a rank's state dict is some entries of the plain model's. To go from
+# four stages to two, or to other chunks, is to deal the same entries out again. Only the tied weight has two copies.
+# They must be equal to the bit, since both have had the same gradient at every step: where they are not, its sum was
+# left out, and merging says so.
 
 
 def shard_state_dict(
@@ -1155,6 +1160,15 @@ def train(
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
 #
 # ── 5.1 Bubbles and memory, exactly ─────────────────────────────────────────────────────────────────────
+#
+# The last rank can start when p − 1 others have done a forward, and the first can end when p − 1 others have done a
+# backward after it: every rank idles for p − 1 of each, whatever happens between. Over the m of each that it does, that
+# is (p − 1)/m. A chunk is 1/v of a rank's layers, so its forward and backward pass along v times faster: (p − 1)/(v·m),
+# paid with v times as many messages. With backward cut in two, only its first part is on the way from rank to rank, and
+# the second fills what remains: (p − 1)(F + B − W).
+#
+# What is in memory on a rank are the micro-batches that it has seen forward and not yet backward: those that went
+# ahead, and the one it works on.
 
 
 def bubble(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Fraction:
@@ -1367,10 +1381,9 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     errors = {}
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards = [None] * grid.pp
-        dist.all_gather_object(
-            shards, {n: x.detach().cpu() for n, x in here.items()}, grid.pp_group or dist.group.WORLD
-        )
+        shards = [{name: x.detach().cpu() for name, x in here.items()}] * grid.pp
+        if grid.pp_group is not None:
+            dist.all_gather_object(shards, shards[0], grid.pp_group)
         whole = merge_state_dicts(shards, config)
         pairs = ((name, whole[name], y.detach().cpu()) for name, y in reference.items())
         return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
@@ -1523,7 +1536,7 @@ def flags() -> argparse.Namespace:
     )
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
-    flag("--microbatches", type=int, default=8, help="into which each replica cuts its rows")
+    flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")
     flag("--recompute", action="store_true", help="keep inputs and compute activations again")
     flag("--untied", action="store_true", help="a head with a weight of its own")
     for name, text in SIZES.items():
@@ -1533,6 +1546,7 @@ def flags() -> argparse.Namespace:
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
     args.pp = args.pp or min(4, args.world_size)
+    args.microbatches = args.microbatches or 2 * args.pp
     try:
         if args.pp < 1 or args.world_size % args.pp:
             raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")

@@ -994,7 +994,7 @@ def test_what_does_not_fit_is_refused_on_every_rank():
     _, stage = models(cfg, grid)
     tokens, targets = batch_of(rows=3)
     program = program_of("1f1b", grid, 4)
-    with pytest.raises(ValueError, match="a batch of 3 rows has fewer than 4 micro-batches: choose at most 3"):
+    with pytest.raises(ValueError, match="a batch of 3 rows has too few for 4 micro-batches: a row each at least"):
         pl.run_step(stage, program, tokens, targets, grid)
     with pytest.raises(ValueError, match="a batch of 3 rows is too small for 4 micro-batches on 1 replicas"):
         next(pl.train(stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)], lambda step: 1.0, grid))
@@ -1002,6 +1002,9 @@ def test_what_does_not_fit_is_refused_on_every_rank():
         pl.run_step(stage, program_of("interleaved", grid, 4, 2), *batch_of(), grid)
     with pytest.raises(ValueError, match="zb-h1 is planned here and not executed"):
         pl.run_step(stage, program_of("zb-h1", grid, 4), *batch_of(), grid)
+    pl.run_step(stage, program, *batch_of(), grid)
+    with pytest.raises(ValueError, match="gradients of an earlier step are still there"):
+        pl.run_step(stage, program, *batch_of(), grid)
     _, wet = models(config(dropout=0.1), grid)
     with pytest.raises(ValueError, match=r"dropout=0.1 needs streams=random_streams"):
         pl.run_step(wet, program, *batch_of(), grid)
