@@ -26,7 +26,7 @@ Run it (no flag is needed; --help lists them):
     python 01_deepspeech/deepspeech.py                             2 ranks on this machine, synthetic number words
     python 01_deepspeech/deepspeech.py --ranks 1                   one process, for a debugger
     python 01_deepspeech/deepspeech.py --check                     equivalence alone, each tensor's error
-    python 01_deepspeech/deepspeech.py --data train.jsonl --dev dev.jsonl --save model.safetensors
+    python 01_deepspeech/deepspeech.py --data train.jsonl --dev dev.jsonl --save model.safetensors     (recipe: README)
     python 01_deepspeech/deepspeech.py --load model.safetensors --evaluate dev.jsonl
     python 01_deepspeech/deepspeech.py --load model.safetensors --transcribe me.wav
     torchrun --nproc-per-node=8 01_deepspeech/deepspeech.py
@@ -429,59 +429,56 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
 # would make ∞ − ∞ = NaN where alpha and beta are put together.
 #
-# beta needs no code. Read both labels and frames backwards, and beta is alpha: the reversed problem is stacked on the
-# batch, so one loop over time serves both, and it is the only loop.
+# beta needs no code of its own. Read labels and frames backwards, and beta is alpha: the reversed problem is stacked
+# on the batch, so one loop over time serves both, and it is the only loop.
 
 IMPOSSIBLE = -1e30
 
 
-def _lattice(log_y_TBS: Tensor, skip_BS: Tensor) -> Tensor:
-    """alpha (T + 1, B, S + 2): before any frame and after each; two impossible states on the left spare edge cases."""
-    T, B, S = log_y_TBS.shape
-    alpha = log_y_TBS.new_full((T + 1, B, S + 2), IMPOSSIBLE)
-    alpha[0, :, 2] = 0  # before the first frame every path is in state 0
-    skip_BS = torch.where(skip_BS, 0.0, IMPOSSIBLE).to(alpha.dtype)
+def _lattice(log_y_TPS: Tensor, skip_PS: Tensor, first_P: Tensor) -> Tensor:
+    """alpha of P problems that begin in state first_P, (T + 1, P, S + 2): before any frame and after each.
+
+    Two impossible states on the left spare the edge cases: state s stands in column s + 2.
+    """
+    T, P, S = log_y_TPS.shape
+    alpha = log_y_TPS.new_full((T + 1, P, S + 2), IMPOSSIBLE)
+    alpha[0].scatter_(1, first_P[:, None] + 2, 0)
+    skip_PS = torch.where(skip_PS, 0.0, IMPOSSIBLE).to(alpha.dtype)
     for t in range(T):
-        stay_BS, step_BS, two_BS = alpha[t, :, 2:], alpha[t, :, 1:-1], alpha[t, :, :-2]
-        come_BS = torch.logaddexp(torch.logaddexp(stay_BS, step_BS), two_BS + skip_BS)
-        torch.add(come_BS, log_y_TBS[t], out=alpha[t + 1, :, 2:])
+        stay_PS, step_PS, two_PS = alpha[t, :, 2:], alpha[t, :, 1:-1], alpha[t, :, :-2]
+        come_PS = torch.logaddexp(torch.logaddexp(stay_PS, step_PS), two_PS + skip_PS)
+        torch.add(come_PS, log_y_TPS[t], out=alpha[t + 1, :, 2:])
     return alpha
 
 
 class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
-        T, B, _ = log_probs_TBV.shape
-        U, device = labels_BU.shape[1], log_probs_TBV.device
-        ends_B, row_B = 2 * sizes_B + 1, torch.arange(B, device=device)  # states of each utterance
-        state_S, t_T1 = torch.arange(2 * U + 1, device=device), torch.arange(T, device=device)[:, None]
+        (T, B, _), U, device = log_probs_TBV.shape, labels_BU.shape[1], log_probs_TBV.device
+        t_T1, state_S = torch.arange(T, device=device)[:, None], torch.arange(2 * U + 1, device=device)
         symbol_BS = torch.full((B, 2 * U + 1), blank, device=device)
         symbol_BS[:, 1::2] = labels_BU
-
-        def problem(symbol_BS: Tensor, log_probs_TBV: Tensor) -> tuple[Tensor, Tensor]:
-            log_y_TBS = log_probs_TBV.gather(2, symbol_BS.expand(T, -1, -1)).clamp_min(IMPOSSIBLE)
-            skip_BS = (symbol_BS != blank) & (symbol_BS != symbol_BS.roll(2, 1)) & (state_S > 1)
-            return log_y_TBS, skip_BS
-
-        there = problem(symbol_BS, log_probs_TBV)
-        if not ctx.needs_input_grad[0]:
-            alpha = _lattice(*there)
-        else:
-            back_BS = (ends_B[:, None] - 1 - state_S).clamp_min(0)  # each utterance reversed within its own length
-            back_TB = (frames_B - 1 - t_T1).clamp_min(0)
-            back = problem(symbol_BS.gather(1, back_BS), log_probs_TBV[back_TB, row_B])
-            both = _lattice(torch.cat([there[0], back[0]], 1), torch.cat([there[1], back[1]]))
-            alpha, beta = both[:, :B], both[:, B:]
-        last_2B = alpha[frames_B, row_B, torch.stack([ends_B + 1, ends_B])]  # state s stands in column s + 2
+        symbol_TBS, ends_B = symbol_BS.expand(T, -1, -1), 2 * sizes_B + 1  # states of each utterance
+        skip_BS = (symbol_BS != blank) & (symbol_BS != symbol_BS.roll(2, 1)) & (state_S > 1)
+        log_y_TBS = log_probs_TBV.clamp_min(IMPOSSIBLE).gather(2, symbol_TBS)
+        problems = log_y_TBS, skip_BS, torch.zeros_like(ends_B)
+        if ctx.needs_input_grad[0]:
+            # Backwards the padding comes first, of states and of frames: a path waits in its first state until then.
+            first_B = 2 * U + 1 - ends_B
+            wait_BS = torch.where(state_S == first_B[:, None], 0.0, IMPOSSIBLE).to(log_y_TBS.dtype)
+            back_TBS = torch.where((t_T1 < T - frames_B)[..., None], wait_BS, log_y_TBS.flip(0, 2))
+            back = back_TBS, skip_BS.flip(1).roll(2, 1), first_B
+            problems = (torch.cat(pair, max(pair[0].ndim - 2, 0)) for pair in zip(problems, back))
+        alpha = _lattice(*problems)
+        last_2B = alpha[frames_B, torch.arange(B, device=device), torch.stack([ends_B + 1, ends_B])]
         log_p_B = torch.logaddexp(*last_2B)
         if ctx.needs_input_grad[0]:
-            beta_TBS = beta[1:, :, 2:][back_TB, row_B].gather(2, back_BS.expand(T, -1, -1))
-            # Both alpha and beta contain y of their frame: it is taken off once.
-            through_TBS = (alpha[1:, :, 2:] + beta_TBS - there[0] - log_p_B[:, None]).exp_()
+            # Both alpha and beta contain y of their frame: it is taken off once. What is below e⁻⁸⁰ is nothing, and an
+            # exponential of −1e30 takes a CPU far longer.
+            through_TBS = alpha[1:, B:, 2:].flip(0, 2).add_(alpha[1:, :B, 2:]).sub_(log_y_TBS).sub_(log_p_B[:, None])
             lives_TBS = (t_T1 < frames_B)[..., None] & (state_S < ends_B[:, None])
-            through_TBS.masked_fill_(~lives_TBS, 0)
-            grad_TBV = torch.zeros_like(log_probs_TBV)
-            grad_TBV.scatter_add_(2, symbol_BS.expand(T, -1, -1), through_TBS.neg_())
+            through_TBS = through_TBS.clamp_(min=-80).exp_().mul_(lives_TBS)
+            grad_TBV = torch.zeros_like(log_probs_TBV).scatter_add_(2, symbol_TBS, through_TBS.neg_())
             ctx.save_for_backward(grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan))
         return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
 
@@ -783,10 +780,11 @@ def _unroll(x_TDBH: Tensor, weight_DHH: Tensor, state_DBH: Tensor) -> Tensor:
 
 def _unroll_back(grad_TDBH: Tensor, h_TDBH: Tensor, weight_DHH: Tensor, carry_DBH: Tensor) -> tuple[Tensor, Tensor]:
     """a of every step, and what arrives at the state before the first; carry_DBH arrives at the last from behind."""
-    a_TDBH, open_TDBH, back_DHH = torch.empty_like(grad_TDBH), (h_TDBH > 0) & (h_TDBH < 20), weight_DHH.mT
+    a_TDBH, back_DHH = torch.empty_like(grad_TDBH), weight_DHH.mT
+    open_TDBH = ((h_TDBH > 0) & (h_TDBH < 20)).to(h_TDBH.dtype)
     for t in reversed(range(len(a_TDBH))):
         a_DBH = torch.add(grad_TDBH[t], carry_DBH, out=a_TDBH[t]).mul_(open_TDBH[t])
-        carry_DBH = a_DBH @ back_DHH
+        carry_DBH = torch.bmm(a_DBH, back_DHH)
     return a_TDBH, carry_DBH
 
 
