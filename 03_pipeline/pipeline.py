@@ -106,23 +106,19 @@ class GPTConfig:
     tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
+        self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.hidden_size % self.num_heads:
-            raise ValueError(
-                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}: "
-                f"choose a multiple, such as {-(-self.hidden_size // self.num_heads) * self.num_heads}"
-            )
+            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
-
-    @property
-    def head_size(self) -> int:
-        return self.hidden_size // self.num_heads
 
 
 # ── end of GPT config ──
@@ -255,19 +251,16 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        if not config.tied_head:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        streams = streams or RandomStreams()
-        x_BSH = embed(self.embedding, self.positions, tokens_BS)
-        x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
+        streams, p = streams or RandomStreams(), self.config.dropout if self.training else 0.0
+        x_BSH = dropout(embed(self.embedding, self.positions, tokens_BS), p, streams.outside)
         for layer in self.layers:
             x_BSH = layer(x_BSH, streams)
-        head = self.embedding if self.config.tied_head else self.head
-        return F.linear(self.final_norm(x_BSH), head.weight)
+        return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
@@ -309,8 +302,7 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
@@ -1692,7 +1684,8 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **shown)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
