@@ -261,19 +261,16 @@ class GPT(nn.Module):
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        if not config.tied_head:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        streams = streams or RandomStreams()
-        x_BSH = embed(self.embedding, self.positions, tokens_BS)
-        x_BSH = dropout(x_BSH, self.config.dropout if self.training else 0.0, streams.outside)
+        streams, p = streams or RandomStreams(), self.config.dropout if self.training else 0.0
+        x_BSH = dropout(embed(self.embedding, self.positions, tokens_BS), p, streams.outside)
         for layer in self.layers:
             x_BSH = layer(x_BSH, streams)
-        head = self.embedding if self.config.tied_head else self.head
-        return F.linear(self.final_norm(x_BSH), head.weight)
+        return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
