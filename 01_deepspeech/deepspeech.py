@@ -325,9 +325,9 @@ class Batch:
 
 
 def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
-    """The papers' accelerated gradient (they take a momentum of 0.99), or "adamw"; the caller sets "lr"."""
+    """The papers' accelerated gradient (theirs has a momentum of 0.99), or "adamw"; the caller sets "lr"."""
     if kind == "nesterov":
-        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.95, nesterov=True)
+        return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
 
 
@@ -1450,8 +1450,8 @@ def flags() -> argparse.Namespace:
     flag("--epochs", type=int, default=8, help="times through the data; --steps above 0 stops earlier")
     flag("--batch", type=int, default=8, help="utterances of a step, over all ranks")
     flag("--optimizer", choices=("nesterov", "adamw"), default="nesterov", help="the papers', or AdamW with a cosine")
-    flag("--lr", type=float, default=0.03, help="peak learning rate")
-    flag("--max-norm", type=float, default=400.0, help="longer gradients are clipped")
+    flag("--lr", type=float, default=0.04, help="peak learning rate")
+    flag("--max-norm", type=float, default=3.0, help="longer gradients are clipped; the paper: 400")
     flag("--beam", type=int, default=32, help="prefixes that beam search keeps")
     flag("--alpha", type=float, default=1.0, help="weight of the language model")
     flag("--beta", type=float, default=1.0, help="bonus for each word")

@@ -17,8 +17,8 @@ def trained(config: ds.SpeechConfig, epochs: int = 8) -> ds.DeepSpeech2:
     heard, model = ds.Speech.synthetic(320, config, 0), ds.parallel_model(config)
     lengths = [len(wave_W) for wave_W in heard.waves]
     rows = (utterances for epoch in range(epochs) for utterances in ds.sortagrad_batches(lengths, 8, epoch))
-    rate = partial(ds.learning_rate, epoch_steps=40, epochs=epochs, peak=0.03)
-    for _ in ds.train(model, (heard.batch(index, config) for index in rows), rate):
+    rate = partial(ds.learning_rate, epoch_steps=40, epochs=epochs, peak=0.04)
+    for _ in ds.train(model, (heard.batch(index, config) for index in rows), rate, max_norm=3.0):
         pass
     return model.eval()
 
