@@ -809,7 +809,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """`plain_recurrence` with an analytic backward pass: all states (T, D, B, H). Needs: `_Recurrence` and what it calls."""
+    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence` and what it calls."""
     return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH)
 
 
