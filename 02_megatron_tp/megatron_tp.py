@@ -330,7 +330,7 @@ def train_alone(
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum()
+            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
@@ -736,7 +736,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BS):
         softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = grad_BS * counts_BS
+        grad_BS = torch.where(counts_BS, grad_BS, 0)
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
         return grad_BSv.to(ctx.dtype), None, None, None, None
@@ -1005,7 +1005,8 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
 
     tensors = {}
     for kind in ("weight", "exp_avg", "exp_avg_sq") if grid.dp_rank == 0 else ():
-        part = {n: p if kind == "weight" else optimizer.state[p][kind] for n, p in model.named_parameters()}
+        moment = lambda p, kind=kind: optimizer.state[p].get(kind, torch.zeros_like(p))  # noqa: E731
+        part = {n: p if kind == "weight" else moment(p) for n, p in model.named_parameters()}
         tensors |= {f"{kind} {n}": x for n, x in gather_state_dict(part, model.config, grid.tp_group).items()}
     if group_rank() == 0:
         run = dict(step=step, config=asdict(model.config), checksums={n: _checksum(x) for n, x in tensors.items()})
@@ -1033,10 +1034,11 @@ def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim
             run, ours = json.loads((data.metadata() or {})["run"]), asdict(model.config)
             if other := {k: v for k, v in run["config"].items() if ours[k] != v and k != "vocab_multiple"}:
                 raise ValueError(f"{file} is of another configuration: it has {other}")
+            for name, checksum in run["checksums"].items():  # before anything is changed
+                if _checksum(data.get_tensor(name)) != checksum:
+                    raise ValueError(f"{file} is damaged: {name} is not what was written")
             for n, p in model.named_parameters():
                 whole = {kind: data.get_tensor(f"{kind} {n}") for kind in kinds}
-                if damaged := [kind for kind in kinds if _checksum(whole[kind]) != run["checksums"][f"{kind} {n}"]]:
-                    raise ValueError(f"{file} is damaged: {damaged} of {n} is not what was written")
                 mine = {k: shard_tensor(n, x, model.config, grid.tp_rank, grid.tp).to(p) for k, x in whole.items()}
                 p.copy_(mine.pop("weight"))
                 optimizer.state[p] = mine | {"step": torch.tensor(float(run["step"]))}
@@ -1210,7 +1212,7 @@ def train_step(
     Needs: `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
     """
     optimizer.zero_grad()
-    count = _all_reduce((targets_BS != -100).sum(), grid.dp_group)
+    count = _all_reduce((targets_BS != -100).sum(), grid.dp_group).clamp(min=1)
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
         loss = model.loss(tokens_BS, targets_BS, streams).sum() / count  # this replica's part of the mean
     loss.backward()
@@ -1370,6 +1372,9 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
         model.load_state_dict(shard_state_dict(load_gpt2(args.gpt2)[1], config, grid.tp_rank, grid.tp))
     optimizer, saved = make_optimizer(model), args.checkpoint and Path(args.checkpoint).exists()
     first = load_checkpoint(args.checkpoint, model, optimizer, grid) if saved else 0
+    least, most = _all_reduce(torch.tensor([first, -first], device=device), None, dist.ReduceOp.MIN).tolist()
+    if least != -most:
+        raise ValueError(f"{args.checkpoint} stands at step {first} here, at {least} to {-most} on all: share one disk")
     alone, differences = iter(()), []
     if group_rank() == 0 and not (config.dropout or first or args.gpt2):  # other masks or weights, other losses
         alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
@@ -1442,7 +1447,7 @@ def main(args, device: torch.device) -> None:
 def dry_run(name: str) -> dict:
     """`paper_scale` in a process of its own: a process has one world, and this one's is real."""
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, __file__, "--paper-scale", name]
+    command = [sys.executable, __file__, "--ranks", "1", "--device", "cpu", "--paper-scale", name]
     return json.loads(subprocess.run(command, env=clean, check=True, stdout=subprocess.PIPE).stdout)
 
 

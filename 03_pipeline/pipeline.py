@@ -324,7 +324,7 @@ def train_alone(
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum()
+            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()

@@ -334,7 +334,7 @@ def train_alone(
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum()
+            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
@@ -1037,7 +1037,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BS):
         softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = grad_BS * counts_BS
+        grad_BS = torch.where(counts_BS, grad_BS, 0)
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
         return grad_BSv.to(ctx.dtype), None, None, None, None

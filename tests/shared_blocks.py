@@ -32,7 +32,8 @@ def homes() -> dict[str, str]:
     found: dict[str, str] = {}
     for path in chapters():
         for name, body in blocks(path).items():
-            found.setdefault(name, body)
+            if body.strip():  # two markers with nothing between them ask for the block, they are not its home
+                found.setdefault(name, body)
     return found
 
 

@@ -492,6 +492,74 @@ def test_a_replica_without_a_token_that_counts():
 
 
 @pytest.mark.ranks(1, 2, 4)
+def test_a_batch_in_which_nothing_counts():
+    """Loss and norm are zero, and every weight stays finite, here and on one device."""
+    tokens, targets = batch_of()
+    targets = torch.full_like(targets, -100)
+    plain, parallel = models(config())
+    ((loss, norm),) = tp.train_alone(plain, [(tokens, targets)], lambda step: 1e-3)
+    grid = grid_of(dist.get_world_size())
+    ((here, norm_here),) = tp.train(parallel, [(tokens, targets)], lambda step: 1e-3, grid)
+    assert loss == here == norm == norm_here == 0
+    assert all(torch.isfinite(p).all() for model in (plain, parallel) for p in model.parameters())
+
+
+@pytest.mark.ranks(1, 2)
+def test_an_ignored_target_lets_nothing_through():
+    """Not even an infinite gradient, which a product with zero would turn into NaN."""
+    logits, targets = random(2, 8), torch.tensor([1, -100], device=ranks.device)
+    upstream = torch.tensor([1.0, torch.inf], dtype=torch.float64, device=ranks.device)
+    a = logits.clone().requires_grad_()
+    F.cross_entropy(a, targets, reduction="none").backward(upstream)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    b = logits.chunk(world, -1)[rank].clone().requires_grad_()
+    tp.vocab_parallel_cross_entropy(b, targets).backward(upstream)
+    assert_equal({"grad": b.grad}, {"grad": a.grad.chunk(world, -1)[rank]})
+
+
+def test_every_place_has_its_own_stream():
+    """No two steps, layers, replicas or ranks draw the same masks, but the ranks of a replica outside the region."""
+    seen = []
+    for seed in (0, 1, 2**40):
+        for step in (0, 1):
+            for dp_rank in (0, 1):
+                for layer in (-1, 0, 1):
+                    both = [tp.random_streams(seed, step, rank, dp_rank)(layer) for rank in (0, 1)]
+                    seen += [both[0].outside, both[0].inside, both[1].inside]
+                    assert both[1].outside.initial_seed() == both[0].outside.initial_seed()
+    assert len({stream.initial_seed() % 2**32 for stream in seen}) == len(seen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_clipping_of_narrow_gradients(dtype):
+    """The norm is computed in at least fp32, whatever the gradients are."""
+    p = nn.Parameter(torch.zeros(3000, dtype=dtype))
+    p.grad = random(3000).cpu().to(dtype)
+    wide = p.grad.double().norm()
+    norm = tp.clip_grad_norm_([p], 1.0)
+    assert norm.dtype == torch.promote_types(dtype, torch.float32)
+    assert abs(norm.double() / wide - 1) < (1e-12 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("who", [1, 2, 3])
+def test_a_drift_is_found_on_whatever_rank(who):
+    cfg = config()
+    shards = [tp.shard_state_dict(dict(tp.initial_weights(cfg)), cfg, rank, 4) for rank in range(4)]
+    shards[who]["final_norm.bias"][3] += 1e-7
+    with pytest.raises(ValueError, match=f"final_norm.bias should be the same on every rank, but rank {who}'s differs"):
+        tp.merge_state_dicts(shards, cfg)
+
+
+def test_a_checkpoint_of_a_model_with_frozen_parameters(tmp_path):
+    model = tp.ParallelGPT(config())
+    model.embedding.weight.requires_grad_(False)
+    optimizer = tp.make_optimizer(model)
+    list(tp.train(model, [batch_of()], lambda step: 1e-3, tp.Grid(), optimizer=optimizer))
+    tp.save_checkpoint(tmp_path / "run", 1, model, optimizer, tp.Grid())
+    assert tp.load_checkpoint(tmp_path / "run", *small_run(config()), tp.Grid()) == 1
+
+
+@pytest.mark.ranks(1, 2, 4)
 def test_generation_is_the_plain_models():
     cfg = config(init_std=0.5)  # large weights, so that the most probable word is no tie
     plain, parallel = models(cfg)
@@ -796,6 +864,19 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.ones(2)}, file)  # a safetensors file, but not ours
     with pytest.raises(ValueError, match="no checkpoint"):
         tp.load_checkpoint(file, *small_run(cfg), tp.Grid())
+
+
+def test_a_refused_checkpoint_changes_nothing(tmp_path):
+    cfg, file = config(), tmp_path / "run"
+    tp.save_checkpoint(file, 1, *small_run(cfg), tp.Grid())
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    model = tp.ParallelGPT(cfg)
+    optimizer, before = tp.make_optimizer(model), {n: p.clone() for n, p in model.state_dict().items()}
+    with pytest.raises(ValueError, match="is not what was written"):
+        tp.load_checkpoint(file, model, optimizer, tp.Grid())
+    assert not optimizer.state and all(torch.equal(p, before[n]) for n, p in model.state_dict().items())
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(tmp_path):
