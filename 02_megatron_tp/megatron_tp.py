@@ -188,7 +188,7 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
     S, D = q_BNSD.shape[-2:]
     scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
     future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
-    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # a softmax in bf16 would lose a percent
+    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # said openly; PyTorch's kernels widen too
     weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
     return dropout(weights_BNSS, p, generator) @ v_BNSD
 
