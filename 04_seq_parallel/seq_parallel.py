@@ -88,6 +88,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -135,8 +136,8 @@ class GPTConfig:
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
 # A GPT on one device, in ordinary PyTorch and in the usual layout x_BSH: the thing to equal. It is explained in chapter
-# 2. Look at `Block`, the layer: it takes its two halves as arguments, and what it does itself (norm, dropout, residual
-# sum) it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as it is.
+# 2. Look at `Block`: it takes a layer's two halves as arguments, and what it does itself (norm, dropout, residual sum)
+# it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as it is.
 
 
 # ── shared: plain GPT ──
@@ -343,6 +344,14 @@ def train_alone(
 
 # ── end of plain GPT ──
 
+
+class TransformerLayer(Block):
+    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal. Needs: `Block`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, Attention(config), MLP(config))
+
+
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Two collectives join chapter 2's all-reduce and all-gather. With two ranks, each holding two halves:
@@ -351,8 +360,9 @@ def train_alone(
 #     reduce-scatter    rank 0: [a, c]    rank 1: [b, d]     →    rank 0: a + b     rank 1: c + d
 #     all-reduce        rank 0: [a, c]    rank 1: [b, d]     →    both: [a + b, c + d]
 #
-# A reduce-scatter and then an all-gather are an all-reduce. From chapter 2 come its doors, of which `copy_to_tp` and
-# `reduce_from_tp` are the paper's f and f̄, and its two linear layers.
+# A reduce-scatter and then an all-gather are an all-reduce. From chapter 2 come its doors and its two linear layers.
+# Letters have moved since: what chapter 2's paper calls f and g, `copy_to_tp` and `reduce_from_tp`, are f and f̄ in this
+# one, and g and ḡ are the two doors that section 2.2 adds.
 
 
 # ── shared: groups ──
@@ -636,7 +646,7 @@ def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") 
     x_sBH: any shape whose first dimension is divided over `group` (None: all ranks), of the same size on each.
     backward: "reduce_scatter" in front of work that is divided over the ranks, "split" in front of work that every rank
     repeats. Raises: ValueError for another `backward`.
-    Source: section 4.2.2 of the paper. Needs: `_Door`, `_gather_tokens`, `_reduce_scatter_tokens`, `_own_tokens`.
+    Source: section 4.2.2 of the paper. Needs: `_Door`, the helpers above, `group_size`, `group_rank`.
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
@@ -648,7 +658,7 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
     """ḡ: the sum over `group`, of which each rank gets its own tokens, (S, B, H) to (s, B, H).
 
     Raises: ValueError where S does not divide over the ranks. Source: section 4.2.2 of the paper.
-    Needs: `_Door`, `_reduce_scatter_tokens`, `_gather_tokens`, `_tokens_each`.
+    Needs: `_Door`, the helpers above, `group_size`.
     """
     if group_size(group) == 1:
         return partial_x_SBH
@@ -658,7 +668,8 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
 def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
     """This rank's tokens of a tensor that every rank has, (S, B, H) to (s, B, H); the gradient is gathered.
 
-    Raises: ValueError where S does not divide over the ranks. Needs: `_Door`, `_own_tokens`, `_gather_tokens`.
+    Raises: ValueError where S does not divide over the ranks. Needs: `_Door`, the helpers above, `group_size`,
+    `group_rank`.
     """
     return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
 
@@ -689,6 +700,7 @@ class _GatherMultiply(torch.autograd.Function):
         return F.linear(_gather_tokens(x_sBH, group), weight_fH, bias_f)
 
     @staticmethod
+    @once_differentiable  # a gradient of the gradient would miss what comes from other ranks: refuse it
     def backward(ctx, grad_SBf):
         x_sBH, weight_fH = ctx.saved_tensors
         grad_sBH = grad_fH = grad_f = None
@@ -908,7 +920,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 class SequenceParallelLayer(Block):
-    """The plain `Block` under tensor and sequence parallelism: x_sBH to (s, B, H).
+    """The plain `TransformerLayer` under tensor and sequence parallelism: x_sBH to (s, B, H).
 
     Args:
         sequence_parallel: False is tensor parallelism alone, and x_SBH to (S, B, H), the same on every rank.
@@ -1334,22 +1346,17 @@ def train(
 # ── 5.1 Memory ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def layer_bytes(s: int, b: int, h: int, a: int, t: int, sequence_parallel: bool, recompute: str) -> float:
-    """Bytes that one rank keeps of one layer, bf16 with 1-byte masks. Source: table 2 of the paper.
+def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
+    """Bytes that one of `tp` ranks keeps of a layer for `batch` sequences: bf16, 1-byte masks, F = 4·H, with dropout.
 
     Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
+    Source: table 2 of the paper.
     """
-    divided = t if sequence_parallel else 1
+    s, h, a, divided = config.seq_length, config.hidden_size, config.num_heads, tp if sequence_parallel else 1
     if recompute == "full":
-        return 2 * s * b * h / divided
+        return 2 * s * batch * h / divided
     core = 5 * a * s / h if recompute == "none" else 0
-    return s * b * h * (10 / divided + (24 + core) / t)
-
-
-def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
-    """`layer_bytes` of a configuration with F = 4·H and dropout, for `batch` sequences."""
-    sizes = config.seq_length, batch, config.hidden_size, config.num_heads
-    return layer_bytes(*sizes, tp, sequence_parallel, recompute)
+    return s * batch * h * (10 / divided + (24 + core) / tp)
 
 
 # Table 3 and table 5: sequences of 2,048 tokens, 51,200 words, no data parallelism; t tensor-parallel ranks, p pipeline
@@ -1364,13 +1371,17 @@ PAPER_MODELS = {
 SEQUENCE, WORDS = 2048, 51_200
 
 
+def published_config(model: Published) -> GPTConfig:
+    return GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
+
+
 def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str) -> float:
     """Layers' activations on a GPU of the first pipeline stage, which holds the most.
 
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
     some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
     """
-    one = layer_bytes(SEQUENCE, model.micro_batch, model.h, model.a, model.t, sequence_parallel, recompute)
+    one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
 
 
@@ -1398,11 +1409,13 @@ def stage_output_bytes(model: Published) -> float:
 # those that the mathematics asks for; *hardware* FLOPs are all that were done, recomputation included; divided by what
 # the GPUs could have done in the time (312 TFLOP/s each), they are MFU and HFU.
 #
-# One thing does not add up. Core attention computed once more is 4·s²·h, a third of what it costs forward and
-# backward, which is the term s/(6h); so hardware FLOPs should have s/(6h) + s/(18h). The paper's equation has s/(3h),
-# as if all of core attention, forward and backward, were done twice, and all its HFU follow from that.
-# `hardware_flops` is the paper's equation, because its table is to be reproduced; `recomputed_flops` is what one
-# counts: see the demonstration.
+# One thing does not add up. Of a layer's 72·s·h² + 12·s²·h, core attention's two products, once more, are 4·s²·h: so
+# where model FLOPs have the term s/(6h), hardware FLOPs should have s/(6h) + s/(18h) = 2s/(9h). The paper's equation 8
+# has s/(3h), which is all of core attention once more, its backward included, and adds three times too much. (An author
+# confirms it: https://github.com/NVIDIA/Megatron-LM/issues/523.) So the paper's HFU are 0.5 to 1.4 points too high:
+# 175B has 51.8 % in place of 52.8 %. And the 7 % of time that selective recomputation adds to a layer of 22B cannot be
+# its 1.7 % of operations: softmax and dropout are done again as well, which wait for memory. `hardware_flops` is the
+# equation as printed, because its table is to be reproduced; `recomputed_flops` is what is done.
 
 
 def model_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
@@ -1411,7 +1424,7 @@ def model_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
 
 
 def hardware_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
-    """With selective recomputation, as the paper counts. Source: equation 8 of the paper."""
+    """With selective recomputation, as the paper prints it: see above. Source: equation 8 of the paper."""
     return 72 * batch * layers * s * h**2 * (1 + s / (3 * h) + vocab / (12 * h * layers))
 
 
@@ -1469,9 +1482,8 @@ def paper_scale(name: str) -> list[LayerCost]:
 
     model = PAPER_MODELS[name]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.t)
-    config = GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
     with FakeTensorMode():
-        costs = layer_costs(config, model.micro_batch)
+        costs = layer_costs(published_config(model), model.micro_batch)
     dist.destroy_process_group()
     return costs
 
@@ -1546,13 +1558,13 @@ def check(args, device: torch.device) -> bool:
 
 def print_costs(costs: list[LayerCost], sbh: int) -> None:
     """The six modes beside each other; sbh is the number of elements of a whole x_SBH."""
-    say("mode                  kept, in s·b·h  formula    messages, forward + backward   sent by a rank   operations")
+    say("mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations")
     for cost in costs:
         names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
         sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
-        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{kept_bytes(cost) / sbh:10.3f}"
-            f"{cost.formula / sbh:11.3f}    {sent:31}{cost.wire / 2**20:9.1f} MiB"
-            f"{cost.flops / costs[0].flops - 1:+12.1%}")  # fmt: skip
+        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{kept_bytes(cost) / sbh:12.3f}"
+            f"{cost.formula / sbh:11.3f}  {sent:31}{cost.wire / 2**20:9.2f} MiB"
+            f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
 
 
 def kept_bytes(cost: LayerCost) -> int:
@@ -1592,10 +1604,13 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     """Prints what a small layer keeps and what the six modes cost; returns the costs, and the elements of its x_SBH."""
     config = GPTConfig(seq_length=64, hidden_size=128, num_heads=2 * t, dropout=0.1)
     costs, sbh = layer_costs(config, 2, None, device), 2 * config.seq_length * config.hidden_size
-    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h bytes, and the line that keeps it")
+    core = 5 * config.num_heads * config.seq_length / config.hidden_size
+    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n")
     for kept in costs[3].saved:
-        say(f"{kept.bytes / sbh:8.4f}  {str(kept.dtype)[6:]:9}{kept.line:.95}")
-    say("\nThe four small ones are the norms' mean and deviation of each token, which the formula leaves out.\n")
+        shape = " × ".join(map(str, kept.shape))
+        say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
+    terms = f"34 + 5·a·s/h, which is {core:g} here, and mean and deviation of each token (those ending in × 1)"
+    say(f"{t * kept_bytes(costs[3]) / sbh:8.3f}  = {terms}\n")
     print_costs(costs, sbh)
     return costs, sbh
 
@@ -1621,11 +1636,12 @@ def main(args, device: torch.device) -> None:
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    found = {f"this run, t = {t}": [(kept_bytes(cost), cost.formula, cost.flops) for cost in costs]}
-    found |= {f"{name}, t = 8, pretended ranks": dry_run(name) for name in ("175B", "1T")}
+    found = {f"this run, t = {t},": [(kept_bytes(cost), cost.formula, cost.flops) for cost in costs]}
+    published = dry_run()
+    found |= {"22B to 1T on pretended ranks,": [mode for modes in published.values() for mode in modes]}
     for what, modes in found.items():
         worst, good = within((kept / formula - 1 for kept, formula, _ in modes), 0.01)
-        row(f"bytes kept of a layer of {what}, six modes", "table 2", f"within {100 * worst:.3f} %", good)
+        row(f"bytes kept of a layer, {what} six modes", "table 2", f"within {100 * worst:.3f} %", good)
     unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
     why = "2 are the second gathers: 2.3" if unit else "needs ranks"
@@ -1636,9 +1652,11 @@ def main(args, device: torch.device) -> None:
         share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
         good = all(abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu)))  # 22B's 1.10 s are good to 0.2 points
         row(f"MFU and HFU of {name}", f"{m.mfu} %, {m.hfu} %", "{:.1f} %, {:.1f} %".format(*share), good)
-    none, selective = (found["175B, t = 8, pretended ranks"][mode][2] for mode in (0, 1))
-    here = f"{100 * (selective / none - 1):.1f} %"
-    row("operations that selective recomputation adds, 175B", "2.7 %", here, "see section 5.2")
+    none, selective = (published["175B"][mode][2] for mode in (0, 1))
+    m = PAPER_MODELS["175B"]
+    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(m.batch, SEQUENCE, m.h, m.L, WORDS)
+    here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
+    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.5")
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on one device, 175B, 530B", "70 %, 65 %", here)
@@ -1655,14 +1673,14 @@ def main(args, device: torch.device) -> None:
         sys.exit(1)
 
 
-def dry_run(name: str) -> list[tuple[int, float, int]]:
-    """Of `paper_scale`: bytes kept, formula and operations of each mode. A process has one world, and this one's is
-    real: so it runs in another."""
-    numbers = "[[s.kept_bytes(c), c.formula, c.flops] for c in s.paper_scale(sys.argv[1])]"
-    program = f"import json, sys, seq_parallel as s; print(json.dumps({numbers}))"
+def dry_run() -> dict[str, list[tuple[int, float, int]]]:
+    """Of each published model's layer, in each mode, bytes kept, formula and operations. A process has one world, and
+    this one's is real: so it runs in another."""
+    numbers = "{name: [[s.kept_bytes(c), c.formula, c.flops] for c in s.paper_scale(name)] for name in s.PAPER_MODELS}"
+    program = f"import json, seq_parallel as s; print(json.dumps({numbers}))"
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     options = dict(env=clean, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
-    return json.loads(subprocess.run([sys.executable, "-c", program, name], **options).stdout)
+    return json.loads(subprocess.run([sys.executable, "-c", program], **options).stdout)
 
 
 SIZES = dict(
@@ -1901,5 +1919,7 @@ if __name__ == "__main__":
         print(f"one layer of {arguments.paper_scale}: s {SEQUENCE}, b {model.micro_batch}, h {model.h}, a {model.a}, "
               f"t {model.t}, pretended\n")  # fmt: skip
         print_costs(paper_scale(arguments.paper_scale), SEQUENCE * model.micro_batch * model.h)
+        print("\nkept by a GPU of the first pipeline stage, all layers and micro-batches, in GB:")
+        print(", ".join(f"{mode_name(*mode)} {first_stage_bytes(model, *mode) / 1e9:.1f}" for mode in MODES))
     else:
         launch(main, arguments)
