@@ -5,7 +5,7 @@ Paper: Reducing Activation Recomputation in Large Transformer Models,
        Korthikanti et al., 2022, arXiv 2205.05198
 
 The problem. Backward needs what forward computed, and for large models these activations fill more memory than the
-weights. To compute them a second time instead of keeping them costs a third of the speed.
+weights. To compute them a second time instead of keeping them takes a third more time.
 
 The idea. Count what one layer keeps: 34·s·b·h + 5·a·s²·b bytes (s tokens, b sequences, h wide, a heads). Tensor
 parallelism divides most of it, but not the 10·s·b·h that stand between its regions, where every rank computes the same
@@ -66,6 +66,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -80,6 +81,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -1344,6 +1346,9 @@ def train(
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
 #
 # ── 5.1 Memory ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The last line of section 2.6, and its row "core", are the paper's table 2. A whole model is more than layers times
+# that: a pipeline's first stage has several micro-batches on their way, and the ends of the network keep something too.
 
 
 def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
@@ -1444,7 +1449,7 @@ def utilization(flops: float, seconds: float, gpus: int, peak: float = 312e12) -
 # rank's layer of a model for 512 GPUs runs through this same code in seconds, without memory, and can be counted: bytes
 # kept, messages, bytes on the wire, operations. (Only numbers cannot be had, nor time.)
 
-LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula saved messages wire flops")
+LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula kept saved messages wire flops")
 
 
 def wire_bytes(messages: Iterable[Message], t: int) -> float:
@@ -1456,7 +1461,8 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
     """One layer in bf16, forward and backward, in all six modes. Needs: `SequenceParallelLayer`, `saved_bytes`,
     `Counter`.
 
-    Every rank must call it. saved is a list of `Kept`, messages are forward and backward together, flops this rank's.
+    Every rank must call it. formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages,
+    wire (bytes) and flops are this rank's, forward and backward together.
     """
     costs, t = [], group_size(group)
     for sequence_parallel, kind in itertools.product((False, True), RECOMPUTE):
@@ -1466,12 +1472,12 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
         tokens = config.seq_length // (t if sequence_parallel else 1)
         x = torch.randn(tokens, batch, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
         streams = random_streams(config.seed, group_rank(group), sequence_parallel, device)
-        saved = saved_bytes(lambda layer=layer, x=x, streams=streams: layer(x, streams), layer.parameters())
+        saved = saved_bytes(partial(layer, x, streams), layer.parameters())
         with Counter() as counter, FlopCounterMode(display=False) as flops:
             layer(x, streams).sum().backward()
-        formula, wire = activation_bytes(config, t, sequence_parallel, kind, batch), wire_bytes(counter.messages, t)
-        total = flops.get_total_flops()
-        costs.append(LayerCost(sequence_parallel, kind, formula, saved, counter.messages, wire, total))
+        formula, kept = activation_bytes(config, t, sequence_parallel, kind, batch), sum(k.bytes for k in saved)
+        sent = counter.messages, wire_bytes(counter.messages, t)
+        costs.append(LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops()))
     return costs
 
 
@@ -1562,13 +1568,9 @@ def print_costs(costs: list[LayerCost], sbh: int) -> None:
     for cost in costs:
         names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
         sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
-        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{kept_bytes(cost) / sbh:12.3f}"
+        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{cost.kept / sbh:12.3f}"
             f"{cost.formula / sbh:11.3f}  {sent:31}{cost.wire / 2**20:9.2f} MiB"
             f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
-
-
-def kept_bytes(cost: LayerCost) -> int:
-    return sum(kept.bytes for kept in cost.saved)
 
 
 def demonstrate(args, device: torch.device) -> list[float]:
@@ -1609,8 +1611,18 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     for kept in costs[3].saved:
         shape = " × ".join(map(str, kept.shape))
         say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
-    terms = f"34 + 5·a·s/h, which is {core:g} here, and mean and deviation of each token (those ending in × 1)"
-    say(f"{t * kept_bytes(costs[3]) / sbh:8.3f}  = {terms}\n")
+    terms = f"= 34 + 5·a·s/h, which is {core:g} here, and mean and deviation of each token (those ending in × 1)"
+    say(f"{t * costs[3].kept / sbh:8.3f}  {terms}")
+    fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
+    for layer, ranks, shape, what in (
+        (fused, t, (64 // t, 2, 128), "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks"),
+        (TransformerLayer(config), 1, (2, 64, 128), "by the plain layer on one device, whose softmax hands out fp32"),
+    ):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
+        kept = saved_bytes(partial(layer, x, streams), layer.parameters())
+        say(f"{ranks * sum(k.bytes for k in kept) / sbh:8.3f}  {what}")
+    say()
     print_costs(costs, sbh)
     return costs, sbh
 
@@ -1636,7 +1648,7 @@ def main(args, device: torch.device) -> None:
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    found = {f"this run, t = {t},": [(kept_bytes(cost), cost.formula, cost.flops) for cost in costs]}
+    found = {f"this run, t = {t},": [(cost.kept, cost.formula, cost.flops) for cost in costs]}
     published = dry_run()
     found |= {"22B to 1T on pretended ranks,": [mode for modes in published.values() for mode in modes]}
     for what, modes in found.items():
@@ -1676,7 +1688,7 @@ def main(args, device: torch.device) -> None:
 def dry_run() -> dict[str, list[tuple[int, float, int]]]:
     """Of each published model's layer, in each mode, bytes kept, formula and operations. A process has one world, and
     this one's is real: so it runs in another."""
-    numbers = "{name: [[s.kept_bytes(c), c.formula, c.flops] for c in s.paper_scale(name)] for name in s.PAPER_MODELS}"
+    numbers = "{name: [[c.kept, c.formula, c.flops] for c in s.paper_scale(name)] for name in s.PAPER_MODELS}"
     program = f"import json, seq_parallel as s; print(json.dumps({numbers}))"
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     options = dict(env=clean, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)

@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -471,7 +472,7 @@ def test_saved_bytes_are_the_papers():
         pytest.skip("kernels of GPUs keep statistics of another width")
     world, cfg, batch = dist.get_world_size(), config(seq_length=32, hidden_size=64, dropout=0.1), 3
     for cost in sp.layer_costs(cfg, batch):
-        saved = sp.kept_bytes(cost)
+        saved = cost.kept
         statistics = 0 if cost.recompute == "full" else 8 * cfg.seq_length * batch
         divided = world if cost.sequence_parallel else 1
         assert cost.formula == sp.activation_bytes(cfg, world, cost.sequence_parallel, cost.recompute, batch)
@@ -518,7 +519,7 @@ def test_saved_bytes_of_the_ends(sequence_parallel):
     model.layers = nn.ModuleList()
     streams = sp.random_streams(0, dist.get_rank(), sequence_parallel, ranks.device)
     batch = batch_of(B, 16, 64)
-    saved = sum(k.bytes for k in sp.saved_bytes(lambda: model.loss(*batch, streams), model.parameters()))
+    saved = sum(k.bytes for k in sp.saved_bytes(partial(model.loss, *batch, streams), model.parameters()))
     t = world if sequence_parallel else 1
     formula = 16 * B * ((1 + 4) * 64 / t + 4 * 64 / world)
     assert formula <= saved <= formula + 16 * B * 40
@@ -530,7 +531,7 @@ def test_the_fused_kernel_keeps_no_scores():
     x, found = torch.randn(S, B, 64, dtype=torch.bfloat16, requires_grad=True), {}
     for core in (sp.unfused_attention, sp.fused_attention):
         layer = sp.SequenceParallelLayer(cfg, core=core).bfloat16()
-        saved = sp.saved_bytes(lambda layer=layer: layer(x, sp.RandomStreams()), layer.parameters())
+        saved = sp.saved_bytes(partial(layer, x, sp.RandomStreams()), layer.parameters())
         found[core] = sum(kept.bytes for kept in saved)
     queries = 4 * S * B
     base = 32 * S * B * 64 + 8 * S * B  # 34 without two masks, and the norms' statistics
@@ -750,7 +751,7 @@ def test_the_papers_hardware_flops_count_attention_twice():
 
 def test_published_layers_on_pretended_ranks():
     """Full size, through the same code: bytes within 0.02 %, messages, volume and operations."""
-    numbers = "[(s.kept_bytes(c) / c.formula - 1, c.wire, len(c.messages), c.flops) for c in s.paper_scale(name)]"
+    numbers = "[(c.kept / c.formula - 1, c.wire, len(c.messages), c.flops) for c in s.paper_scale(name)]"
     program = f"import seq_parallel as s; print({{name: {numbers} for name in s.PAPER_MODELS}})"
     options = dict(cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
     found = ast.literal_eval(subprocess.run([sys.executable, "-c", program], **options).stdout)
@@ -936,7 +937,7 @@ def test_full_input_saved():
     cfg, t = config(seq_length=32, hidden_size=64, dropout=0.1), dist.get_world_size()
     with plant(sp, "column_parallel", naive):
         costs = [c for c in sp.layer_costs(cfg, 2) if c.sequence_parallel and c.recompute == "none"]
-    excess = sp.kept_bytes(costs[0]) - costs[0].formula - 8 * 32 * 2 / t
+    excess = costs[0].kept - costs[0].formula - 8 * 32 * 2 / t
     assert excess == 32 * 2 * 64 * 4 * (1 - 1 / t)
 
 
@@ -967,7 +968,7 @@ def test_core_attention_written_carelessly(carelessness):
         torch.manual_seed(0)
         layer = sp.SequenceParallelLayer(cfg, core=function).bfloat16()
         x, streams = torch.randn(S, B, 64, dtype=torch.bfloat16, requires_grad=True), sp.random_streams(0)
-        kept = sp.saved_bytes(lambda layer=layer, x=x, streams=streams: layer(x, streams), layer.parameters())
+        kept = sp.saved_bytes(partial(layer, x, streams), layer.parameters())
         found.append((sum(k.bytes for k in kept), layer(x, sp.random_streams(0))))
     (right, y), (wrong, same) = found
     extra = {"masked_fill": S * S, "scaled queries": 2 * S * B * 64, "wide softmax": 2 * N * S * S * B}
