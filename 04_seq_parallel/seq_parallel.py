@@ -736,7 +736,7 @@ def sum_over_tp(partial_x_SBH: Tensor, group, sequence_parallel: bool) -> Tensor
 class SPColumnParallelLinear(ColumnParallelLinear):
     """`ColumnParallelLinear` behind g: x_sBH to (S, B, f); without sequence parallelism behind f, x_SBH to (S, B, f).
 
-    Arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: `column_parallel`.
+    Other arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: `column_parallel`.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -750,8 +750,8 @@ class SPColumnParallelLinear(ColumnParallelLinear):
 class SPRowParallelLinear(RowParallelLinear):
     """`RowParallelLinear` before ḡ: y_SBf to (s, B, H); without sequence parallelism before f̄, to (S, B, H).
 
-    Arguments, weights and errors are the parent's. Under sequence parallelism the bias gets a partial gradient: see
-    `reduce_sequence_parallel_grads`. Needs: `sum_over_tp`.
+    Other arguments, weights and errors are the parent's. Under sequence parallelism the bias gets a partial gradient:
+    see `reduce_sequence_parallel_grads`. Source: section 4.2.2 of the paper. Needs: `sum_over_tp`.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):

@@ -539,6 +539,14 @@ def test_the_fused_kernel_keeps_no_scores():
     assert found[sp.fused_attention] == base + 4 * queries
 
 
+def test_the_plain_layer_keeps_a_wide_softmax():
+    """34 + 7·a·s/h: fp32 of the softmax in place of bf16, and otherwise the same bytes in other tensors."""
+    S, B, N, cfg = 16, 3, 4, config(hidden_size=64, dropout=0.1)
+    layer, x = sp.TransformerLayer(cfg).bfloat16(), torch.randn(B, S, 64, dtype=torch.bfloat16, requires_grad=True)
+    kept = sp.saved_bytes(partial(layer, x, sp.RandomStreams()), layer.parameters())
+    assert sum(k.bytes for k in kept) == 34 * S * B * 64 + 7 * N * S * S * B + 8 * S * B  # and the norms' statistics
+
+
 def test_saved_bytes_counts_memory_once_and_no_parameters():
     weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4, requires_grad=True)
 
