@@ -722,6 +722,11 @@ def test_memory_of_the_published_models():
     factors = [round(sp.first_stage_bytes(m, *tp_only) / sp.first_stage_bytes(m, *both), 1)
                for m in sp.PAPER_MODELS.values()]  # fmt: skip
     assert factors == [6.2, 5.4, 4.9, 4.9]  # "about five times"
+    ranges = {(True, "none"): (58, 67), (False, "selective"): (49, 62), both: (16, 20), full: (8, 10)}
+    for mode, (least, most) in ranges.items():  # of tensor parallelism's, in percent
+        kept = [[sp.first_stage_bytes(m, *which) for m in sp.PAPER_MODELS.values()] for which in (mode, tp_only)]
+        shares = [round(100 * here / there) for here, there in zip(*kept)]
+        assert (min(shares), max(shares)) == (least, most)
     saved = [5 * m.a * 2048 / m.h / (34 + 5 * m.a * 2048 / m.h) for m in sp.PAPER_MODELS.values()]
     assert [round(100 * x) for x in saved[1:3]] == [70, 65]
     small = sp.PAPER_MODELS["22B"]
@@ -744,7 +749,7 @@ def test_utilization_of_the_published_models():
 def test_the_papers_hardware_flops_count_attention_twice():
     """Its equation adds what core attention costs forward and backward; computed once more is a third of that. (What
     is computed once more, and what it costs, PyTorch counts in test_what_is_computed_again.)"""
-    corrected = [42.4, 51.8, 56.4, 56.5]
+    corrected, found = [42.4, 51.8, 56.4, 56.5], []
     for m, hfu in zip(sp.PAPER_MODELS.values(), corrected):
         sizes = m.batch, sp.SEQUENCE, m.h, m.L
         right = sp.model_flops(*sizes, sp.WORDS) + sp.recomputed_flops(*sizes)
@@ -755,6 +760,10 @@ def test_the_papers_hardware_flops_count_attention_twice():
         sizes = m.batch, sp.SEQUENCE, m.h, m.L
         added = sp.hardware_flops(*sizes, sp.WORDS) - sp.model_flops(*sizes, sp.WORDS)
         assert math.isclose(added, 3 * sp.recomputed_flops(*sizes), rel_tol=1e-9)
+        shares = [100 * x / sp.model_flops(*sizes, sp.WORDS) for x in (added, sp.recomputed_flops(*sizes))]
+        found.append([round(share, 1) for share in shares])
+    assert found[1:3] == [[2.7, 0.9], [1.6, 0.5]]  # 175B and 530B: the paper says 2.7 and 1.6
+    assert found[0] == [5.2, 1.7]  # 22B, whose layer takes 7 % more time
 
 
 def test_published_layers_on_pretended_ranks():
@@ -1020,8 +1029,11 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
         sp.SequenceParallelGPT(config(hidden_size=36, num_heads=6))
     with pytest.raises(ValueError, match="num_heads=6 does not divide over 4 ranks: choose a multiple of 4"):
         sp.SequenceParallelLayer(config(hidden_size=36, num_heads=6))
-    with pytest.raises(ValueError, match="needs streams=random_streams"):
+    with pytest.raises(ValueError, match="dropout=0.1 on 4 ranks needs streams=random_streams"):
         sp.SequenceParallelGPT(config(dropout=0.1))(batch_of()[0].cpu())
+    with pytest.raises(ValueError, match="dropout=0.1 on 4 ranks needs streams=random_streams"):
+        sp.SequenceParallelLayer(config(dropout=0.1))(torch.zeros(4, 2, 32))
+    assert sp.SequenceParallelLayer(config(dropout=0.1)).eval()(torch.zeros(4, 2, 32)).shape == (4, 2, 32)
 
 
 @pytest.mark.ranks(1, 2)
