@@ -778,7 +778,8 @@ class SPRowParallelLinear(RowParallelLinear):
 # 5 bytes in all, a·s² times for each sequence. Three details keep it at that. The causal mask is *added*, as −∞:
 # masked_fill would keep a boolean mask. Mask and scaling are done by the product itself (baddbmm), so there is no
 # scaled copy of the queries. And the softmax is asked for narrow numbers: inside, it computes in fp32 all the same,
-# and would only hand out twice the bytes. (Under autocast PyTorch widens it, and 2 bytes become 4.)
+# and would only hand out twice the bytes. (Under autocast PyTorch widens it, and 2 bytes become 4.) What each detail is
+# worth: tests/test_04_seq_parallel.py::test_core_attention_written_carelessly.
 #
 # What came later: FlashAttention's kernel never stores an s × s tensor. It keeps its output and one number for each
 # query, the logarithm of the softmax' denominator, and computes the weights again in backward, block by block. That
@@ -789,7 +790,7 @@ class SPRowParallelLinear(RowParallelLinear):
 
 
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
-    """Causal attention of each pair by itself, written out as in the paper: (p, S, D) three times to (p, S, D).
+    """`core_attention` of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
 
     p: dropout on the attention weights, drawn from `generator`. Source: section 4.1 of the paper. Needs: `dropout`.
     """
@@ -862,7 +863,7 @@ def recompute(function: Callable, *args, generators=()):
 
 # ── 2.6 The layer ───────────────────────────────────────────────────────────────────────────────────────
 #
-# What each kind of rank keeps, in units of s·b·h bytes (bf16 counts 2, a mask 1):
+# What each kind of rank keeps, in units of s·b·h bytes (bf16 counts 2, a mask 1; 5·a·s²·b bytes are 5·a·s/h of them):
 #
 #                                         kept by one       TP alone        with SP
 #     norm 1             its input             2               2              2/t
