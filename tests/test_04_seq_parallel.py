@@ -293,6 +293,26 @@ def test_model_with_the_fused_kernel(sequence_parallel):
     assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
 
 
+@pytest.mark.ranks(4)
+@EVERY_MODE
+def test_two_replicas_side_by_side(sequence_parallel, recompute):
+    """Groups of two in a world of four, each with a batch of its own: nothing crosses over, in the doors or a step."""
+    cfg, group = config(), sp.make_group([[0, 1], [2, 3]], ranks.device, 60)
+    replica, rank = divmod(dist.get_rank(), 2)
+    x = random(8, 3, 5, seed=replica)
+    mine = sp.scatter_to_sp(x, group)
+    assert torch.equal(mine, x.chunk(2)[rank]) and torch.equal(sp.gather_from_sp(mine, group), x)
+    plain, batches = models(cfg)[0], [batch_of(seed=10 * replica + step) for step in range(2)]
+    parallel = sp.SequenceParallelGPT(cfg, group, sequence_parallel, recompute).to(ranks.device, torch.float64)
+    runs = zip(sp.train_alone(plain, batches, lambda step: 1e-3), sp.train(parallel, batches, lambda step: 1e-3))
+    for (expected, norm), (loss, norm_here) in runs:
+        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+    shares = sp.shard_state_dict(plain.state_dict(), cfg, rank, 2)
+    assert_equal(parallel.state_dict(), shares, floor=2e-3)
+    losses = everywhere(loss.item())
+    assert losses[0] == losses[1] != losses[2] == losses[3]
+
+
 @pytest.mark.ranks(1, 2, 4)
 def test_weights_are_the_plain_models_whatever_t_is():
     cfg = config()
