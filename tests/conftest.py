@@ -23,6 +23,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not __debug__:
+        raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
     ranks.PATHS[:] = [str(ROOT / path) for path in config.getini("pythonpath")]
 
 
