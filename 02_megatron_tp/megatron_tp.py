@@ -248,7 +248,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
     def __init__(self, config: GPTConfig):
@@ -544,7 +544,8 @@ class ColumnParallelLinear(nn.Module):
     generator, which must be in the same state on every rank (torch.manual_seed).
 
     Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`, `_as_autocast`, `_share`, the operators.
+    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
+    `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
@@ -571,7 +572,7 @@ class RowParallelLinear(nn.Module):
     Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
 
     Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_share`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
@@ -606,8 +607,8 @@ class RowParallelLinear(nn.Module):
 class ParallelAttention(nn.Module):
     """`Attention` with its heads divided over `group`, x_BSH to (B, S, H).
 
-    Raises: ValueError where the heads do not divide over the ranks. Needs: the layers, `core_attention`, `GPTConfig`,
-    `RandomStreams`.
+    Raises: ValueError where the heads do not divide over the ranks. Needs: `core_attention`, and the blocks groups,
+    tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, config: GPTConfig, group=None):
@@ -626,7 +627,10 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(MLP):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers. Needs: them."""
+    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers.
+
+    Needs: `MLP`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
+    """
 
     def __init__(self, config: GPTConfig, group=None):
         nn.Module.__init__(self)
@@ -659,7 +663,7 @@ class VocabParallelEmbedding(nn.Module):
     Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
     Rank r holds words [r·v, (r + 1)·v). Rows of padding are zero, and stay so as long as the loss masks them.
     Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
-    Source: section 3 of the paper. Needs: `padded_vocab_size`, `_readable`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups, tensor-parallel operators and padded vocabulary.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
@@ -836,7 +840,8 @@ class ParallelGPT(nn.Module):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, and for dropout on several ranks without streams.
-    Needs: the plain GPT, the operators, layers and loss, parts 2.3 to 2.6, of part 3 all but the two state dicts.
+    Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT config, vocabulary
+    loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
@@ -1115,7 +1120,8 @@ Grid = namedtuple("Grid", "tp dp tp_rank dp_rank tp_group dp_group", defaults=(1
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (dp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`, and
+    `make_group` (at the end, in the block launcher).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % tp:
@@ -1280,7 +1286,7 @@ def paper_scale(name: str) -> dict:
     torch's fake process group answers every collective at once; its fake tensors have shapes and no values. Makes a
     process group, so it wants a process of its own. Returns: parameters of the whole model and of this rank; the
     all-reduces of one B·S·H tensor, forward (two a layer, and one behind the embedding) and backward (one in front of
-    the tied head). Needs: `ParallelGPT`, `Counter`.
+    the tied head). Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore

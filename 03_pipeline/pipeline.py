@@ -241,7 +241,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
     def __init__(self, config: GPTConfig):

@@ -252,7 +252,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
     def __init__(self, config: GPTConfig):
@@ -527,7 +527,8 @@ class ColumnParallelLinear(nn.Module):
     generator, which must be in the same state on every rank (torch.manual_seed).
 
     Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`, `_as_autocast`, `_share`, the operators.
+    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
+    `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
@@ -554,7 +555,7 @@ class RowParallelLinear(nn.Module):
     Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
 
     Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_share`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
