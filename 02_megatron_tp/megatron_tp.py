@@ -840,8 +840,8 @@ class ParallelGPT(nn.Module):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, and for dropout on several ranks without streams.
-    Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT config, vocabulary
-    loss and tensor-parallel weights.
+    Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT config,
+    vocabulary loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
