@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import scripts
 import seq_parallel as sp
 import torch
 import torch.distributed as dist
@@ -1076,15 +1077,8 @@ def test_what_makes_no_sense_is_refused_on_every_rank():
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*flags, timeout=120) -> subprocess.CompletedProcess:
-    """The script with these flags. Whatever ends the waiting, nothing of it is left running."""
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, str(SCRIPT), *flags], **options) as process:
-        try:
-            out, err = process.communicate(timeout=timeout)
-        finally:
-            process.terminate()  # torchrun ends its ranks then; killed, it would leave them running
-    return subprocess.CompletedProcess(flags, process.returncode, out, err)
+def run(*flags, timeout=120):
+    return scripts.run(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.parametrize(
