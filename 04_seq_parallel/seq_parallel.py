@@ -348,7 +348,7 @@ def train_alone(
 
 
 class TransformerLayer(Block):
-    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal. Needs: `Block`."""
+    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal. Needs: plain GPT."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, Attention(config), MLP(config))
@@ -650,7 +650,7 @@ def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") 
     x_sBH: any shape whose first dimension is divided over `group` (None: all ranks), of the same size on each.
     backward: "reduce_scatter" in front of work that is divided over the ranks, "split" in front of work that every rank
     repeats. Raises: ValueError for another `backward`.
-    Source: section 4.2.2 of the paper. Needs: `_Door`, the helpers above, `group_size`, `group_rank`.
+    Source: section 4.2.2 of the paper. Needs: section 2.2, and the blocks groups and tensor-parallel operators.
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
@@ -662,7 +662,7 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
     """ḡ: the sum over `group`, of which each rank gets its own tokens, (S, B, H) to (s, B, H).
 
     Raises: ValueError where S does not divide over the ranks. Source: section 4.2.2 of the paper.
-    Needs: `_Door`, the helpers above, `group_size`.
+    Needs: section 2.2, and the blocks groups and tensor-parallel operators.
     """
     if group_size(group) == 1:
         return partial_x_SBH
@@ -672,8 +672,8 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
 def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
     """This rank's tokens of a tensor that every rank has, (S, B, H) to (s, B, H); the gradient is gathered.
 
-    Raises: ValueError where S does not divide over the ranks. Needs: `_Door`, the helpers above, `group_size`,
-    `group_rank`.
+    Raises: ValueError where S does not divide over the ranks. Needs: section 2.2, and the blocks groups and
+    tensor-parallel operators.
     """
     return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
 
@@ -724,21 +724,25 @@ class _GatherMultiply(torch.autograd.Function):
 
 
 def column_parallel(x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group, sequence_parallel: bool) -> Tensor:
-    """The door into a region and the product behind it: x_sBH, or x_SBH without sequence parallelism, to (S, B, f)."""
+    """The door into a region and the product behind it: x_sBH, or x_SBH without sequence parallelism, to (S, B, f).
+
+    Needs: `_GatherMultiply`, section 2.2, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
+    """
     divided = sequence_parallel and group_size(group) > 1
     function = _GatherMultiply if divided else _ColumnParallelLinear
     return function.apply(*_as_autocast(x, weight_fH, bias_f), group)
 
 
 def sum_over_tp(partial_x_SBH: Tensor, group, sequence_parallel: bool) -> Tensor:
-    """The door out of a region: x_sBH, or x_SBH without sequence parallelism."""
+    """The door out of a region: x_sBH, or x_SBH without sequence parallelism. Needs: `reduce_scatter_to_sp`."""
     return (reduce_scatter_to_sp if sequence_parallel else reduce_from_tp)(partial_x_SBH, group)
 
 
 class SPColumnParallelLinear(ColumnParallelLinear):
     """`ColumnParallelLinear` behind g: x_sBH to (S, B, f); without sequence parallelism behind f, x_SBH to (S, B, f).
 
-    Other arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: `column_parallel`.
+    Other arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: sections 2.2 and
+    2.3, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -753,7 +757,8 @@ class SPRowParallelLinear(RowParallelLinear):
     """`RowParallelLinear` before ḡ: y_SBf to (s, B, H); without sequence parallelism before f̄, to (S, B, H).
 
     Other arguments, weights and errors are the parent's. Under sequence parallelism the bias gets a partial gradient:
-    see `reduce_sequence_parallel_grads`. Source: section 4.2.2 of the paper. Needs: `sum_over_tp`.
+    see `reduce_sequence_parallel_grads`. Source: section 4.2.2 of the paper. Needs: sections 2.2 and 2.3, and the
+    blocks groups, tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -887,7 +892,8 @@ class ParallelAttention(nn.Module):
     """Self-attention with its heads divided over `group`: x_sBH to (s, B, H), without sequence parallelism S for s.
 
     core: `unfused_attention`, `fused_attention`, or another function of theirs. recompute_core: compute it twice.
-    Raises: ValueError where the heads do not divide over the ranks. Needs: the layers, `recompute`, `RandomStreams`.
+    Raises: ValueError where the heads do not divide over the ranks. Needs: `SPColumnParallelLinear`,
+    `SPRowParallelLinear`, `recompute`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, group, sequence_parallel: bool, recompute_core: bool, core: Callable):
@@ -909,7 +915,10 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(nn.Module):
-    """The feed-forward layer with its features divided over `group`: x_sBH to (s, B, H), or S for s."""
+    """The feed-forward layer with its features divided over `group`: x_sBH to (s, B, H), or S for s.
+
+    Needs: `SPColumnParallelLinear`, `SPRowParallelLinear`.
+    """
 
     def __init__(self, config: GPTConfig, group, sequence_parallel: bool):
         super().__init__()
@@ -938,7 +947,8 @@ class SequenceParallelLayer(Block):
 
     Raises: ValueError where heads, features or tokens do not divide over the ranks, for another `recompute`, and for
     dropout on several ranks without streams.
-    Source: sections 4.2.2 and 5 of the paper. Needs: `Block`, sections 2.2 to 2.5, `GPTConfig`.
+    Source: sections 4.2.2 and 5 of the paper. Needs: `Block`, `GPTConfig`, sections 2.2 to 2.6,
+    and the blocks groups, tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(
@@ -1001,6 +1011,7 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 
     parameters: tensors not to be counted. Kept.bytes is of the whole memory, also where a part of it is kept; Kept.line
     the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works with fake tensors.
+    Needs: `Kept`.
     """
     here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")
     known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []
@@ -1132,7 +1143,7 @@ class SequenceParallelGPT(nn.Module):
 
     Raises: ValueError where heads, features or tokens do not divide over the ranks, for a sequence longer than the
     positions, and for dropout on several ranks without streams.
-    Needs: the plain GPT, all of part 2, of part 3 all but the two state dicts.
+    Needs: part 2, and the blocks GPT config, plain GPT and tensor-parallel weights.
     """
 
     def __init__(
@@ -1265,7 +1276,7 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
 
     module: a `SequenceParallelLayer`, a `SequenceParallelGPT`, or another whose parameters `SHARD_DIM` knows by name.
     Every rank must call it, once after all backward passes of a step, before clipping.
-    Source: Megatron-LM. Needs: `shard_dim`, `_all_reduce`.
+    Source: Megatron-LM. Needs: `shard_dim`, and the block groups.
     """
     whole = [p for name, p in module.named_parameters() if shard_dim(name) is None]
     grads = [p.grad for p in whole if p.grad is not None]
@@ -1387,6 +1398,7 @@ SEQUENCE, WORDS = 2048, 51_200
 
 
 def published_config(model: Published) -> GPTConfig:
+    """A published model's sizes. Needs: `SEQUENCE`, `GPTConfig`."""
     return GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
 
 
@@ -1394,7 +1406,8 @@ def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str)
     """Layers' activations on a GPU of the first pipeline stage, which holds the most.
 
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
-    some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
+    some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper. Needs: `activation_bytes`,
+    `published_config`.
     """
     one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
@@ -1404,7 +1417,7 @@ def extra_bytes(model: Published) -> float:
     """What the ends of the network add under sequence parallelism: the masks behind the embedding, and, where one stage
     is both first and last, the final norm's and the head's inputs and fp32 logits. Source: section 4.3 of the paper.
 
-    The paper says that for 22B they are less than 0.01 % of the whole; its formula gives 0.57 %.
+    The paper says that for 22B they are less than 0.01 % of the whole; its formula gives 0.57 %. Needs: `SEQUENCE`.
     """
     sbh = SEQUENCE * model.micro_batch * model.h
     return sbh / model.t * (model.p + (4 * (1 + WORDS / model.h) if model.p == 1 else 0))
@@ -1413,7 +1426,8 @@ def extra_bytes(model: Published) -> float:
 def stage_output_bytes(model: Published) -> float:
     """Freed on the first stage, if each micro-batch's output is dropped once it was sent: 2·s·b·h·p.
 
-    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix.
+    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix. Needs:
+    `SEQUENCE`.
     """
     return 2 * SEQUENCE * model.micro_batch * model.h * model.p
 
@@ -1468,8 +1482,8 @@ def wire_bytes(messages: Iterable[Message], t: int) -> float:
 
 
 def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device | str = "cpu") -> list[LayerCost]:
-    """One layer in bf16, forward and backward, in all six modes. Needs: `SequenceParallelLayer`, `saved_bytes`,
-    `Counter`.
+    """One layer in bf16, forward and backward, in all six modes. Needs: `SequenceParallelLayer`, `random_streams`,
+    `saved_bytes`, `activation_bytes`, `wire_bytes`, `LayerCost`, and the block counter.
 
     Every rank must call it. formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages,
     wire (bytes) and flops are this rank's, forward and backward together.
@@ -1492,7 +1506,10 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
 
 
 def paper_scale(name: str) -> list[LayerCost]:
-    """`layer_costs` of a published model. Makes a process group, so it wants a process of its own."""
+    """`layer_costs` of a published model. Makes a process group, so it wants a process of its own.
+
+    Needs: `layer_costs`, `PAPER_MODELS`, `Published`, `published_config`.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
