@@ -46,8 +46,9 @@ GPU kernels and the memory allocator.
 #     B  batch, in utterances           T  time, in frames       t: the frames of this rank (section 2.5)
 #     F  frequency bins                 U  labels of an utterance
 #     C  channels of a convolution      V  alphabet, the blank included
-#     H  hidden size                    S  states of the CTC lattice, 2U + 1
-#     D  directions: 1, or 2            W  samples of a waveform
+#     H  hidden size                    S  pairs of states in the CTC lattice, U + 1
+#     D  directions: 1, or 2            P  problems that CTC solves at once, 2B
+#     W  samples of a waveform
 #
 # A CAPITAL is the whole dimension, the small letter this rank's share of it, and partial_ marks a summand that is still
 # to be reduced; a digit is a literal size. In data parallelism each rank has its own B: "whole" means within one
@@ -412,7 +413,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # letters in a row need a blank between them, so "hello" takes at least 6 frames.) The probability of a text is the sum
 # over all of its paths, and the loss its −log. Frames are independent, so a path's probability is a product.
 #
-# There are too many paths to list, and no need to: put the labels in a row with blanks around them, S = 2U + 1 states,
+# There are too many paths to list, and no need to: put the labels in a row with blanks around them, 2U + 1 states,
 #
 #     state      0     1     2     3     4                  a path moves through the states from left to right: in each
 #     symbol     _     c     _     a     _                  frame it stays, steps to the next, or skips a blank that
@@ -429,56 +430,67 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
 # would make ∞ − ∞ = NaN where alpha and beta are put together.
 #
+# A state's sum need not be made twice. Write the states in pairs, each label with the blank behind it (the first blank
+# has a label before it that is impossible): S = U + 1 pairs. What comes to a blank, from itself and from its label, is
+# also what comes to the next label if a skip is allowed; if not, the blank alone comes. Two sums a pair, not four.
+#
 # beta needs no code of its own. Read labels and frames backwards, and beta is alpha: the reversed problem is stacked
-# on the batch, so one loop over time serves both, and it is the only loop.
+# on the batch, P = 2B problems, so one loop over time serves both, and it is the only loop.
 
 IMPOSSIBLE = -1e30
 
 
-def _lattice(log_y_TPS: Tensor, skip_PS: Tensor, first_P: Tensor) -> Tensor:
-    """alpha of P problems that begin in state first_P, (T + 1, P, S + 2): before any frame and after each.
+def _lattice(log_y_T2SP: Tensor, skip_SP: Tensor, first_P: Tensor) -> Tensor:
+    """alpha of P problems, before any frame and after each, of blanks and labels: (T + 1, 2, S, P).
 
-    Two impossible states on the left spare the edge cases: state s stands in column s + 2.
+    A problem begins in the blank of pair first_P; skip_SP: the label before this blank and the one behind it differ.
     """
-    T, P, S = log_y_TPS.shape
-    alpha = log_y_TPS.new_full((T + 1, P, S + 2), IMPOSSIBLE)
-    alpha[0].scatter_(1, first_P[:, None] + 2, 0)
-    skip_PS = torch.where(skip_PS, 0.0, IMPOSSIBLE).to(alpha.dtype)
+    T, _, S, P = log_y_T2SP.shape
+    alpha = log_y_T2SP.new_full((T + 1, 2, S, P), IMPOSSIBLE)
+    alpha[0, 0].scatter_(0, first_P[None], 0)
     for t in range(T):
-        stay_PS, step_PS, two_PS = alpha[t, :, 2:], alpha[t, :, 1:-1], alpha[t, :, :-2]
-        come_PS = torch.logaddexp(torch.logaddexp(stay_PS, step_PS), two_PS + skip_PS)
-        torch.add(come_PS, log_y_TPS[t], out=alpha[t + 1, :, 2:])
+        (blank_SP, label_SP), (next_blank_SP, next_label_SP) = alpha[t], alpha[t + 1]
+        torch.logaddexp(blank_SP, label_SP, out=next_blank_SP)
+        come_SP = torch.where(skip_SP, next_blank_SP, blank_SP)
+        torch.logaddexp(label_SP[1:], come_SP[:-1], out=next_label_SP[1:])
+        alpha[t + 1] += log_y_T2SP[t]
     return alpha
+
+
+def _turned(x_T2SB: Tensor) -> Tensor:
+    """Frames and states backwards. The last blank becomes the first; the impossible label stays before it."""
+    blank_TSB, label_TSB = x_T2SB.flip(0, 2).unbind(1)
+    return torch.stack([blank_TSB, label_TSB.roll(1, 1)], 1)
 
 
 class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
-        (T, B, _), U, device = log_probs_TBV.shape, labels_BU.shape[1], log_probs_TBV.device
-        t_T1, state_S = torch.arange(T, device=device)[:, None], torch.arange(2 * U + 1, device=device)
-        symbol_BS = torch.full((B, 2 * U + 1), blank, device=device)
-        symbol_BS[:, 1::2] = labels_BU
-        symbol_TBS, ends_B = symbol_BS.expand(T, -1, -1), 2 * sizes_B + 1  # states of each utterance
-        skip_BS = (symbol_BS != blank) & (symbol_BS != symbol_BS.roll(2, 1)) & (state_S > 1)
-        log_y_TBS = log_probs_TBV.clamp_min(IMPOSSIBLE).gather(2, symbol_TBS)
-        problems = log_y_TBS, skip_BS, torch.zeros_like(ends_B)
+        (T, B, V), U = log_probs_TBV.shape, labels_BU.shape[1]
+        over_T1B = ~valid_frames(frames_B, T)[:, None]
+        log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)
+        log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank]
+        log_y_T2SB[:, 1, 1:] = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT
+        # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
+        # comes first, and so does the padding of the labels: a path waits in the last true blank.
+        log_y_T2SB[:, 0].masked_fill_(over_T1B, 0)
+        log_y_T2SB[:, 1].masked_fill_(over_T1B, IMPOSSIBLE)
+        skip_SB = torch.zeros(U + 1, B, dtype=torch.bool, device=frames_B.device)
+        skip_SB[1:-1] = (labels_BU[:, 1:] != labels_BU[:, :-1]).T
+        problems = [(log_y_T2SB.clamp_(min=IMPOSSIBLE), skip_SB, torch.zeros_like(sizes_B))]
         if ctx.needs_input_grad[0]:
-            # Backwards the padding comes first, of states and of frames: a path waits in its first state until then.
-            first_B = 2 * U + 1 - ends_B
-            wait_BS = torch.where(state_S == first_B[:, None], 0.0, IMPOSSIBLE).to(log_y_TBS.dtype)
-            back_TBS = torch.where((t_T1 < T - frames_B)[..., None], wait_BS, log_y_TBS.flip(0, 2))
-            back = back_TBS, skip_BS.flip(1).roll(2, 1), first_B
-            problems = (torch.cat(pair, max(pair[0].ndim - 2, 0)) for pair in zip(problems, back))
-        alpha = _lattice(*problems)
-        last_2B = alpha[frames_B, torch.arange(B, device=device), torch.stack([ends_B + 1, ends_B])]
-        log_p_B = torch.logaddexp(*last_2B)
+            problems.append((_turned(log_y_T2SB), skip_SB.flip(0), U - sizes_B))
+        alpha = _lattice(*(torch.cat(both, -1) for both in zip(*problems)))
+        log_p_B = torch.logaddexp(*alpha[frames_B, :, sizes_B, torch.arange(B, device=frames_B.device)].T)
         if ctx.needs_input_grad[0]:
             # Both alpha and beta contain y of their frame: it is taken off once. What is below e⁻⁸⁰ is nothing, and an
             # exponential of −1e30 takes a CPU far longer.
-            through_TBS = alpha[1:, B:, 2:].flip(0, 2).add_(alpha[1:, :B, 2:]).sub_(log_y_TBS).sub_(log_p_B[:, None])
-            lives_TBS = (t_T1 < frames_B)[..., None] & (state_S < ends_B[:, None])
-            through_TBS = through_TBS.clamp_(min=-80).exp_().mul_(lives_TBS)
-            grad_TBV = torch.zeros_like(log_probs_TBV).scatter_add_(2, symbol_TBS, through_TBS.neg_())
+            through_T2SB = _turned(alpha[1:, ..., B:]).add_(alpha[1:, ..., :B]).sub_(log_y_T2SB).sub_(log_p_B)
+            blank_TSB, label_TSB = through_T2SB.clamp_(min=-80).exp_().unbind(1)
+            symbol_BUV = F.one_hot(labels_BU, V).to(label_TSB.dtype)
+            share_TBV = einsum(label_TSB[:, 1:], symbol_BUV, "T U B, B U V -> T B V")
+            share_TBV[..., blank] += blank_TSB.sum(1)
+            grad_TBV = share_TBV.neg_().masked_fill_(over_T1B.mT, 0)
             ctx.save_for_backward(grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan))
         return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
 
@@ -506,7 +518,8 @@ def ctc_loss(
     native function's contains the softmax's term already, exp(log_probs) − share. Through log_softmax both are equal.
     Raises: ValueError: shapes or lengths that contradict each other, a target that is blank or no symbol (values are
     looked at on the CPU only).
-    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_readable`.
+    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_turned`,
+    `valid_frames`, `_readable`.
     """
     (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
     frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
