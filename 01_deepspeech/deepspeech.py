@@ -526,11 +526,7 @@ def ctc_loss(
     labels = targets.to(device, torch.int64)
     if reduction not in ("none", "sum", "mean") or not 0 <= blank < V:
         raise ValueError(f"reduction={reduction!r}: none, sum or mean; blank={blank}: one of the {V} symbols")
-    if (
-        not frames_B.shape == sizes_B.shape == (B,)
-        or labels.ndim not in (1, 2)
-        or (labels.ndim == 2 and len(labels) != B)
-    ):
+    if not frames_B.shape == sizes_B.shape == (B,) or labels.ndim == 0 or labels.shape[:-1] not in ((), (B,)):
         found = f"targets {tuple(labels.shape)}, lengths {tuple(frames_B.shape)} and {tuple(sizes_B.shape)}"
         raise ValueError(f"{found} do not fit log_probs of {B} utterances")
     if labels.ndim == 1:  # all in one row: into a table
@@ -1478,14 +1474,11 @@ def flags() -> argparse.Namespace:
             raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
         if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
             raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
-        config_of(args)
-        for path in (args.data, args.dev, args.evaluate):
-            for utterance in read_manifest(path) if path else ():
-                check_audio(utterance.path)
+        config = load_model(args.load)[0].config if args.load else config_of(args)
+        for path in filter(None, (args.data, args.dev, args.evaluate)):
+            Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
         if args.transcribe:
-            check_audio(args.transcribe)
-        if args.load:
-            load_model(args.load)
+            load_audio(args.transcribe, config.sample_rate)
         if args.save and not Path(args.save).absolute().parent.is_dir():
             raise ValueError(f"--save {args.save}: there is no such folder")
     except (ValueError, OSError) as error:
@@ -1719,21 +1712,10 @@ def read_manifest(path: str) -> list[Utterance]:
     return utterances
 
 
-def check_audio(path: str) -> None:
-    """Raises ValueError where an audio file cannot be opened; reads only its head."""
-    import soundfile
-
-    try:
-        soundfile.info(path)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as audio: {error}") from error
-
-
 def load_audio(path: str, sample_rate: int) -> Tensor:
     """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file."""
     import soundfile
 
-    check_audio(path)
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
@@ -1760,9 +1742,16 @@ class Speech:
 
     @classmethod
     def from_manifest(cls, path: str, config: SpeechConfig, tell: Callable[[str], None]) -> Speech:
-        """Utterances with too few frames for their letters cannot be learned: they are left out, and counted aloud."""
-        utterances = read_manifest(path)
-        waves = [load_audio(utterance.path, config.sample_rate) for utterance in utterances]
+        """Utterances with too few frames for their letters cannot be learned: they are left out, and counted aloud.
+
+        Raises: ValueError that names manifest and line for audio that cannot be used, as `read_manifest` for the rest.
+        """
+        utterances, waves = read_manifest(path), []
+        for utterance in utterances:
+            try:
+                waves.append(load_audio(utterance.path, config.sample_rate))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {utterance.line}: {error}") from error
         long = [frames_of(wave_W, config) >= frames_needed(u.text) for wave_W, u in zip(waves, utterances)]
         if not all(long):
             first = utterances[long.index(False)]

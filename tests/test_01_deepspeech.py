@@ -5,6 +5,7 @@ A test marked `ranks` is what every rank of that world executes. References are 
 functions, or a sum over everything that is possible.
 """
 
+import contextlib
 import itertools
 import json
 import math
@@ -1052,6 +1053,10 @@ def test_audio_that_cannot_be_used(tmp_path):
     write(tmp_path, audio=np.zeros(0))
     with pytest.raises(ValueError, match="a.wav: 0 samples"):
         ds.load_audio(str(tmp_path / "a.wav"), 8000)
+    for name, content in (("noise.wav", "cannot be read as audio"), ("a.wav", "a.wav: 0 samples")):
+        path = write(tmp_path, entry("b.wav"), "", entry(name), audio=np.zeros(4000), name="b.wav")
+        with pytest.raises(ValueError, match=f"m.jsonl, line 3: .*{content}"):
+            ds.Speech.from_manifest(path, config(), print)
 
 
 def test_texts_that_are_too_long_are_left_out_aloud(tmp_path):
@@ -1096,7 +1101,13 @@ def test_recordings_of_people():
 
 
 def run(*flags, timeout=120) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=timeout)
+    command, pipes = [sys.executable, str(SCRIPT), *flags], dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        try:
+            output = process.communicate(timeout=timeout)
+        finally:
+            process.terminate()  # where it runs still: torchrun ends its ranks then; a kill would leave them behind
+    return subprocess.CompletedProcess(command, process.returncode, *output)
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -1104,9 +1115,11 @@ def run(*flags, timeout=120) -> subprocess.CompletedProcess:
     (["--data", "/nowhere/at/all"], "No such file"), (["--layers", "0"], "layers=0"), (["--beam", "0"], "--beam 0"),
     (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
 ])  # fmt: skip
-def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
-    result = run(*flags)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        ds.flags()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -1128,8 +1141,20 @@ def test_train_save_evaluate_and_transcribe(tmp_path):
     heard = run("--load", model, "--transcribe", str(tmp_path / "3.wav"))
     assert heard.returncode == 0 and "greedy" in heard.stdout, heard.stderr
     (tmp_path / "0.wav").write_bytes(b"no audio")
-    broken = run("--load", model, "--evaluate", manifest)
-    assert broken.returncode == 2 and "0.wav cannot be read as audio" in broken.stderr.splitlines()[-1]
+    broken = run("--data", manifest)
+    message = broken.stderr.splitlines()[-1]
+    assert broken.returncode == 2 and "m.jsonl, line 1: " in message and "0.wav cannot be read as audio" in message
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")
+def test_a_script_that_takes_too_long_leaves_no_rank_behind():
+    mark = ("--epochs", "876543")
+    with pytest.raises(subprocess.TimeoutExpired):
+        run(*mark, timeout=15)
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # gone in the meantime
+            assert mark[1].encode() not in path.read_bytes().split(b"\0"), path
 
 
 @pytest.mark.slow
