@@ -1303,15 +1303,14 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
 
 
 @torch.no_grad()
-def transcribe(model: DeepSpeech2, speech: Speech, device, rows: Iterable[int], lm=None, **search) -> list[tuple]:
+def transcribe(model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args) -> list[tuple[str, str, str]]:
     """(reference, greedy text, text by beam search) of some utterances, one by one. Call model.eval() before."""
-    found = []
+    found, weight = [], next(model.parameters())
     for i in rows:
-        batch = speech.batch([i], model.config).to(device, next(model.parameters()).dtype)
-        log_probs_TBV, _ = model(batch.features_BTF, batch.frames_B)
-        log_probs_TV = log_probs_TBV[:, 0].cpu()
-        best = beam_search(log_probs_TV, lm=lm, **search)[0][0] if lm else None
-        found.append((speech.texts[i], greedy(log_probs_TV), best))
+        batch = speech.batch([i], model.config).to(weight.device, weight.dtype)
+        log_probs_TV = model(batch.features_BTF, batch.frames_B)[0][:, 0].cpu()
+        texts = beam_search(log_probs_TV, args.beam, lm, args.alpha, args.beta)
+        found.append((speech.texts[i], greedy(log_probs_TV), texts[0][0]))
     return found
 
 
@@ -1352,11 +1351,9 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
             say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
             sums = []
     check_replicas(model)
-    lm, mine = NGram(heard.texts), range(r, len(unheard.texts), N)
-    found = transcribe(model.eval(), unheard, device, mine, lm, beam=args.beam, alpha=args.alpha, beta=args.beta)
-    every = [found] * N
-    if N > 1:
-        dist.all_gather_object(every, found)
+    every: list = [None] * N
+    mine = range(r, len(unheard.texts), N)
+    dist.all_gather_object(every, transcribe(model.eval(), unheard, mine, NGram(heard.texts), args))
     if args.save and r == 0:
         save_model(args.save, model, heard.texts)
     return losses, *report(list(itertools.chain(*every)))
@@ -1490,13 +1487,12 @@ def use_model(args) -> None:
     """--evaluate and --transcribe: one process, no ranks."""
     torch.set_num_threads(1)
     model, texts = load_model(args.load)
-    search = dict(lm=NGram(texts), beam=args.beam, alpha=args.alpha, beta=args.beta)
     if args.evaluate:
         speech = Speech.from_manifest(args.evaluate, model.config, print)
-        report(transcribe(model, speech, torch.device("cpu"), range(len(speech.texts)), **search))
+        report(transcribe(model, speech, range(len(speech.texts)), NGram(texts), args))
     if args.transcribe:
         speech = Speech([load_audio(args.transcribe, model.config.sample_rate)], [""])
-        ((_, plain, searched),) = transcribe(model, speech, torch.device("cpu"), [0], **search)
+        ((_, plain, searched),) = transcribe(model, speech, [0], NGram(texts), args)
         print(f"greedy             {plain}\nwith beam search   {searched}")
 
 
@@ -1752,7 +1748,8 @@ class Speech:
                 waves.append(load_audio(utterance.path, config.sample_rate))
             except ValueError as error:
                 raise ValueError(f"{path}, line {utterance.line}: {error}") from error
-        long = [frames_of(wave_W, config) >= frames_needed(u.text) for wave_W, u in zip(waves, utterances)]
+        frames = [config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) for wave_W in waves]
+        long = [there >= frames_needed(utterance.text) for there, utterance in zip(frames, utterances)]
         if not all(long):
             first = utterances[long.index(False)]
             tell(f"{path}: left out {long.count(False)} of {len(long)} utterances, whose text has more letters than "
@@ -1774,11 +1771,6 @@ class Speech:
         frames_B, sizes_B = (torch.tensor([len(x) for x in xs]) for xs in (features, labels))
         features_BTF, labels_BU = (nn.utils.rnn.pad_sequence(xs, batch_first=True) for xs in (features, labels))
         return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(1, len(rows) + 1))
-
-
-def frames_of(wave_W: Tensor, config: SpeechConfig) -> int:
-    """Frames of a recording at the network's output."""
-    return config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0)
 
 
 def frames_needed(text: str) -> int:
