@@ -430,9 +430,12 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
 # would make ∞ − ∞ = NaN where alpha and beta are put together.
 #
-# A state's sum need not be made twice. Write the states in pairs, each label with the blank behind it (the first blank
-# has a label before it that is impossible): S = U + 1 pairs. What comes to a blank, from itself and from its label, is
-# also what comes to the next label if a skip is allowed; if not, the blank alone comes. Two sums a pair, not four.
+# Half of the sums are made twice that way. Write the states in S = U + 1 pairs, each blank below the label before it:
+#
+#     pair       0     1     2
+#     label      ·     c     a        · is no label, and impossible
+#     blank      _     _     _        what comes to blank 1, from itself and from c, is also what comes to a, where a
+#                                     skip is allowed; where it is not, blank 1 alone comes. Two sums a pair, not four
 #
 # beta needs no code of its own. Read labels and frames backwards, and beta is alpha: the reversed problem is stacked
 # on the batch, P = 2B problems, so one loop over time serves both, and it is the only loop.
