@@ -78,6 +78,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -247,7 +248,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
     def __init__(self, config: GPTConfig):
@@ -426,12 +427,12 @@ def _slice(x: Tensor, group) -> Tensor:
 class _Door(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, there, back):
-        ctx.group, ctx.back = group, back
+        ctx.group, ctx.there, ctx.back = group, there, back
         return there(x, group)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.back(grad, ctx.group), None, None, None
+    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
+        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
 
 
 def copy_to_tp(x: Tensor, group=None) -> Tensor:
@@ -504,6 +505,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return F.linear(x_BSH, weight_fH, bias_f)
 
     @staticmethod
+    @once_differentiable  # autograd does not see the all-reduce below: a second derivative is refused
     def backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
         partial_grad_BSH = grad_fH = grad_f = reduction = None
@@ -542,7 +544,8 @@ class ColumnParallelLinear(nn.Module):
     generator, which must be in the same state on every rank (torch.manual_seed).
 
     Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`, `_as_autocast`, `_share`, the operators.
+    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
+    `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
@@ -569,7 +572,7 @@ class RowParallelLinear(nn.Module):
     Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
 
     Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_share`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
@@ -604,8 +607,8 @@ class RowParallelLinear(nn.Module):
 class ParallelAttention(nn.Module):
     """`Attention` with its heads divided over `group`, x_BSH to (B, S, H).
 
-    Raises: ValueError where the heads do not divide over the ranks. Needs: the layers, `core_attention`, `GPTConfig`,
-    `RandomStreams`.
+    Raises: ValueError where the heads do not divide over the ranks. Needs: `core_attention`, and the blocks groups,
+    tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, config: GPTConfig, group=None):
@@ -624,7 +627,10 @@ class ParallelAttention(nn.Module):
 
 
 class ParallelMLP(MLP):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers. Needs: them."""
+    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers.
+
+    Needs: `MLP`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
+    """
 
     def __init__(self, config: GPTConfig, group=None):
         nn.Module.__init__(self)
@@ -657,7 +663,7 @@ class VocabParallelEmbedding(nn.Module):
     Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
     Rank r holds words [r·v, (r + 1)·v). Rows of padding are zero, and stay so as long as the loss masks them.
     Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
-    Source: section 3 of the paper. Needs: `padded_vocab_size`, `_readable`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups, tensor-parallel operators and padded vocabulary.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
@@ -734,6 +740,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BS):
         softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
         grad_BS = torch.where(counts_BS, grad_BS, 0)
@@ -833,7 +840,8 @@ class ParallelGPT(nn.Module):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, and for dropout on several ranks without streams.
-    Needs: the plain GPT, the operators, layers and loss, parts 2.3 to 2.6, of part 3 all but the two state dicts.
+    Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT config,
+    vocabulary loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
@@ -918,8 +926,8 @@ def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_s
     if shard_dim(name) is None:
         return whole.clone()
     if name == "embedding.weight":
-        padded = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
-        whole = F.pad(whole, (0, 0, 0, padded - config.vocab_size))
+        rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
+        whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
     return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
 
 
@@ -931,10 +939,9 @@ def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, worl
     """
     check_tp(config, world_size)
     expected = parameter_shapes(config)
-    if missing := expected.keys() - full.keys():
-        raise ValueError(f"the state dict lacks {sorted(missing)}")
-    if unknown := full.keys() - expected.keys():
-        raise ValueError(f"the state dict has {sorted(unknown)}, which this model does not know")
+    lacks, has = sorted(expected.keys() - full.keys()), sorted(full.keys() - expected.keys())
+    if lacks or has:
+        raise ValueError(f"the state dict lacks {lacks} and has {has}, which this model does not know")
     for name, shape in expected.items():
         if full[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
@@ -1005,8 +1012,8 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
 
     tensors = {}
     for kind in ("weight", "exp_avg", "exp_avg_sq") if grid.dp_rank == 0 else ():
-        moment = lambda p, kind=kind: optimizer.state[p].get(kind, torch.zeros_like(p))  # noqa: E731
-        part = {n: p if kind == "weight" else moment(p) for n, p in model.named_parameters()}
+        held = {n: {"weight": p, **optimizer.state[p]} for n, p in model.named_parameters()}
+        part = {n: state.get(kind, torch.zeros_like(state["weight"])) for n, state in held.items()}
         tensors |= {f"{kind} {n}": x for n, x in gather_state_dict(part, model.config, grid.tp_group).items()}
     if group_rank() == 0:
         run = dict(step=step, config=asdict(model.config), checksums={n: _checksum(x) for n, x in tensors.items()})
@@ -1060,6 +1067,7 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
     Needs: `GPTConfig`, `parameter_shapes`.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     folder = Path(folder)
@@ -1068,12 +1076,14 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
                 scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)  # fmt: skip
     if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
-    sizes = (theirs[key] for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"))
+    sizes = [theirs.get(key, 0) for key in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")]
     config = GPTConfig(*sizes, ffn_hidden_size=theirs.get("n_inner"), dropout=theirs.get("resid_pdrop", 0.1))
-    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.exists():
-        files = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    found = {n.removeprefix("transformer."): x for name in files for n, x in load_file(folder / name).items()}
+    index = folder / "model.safetensors.index.json"
+    files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
+    try:
+        found = {n.removeprefix("transformer."): x for name in set(files) for n, x in load_file(folder / name).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{folder}: a file of weights is damaged: {error}") from error
     names = dict(embedding="wte", positions="wpe", layers="h", norm1="ln_1", norm2="ln_2", final_norm="ln_f")
     names |= dict(attention="attn", qkv="c_attn", out="c_proj", up="c_fc", down="c_proj")
     full = {}
@@ -1110,7 +1120,8 @@ Grid = namedtuple("Grid", "tp dp tp_rank dp_rank tp_group dp_group", defaults=(1
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (dp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`, and
+    `make_group` (at the end, in the block launcher).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % tp:
@@ -1275,7 +1286,7 @@ def paper_scale(name: str) -> dict:
     torch's fake process group answers every collective at once; its fake tensors have shapes and no values. Makes a
     process group, so it wants a process of its own. Returns: parameters of the whole model and of this rank; the
     all-reduces of one B·S·H tensor, forward (two a layer, and one behind the embedding) and backward (one in front of
-    the tied head). Needs: `ParallelGPT`, `Counter`.
+    the tied head). Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -1464,9 +1475,8 @@ def config_of(args) -> GPTConfig:
 
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=80)
-    parser.add_argument(
-        "--tp", type=int, default=2, help="ranks that share one copy of the model; must divide all ranks"
-    )
+    text = "ranks that share one copy of the model; must divide all ranks (default: 2, on a single rank 1)"
+    parser.add_argument("--tp", type=int, default=argparse.SUPPRESS, help=text)
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
@@ -1481,11 +1491,16 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--gpt2", metavar="FOLDER", help="start from published GPT-2 weights; use --tokenizer gpt2")
     parser.add_argument("--paper-scale", choices=PAPER_MODELS, help="dry-run one rank of a published model, and stop")
     args = parse_flags(parser, ranks=4)
-    args.tp = 1 if args.world_size == 1 else args.tp
+    args.tp = getattr(args, "tp", min(2, args.world_size))
     try:
-        if args.tp < 1 or args.world_size % args.tp or min(args.batch, args.save_every) < 1:
+        if args.tp < 1 or args.world_size % args.tp:
+            raise ValueError(f"--tp {args.tp} must divide the {args.world_size} ranks")
+        if min(args.batch, args.save_every) < 1 or not 0 < args.lr < math.inf:
             text = f"--batch {args.batch} and --save-every {args.save_every} must be at least 1"
-            raise ValueError(f"--tp {args.tp} must divide the {args.world_size} ranks; {text}")
+            raise ValueError(f"{text}, --lr {args.lr} above zero")
+        changed = [f"--{name.replace('_', '-')}" for name in SIZES if getattr(args, name) != getattr(GPTConfig, name)]
+        if args.gpt2 and changed:
+            raise ValueError(f"--gpt2 takes its sizes from {args.gpt2}/config.json: leave out {' '.join(changed)}")
         config = config_of(args)
         check_tp(config, args.tp)
         if config.vocab_size < (words := TextData(args.data, args.tokenizer, config.seq_length).encoding.n_vocab):
@@ -1622,8 +1637,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
         parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or args.timeout <= 0:
-        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
+        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
+        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
+    if args.trace and not os.path.isdir(os.path.dirname(os.path.abspath(args.trace))):
+        parser.error(f"--trace {args.trace}: its folder does not exist")
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device == "cuda" else "fp32"
     args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
@@ -1682,8 +1700,9 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
         if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
             time.sleep(5)
         raise
-    if args.trace and dist.get_rank() == 0:
-        profile.export_chrome_trace(args.trace)
+    finally:  # also of a run that failed, or of --check, which leaves by sys.exit
+        if args.trace and dist.get_rank() == 0:
+            profile.export_chrome_trace(args.trace)
     dist.destroy_process_group()
 
 

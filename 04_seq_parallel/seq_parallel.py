@@ -88,6 +88,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -251,7 +252,7 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    Raises: ValueError for a sequence longer than the positions. Needs: this block, `GPTConfig`.
+    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
     def __init__(self, config: GPTConfig):
@@ -433,12 +434,12 @@ def _slice(x: Tensor, group) -> Tensor:
 class _Door(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, there, back):
-        ctx.group, ctx.back = group, back
+        ctx.group, ctx.there, ctx.back = group, there, back
         return there(x, group)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.back(grad, ctx.group), None, None, None
+    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
+        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
 
 
 def copy_to_tp(x: Tensor, group=None) -> Tensor:
@@ -487,6 +488,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return F.linear(x_BSH, weight_fH, bias_f)
 
     @staticmethod
+    @once_differentiable  # autograd does not see the all-reduce below: a second derivative is refused
     def backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
         partial_grad_BSH = grad_fH = grad_f = reduction = None
@@ -525,7 +527,8 @@ class ColumnParallelLinear(nn.Module):
     generator, which must be in the same state on every rank (torch.manual_seed).
 
     Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`, `_as_autocast`, `_share`, the operators.
+    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
+    `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
@@ -552,7 +555,7 @@ class RowParallelLinear(nn.Module):
     Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
 
     Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_share`, the operators.
+    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
@@ -1035,6 +1038,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_BS):
         softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
         grad_BS = torch.where(counts_BS, grad_BS, 0)
@@ -1183,8 +1187,8 @@ def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_s
     if shard_dim(name) is None:
         return whole.clone()
     if name == "embedding.weight":
-        padded = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
-        whole = F.pad(whole, (0, 0, 0, padded - config.vocab_size))
+        rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
+        whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
     return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
 
 
@@ -1196,10 +1200,9 @@ def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, worl
     """
     check_tp(config, world_size)
     expected = parameter_shapes(config)
-    if missing := expected.keys() - full.keys():
-        raise ValueError(f"the state dict lacks {sorted(missing)}")
-    if unknown := full.keys() - expected.keys():
-        raise ValueError(f"the state dict has {sorted(unknown)}, which this model does not know")
+    lacks, has = sorted(expected.keys() - full.keys()), sorted(full.keys() - expected.keys())
+    if lacks or has:
+        raise ValueError(f"the state dict lacks {lacks} and has {has}, which this model does not know")
     for name, shape in expected.items():
         if full[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
@@ -1829,8 +1832,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
         parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or args.timeout <= 0:
-        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
+        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
+        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
+    if args.trace and not os.path.isdir(os.path.dirname(os.path.abspath(args.trace))):
+        parser.error(f"--trace {args.trace}: its folder does not exist")
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device == "cuda" else "fp32"
     args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
@@ -1886,8 +1892,9 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
         if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
             time.sleep(5)
         raise
-    if args.trace and dist.get_rank() == 0:
-        profile.export_chrome_trace(args.trace)
+    finally:  # also of a run that failed, or of --check, which leaves by sys.exit
+        if args.trace and dist.get_rank() == 0:
+            profile.export_chrome_trace(args.trace)
     dist.destroy_process_group()
 
 

@@ -23,6 +23,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if not __debug__:
+        raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
     ranks.PATHS[:] = [str(ROOT / path) for path in config.getini("pythonpath")]
 
 
@@ -48,6 +50,29 @@ def pytest_pyfunc_call(pyfuncitem):
     except (ranks.RankFailed, TimeoutError) as error:
         pytest.fail(str(error), pytrace=False)
     return True
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if marker := item.get_closest_marker("planted_bug"):
+            item.user_properties.append(("planted bug", marker.kwargs))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """`make bugs` ends in a table: what was planted, what a user sees of it, whether the tests catch it, who had it."""
+    if config.option.markexpr != "planted_bug":
+        return
+    rows = {}  # one for each bug, however many worlds it ran in
+    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+        file, name = report.nodeid.split("[")[0].split("::")
+        bug = dict(report.user_properties)["planted bug"]
+        caught = rows.get((file, name), (True,))[0] and report.passed
+        rows[file, name] = caught, bug["symptom"], bug["seen_in"]
+    for (file, name), (caught, symptom, seen_in) in sorted(rows.items()):
+        where = f"   {seen_in.removeprefix('https://github.com/')}" if seen_in else ""
+        title = f"{Path(file).stem[5:7]} {name.removeprefix('test_').replace('_', ' ')}"
+        terminalreporter.write_line(f"{title:62} {'caught' if caught else 'MISSED'}{where}")
+        terminalreporter.write_line(f"   {symptom}")
 
 
 def pytest_sessionfinish():

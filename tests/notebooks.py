@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT-0
-"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1` rewrites the kept outputs.
+"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1` rewrites the kept outputs,
+`make grade NOTEBOOK=mine.ipynb` says which exercises of a student's copy are solved.
 
 An exercise is three cells: one to fill in, which begins with "# exercise 1" (behind a %%px line, if it has one); one
 that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and a folded solution, a Markdown cell with
@@ -20,13 +21,20 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(path: Path, solutions: bool = False, timeout: int = 300) -> nbformat.NotebookNode:
-    """The executed notebook, in memory; with `solutions` the exercises are solved first. Raises where a cell fails."""
-    notebook = nbformat.read(path, as_version=4)
+def execute(path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False) -> nbformat.NotebookNode:
+    """The executed notebook, in memory; with `solutions` the exercises are solved first. Raises where a cell fails, or
+    goes on with the next. A copy elsewhere finds the chapters from the folder of the notebooks."""
+    notebook, folder = nbformat.read(path, as_version=4), {"metadata": {"path": str(ROOT / "notebooks")}}
     if solutions:
         solve(notebook)
-    nbclient.NotebookClient(notebook, timeout=timeout, resources={"metadata": {"path": str(path.parent)}}).execute()
+    nbclient.NotebookClient(notebook, timeout=timeout, resources=folder, allow_errors=go_on).execute()
     return notebook
+
+
+def grade(path: Path) -> dict[str, bool]:
+    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it solved."""
+    text = printed(notebook := execute(path, go_on=True))
+    return {number: f"exercise {number}: ok" in text for number in exercises(notebook)}
 
 
 def exercises(notebook) -> dict[str, dict]:
@@ -72,7 +80,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chapter", default="")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
+    parser.add_argument("--grade", type=Path, metavar="FILE", help="only say which exercises of this copy are solved")
     args = parser.parse_args()
+    if args.grade:
+        for number, solved in grade(args.grade).items():
+            print(f"exercise {number}: {'solved' if solved else 'not solved'}")
+        return
     for path in notebooks(args.chapter):
         print(f"── {path.relative_to(ROOT)}", flush=True)
         notebook = execute(path)

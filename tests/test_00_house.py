@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import nbformat
 import pytest
 import ranks
 import shared_blocks
@@ -231,5 +232,18 @@ def test_the_ranks_marker(value):
 def test_solutions_solve_their_exercises(path):
     """`make notebooks` demands "not solved yet" of every exercise; with its solution it must print "ok"."""
     text = notebooks.printed(notebooks.execute(path, solutions=True))
-    for number in notebooks.exercises(notebooks.nbformat.read(path, as_version=4)):
+    numbers = list(notebooks.exercises(notebooks.nbformat.read(path, as_version=4)))
+    assert len(numbers) >= 3
+    for number in numbers:
         assert f"exercise {number}: ok" in text
+
+
+@pytest.mark.slow
+def test_a_students_copy_is_graded(tmp_path):
+    """One exercise solved, one left, one that raises: the grades say so, and nothing stops in between."""
+    cell = nbformat.v4.new_code_cell
+    check = "print('exercise {0}: ok' if answer == {0} else 'exercise {0}: not solved yet')"
+    cells = [cell("# exercise 1\nanswer = 1"), cell(check.format(1)), cell("# exercise 2\nanswer = 0")]
+    cells += [cell(check.format(2)), cell("# exercise 3\nanswer = 1 / 0"), cell(check.format(3))]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
+    assert notebooks.grade(tmp_path / "mine.ipynb") == {"1": True, "2": False, "3": False}

@@ -11,8 +11,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import megatron_tp as tp
 import pytest
 import ranks
+import scripts
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -957,7 +956,14 @@ def test_gpt2_folders_that_do_not_fit_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {name: "model-7.safetensors"}}))
     with pytest.raises(FileNotFoundError, match="model-7.safetensors"):
         tp.load_gpt2(tmp_path)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    file.write_bytes(b"half a file")
+    with pytest.raises(ValueError, match="a file of weights is damaged"):
+        tp.load_gpt2(tmp_path)
     settings_of = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in settings_of.items() if k != "n_head"}))
+    with pytest.raises(ValueError, match="num_heads=0: it must be at least 1"):
+        tp.load_gpt2(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(settings_of | {"activation_function": "relu"}))
     with pytest.raises(ValueError, match="{'activation_function': 'relu'}, which this model cannot be"):
         tp.load_gpt2(tmp_path)
@@ -1155,6 +1161,29 @@ def loss_and_grads(cfg: tp.GPTConfig, group=None, streams=None) -> tuple[float, 
     for shard in shards[1:]:
         shard.update({name: shards[0][name] for name in shard if tp.shard_dim(name) is None})
     return loss.item(), tp.merge_state_dicts(shards, cfg), expected.item(), grads_of(plain)
+
+
+@pytest.mark.ranks(2, 4)
+def test_second_derivatives_are_right_or_refused():
+    """Right through the doors; refused by the two functions that communicate where autograd cannot see it."""
+    world, rank, x = dist.get_world_size(), dist.get_rank(), random(3, 8).requires_grad_()
+    whole = world * (world + 1) / 2  # 1 + 2 + ...: each rank weighs its summand with its number
+    inside_the_region = {
+        "copy, reduce": (lambda x: tp.reduce_from_tp((rank + 1) * tp.copy_to_tp(x) ** 3), lambda x: whole * x**3),
+        "scatter, gather": (lambda x: tp.gather_from_tp(tp.scatter_to_tp(x) ** 3), lambda x: x**3),
+    }
+    found, reference = {}, {}
+    for name, functions in inside_the_region.items():
+        for function, grads in zip(functions, (found, reference)):
+            (first,) = torch.autograd.grad(function(x).sum(), x, create_graph=True)
+            (grads[name],) = torch.autograd.grad(first.pow(2).sum(), x)
+    assert_equal(found, reference)
+    layer = tp.ColumnParallelLinear(8, 12).double()
+    targets = torch.zeros(3, dtype=torch.int64, device=x.device)
+    for loss in (layer(x).pow(2).sum(), tp.vocab_parallel_cross_entropy(x, targets).pow(2).sum()):
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.pow(2).sum().backward()
 
 
 @pytest.mark.ranks(2)
@@ -1530,9 +1559,8 @@ def test_text_batches_are_a_function_of_seed_and_step():
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*flags, launcher=(), timeout=120, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, *launcher, str(SCRIPT), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
+def run(*flags, **options):
+    return scripts.run(SCRIPT, *flags, **options)
 
 
 TINY = ["--steps", "3", "--num-layers", "1", "--hidden-size", "32", "--seq-length", "32"]
@@ -1553,12 +1581,16 @@ TINY = ["--steps", "3", "--num-layers", "1", "--hidden-size", "32", "--seq-lengt
         (["--device", "cuda", "--ranks", "2"], "use --device cpu"),
         (["--backend", "nccl"], "use --device cpu"),
         (["--steps", "-1"], "--steps -1"),
+        (["--timeout", "nan"], "--timeout nan"),
+        (["--seed", str(2**70)], "the seed below 2**63"),
+        (["--trace", "/nowhere/trace.json"], "its folder does not exist"),
         (["--batch", "0"], "--batch 0"),
+        (["--lr", "nan"], "--lr nan above zero"),
+        (["--ranks", "1", "--tp", "4"], "--tp 4 must divide the 1 ranks"),
+        (["--gpt2", "folder", "--num-layers", "3"], "folder/config.json: leave out --num-layers"),
     ],
 )
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
-    if "cuda" in flags + ["cuda"] * ("nccl" in flags) and torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
     result = run(*flags)
     usage, error = result.stderr.splitlines()
     assert result.returncode == 2 and message in error and usage.startswith("usage:")
@@ -1580,9 +1612,10 @@ def test_three_ways_to_start_give_the_same_losses():
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-backend=c10d", "--rdzv-id=1", "--local-addr=127.0.0.1"]
-    command = [sys.executable, *torchrun, "--nnodes=2", "--nproc-per-node=2", *rendezvous, str(SCRIPT), *TINY]
-    nodes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [node.communicate(timeout=120) for node in nodes]
+    command = [*torchrun, "--nnodes=2", "--nproc-per-node=2", *rendezvous, str(SCRIPT), *TINY]
+    with scripts.started(*command) as first, scripts.started(*command) as second:
+        nodes = [first, second]
+        outputs = [node.communicate(timeout=120) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
     expected = losses(plain.stdout)
     assert len(expected) == 3 and losses(joined_world.stdout) == expected
@@ -1598,9 +1631,11 @@ def test_one_rank_stays_in_the_process():
 @pytest.mark.slow
 def test_check_trace_dropout_and_data(tmp_path):
     """The remaining flags: --check proves and says so; --trace, --dropout, and --data with odd letters in its name."""
-    result = run("--check", "--dtype", "fp64", "--tp", "4")
-    assert result.returncode == 0 and "bound 1e-10; tp 4 × dp 1, fp64" in result.stdout
     text, trace = tmp_path / "größe x.txt", tmp_path / "trace.json"
+    result = run("--check", "--dtype", "fp64", "--tp", "4", "--trace", str(trace))
+    assert result.returncode == 0 and "bound 1e-10; tp 4 × dp 1, fp64" in result.stdout
+    assert json.loads(trace.read_text())["traceEvents"]
+    trace.unlink()
     text.write_text("To be, or not to be, that is the question. " * 100, "utf-8")
     options = [
         "--ranks",
@@ -1656,18 +1691,15 @@ def alive(pid: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_a_killed_rank_ends_the_run_and_is_named_last():
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    for line in process.stdout:
-        if line.startswith("   4"):  # it trains
-            break
-    victims = ranks_of(process.pid)
-    assert len(victims) == 4
-    os.kill(victims[2], signal.SIGKILL)
-    begin = time.monotonic()
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0 and time.monotonic() - begin < 60
+    with scripts.started(str(SCRIPT), "--steps", "100000") as process:
+        for line in process.stdout:
+            if line.startswith("   4"):  # it trains
+                break
+        victims = ranks_of(process.pid)
+        assert len(victims) == 4
+        os.kill(victims[2], signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
     last = errors[errors.rindex("Root Cause") :]
     assert "rank      : 2" in last and "SIGKILL" in last
     assert not any(alive(pid) for pid in [process.pid, *victims])
@@ -1684,14 +1716,12 @@ def test_an_exception_in_one_rank_ends_the_run_and_is_shown_last(tmp_path):
     source = SCRIPT.read_text("utf-8")
     head, tail = source.split("def train_step(", 1)
     bad.write_text(head + "def train_step(" + tail.replace("    optimizer.zero_grad()\n", wrong, 1), "utf-8")
-    process = subprocess.Popen([sys.executable, str(bad)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    seen = set()
-    while process.poll() is None:
-        seen |= set(ranks_of(process.pid))
-        time.sleep(0.2)
-        if len(seen) >= 4:
-            break
-    _, errors = process.communicate(timeout=60)
+    with scripts.started(str(bad)) as process:
+        seen = set()
+        while process.poll() is None and len(seen) < 4:
+            seen |= set(ranks_of(process.pid))
+            time.sleep(0.2)
+        _, errors = process.communicate(timeout=60)
     last = errors[errors.rindex("Root Cause") :]
     assert process.returncode != 0 and "rank      : 2" in last and "ArithmeticError: the ninth step of rank 2" in last
     assert not any(alive(pid) for pid in seen)
