@@ -79,6 +79,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -187,7 +188,8 @@ class Bias(nn.Module):
 
 
 def plain_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H)."""
+    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H). Needs:
+    `clip`."""
     h_DBH, states = torch.zeros_like(x_TDBH[0]), []
     for x_DBH in x_TDBH:
         h_DBH = clip(x_DBH + h_DBH @ weight_DHH)
@@ -199,7 +201,7 @@ def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Te
     """A gated recurrence, (T, D, B, 3H) to all states (T, D, B, H), with the paper's clip where others have tanh.
 
     x holds the inputs of the gate z, of the gate r and of the candidate, side by side, and so does weight.
-    Source: Deep Speech 2, section 3 (the equations of its gated unit).
+    Source: Deep Speech 2, section 3 (the equations of its gated unit). Needs: `clip`.
     """
     H = weight_DH3H.shape[1]
     h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
@@ -264,7 +266,7 @@ class DeepSpeech2(nn.Module):
 
     forward: x_BTF, zero behind each end, and lengths_B (int64) to log_probs_TBV, at least fp32, and their lengths.
     Raises: ValueError for another number of bins than the configuration's.
-    Source: Deep Speech 2, section 3. Needs: part 1.
+    Source: Deep Speech 2, section 3. Needs: `ALPHABET` and all of part 1 above.
     """
 
     def __init__(self, config: SpeechConfig, norm: Callable = PlainBatchNorm, recurrence: Callable = plain_recurrence):
@@ -498,6 +500,7 @@ class _CTC(torch.autograd.Function):
         return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
 
     @staticmethod
+    @once_differentiable  # forward has computed the gradient: nothing here could be differentiated again
     def backward(ctx, grad_B):
         (grad_TBV,) = ctx.saved_tensors
         return torch.where(grad_B[:, None] == 0, 0, grad_TBV * grad_B[:, None]), None, None, None, None
@@ -522,7 +525,7 @@ def ctc_loss(
     Raises: ValueError: shapes or lengths that contradict each other, a target that is blank or no symbol (values are
     looked at on the CPU only).
     Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_turned`,
-    `valid_frames`, `_readable`.
+    `IMPOSSIBLE`, `valid_frames`, `_readable`.
     """
     (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
     frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
@@ -597,7 +600,7 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
 
     tensor: the same shape on every rank; any, also with fewer elements than ranks, or none. The result is equal on all
     ranks to the bit. Each rank sends about 2·K·(N − 1)/N elements, all ranks together exactly 2·K·(N − 1).
-    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, `group_size`, `group_rank`.
+    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, the block groups.
     """
     N, r = group_size(group), group_rank(group)
     if N == 1:
@@ -649,7 +652,7 @@ class GradientRing:
 
     Every rank must call finish() once for every step; a rank without an utterance sends zeros. Gradients are complete
     when it returns. Do not call backward twice between two of them: the first sum would be on its way already.
-    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce`.
+    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce` and what it needs.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
@@ -726,14 +729,14 @@ class _SumOverRanks(torch.autograd.Function):
         return _all_reduce(partial_x.clone(), group)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _all_reduce(grad.clone(), ctx.group), None
+    def backward(ctx, grad):  # by the same node, and so a second derivative is right too
+        return _SumOverRanks.apply(grad, ctx.group), None
 
 
 def sum_over_ranks(partial_x: Tensor, group=None) -> Tensor:
     """The sum over `group`, on every rank; its gradient is summed as well, since each rank's loss depends on all x.
 
-    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, `_all_reduce`.
+    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, the block groups.
     """
     return _SumOverRanks.apply(partial_x, group) if group_size(group) > 1 else partial_x
 
@@ -744,7 +747,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     forward: x (..., H); valid (...), bool, or broadcastable to it. Returns x's shape, zero where not valid, at least
     fp32. The running averages are the same on every rank. Every rank must call it in training, with frames or without.
     Raises: ValueError in training where fewer than two frames are valid on all ranks together (looked at on the CPU).
-    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_readable`, `group_size`.
+    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_SumOverRanks`, the block groups.
     """
 
     def __init__(self, num_features: int, group=None, **options):
@@ -813,6 +816,7 @@ class _Recurrence(torch.autograd.Function):
         return h_TDBH
 
     @staticmethod
+    @once_differentiable  # a formula that works in place, out of autograd's sight
     def backward(ctx, grad_TDBH):
         h_TDBH, weight_DHH = ctx.saved_tensors
         rest_DBH = torch.zeros_like(h_TDBH[0]) if len(h_TDBH) else h_TDBH.sum(0)
@@ -821,7 +825,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence` and what it calls."""
+    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence`, `_unroll`,
+    `_unroll_back`, `_weight_gradient`."""
     return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH)
 
 
@@ -882,6 +887,7 @@ class _TimeParallel(torch.autograd.Function):
         return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_tBH):
         h_t2BH, start_2BH, weight_2HH = ctx.saved_tensors
         grad_t2BH = torch.stack([grad_tBH, grad_tBH.flip(0)], 1)
@@ -906,8 +912,8 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
             Utterances of unequal length: zero behind each end, as everywhere in this chapter.
         weight_2HH: U of either direction, the same on every rank. Its gradient is summed over `group` here.
 
-    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`, `_exchange`,
-    `_weight_gradient`, `_all_reduce`, `group_size`, `group_rank`.
+    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`,
+    `_weight_gradient`, `_exchange`, the block groups.
     """
     return _TimeParallel.apply(x_tBH.to(weight_2HH.dtype), weight_2HH, group)
 
@@ -957,7 +963,7 @@ def beam_search(
         cutoff, most: a frame's symbols are tried from the most probable on, until they add up to `cutoff`, and never
             more than `most` of them: section 7.2 of the second paper. 1.0 tries all.
 
-    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`.
+    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`, `_log_add`.
     """
     if beam < 1:
         raise ValueError(f"beam={beam}: at least 1")
@@ -1018,7 +1024,7 @@ def _log_add(a: float, b: float) -> float:
 def check_replicas(model: nn.Module, group=None) -> None:
     """Raises ValueError, on every rank, where a parameter or running average is not the same on all ranks of `group`.
 
-    Compares the lowest with the highest value of each element. Needs: `_all_reduce`.
+    Compares the lowest with the highest value of each element. Needs: the block groups.
     """
     for name, x in model.state_dict().items():
         low, high = (_all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
@@ -1110,7 +1116,7 @@ def train_step(
     """One optimiser step on this rank's utterances, which may be none; every rank must call it.
 
     Returns: the mean loss over the utterances of all ranks, and the gradient's norm before clipping; the same on every
-    rank. Needs: `ctc_loss`, `GradientRing`, `clip_grad_norm_`, `_all_reduce`, `Batch`.
+    rank. Needs: `ctc_loss`, `GradientRing`, and what they need; `clip_grad_norm_`, `Batch`.
     """
     optimizer.zero_grad()
     utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
@@ -1132,7 +1138,7 @@ def train(
     """`train_alone` on many ranks: the same losses and norms. Every rank must iterate it.
 
     batches: this rank's share of each step's utterances. group: the data-parallel ranks, None for all; ring_group: the
-    same ranks once more, for the gradients alone. Needs: `make_optimizer`, `GradientRing`, `train_step`.
+    same ranks once more, for the gradients alone. Needs: `make_optimizer`, and `train_step` with what it needs.
     """
     optimizer, ring = make_optimizer(model, kind), GradientRing(model.parameters(), ring_group)
     try:
@@ -1472,6 +1478,9 @@ def flags() -> argparse.Namespace:
     try:
         if args.epochs < 1 or args.batch < 1 or args.beam < 1:
             raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
+        if not (0 < args.lr < math.inf and args.max_norm > 0 and math.isfinite(args.alpha + args.beta)):
+            numbers = f"--lr {args.lr}, --max-norm {args.max_norm}, --alpha {args.alpha}, --beta {args.beta}"
+            raise ValueError(f"{numbers}: the first two above zero, and all of them finite")
         if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
             raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
         config = load_model(args.load)[0].config if args.load else config_of(args)
@@ -1600,7 +1609,8 @@ def distort(wave_W: Tensor, config: SpeechConfig, rng: np.random.Generator) -> T
     """A spectrogram of the recording as somebody else could have made it: (T, F) of another T.
 
     Another pitch and length of the vocal tract (played faster or slower), another tempo, coloured noise 5 to 35 dB
-    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way.
+    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way. Needs:
+    `SpeechConfig`, `log_spectrogram`, `mix_noise`, `resample`.
     """
     rate = config.sample_rate
     wave_W = resample(wave_W, rate, round(rate * rng.uniform(0.82, 1.18)))
@@ -1689,7 +1699,7 @@ def read_manifest(path: str) -> list[Utterance]:
 
     A relative audio_filepath is relative to the manifest's folder. Letters are made small. Raises: ValueError that
     names file and line for what is no JSON object, lacks a key, names no file, or has letters outside the alphabet;
-    also for a manifest without utterances.
+    also for a manifest without utterances. Needs: `ALPHABET`, `Utterance`.
     """
     utterances = []
     for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
@@ -1712,7 +1722,8 @@ def read_manifest(path: str) -> list[Utterance]:
 
 
 def load_audio(path: str, sample_rate: int) -> Tensor:
-    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file."""
+    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file. Needs:
+    `resample`."""
     import soundfile
 
     try:
