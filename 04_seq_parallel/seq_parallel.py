@@ -5,7 +5,7 @@ Paper: Reducing Activation Recomputation in Large Transformer Models,
        Korthikanti et al., 2022, arXiv 2205.05198
 
 The problem. Backward needs what forward computed, and for large models these activations fill more memory than the
-weights. To compute them a second time instead of keeping them costs a third of the speed.
+weights. To compute them a second time instead of keeping them takes a third more time.
 
 The idea. Count what one layer keeps: 34·s·b·h + 5·a·s²·b bytes (s tokens, b sequences, h wide, a heads). Tensor
 parallelism divides most of it, but not the 10·s·b·h that stand between its regions, where every rank computes the same
@@ -66,6 +66,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
 import math
@@ -80,6 +81,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -136,8 +138,8 @@ class GPTConfig:
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
 # A GPT on one device, in ordinary PyTorch and in the usual layout x_BSH: the thing to equal. It is explained in chapter
-# 2. Look at `Block`, the layer: it takes its two halves as arguments, and what it does itself (norm, dropout, residual
-# sum) it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as it is.
+# 2. Look at `Block`: it takes a layer's two halves as arguments, and what it does itself (norm, dropout, residual sum)
+# it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as it is.
 
 
 # ── shared: plain GPT ──
@@ -344,6 +346,14 @@ def train_alone(
 
 # ── end of plain GPT ──
 
+
+class TransformerLayer(Block):
+    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal. Needs: `Block`."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config, Attention(config), MLP(config))
+
+
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Two collectives join chapter 2's all-reduce and all-gather. With two ranks, each holding two halves:
@@ -352,8 +362,9 @@ def train_alone(
 #     reduce-scatter    rank 0: [a, c]    rank 1: [b, d]     →    rank 0: a + b     rank 1: c + d
 #     all-reduce        rank 0: [a, c]    rank 1: [b, d]     →    both: [a + b, c + d]
 #
-# A reduce-scatter and then an all-gather are an all-reduce. From chapter 2 come its doors, of which `copy_to_tp` and
-# `reduce_from_tp` are the paper's f and f̄, and its two linear layers.
+# A reduce-scatter and then an all-gather are an all-reduce. From chapter 2 come its doors and its two linear layers.
+# Letters have moved since: what chapter 2's paper calls f and g, `copy_to_tp` and `reduce_from_tp`, are f and f̄ in this
+# one, and g and ḡ are the two doors that section 2.2 adds.
 
 
 # ── shared: groups ──
@@ -639,7 +650,7 @@ def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") 
     x_sBH: any shape whose first dimension is divided over `group` (None: all ranks), of the same size on each.
     backward: "reduce_scatter" in front of work that is divided over the ranks, "split" in front of work that every rank
     repeats. Raises: ValueError for another `backward`.
-    Source: section 4.2.2 of the paper. Needs: `_Door`, `_gather_tokens`, `_reduce_scatter_tokens`, `_own_tokens`.
+    Source: section 4.2.2 of the paper. Needs: `_Door`, the helpers above, `group_size`, `group_rank`.
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
@@ -651,7 +662,7 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
     """ḡ: the sum over `group`, of which each rank gets its own tokens, (S, B, H) to (s, B, H).
 
     Raises: ValueError where S does not divide over the ranks. Source: section 4.2.2 of the paper.
-    Needs: `_Door`, `_reduce_scatter_tokens`, `_gather_tokens`, `_tokens_each`.
+    Needs: `_Door`, the helpers above, `group_size`.
     """
     if group_size(group) == 1:
         return partial_x_SBH
@@ -661,7 +672,8 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
 def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
     """This rank's tokens of a tensor that every rank has, (S, B, H) to (s, B, H); the gradient is gathered.
 
-    Raises: ValueError where S does not divide over the ranks. Needs: `_Door`, `_own_tokens`, `_gather_tokens`.
+    Raises: ValueError where S does not divide over the ranks. Needs: `_Door`, the helpers above, `group_size`,
+    `group_rank`.
     """
     return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
 
@@ -692,6 +704,7 @@ class _GatherMultiply(torch.autograd.Function):
         return F.linear(_gather_tokens(x_sBH, group), weight_fH, bias_f)
 
     @staticmethod
+    @once_differentiable  # a gradient of the gradient would miss what comes from other ranks: refuse it
     def backward(ctx, grad_SBf):
         x_sBH, weight_fH = ctx.saved_tensors
         grad_sBH = grad_fH = grad_f = None
@@ -725,7 +738,7 @@ def sum_over_tp(partial_x_SBH: Tensor, group, sequence_parallel: bool) -> Tensor
 class SPColumnParallelLinear(ColumnParallelLinear):
     """`ColumnParallelLinear` behind g: x_sBH to (S, B, f); without sequence parallelism behind f, x_SBH to (S, B, f).
 
-    Arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: `column_parallel`.
+    Other arguments, weights and errors are the parent's. Source: section 4.2.2 of the paper. Needs: `column_parallel`.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -739,8 +752,8 @@ class SPColumnParallelLinear(ColumnParallelLinear):
 class SPRowParallelLinear(RowParallelLinear):
     """`RowParallelLinear` before ḡ: y_SBf to (s, B, H); without sequence parallelism before f̄, to (S, B, H).
 
-    Arguments, weights and errors are the parent's. Under sequence parallelism the bias gets a partial gradient: see
-    `reduce_sequence_parallel_grads`. Needs: `sum_over_tp`.
+    Other arguments, weights and errors are the parent's. Under sequence parallelism the bias gets a partial gradient:
+    see `reduce_sequence_parallel_grads`. Source: section 4.2.2 of the paper. Needs: `sum_over_tp`.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -767,7 +780,8 @@ class SPRowParallelLinear(RowParallelLinear):
 # 5 bytes in all, a·s² times for each sequence. Three details keep it at that. The causal mask is *added*, as −∞:
 # masked_fill would keep a boolean mask. Mask and scaling are done by the product itself (baddbmm), so there is no
 # scaled copy of the queries. And the softmax is asked for narrow numbers: inside, it computes in fp32 all the same,
-# and would only hand out twice the bytes. (Under autocast PyTorch widens it, and 2 bytes become 4.)
+# and would only hand out twice the bytes. (Under autocast PyTorch widens it, and 2 bytes become 4.) What each detail is
+# worth: tests/test_04_seq_parallel.py::test_core_attention_written_carelessly.
 #
 # What came later: FlashAttention's kernel never stores an s × s tensor. It keeps its output and one number for each
 # query, the logarithm of the softmax' denominator, and computes the weights again in backward, block by block. That
@@ -778,7 +792,7 @@ class SPRowParallelLinear(RowParallelLinear):
 
 
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
-    """Causal attention of each pair by itself, written out as in the paper: (p, S, D) three times to (p, S, D).
+    """`core_attention` of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
 
     p: dropout on the attention weights, drawn from `generator`. Source: section 4.1 of the paper. Needs: `dropout`.
     """
@@ -851,7 +865,7 @@ def recompute(function: Callable, *args, generators=()):
 
 # ── 2.6 The layer ───────────────────────────────────────────────────────────────────────────────────────
 #
-# What each kind of rank keeps, in units of s·b·h bytes (bf16 counts 2, a mask 1):
+# What each kind of rank keeps, in units of s·b·h bytes (bf16 counts 2, a mask 1; 5·a·s²·b bytes are 5·a·s/h of them):
 #
 #                                         kept by one       TP alone        with SP
 #     norm 1             its input             2               2              2/t
@@ -911,7 +925,7 @@ RECOMPUTE = ("none", "selective", "full")
 
 
 class SequenceParallelLayer(Block):
-    """The plain `Block` under tensor and sequence parallelism: x_sBH to (s, B, H).
+    """The plain `TransformerLayer` under tensor and sequence parallelism: x_sBH to (s, B, H).
 
     Args:
         sequence_parallel: False is tensor parallelism alone, and x_SBH to (S, B, H), the same on every rank.
@@ -922,7 +936,8 @@ class SequenceParallelLayer(Block):
     Streams are `random_streams(..., sequence_parallel)`. After backward, and only under sequence parallelism, call
     `reduce_sequence_parallel_grads`. Parameters have the plain layer's names.
 
-    Raises: ValueError where heads, features or tokens do not divide over the ranks, and for another `recompute`.
+    Raises: ValueError where heads, features or tokens do not divide over the ranks, for another `recompute`, and for
+    dropout on several ranks without streams.
     Source: sections 4.2.2 and 5 of the paper. Needs: `Block`, sections 2.2 to 2.5, `GPTConfig`.
     """
 
@@ -934,9 +949,13 @@ class SequenceParallelLayer(Block):
             raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
         attention = ParallelAttention(config, group, sequence_parallel, recompute == "selective", core)
         super().__init__(config, attention, ParallelMLP(config, group, sequence_parallel))
-        self.recompute = recompute
+        self.group, self.recompute = group, recompute
 
-    def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
+    def forward(self, x_sBH: Tensor, streams: RandomStreams | None = None) -> Tensor:
+        streams, t = streams or RandomStreams(), group_size(self.group)
+        p = self.config.dropout if self.training else 0.0
+        if p and t > 1 and None in (streams.inside, streams.outside):
+            raise ValueError(f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)")
         if self.recompute == "full":
             return recompute(super().forward, x_sBH, streams, generators=[streams.outside, streams.inside])
         return super().forward(x_sBH, streams)
@@ -1136,8 +1155,6 @@ class SequenceParallelGPT(nn.Module):
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
         S, p, streams = tokens_BS.shape[1], self.config.dropout if self.training else 0.0, streams or RandomStreams()
-        if p and group_size(self.group) > 1 and None in (streams.inside, streams.outside):
-            raise ValueError(f"dropout={p} on {group_size(self.group)} ranks needs streams=random_streams(seed, ...)")
         if S > self.config.seq_length:
             raise ValueError(f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions")
         partial_x_SBH = look_up(tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group)
@@ -1335,24 +1352,26 @@ def train(
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
 #
 # ── 5.1 Memory ──────────────────────────────────────────────────────────────────────────────────────────
-
-
-def layer_bytes(s: int, b: int, h: int, a: int, t: int, sequence_parallel: bool, recompute: str) -> float:
-    """Bytes that one rank keeps of one layer, bf16 with 1-byte masks. Source: table 2 of the paper.
-
-    Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
-    """
-    divided = t if sequence_parallel else 1
-    if recompute == "full":
-        return 2 * s * b * h / divided
-    core = 5 * a * s / h if recompute == "none" else 0
-    return s * b * h * (10 / divided + (24 + core) / t)
+#
+# The last line of section 2.6, and its row "core", are the paper's table 2. A whole model is more than layers times
+# that: a pipeline's first stage has several micro-batches on their way, and the ends of the network keep something too.
+#
+# The paper's text is rounder than its formulas. Each of the two is said to halve what tensor parallelism keeps, nearly:
+# for its four models sequence parallelism leaves 58 to 67 %, selective recomputation 49 to 62 %. Both together are said
+# to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
 
 
 def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
-    """`layer_bytes` of a configuration with F = 4·H and dropout, for `batch` sequences."""
-    sizes = config.seq_length, batch, config.hidden_size, config.num_heads
-    return layer_bytes(*sizes, tp, sequence_parallel, recompute)
+    """Bytes that one of `tp` ranks keeps of a layer for `batch` sequences: bf16, 1-byte masks, F = 4·H, with dropout.
+
+    Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
+    Source: table 2 of the paper.
+    """
+    s, h, a, divided = config.seq_length, config.hidden_size, config.num_heads, tp if sequence_parallel else 1
+    if recompute == "full":
+        return 2 * s * batch * h / divided
+    core = 5 * a * s / h if recompute == "none" else 0
+    return s * batch * h * (10 / divided + (24 + core) / tp)
 
 
 # Table 3 and table 5: sequences of 2,048 tokens, 51,200 words, no data parallelism; t tensor-parallel ranks, p pipeline
@@ -1367,13 +1386,17 @@ PAPER_MODELS = {
 SEQUENCE, WORDS = 2048, 51_200
 
 
+def published_config(model: Published) -> GPTConfig:
+    return GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
+
+
 def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str) -> float:
     """Layers' activations on a GPU of the first pipeline stage, which holds the most.
 
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
     some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
     """
-    one = layer_bytes(SEQUENCE, model.micro_batch, model.h, model.a, model.t, sequence_parallel, recompute)
+    one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
 
 
@@ -1401,11 +1424,13 @@ def stage_output_bytes(model: Published) -> float:
 # those that the mathematics asks for; *hardware* FLOPs are all that were done, recomputation included; divided by what
 # the GPUs could have done in the time (312 TFLOP/s each), they are MFU and HFU.
 #
-# One thing does not add up. Core attention computed once more is 4·s²·h, a third of what it costs forward and
-# backward, which is the term s/(6h); so hardware FLOPs should have s/(6h) + s/(18h). The paper's equation has s/(3h),
-# as if all of core attention, forward and backward, were done twice, and all its HFU follow from that.
-# `hardware_flops` is the paper's equation, because its table is to be reproduced; `recomputed_flops` is what one
-# counts: see the demonstration.
+# One thing does not add up. Of a layer's 72·s·h² + 12·s²·h, core attention's two products, once more, are 4·s²·h: so
+# where model FLOPs have the term s/(6h), hardware FLOPs should have s/(6h) + s/(18h) = 2s/(9h). The paper's equation 8
+# has s/(3h), which is all of core attention once more, its backward included, and adds three times too much. (An author
+# confirms it: https://github.com/NVIDIA/Megatron-LM/issues/523.) So the paper's HFU are 0.5 to 1.4 points too high:
+# 175B has 51.8 % in place of 52.8 %. And the 7 % of time that selective recomputation adds to a layer of 22B cannot be
+# its 1.7 % of operations: softmax and dropout are done again as well, which wait for memory. `hardware_flops` is the
+# equation as printed, because its table is to be reproduced; `recomputed_flops` is what is done.
 
 
 def model_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
@@ -1414,7 +1439,7 @@ def model_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
 
 
 def hardware_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
-    """With selective recomputation, as the paper counts. Source: equation 8 of the paper."""
+    """With selective recomputation, as the paper prints it: see above. Source: equation 8 of the paper."""
     return 72 * batch * layers * s * h**2 * (1 + s / (3 * h) + vocab / (12 * h * layers))
 
 
@@ -1434,7 +1459,7 @@ def utilization(flops: float, seconds: float, gpus: int, peak: float = 312e12) -
 # rank's layer of a model for 512 GPUs runs through this same code in seconds, without memory, and can be counted: bytes
 # kept, messages, bytes on the wire, operations. (Only numbers cannot be had, nor time.)
 
-LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula saved messages wire flops")
+LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula kept saved messages wire flops")
 
 
 def wire_bytes(messages: Iterable[Message], t: int) -> float:
@@ -1446,7 +1471,8 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
     """One layer in bf16, forward and backward, in all six modes. Needs: `SequenceParallelLayer`, `saved_bytes`,
     `Counter`.
 
-    Every rank must call it. saved is a list of `Kept`, messages are forward and backward together, flops this rank's.
+    Every rank must call it. formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages,
+    wire (bytes) and flops are this rank's, forward and backward together.
     """
     costs, t = [], group_size(group)
     for sequence_parallel, kind in itertools.product((False, True), RECOMPUTE):
@@ -1456,12 +1482,12 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
         tokens = config.seq_length // (t if sequence_parallel else 1)
         x = torch.randn(tokens, batch, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
         streams = random_streams(config.seed, group_rank(group), sequence_parallel, device)
-        saved = saved_bytes(lambda layer=layer, x=x, streams=streams: layer(x, streams), layer.parameters())
+        saved = saved_bytes(partial(layer, x, streams), layer.parameters())
         with Counter() as counter, FlopCounterMode(display=False) as flops:
             layer(x, streams).sum().backward()
-        formula, wire = activation_bytes(config, t, sequence_parallel, kind, batch), wire_bytes(counter.messages, t)
-        total = flops.get_total_flops()
-        costs.append(LayerCost(sequence_parallel, kind, formula, saved, counter.messages, wire, total))
+        formula, kept = activation_bytes(config, t, sequence_parallel, kind, batch), sum(k.bytes for k in saved)
+        sent = counter.messages, wire_bytes(counter.messages, t)
+        costs.append(LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops()))
     return costs
 
 
@@ -1472,9 +1498,8 @@ def paper_scale(name: str) -> list[LayerCost]:
 
     model = PAPER_MODELS[name]
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.t)
-    config = GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
     with FakeTensorMode():
-        costs = layer_costs(config, model.micro_batch)
+        costs = layer_costs(published_config(model), model.micro_batch)
     dist.destroy_process_group()
     return costs
 
@@ -1549,17 +1574,13 @@ def check(args, device: torch.device) -> bool:
 
 def print_costs(costs: list[LayerCost], sbh: int) -> None:
     """The six modes beside each other; sbh is the number of elements of a whole x_SBH."""
-    say("mode                  kept, in s·b·h  formula    messages, forward + backward   sent by a rank   operations")
+    say("mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations")
     for cost in costs:
         names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
         sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
-        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{kept_bytes(cost) / sbh:10.3f}"
-            f"{cost.formula / sbh:11.3f}    {sent:31}{cost.wire / 2**20:9.1f} MiB"
-            f"{cost.flops / costs[0].flops - 1:+12.1%}")  # fmt: skip
-
-
-def kept_bytes(cost: LayerCost) -> int:
-    return sum(kept.bytes for kept in cost.saved)
+        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{cost.kept / sbh:12.3f}"
+            f"{cost.formula / sbh:11.3f}  {sent:31}{cost.wire / 2**20:9.2f} MiB"
+            f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
 
 
 def demonstrate(args, device: torch.device) -> list[float]:
@@ -1595,10 +1616,23 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     """Prints what a small layer keeps and what the six modes cost; returns the costs, and the elements of its x_SBH."""
     config = GPTConfig(seq_length=64, hidden_size=128, num_heads=2 * t, dropout=0.1)
     costs, sbh = layer_costs(config, 2, None, device), 2 * config.seq_length * config.hidden_size
-    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h bytes, and the line that keeps it")
+    core = 5 * config.num_heads * config.seq_length / config.hidden_size
+    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n")
     for kept in costs[3].saved:
-        say(f"{kept.bytes / sbh:8.4f}  {str(kept.dtype)[6:]:9}{kept.line:.95}")
-    say("\nThe four small ones are the norms' mean and deviation of each token, which the formula leaves out.\n")
+        shape = " × ".join(map(str, kept.shape))
+        say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
+    terms = f"= 34 + 5·a·s/h, which is {core:g} here, and mean and deviation of each token (those ending in × 1)"
+    say(f"{t * costs[3].kept / sbh:8.3f}  {terms}")
+    fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
+    for layer, ranks, shape, what in (
+        (fused, t, (64 // t, 2, 128), "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks"),
+        (TransformerLayer(config), 1, (2, 64, 128), "by the plain layer on one device, whose softmax hands out fp32"),
+    ):
+        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
+        layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
+        kept = saved_bytes(partial(layer, x, streams), layer.parameters())
+        say(f"{ranks * sum(k.bytes for k in kept) / sbh:8.3f}  {what}")
+    say()
     print_costs(costs, sbh)
     return costs, sbh
 
@@ -1624,11 +1658,12 @@ def main(args, device: torch.device) -> None:
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    found = {f"this run, t = {t}": [(kept_bytes(cost), cost.formula, cost.flops) for cost in costs]}
-    found |= {f"{name}, t = 8, pretended ranks": dry_run(name) for name in ("175B", "1T")}
+    found = {f"this run, t = {t},": [(cost.kept, cost.formula, cost.flops) for cost in costs]}
+    published = dry_run()
+    found |= {"22B to 1T on pretended ranks,": [mode for modes in published.values() for mode in modes]}
     for what, modes in found.items():
         worst, good = within((kept / formula - 1 for kept, formula, _ in modes), 0.01)
-        row(f"bytes kept of a layer of {what}, six modes", "table 2", f"within {100 * worst:.3f} %", good)
+        row(f"bytes kept of a layer, {what} six modes", "table 2", f"within {100 * worst:.3f} %", good)
     unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
     why = "2 are the second gathers: 2.3" if unit else "needs ranks"
@@ -1639,9 +1674,11 @@ def main(args, device: torch.device) -> None:
         share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
         good = all(abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu)))  # 22B's 1.10 s are good to 0.2 points
         row(f"MFU and HFU of {name}", f"{m.mfu} %, {m.hfu} %", "{:.1f} %, {:.1f} %".format(*share), good)
-    none, selective = (found["175B, t = 8, pretended ranks"][mode][2] for mode in (0, 1))
-    here = f"{100 * (selective / none - 1):.1f} %"
-    row("operations that selective recomputation adds, 175B", "2.7 %", here, "see section 5.2")
+    none, selective = (published["175B"][mode][2] for mode in (0, 1))
+    m = PAPER_MODELS["175B"]
+    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(m.batch, SEQUENCE, m.h, m.L, WORDS)
+    here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
+    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.5")
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on one device, 175B, 530B", "70 %, 65 %", here)
@@ -1658,14 +1695,14 @@ def main(args, device: torch.device) -> None:
         sys.exit(1)
 
 
-def dry_run(name: str) -> list[tuple[int, float, int]]:
-    """Of `paper_scale`: bytes kept, formula and operations of each mode. A process has one world, and this one's is
-    real: so it runs in another."""
-    numbers = "[[s.kept_bytes(c), c.formula, c.flops] for c in s.paper_scale(sys.argv[1])]"
-    program = f"import json, sys, seq_parallel as s; print(json.dumps({numbers}))"
+def dry_run() -> dict[str, list[tuple[int, float, int]]]:
+    """Of each published model's layer, in each mode, bytes kept, formula and operations. A process has one world, and
+    this one's is real: so it runs in another."""
+    numbers = "{name: [[c.kept, c.formula, c.flops] for c in s.paper_scale(name)] for name in s.PAPER_MODELS}"
+    program = f"import json, seq_parallel as s; print(json.dumps({numbers}))"
     clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     options = dict(env=clean, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
-    return json.loads(subprocess.run([sys.executable, "-c", program, name], **options).stdout)
+    return json.loads(subprocess.run([sys.executable, "-c", program], **options).stdout)
 
 
 SIZES = dict(
@@ -1908,5 +1945,7 @@ if __name__ == "__main__":
         print(f"one layer of {arguments.paper_scale}: s {SEQUENCE}, b {model.micro_batch}, h {model.h}, a {model.a}, "
               f"t {model.t}, pretended\n")  # fmt: skip
         print_costs(paper_scale(arguments.paper_scale), SEQUENCE * model.micro_batch * model.h)
+        print("\nkept by a GPU of the first pipeline stage, all layers and micro-batches, in GB:")
+        print(", ".join(f"{mode_name(*mode)} {first_stage_bytes(model, *mode) / 1e9:.1f}" for mode in MODES))
     else:
         launch(main, arguments)

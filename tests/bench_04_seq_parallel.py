@@ -13,6 +13,7 @@ what was there before; on the CPU it runs in fp32, and memory is what autograd k
 import argparse
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import ranks
@@ -68,7 +69,7 @@ def measure(hidden: int, heads: int, seq: int, batch: int, rounds: int, dtype: s
                 found[name]["memory"] = torch.cuda.max_memory_allocated() - before if cuda else 0
     if not cuda:
         for name, (layer, x, streams) in layers.items():
-            saved = sp.saved_bytes(lambda: layer(x, streams), layer.parameters())  # noqa: B023
+            saved = sp.saved_bytes(partial(layer, x, streams), layer.parameters())
             found[name]["memory"] = sum(kept.bytes for kept in saved)
     return found
 

@@ -69,6 +69,7 @@ def printed(notebook) -> str:
 def tidy(notebook) -> None:
     """Takes out what differs from one execution to the next: versions, times, progress bars, the order of ranks."""
     notebook.metadata.get("language_info", {}).pop("version", None)
+    notebook.metadata.pop("widgets", None)  # the state of progress bars
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":

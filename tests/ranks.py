@@ -67,7 +67,7 @@ class Pool:
     def _start(self) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for the fork server
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "ranks"])
+        context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"])
         self.folder = tempfile.TemporaryDirectory()
         self.connections = []
         for rank in range(self.world):
