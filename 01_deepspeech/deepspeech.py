@@ -46,8 +46,9 @@ GPU kernels and the memory allocator.
 #     B  batch, in utterances           T  time, in frames       t: the frames of this rank (section 2.5)
 #     F  frequency bins                 U  labels of an utterance
 #     C  channels of a convolution      V  alphabet, the blank included
-#     H  hidden size                    S  states of the CTC lattice, 2U + 1
-#     D  directions: 1, or 2            W  samples of a waveform
+#     H  hidden size                    S  pairs of states in the CTC lattice, U + 1
+#     D  directions: 1, or 2            P  problems that CTC solves at once, 2B
+#     W  samples of a waveform
 #
 # A CAPITAL is the whole dimension, the small letter this rank's share of it, and partial_ marks a summand that is still
 # to be reduced; a digit is a literal size. In data parallelism each rank has its own B: "whole" means within one
@@ -78,6 +79,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.elastic.multiprocessing.errors import record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -186,7 +188,8 @@ class Bias(nn.Module):
 
 
 def plain_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H)."""
+    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H). Needs:
+    `clip`."""
     h_DBH, states = torch.zeros_like(x_TDBH[0]), []
     for x_DBH in x_TDBH:
         h_DBH = clip(x_DBH + h_DBH @ weight_DHH)
@@ -198,7 +201,7 @@ def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Te
     """A gated recurrence, (T, D, B, 3H) to all states (T, D, B, H), with the paper's clip where others have tanh.
 
     x holds the inputs of the gate z, of the gate r and of the candidate, side by side, and so does weight.
-    Source: Deep Speech 2, section 3 (the equations of its gated unit).
+    Source: Deep Speech 2, section 3 (the equations of its gated unit). Needs: `clip`.
     """
     H = weight_DH3H.shape[1]
     h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
@@ -263,7 +266,7 @@ class DeepSpeech2(nn.Module):
 
     forward: x_BTF, zero behind each end, and lengths_B (int64) to log_probs_TBV, at least fp32, and their lengths.
     Raises: ValueError for another number of bins than the configuration's.
-    Source: Deep Speech 2, section 3. Needs: part 1.
+    Source: Deep Speech 2, section 3. Needs: `ALPHABET` and all of part 1 above.
     """
 
     def __init__(self, config: SpeechConfig, norm: Callable = PlainBatchNorm, recurrence: Callable = plain_recurrence):
@@ -412,7 +415,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # letters in a row need a blank between them, so "hello" takes at least 6 frames.) The probability of a text is the sum
 # over all of its paths, and the loss its −log. Frames are independent, so a path's probability is a product.
 #
-# There are too many paths to list, and no need to: put the labels in a row with blanks around them, S = 2U + 1 states,
+# There are too many paths to list, and no need to: put the labels in a row with blanks around them, 2U + 1 states,
 #
 #     state      0     1     2     3     4                  a path moves through the states from left to right: in each
 #     symbol     _     c     _     a     _                  frame it stays, steps to the next, or skips a blank that
@@ -429,60 +432,75 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
 # would make ∞ − ∞ = NaN where alpha and beta are put together.
 #
+# Half of the sums are made twice that way. Write the states in S = U + 1 pairs, each blank below the label before it:
+#
+#     pair       0     1     2
+#     label      ·     c     a        · is no label, and impossible
+#     blank      _     _     _        what comes to blank 1, from itself and from c, is also what comes to a, where a
+#                                     skip is allowed; where it is not, blank 1 alone comes. Two sums a pair, not four
+#
 # beta needs no code of its own. Read labels and frames backwards, and beta is alpha: the reversed problem is stacked
-# on the batch, so one loop over time serves both, and it is the only loop.
+# on the batch, P = 2B problems, so one loop over time serves both, and it is the only loop.
 
 IMPOSSIBLE = -1e30
 
 
-def _lattice(log_y_TPS: Tensor, skip_PS: Tensor, first_P: Tensor) -> Tensor:
-    """alpha of P problems that begin in state first_P, (T + 1, P, S + 2): before any frame and after each.
+def _lattice(log_y_T2SP: Tensor, skip_SP: Tensor, first_P: Tensor) -> Tensor:
+    """alpha of P problems, before any frame and after each, of blanks and labels: (T + 1, 2, S, P).
 
-    Two impossible states on the left spare the edge cases: state s stands in column s + 2.
+    A problem begins in the blank of pair first_P; skip_SP: the label before this blank and the one behind it differ.
     """
-    T, P, S = log_y_TPS.shape
-    alpha = log_y_TPS.new_full((T + 1, P, S + 2), IMPOSSIBLE)
-    alpha[0].scatter_(1, first_P[:, None] + 2, 0)
-    skip_PS = torch.where(skip_PS, 0.0, IMPOSSIBLE).to(alpha.dtype)
+    T, _, S, P = log_y_T2SP.shape
+    alpha = log_y_T2SP.new_full((T + 1, 2, S, P), IMPOSSIBLE)
+    alpha[0, 0].scatter_(0, first_P[None], 0)
     for t in range(T):
-        stay_PS, step_PS, two_PS = alpha[t, :, 2:], alpha[t, :, 1:-1], alpha[t, :, :-2]
-        come_PS = torch.logaddexp(torch.logaddexp(stay_PS, step_PS), two_PS + skip_PS)
-        torch.add(come_PS, log_y_TPS[t], out=alpha[t + 1, :, 2:])
+        (blank_SP, label_SP), (next_blank_SP, next_label_SP) = alpha[t], alpha[t + 1]
+        torch.logaddexp(blank_SP, label_SP, out=next_blank_SP)
+        come_SP = torch.where(skip_SP, next_blank_SP, blank_SP)
+        torch.logaddexp(label_SP[1:], come_SP[:-1], out=next_label_SP[1:])
+        alpha[t + 1] += log_y_T2SP[t]
     return alpha
+
+
+def _turned(x_T2SB: Tensor) -> Tensor:
+    """Frames and states backwards. The last blank becomes the first; the impossible label stays before it."""
+    blank_TSB, label_TSB = x_T2SB.flip(0, 2).unbind(1)
+    return torch.stack([blank_TSB, label_TSB.roll(1, 1)], 1)
 
 
 class _CTC(torch.autograd.Function):
     @staticmethod
     def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
-        (T, B, _), U, device = log_probs_TBV.shape, labels_BU.shape[1], log_probs_TBV.device
-        t_T1, state_S = torch.arange(T, device=device)[:, None], torch.arange(2 * U + 1, device=device)
-        symbol_BS = torch.full((B, 2 * U + 1), blank, device=device)
-        symbol_BS[:, 1::2] = labels_BU
-        symbol_TBS, ends_B = symbol_BS.expand(T, -1, -1), 2 * sizes_B + 1  # states of each utterance
-        skip_BS = (symbol_BS != blank) & (symbol_BS != symbol_BS.roll(2, 1)) & (state_S > 1)
-        log_y_TBS = log_probs_TBV.clamp_min(IMPOSSIBLE).gather(2, symbol_TBS)
-        problems = log_y_TBS, skip_BS, torch.zeros_like(ends_B)
+        (T, B, V), U = log_probs_TBV.shape, labels_BU.shape[1]
+        over_T1B = ~valid_frames(frames_B, T)[:, None]
+        log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)
+        log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank]
+        log_y_T2SB[:, 1, 1:] = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT
+        # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
+        # comes first, and so does the padding of the labels: a path waits in the last true blank.
+        log_y_T2SB[:, 0].masked_fill_(over_T1B, 0)
+        log_y_T2SB[:, 1].masked_fill_(over_T1B, IMPOSSIBLE)
+        skip_SB = torch.zeros(U + 1, B, dtype=torch.bool, device=frames_B.device)
+        skip_SB[1:-1] = (labels_BU[:, 1:] != labels_BU[:, :-1]).T
+        problems = [(log_y_T2SB.clamp_(min=IMPOSSIBLE), skip_SB, torch.zeros_like(sizes_B))]
         if ctx.needs_input_grad[0]:
-            # Backwards the padding comes first, of states and of frames: a path waits in its first state until then.
-            first_B = 2 * U + 1 - ends_B
-            wait_BS = torch.where(state_S == first_B[:, None], 0.0, IMPOSSIBLE).to(log_y_TBS.dtype)
-            back_TBS = torch.where((t_T1 < T - frames_B)[..., None], wait_BS, log_y_TBS.flip(0, 2))
-            back = back_TBS, skip_BS.flip(1).roll(2, 1), first_B
-            problems = (torch.cat(pair, max(pair[0].ndim - 2, 0)) for pair in zip(problems, back))
-        alpha = _lattice(*problems)
-        last_2B = alpha[frames_B, torch.arange(B, device=device), torch.stack([ends_B + 1, ends_B])]
-        log_p_B = torch.logaddexp(*last_2B)
+            problems.append((_turned(log_y_T2SB), skip_SB.flip(0), U - sizes_B))
+        alpha = _lattice(*(torch.cat(both, -1) for both in zip(*problems)))
+        log_p_B = torch.logaddexp(*alpha[frames_B, :, sizes_B, torch.arange(B, device=frames_B.device)].T)
         if ctx.needs_input_grad[0]:
             # Both alpha and beta contain y of their frame: it is taken off once. What is below e⁻⁸⁰ is nothing, and an
             # exponential of −1e30 takes a CPU far longer.
-            through_TBS = alpha[1:, B:, 2:].flip(0, 2).add_(alpha[1:, :B, 2:]).sub_(log_y_TBS).sub_(log_p_B[:, None])
-            lives_TBS = (t_T1 < frames_B)[..., None] & (state_S < ends_B[:, None])
-            through_TBS = through_TBS.clamp_(min=-80).exp_().mul_(lives_TBS)
-            grad_TBV = torch.zeros_like(log_probs_TBV).scatter_add_(2, symbol_TBS, through_TBS.neg_())
+            through_T2SB = _turned(alpha[1:, ..., B:]).add_(alpha[1:, ..., :B]).sub_(log_y_T2SB).sub_(log_p_B)
+            blank_TSB, label_TSB = through_T2SB.clamp_(min=-80).exp_().unbind(1)
+            symbol_BUV = F.one_hot(labels_BU, V).to(label_TSB.dtype)
+            share_TBV = einsum(label_TSB[:, 1:], symbol_BUV, "T U B, B U V -> T B V")
+            share_TBV[..., blank] += blank_TSB.sum(1)
+            grad_TBV = share_TBV.neg_().masked_fill_(over_T1B.mT, 0)
             ctx.save_for_backward(grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan))
         return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
 
     @staticmethod
+    @once_differentiable  # forward has computed the gradient: nothing here could be differentiated again
     def backward(ctx, grad_B):
         (grad_TBV,) = ctx.saved_tensors
         return torch.where(grad_B[:, None] == 0, 0, grad_TBV * grad_B[:, None]), None, None, None, None
@@ -506,18 +524,15 @@ def ctc_loss(
     native function's contains the softmax's term already, exp(log_probs) − share. Through log_softmax both are equal.
     Raises: ValueError: shapes or lengths that contradict each other, a target that is blank or no symbol (values are
     looked at on the CPU only).
-    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_readable`.
+    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_turned`,
+    `IMPOSSIBLE`, `valid_frames`, `_readable`.
     """
     (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
     frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
     labels = targets.to(device, torch.int64)
     if reduction not in ("none", "sum", "mean") or not 0 <= blank < V:
         raise ValueError(f"reduction={reduction!r}: none, sum or mean; blank={blank}: one of the {V} symbols")
-    if (
-        not frames_B.shape == sizes_B.shape == (B,)
-        or labels.ndim not in (1, 2)
-        or (labels.ndim == 2 and len(labels) != B)
-    ):
+    if not frames_B.shape == sizes_B.shape == (B,) or labels.ndim == 0 or labels.shape[:-1] not in ((), (B,)):
         found = f"targets {tuple(labels.shape)}, lengths {tuple(frames_B.shape)} and {tuple(sizes_B.shape)}"
         raise ValueError(f"{found} do not fit log_probs of {B} utterances")
     if labels.ndim == 1:  # all in one row: into a table
@@ -585,7 +600,7 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
 
     tensor: the same shape on every rank; any, also with fewer elements than ranks, or none. The result is equal on all
     ranks to the bit. Each rank sends about 2·K·(N − 1)/N elements, all ranks together exactly 2·K·(N − 1).
-    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, `group_size`, `group_rank`.
+    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, the block groups.
     """
     N, r = group_size(group), group_rank(group)
     if N == 1:
@@ -637,7 +652,7 @@ class GradientRing:
 
     Every rank must call finish() once for every step; a rank without an utterance sends zeros. Gradients are complete
     when it returns. Do not call backward twice between two of them: the first sum would be on its way already.
-    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce`.
+    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce` and what it needs.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
@@ -714,14 +729,14 @@ class _SumOverRanks(torch.autograd.Function):
         return _all_reduce(partial_x.clone(), group)
 
     @staticmethod
-    def backward(ctx, grad):
-        return _all_reduce(grad.clone(), ctx.group), None
+    def backward(ctx, grad):  # by the same node, and so a second derivative is right too
+        return _SumOverRanks.apply(grad, ctx.group), None
 
 
 def sum_over_ranks(partial_x: Tensor, group=None) -> Tensor:
     """The sum over `group`, on every rank; its gradient is summed as well, since each rank's loss depends on all x.
 
-    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, `_all_reduce`.
+    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, the block groups.
     """
     return _SumOverRanks.apply(partial_x, group) if group_size(group) > 1 else partial_x
 
@@ -732,7 +747,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     forward: x (..., H); valid (...), bool, or broadcastable to it. Returns x's shape, zero where not valid, at least
     fp32. The running averages are the same on every rank. Every rank must call it in training, with frames or without.
     Raises: ValueError in training where fewer than two frames are valid on all ranks together (looked at on the CPU).
-    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_readable`, `group_size`.
+    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_SumOverRanks`, the block groups.
     """
 
     def __init__(self, num_features: int, group=None, **options):
@@ -801,6 +816,7 @@ class _Recurrence(torch.autograd.Function):
         return h_TDBH
 
     @staticmethod
+    @once_differentiable  # a formula that works in place, out of autograd's sight
     def backward(ctx, grad_TDBH):
         h_TDBH, weight_DHH = ctx.saved_tensors
         rest_DBH = torch.zeros_like(h_TDBH[0]) if len(h_TDBH) else h_TDBH.sum(0)
@@ -809,7 +825,8 @@ class _Recurrence(torch.autograd.Function):
 
 
 def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence` and what it calls."""
+    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence`, `_unroll`,
+    `_unroll_back`, `_weight_gradient`."""
     return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH)
 
 
@@ -870,6 +887,7 @@ class _TimeParallel(torch.autograd.Function):
         return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_tBH):
         h_t2BH, start_2BH, weight_2HH = ctx.saved_tensors
         grad_t2BH = torch.stack([grad_tBH, grad_tBH.flip(0)], 1)
@@ -894,8 +912,8 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
             Utterances of unequal length: zero behind each end, as everywhere in this chapter.
         weight_2HH: U of either direction, the same on every rank. Its gradient is summed over `group` here.
 
-    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`, `_exchange`,
-    `_weight_gradient`, `_all_reduce`, `group_size`, `group_rank`.
+    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`,
+    `_weight_gradient`, `_exchange`, the block groups.
     """
     return _TimeParallel.apply(x_tBH.to(weight_2HH.dtype), weight_2HH, group)
 
@@ -945,7 +963,7 @@ def beam_search(
         cutoff, most: a frame's symbols are tried from the most probable on, until they add up to `cutoff`, and never
             more than `most` of them: section 7.2 of the second paper. 1.0 tries all.
 
-    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`.
+    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`, `_log_add`.
     """
     if beam < 1:
         raise ValueError(f"beam={beam}: at least 1")
@@ -1006,7 +1024,7 @@ def _log_add(a: float, b: float) -> float:
 def check_replicas(model: nn.Module, group=None) -> None:
     """Raises ValueError, on every rank, where a parameter or running average is not the same on all ranks of `group`.
 
-    Compares the lowest with the highest value of each element. Needs: `_all_reduce`.
+    Compares the lowest with the highest value of each element. Needs: the block groups.
     """
     for name, x in model.state_dict().items():
         low, high = (_all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
@@ -1098,7 +1116,7 @@ def train_step(
     """One optimiser step on this rank's utterances, which may be none; every rank must call it.
 
     Returns: the mean loss over the utterances of all ranks, and the gradient's norm before clipping; the same on every
-    rank. Needs: `ctc_loss`, `GradientRing`, `clip_grad_norm_`, `_all_reduce`, `Batch`.
+    rank. Needs: `ctc_loss`, `GradientRing`, and what they need; `clip_grad_norm_`, `Batch`.
     """
     optimizer.zero_grad()
     utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
@@ -1120,7 +1138,7 @@ def train(
     """`train_alone` on many ranks: the same losses and norms. Every rank must iterate it.
 
     batches: this rank's share of each step's utterances. group: the data-parallel ranks, None for all; ring_group: the
-    same ranks once more, for the gradients alone. Needs: `make_optimizer`, `GradientRing`, `train_step`.
+    same ranks once more, for the gradients alone. Needs: `make_optimizer`, and `train_step` with what it needs.
     """
     optimizer, ring = make_optimizer(model, kind), GradientRing(model.parameters(), ring_group)
     try:
@@ -1294,15 +1312,14 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
 
 
 @torch.no_grad()
-def transcribe(model: DeepSpeech2, speech: Speech, device, rows: Iterable[int], lm=None, **search) -> list[tuple]:
+def transcribe(model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args) -> list[tuple[str, str, str]]:
     """(reference, greedy text, text by beam search) of some utterances, one by one. Call model.eval() before."""
-    found = []
+    found, weight = [], next(model.parameters())
     for i in rows:
-        batch = speech.batch([i], model.config).to(device, next(model.parameters()).dtype)
-        log_probs_TBV, _ = model(batch.features_BTF, batch.frames_B)
-        log_probs_TV = log_probs_TBV[:, 0].cpu()
-        best = beam_search(log_probs_TV, lm=lm, **search)[0][0] if lm else None
-        found.append((speech.texts[i], greedy(log_probs_TV), best))
+        batch = speech.batch([i], model.config).to(weight.device, weight.dtype)
+        log_probs_TV = model(batch.features_BTF, batch.frames_B)[0][:, 0].cpu()
+        texts = beam_search(log_probs_TV, args.beam, lm, args.alpha, args.beta)
+        found.append((speech.texts[i], greedy(log_probs_TV), texts[0][0]))
     return found
 
 
@@ -1343,11 +1360,9 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
             say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
             sums = []
     check_replicas(model)
-    lm, mine = NGram(heard.texts), range(r, len(unheard.texts), N)
-    found = transcribe(model.eval(), unheard, device, mine, lm, beam=args.beam, alpha=args.alpha, beta=args.beta)
-    every = [found] * N
-    if N > 1:
-        dist.all_gather_object(every, found)
+    every: list = [None] * N
+    mine = range(r, len(unheard.texts), N)
+    dist.all_gather_object(every, transcribe(model.eval(), unheard, mine, NGram(heard.texts), args))
     if args.save and r == 0:
         save_model(args.save, model, heard.texts)
     return losses, *report(list(itertools.chain(*every)))
@@ -1463,16 +1478,16 @@ def flags() -> argparse.Namespace:
     try:
         if args.epochs < 1 or args.batch < 1 or args.beam < 1:
             raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
+        if not (0 < args.lr < math.inf and args.max_norm > 0 and math.isfinite(args.alpha + args.beta)):
+            numbers = f"--lr {args.lr}, --max-norm {args.max_norm}, --alpha {args.alpha}, --beta {args.beta}"
+            raise ValueError(f"{numbers}: the first two above zero, and all of them finite")
         if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
             raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
-        config_of(args)
-        for path in (args.data, args.dev, args.evaluate):
-            for utterance in read_manifest(path) if path else ():
-                check_audio(utterance.path)
+        config = load_model(args.load)[0].config if args.load else config_of(args)
+        for path in filter(None, (args.data, args.dev, args.evaluate)):
+            Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
         if args.transcribe:
-            check_audio(args.transcribe)
-        if args.load:
-            load_model(args.load)
+            load_audio(args.transcribe, config.sample_rate)
         if args.save and not Path(args.save).absolute().parent.is_dir():
             raise ValueError(f"--save {args.save}: there is no such folder")
     except (ValueError, OSError) as error:
@@ -1484,13 +1499,12 @@ def use_model(args) -> None:
     """--evaluate and --transcribe: one process, no ranks."""
     torch.set_num_threads(1)
     model, texts = load_model(args.load)
-    search = dict(lm=NGram(texts), beam=args.beam, alpha=args.alpha, beta=args.beta)
     if args.evaluate:
         speech = Speech.from_manifest(args.evaluate, model.config, print)
-        report(transcribe(model, speech, torch.device("cpu"), range(len(speech.texts)), **search))
+        report(transcribe(model, speech, range(len(speech.texts)), NGram(texts), args))
     if args.transcribe:
         speech = Speech([load_audio(args.transcribe, model.config.sample_rate)], [""])
-        ((_, plain, searched),) = transcribe(model, speech, torch.device("cpu"), [0], **search)
+        ((_, plain, searched),) = transcribe(model, speech, [0], NGram(texts), args)
         print(f"greedy             {plain}\nwith beam search   {searched}")
 
 
@@ -1595,7 +1609,8 @@ def distort(wave_W: Tensor, config: SpeechConfig, rng: np.random.Generator) -> T
     """A spectrogram of the recording as somebody else could have made it: (T, F) of another T.
 
     Another pitch and length of the vocal tract (played faster or slower), another tempo, coloured noise 5 to 35 dB
-    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way.
+    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way. Needs:
+    `SpeechConfig`, `log_spectrogram`, `mix_noise`, `resample`.
     """
     rate = config.sample_rate
     wave_W = resample(wave_W, rate, round(rate * rng.uniform(0.82, 1.18)))
@@ -1684,7 +1699,7 @@ def read_manifest(path: str) -> list[Utterance]:
 
     A relative audio_filepath is relative to the manifest's folder. Letters are made small. Raises: ValueError that
     names file and line for what is no JSON object, lacks a key, names no file, or has letters outside the alphabet;
-    also for a manifest without utterances.
+    also for a manifest without utterances. Needs: `ALPHABET`, `Utterance`.
     """
     utterances = []
     for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
@@ -1706,21 +1721,11 @@ def read_manifest(path: str) -> list[Utterance]:
     return utterances
 
 
-def check_audio(path: str) -> None:
-    """Raises ValueError where an audio file cannot be opened; reads only its head."""
-    import soundfile
-
-    try:
-        soundfile.info(path)
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"{path} cannot be read as audio: {error}") from error
-
-
 def load_audio(path: str, sample_rate: int) -> Tensor:
-    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file."""
+    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file. Needs:
+    `resample`."""
     import soundfile
 
-    check_audio(path)
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
@@ -1747,10 +1752,18 @@ class Speech:
 
     @classmethod
     def from_manifest(cls, path: str, config: SpeechConfig, tell: Callable[[str], None]) -> Speech:
-        """Utterances with too few frames for their letters cannot be learned: they are left out, and counted aloud."""
-        utterances = read_manifest(path)
-        waves = [load_audio(utterance.path, config.sample_rate) for utterance in utterances]
-        long = [frames_of(wave_W, config) >= frames_needed(u.text) for wave_W, u in zip(waves, utterances)]
+        """Utterances with too few frames for their letters cannot be learned: they are left out, and counted aloud.
+
+        Raises: ValueError that names manifest and line for audio that cannot be used, as `read_manifest` for the rest.
+        """
+        utterances, waves = read_manifest(path), []
+        for utterance in utterances:
+            try:
+                waves.append(load_audio(utterance.path, config.sample_rate))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {utterance.line}: {error}") from error
+        frames = [config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) for wave_W in waves]
+        long = [there >= frames_needed(utterance.text) for there, utterance in zip(frames, utterances)]
         if not all(long):
             first = utterances[long.index(False)]
             tell(f"{path}: left out {long.count(False)} of {len(long)} utterances, whose text has more letters than "
@@ -1772,11 +1785,6 @@ class Speech:
         frames_B, sizes_B = (torch.tensor([len(x) for x in xs]) for xs in (features, labels))
         features_BTF, labels_BU = (nn.utils.rnn.pad_sequence(xs, batch_first=True) for xs in (features, labels))
         return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(1, len(rows) + 1))
-
-
-def frames_of(wave_W: Tensor, config: SpeechConfig) -> int:
-    """Frames of a recording at the network's output."""
-    return config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0)
 
 
 def frames_needed(text: str) -> int:

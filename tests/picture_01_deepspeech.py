@@ -57,8 +57,8 @@ def main() -> None:
         for symbol in sorted(set(batch.labels_BU[0].tolist())):
             (line,) = axes.plot(at, share[:, symbol], linewidth=1.6)
             for t in range(T):
-                here = share[max(0, t - 3) : t + 4, symbol]
-                if share[t, symbol] > 0.08 and share[t, symbol] == here.max():
+                here = share[max(0, t - 2) : t + 3, symbol]
+                if share[t, symbol] > 0.15 and share[t, symbol] == here.max():
                     letter = ds.ALPHABET[symbol].replace(" ", "␣")
                     axes.annotate(
                         letter, (at[t], share[t, symbol] + 0.04), ha="center", color=line.get_color(), fontsize=12

@@ -8,7 +8,6 @@ functions, or a sum over everything that is possible.
 import itertools
 import json
 import math
-import subprocess
 import sys
 import time
 from functools import lru_cache, partial
@@ -18,6 +17,7 @@ import deepspeech as ds
 import numpy as np
 import pytest
 import ranks
+import scripts
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -190,6 +190,28 @@ def test_ctc_of_anything(data):
         results.append({"loss": loss, "grad": x.grad})
     for name, x in results[1].items():
         assert (results[0][name] - x).abs().max() <= 1e-10 * max(1.0, x.abs().max().item())
+
+
+def test_second_derivatives_are_refused():
+    """Of what computes its gradient by formula; autograd would take the gradient for a constant, and be wrong."""
+    x = random(5, 2, 4).requires_grad_()
+    loss = ds.ctc_loss(x.log_softmax(-1), torch.tensor([[1, 2], [3, 1]]), [5, 4], [2, 1])
+    h, weight = random(5, 2, 3, 4).requires_grad_(), random(2, 4, 4).requires_grad_()
+    whole, cut = ds.clipped_recurrence(h, weight), ds.time_parallel_birnn(h[:, 0], weight)
+    for y, leaf in ((loss, x), (whole, h), (cut, weight)):
+        (grad,) = torch.autograd.grad(y.square().sum(), leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            grad.square().sum().backward()
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_the_second_derivative_of_the_sum_over_ranks():
+    """L = Σ over ranks of Σ y³, y the sum of all x: its gradient 3 N y² and that one's own, 6 N² y, on every rank."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    x, y = random(3, seed=r).requires_grad_(), sum(random(3, seed=n) for n in range(N))
+    (grad,) = torch.autograd.grad(ds.sum_over_ranks(x).pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert_equal({"first": grad, "second": second}, {"first": 3 * N * y**2, "second": 6 * N**2 * y})
 
 
 # ── 2.2 The ring ────────────────────────────────────────────────────────────────────────────────────────
@@ -736,9 +758,9 @@ def test_without_the_repeat_rule():
     """A skip over the blank between equal labels lets "l" + "l" say "ll"."""
     original = ds._lattice
 
-    def lattice(log_y, skip_BS, first):
-        skip = torch.zeros_like(skip_BS)
-        skip[:, 3::2] = True
+    def lattice(log_y, skip_SP, first):
+        skip = torch.zeros_like(skip_SP)
+        skip[1:-1] = True
         return original(log_y, skip, first)
 
     x = random(6, 2, 4).log_softmax(-1)
@@ -1052,6 +1074,10 @@ def test_audio_that_cannot_be_used(tmp_path):
     write(tmp_path, audio=np.zeros(0))
     with pytest.raises(ValueError, match="a.wav: 0 samples"):
         ds.load_audio(str(tmp_path / "a.wav"), 8000)
+    for name, content in (("noise.wav", "cannot be read as audio"), ("a.wav", "a.wav: 0 samples")):
+        path = write(tmp_path, entry("b.wav"), "", entry(name), audio=np.zeros(4000), name="b.wav")
+        with pytest.raises(ValueError, match=f"m.jsonl, line 3: .*{content}"):
+            ds.Speech.from_manifest(path, config(), print)
 
 
 def test_texts_that_are_too_long_are_left_out_aloud(tmp_path):
@@ -1095,18 +1121,20 @@ def test_recordings_of_people():
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*flags, timeout=120) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, str(SCRIPT), *flags], capture_output=True, text=True, timeout=timeout)
+run = partial(scripts.run, SCRIPT)
 
 
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
     (["--data", "/nowhere/at/all"], "No such file"), (["--layers", "0"], "layers=0"), (["--beam", "0"], "--beam 0"),
+    (["--lr", "nan"], "--lr nan"), (["--max-norm", "0"], "--max-norm 0.0"), (["--beta", "inf"], "--beta inf"),
     (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
 ])  # fmt: skip
-def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
-    result = run(*flags)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    with pytest.raises(SystemExit, match="2"):
+        ds.flags()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -1128,8 +1156,9 @@ def test_train_save_evaluate_and_transcribe(tmp_path):
     heard = run("--load", model, "--transcribe", str(tmp_path / "3.wav"))
     assert heard.returncode == 0 and "greedy" in heard.stdout, heard.stderr
     (tmp_path / "0.wav").write_bytes(b"no audio")
-    broken = run("--load", model, "--evaluate", manifest)
-    assert broken.returncode == 2 and "0.wav cannot be read as audio" in broken.stderr.splitlines()[-1]
+    broken = run("--data", manifest)
+    message = broken.stderr.splitlines()[-1]
+    assert broken.returncode == 2 and "m.jsonl, line 1: " in message and "0.wav cannot be read as audio" in message
 
 
 @pytest.mark.slow
