@@ -919,7 +919,10 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
 
 
 def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
-    """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence."""
+    """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence.
+
+    Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
+    """
     return DeepSpeech2(config, partial(SequenceBatchNorm, group=group), clipped_recurrence)
 
 
@@ -1041,7 +1044,10 @@ def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
 
 
 def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
-    """What `save_model` has written, in eval mode. Raises ValueError for a file that is no such model."""
+    """What `save_model` has written, in eval mode. Raises ValueError for a file that is no such model.
+
+    Needs: `SpeechConfig`, `parallel_model`.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
