@@ -79,15 +79,28 @@ def program_of(kind: str, grid: pl.Grid, m: int, chunks: int = 1):
     return pl.programs(pl.schedule(kind, grid.pp, m, chunks))[grid.pp_rank]
 
 
-def loss_and_grads(grid: pl.Grid, kind="1f1b", m=4, chunks=1, cfg=None, batch=None, program=None, **options):
-    """Loss and merged gradients of one step here, and of the plain model."""
-    cfg, (tokens, targets) = cfg or config(), batch or batch_of()
-    plain, stage = models(cfg, grid, chunks)
-    expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
-    expected.backward()
+def plain_loss_and_grads(cfg: pl.GPTConfig, tokens, targets):
+    plain = pl.GPT(cfg).to(ranks.device, torch.float64)
+    loss = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+    loss.backward()
+    return loss.detach(), grads_of(plain)
+
+
+@lru_cache
+def reference_of(changes: tuple):
+    """The plain model on `batch_of()`: the same whatever the schedule and m, so each process computes it once."""
+    return plain_loss_and_grads(config(**dict(changes)), *batch_of())
+
+
+def loss_and_grads(grid: pl.Grid, kind="1f1b", m=4, chunks=1, batch=None, program=None, **changes):
+    """Loss and merged gradients of one step here, and of the plain model of config(**changes)."""
+    changes = dict(num_layers=4 * chunks + 1) | changes  # unevenly placed wherever there are two stages
+    cfg, (tokens, targets) = config(**changes), batch or batch_of()
+    stage = pl.PipelineStage(cfg, grid.pp_rank, grid.pp, chunks).to(ranks.device, torch.float64)
+    expected = plain_loss_and_grads(cfg, *batch) if batch else reference_of(tuple(changes.items()))
     mine = [x.tensor_split(grid.dp)[grid.dp_rank] for x in (tokens, targets)]
-    loss = pl.run_step(stage, program or program_of(kind, grid, m, chunks), *mine, grid, **options)
-    return loss, joined(grads_of(stage), cfg, grid), expected, grads_of(plain)
+    loss = pl.run_step(stage, program or program_of(kind, grid, m, chunks), *mine, grid)
+    return loss, joined(grads_of(stage), cfg, grid), *expected
 
 
 def check_equal(*result) -> None:
@@ -360,10 +373,10 @@ def halves(program: list, rank: int) -> list:
 @each_shape
 def test_gradients(kind, chunks, tied):
     """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter."""
-    grid, cfg = grid_of(dist.get_world_size()), config(tied_head=tied)
+    grid = grid_of(dist.get_world_size())
     for m in range(1, 9):
         if kind != "interleaved" or m % grid.pp == 0:
-            check_equal(*loss_and_grads(grid, kind, m, chunks, cfg))
+            check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
 
 @pytest.mark.ranks(4, timeout=120)
@@ -371,11 +384,11 @@ def test_gradients(kind, chunks, tied):
 @each_shape
 def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
     """2 stages × 2 replicas, which get unequal rows and unequal numbers of tokens that count."""
-    grid, cfg = grid_of(2), config(tied_head=tied)
+    grid = grid_of(2)
     assert (grid.pp, grid.dp) == (2, 2)
     for m in (1, 2, 3, 4):
         if kind != "interleaved" or m % 2 == 0:
-            check_equal(*loss_and_grads(grid, kind, m, chunks, cfg))
+            check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
 
 @EVERY_WORLD
@@ -383,7 +396,7 @@ def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
 @each_shape
 def test_five_steps(kind, chunks, optimizer):
     """Weights after five steps, and the norm before clipping, which AdamW and clipping would both hide."""
-    grid, cfg = grid_of(dist.get_world_size()), config()
+    grid, cfg = grid_of(dist.get_world_size()), config(num_layers=4 * chunks)
     plain, stage = models(cfg, grid, chunks)
 
     def make(model):
@@ -441,7 +454,7 @@ def test_without_a_process_group_there_is_one_rank():
 def test_gradients_do_not_depend_on_the_schedule(kind, chunks):
     """Where one chunk's micro-batches come in one order, gradients are equal to the bit; losses always."""
     grid = grid_of(dist.get_world_size())
-    first, here = (loss_and_grads(grid, k, 4, c) for k, c in (("gpipe", 1), (kind, chunks)))
+    first, here = (loss_and_grads(grid, k, 4, c, num_layers=9) for k, c in (("gpipe", 1), (kind, chunks)))
     assert torch.equal(first[0], here[0])
     tied = {"embedding.weight"}  # head and embedding add into one tensor in an order that is the schedule's
     assert all(torch.equal(first[1][name], here[1][name]) for name in first[1].keys() - tied)
@@ -482,7 +495,7 @@ def test_autocast():
 @pytest.mark.ranks(2, timeout=120)
 def test_compiled_layers():
     """torch.compile of each layer must not change a number."""
-    cfg, grid = config(), grid_of(2)
+    cfg, grid = config(num_layers=4), grid_of(2)
     plain, stage = models(cfg, grid)
     tokens, targets = batch_of(rows=4)
     (plain.loss(tokens, targets).sum() / (targets != -100).sum()).backward()
@@ -944,9 +957,9 @@ def test_recomputation_with_another_mask():
 
 
 def sends_first(path: str) -> None:
-    """On each of two ranks: 1f1b in which each batch sends, and then receives; after six seconds the stacks."""
+    """On each of two ranks: 1f1b in which each batch sends, and then receives; after two seconds the stacks."""
     with open(f"{path}/{dist.get_rank()}", "w") as file:
-        faulthandler.dump_traceback_later(6, file=file)
+        faulthandler.dump_traceback_later(2, file=file)
         programs = pl.programs(pl.schedule("1f1b", 2, 4))
         program = halves(programs[dist.get_rank()], dist.get_rank())
         with plant(dist, "batch_isend_irecv", rendezvous):
@@ -964,8 +977,9 @@ def test_each_send_before_the_receive_of_its_pair(tmp_path):
         pl.verify_programs([halves(program, rank) for rank, program in enumerate(programs)])
     pool = ranks.Pool(2)
     try:
+        pool.run(__name__, "reference_of", dict(changes=()))  # the ranks are there, and have imported all they need
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] silent"):
-            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=8)
+            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=4)
     finally:
         pool.close()
     for rank in (0, 1):
@@ -1102,18 +1116,28 @@ def run(*flags, timeout=120) -> subprocess.CompletedProcess:
         ),
     ],
 )
-def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):
-    result = run(*flags)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1]
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, monkeypatch, capsys):
+    """`flags` and `plan_command` run before `launch` does; what follows them needs no test of its own here."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    with pytest.raises(SystemExit) as error:
+        pl.plan_command(flags[1:]) if flags[0] == "plan" else pl.flags()
+    assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_the_plan_command():
+def test_a_wrong_flag_starts_nothing():
+    result = run("--pp", "3")
+    assert result.returncode == 2 and "--pp 3 must divide the 4 ranks" in result.stderr.splitlines()[-1]
+    assert not result.stdout and "torchrun" not in result.stderr
+
+
+def test_the_plan_command(capsys):
     """The layout of the 1T model, its schedule proven, on a laptop."""
-    result = run("plan", *"--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split())
-    assert result.returncode == 0 and "1008.0 B parameters" in result.stdout
-    rows = [line.split() for line in result.stdout.splitlines() if line.strip()[:1].isdigit()]
+    pl.plan_command("--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split())
+    printed = capsys.readouterr().out
+    assert "1008.0 B parameters" in printed
+    rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
     assert rows[1][:6] == ["8", "64", "6", "2", "1", "512"]
-    assert "131,072 operations: no deadlock, bubble 63/1024" in result.stdout
+    assert "131,072 operations: no deadlock, bubble 63/1024" in printed
 
 
 @pytest.mark.slow
