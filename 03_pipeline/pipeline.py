@@ -817,10 +817,11 @@ def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
     return torch.cat(parts)[: math.prod(shape)].view(shape)
 
 
-# A mailbox runs the batches of a program. They fly while the rank computes: an operation waits for what it needs and
-# for nothing else, and up to four batches may be in the air before the next one waits for the oldest. (A test simulates
-# the executor: with four, no bubble grows up to p = 8. With one, gpipe and 1f1b lose nothing either, interleaving some
-# operations at the start of a step.) A tensor that has been sent is held until its batch has landed, and no longer.
+# A mailbox runs the batches of a program. They fly while the rank computes: an operation waits for the one message that
+# it needs and for nothing else. (To wait for the whole batch would be to wait for a peer to take what it was sent, and
+# ranks would go in lockstep.) Up to four batches may be in the air before the next one waits for the oldest: a test
+# simulates that, and finds that with four no bubble grows up to p = 8. A tensor that has been sent is held until its
+# batch has landed, and no longer.
 #
 # Nobody guesses shapes: an activation has its micro-batch's shape and H, in the dtype of the parameters, and so has its
 # gradient. Both ends work it out for each micro-batch, a shorter last one too, and the sender checks what it sends.
@@ -834,10 +835,9 @@ class Mailbox:
 
     AIRBORNE = 4  # batches at once
 
-    # A flight is a posted batch: its hops, the messages (which hold the tensors), and the handles to wait for.
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
-        self.values, self.flights = {}, []
+        self.values, self.flights = {}, []  # a flight: each hop of a batch with its message and what to wait for
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
@@ -846,16 +846,17 @@ class Mailbox:
         self.values[rank, op] = value
 
     def take(self, rank: int, op: Op) -> Tensor:
-        # Batches land in the order in which they were posted: what is waited for may be in any of those in the air.
-        while (rank, op) not in self.values and self.flights:
-            self.land()
+        hop = Hop(rank, self.grid.pp_rank, op)
+        for flight in self.flights:
+            if hop in flight:
+                self.land(flight, [hop])
         return self.values.pop((rank, op))
 
     def post(self, batch: tuple[Hop, ...]) -> None:
         if not batch:
             return
         if len(self.flights) == self.AIRBORNE:
-            self.land()
+            self.land_oldest()
         messages, grid = [], self.grid
         for hop in batch:
             shape = self.shape_of(hop)
@@ -871,22 +872,26 @@ class Mailbox:
                 # the t-th part, rounded up as `cut_for_wire` pads it
                 part = torch.empty(-(-math.prod(shape) // t), dtype=self.dtype, device=self.wire)
                 messages.append(dist.P2POp(dist.irecv, part, group=grid.pp_group, group_peer=hop.source))
-        self.flights.append((batch, messages, dist.batch_isend_irecv(messages)))
+        works = dist.batch_isend_irecv(messages)
+        works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
+        self.flights.append(dict(zip(batch, zip(messages, works))))
 
-    def land(self) -> None:
-        """Waits for the oldest batch. Raises: RuntimeError that names the peers when one of them is lost."""
-        batch, messages, works = self.flights.pop(0)
-        try:
-            for work in works:  # on a GPU this stops the stream and not the CPU
-                work.wait()
-        except RuntimeError as error:
-            rank = self.grid.pp_rank
-            peers = sorted({hop.source + hop.target - rank for hop in batch})
-            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {batch}: {error}") from error
-        for hop, message in zip(batch, messages):
+    def land(self, flight: dict, hops: Iterable[Hop]) -> None:
+        """Waits for `hops` of a flight. Raises: RuntimeError that names the peer when it is lost."""
+        for hop in hops:
+            message, work = flight.pop(hop)
+            try:
+                work.wait()  # on a GPU this stops the stream and not the CPU
+            except RuntimeError as error:
+                rank, peer = self.grid.pp_rank, message.group_peer
+                raise RuntimeError(f"pipeline rank {rank} lost rank {peer} in {hop}: {error}") from error
             if hop.target == self.grid.pp_rank:
                 x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
                 self.values[hop.source, hop.op] = x.to(self.device)
+
+    def land_oldest(self) -> None:
+        flight = self.flights.pop(0)
+        self.land(flight, list(flight))
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -1019,7 +1024,7 @@ def run_step(
                 bars.append(Bar(op, begin, time.perf_counter()))
         mailbox.post(batch)
     while mailbox.flights:  # the last sends: their tensors must live until the peer has them
-        mailbox.land()
+        mailbox.land_oldest()
 
     # Replicas first: then each of the tied weight's two parts is the whole batch's, and their sum is the gradient.
     if torch.is_grad_enabled():
