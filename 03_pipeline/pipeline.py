@@ -336,6 +336,13 @@ def train_alone(
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Sections 2.1 to 2.4 have no tensor and no process in them: they make, time and prove tables. 2.5 to 2.7 execute them.
+#
+#     schedule ─► a list of operations for each rank ─┬─► simulate ─► draw       how long, and where time is lost
+#          2.1                                        │        2.2
+#                                                     ├─► verify                 that it can run, and in what memory
+#                                                     │        2.4
+#                                                     └─► programs ─► run_step   loss and gradients, on real ranks
+#                                                              2.3         2.5 to 2.7
 
 
 # ── 2.1 A schedule is how far forward may run ahead ─────────────────────────────────────────────────────
@@ -401,10 +408,9 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     if v > 1 and kind != "interleaved":
         raise ValueError(f"chunks={v}: {kind} has one chunk a rank; interleaved takes more")
     if kind == "interleaved" and m % p:
-        raise ValueError(
-            f"microbatches={m} is no multiple of stages={p}: interleaving sends them through in groups of {p}, "
-            f"and a shorter one costs more than chunks gain; choose {m // p * p or p} or {m // p * p + p}"
-        )
+        fits = " or ".join(str(n) for n in (m // p * p, m // p * p + p) if n)
+        why = f"interleaving sends groups of {p}, and a shorter one costs more than chunks gain"
+        raise ValueError(f"microbatches={m} is no multiple of stages={p}: {why}; choose {fits}")
 
     # All forwards in order, all backwards in order: the same on every rank. With one chunk that is 0, 1, 2, ...
     def order(kind: str, chunk_order: Iterable[int]) -> list[Op]:
@@ -522,6 +528,7 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
     t_send: of a message between ranks.
     Raises: ValueError where the schedule deadlocks. Needs: `play`.
     """
+    # Where backward is cut in two, B and W share its time. A chunk has 1/v of a rank's layers, and takes 1/v of it.
     v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
     times = {"F": t_forward, "B": t_backward - t_weight if cut else t_backward, "W": t_weight}
     duration = {kind: Fraction(t) / v for kind, t in times.items()}
@@ -902,6 +909,9 @@ class Mailbox:
 # into the mailbox. Between them the rank holds the input and the graph, but not the output: the next stage has that.
 # What backward needs of it is the edge at which autograd enters the graph, and an edge keeps no tensor alive.
 #
+# Why not simply y.backward()? The output would have to live until then. A tensor knows the node of the graph that made
+# it; `get_gradient_edge` asks for that node, and the tensor may go.
+#
 # A micro-batch's loss is the sum over its tokens, divided by the number of tokens that count in the *whole* batch, over
 # all replicas. So gradients add up to the batch's, whatever the sizes of micro-batches, and nothing is divided by m
 # ever again. Divided by the micro-batch's own count, the loss looks the same once it is averaged for the screen, but
@@ -917,7 +927,7 @@ class Mailbox:
 
 
 def count_targets(targets_BS: Tensor, group=None) -> Tensor:
-    """How many targets count, over all replicas."""
+    """How many targets count, over all replicas; a tensor, so that nobody waits for a GPU. Needs: `sum_over`."""
     count = (targets_BS != -100).sum()
     sum_over(group, [count])
     return count
@@ -1040,7 +1050,7 @@ def run_step(
 # No tensor is cut, and a layer keeps its name, so a rank's state dict is some entries of the plain model's. To go from
 # four stages to two, or to other chunks, is to deal the same entries out again. Only the tied weight has two copies.
 # They must be equal to the bit, since both have had the same gradient at every step: where they are not, its sum was
-# left out, and merging says so.
+# left out, and merging says so. The same two functions deal out gradients, or an optimiser's moments.
 
 
 def shard_state_dict(
@@ -1123,6 +1133,8 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     dp = world // pp
     pipelines = [list(range(replica, world, dp)) for replica in range(dp)]
     replicas = [list(range(first, first + dp)) for first in range(0, world, dp)]
+    # Who holds the tied weight: first and last of each pipeline. All ranks must make a group together, so each of those
+    # between is in a list as well, alone.
     ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
     groups = (make_group(lists, device, timeout) for lists in (pipelines, replicas, ends))
     pp_group, dp_group, tied_group = (group if dist.get_world_size(group) > 1 else None for group in groups)
@@ -1133,11 +1145,15 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 #
 # Three sums make the gradient whole: over replicas; of the tied weight, whose first copy has the embedding's part and
 # whose last copy the head's, over the two ranks that have them; and of the squares for the global norm, over stages.
-# In the last the tied weight counts once, though two ranks have it: its first copy counts, and the second is scaled.
+# In the last the tied weight counts once, though two ranks have it: its first copy counts, and the second is scaled by
+# the same factor, so the copies stay equal. Replicas need no such sum: their gradients are equal by then.
 
 
 def sum_over(group, tensors: list[Tensor]) -> None:
-    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone."""
+    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone.
+
+    One large message is faster than many small ones, and costs a copy of them. All must have one dtype.
+    """
     if group is not None and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat, group=group)
@@ -1171,7 +1187,7 @@ def train(
     Needs: `make_optimizer`, `run_step`, `clip_grad_norm_`, `verify`, `programs`.
     """
     grid, optimizer = grid or Grid(), make_optimizer(stage)
-    verify(schedule)
+    verify(schedule)  # before the first message, since a reader may have written it
     program, m = programs(schedule)[grid.pp_rank], 1 + max(op.microbatch for op in schedule[0])
     for step, batch in enumerate(batches):
         if (rows := len(batch[0])) < m * grid.dp:  # before any message: the replicas would not fail together
@@ -1223,12 +1239,17 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
 
 # ── 5.2 Parameters, operations, days ────────────────────────────────────────────────────────────────────
 #
-# A product of (a × b) and (b × c) is 2abc operations. Forward, a layer has 24·B·S·H² of them in its four matrices and
-# 4·B·S²·H in attention; backward has twice as many, and recomputation the forward's once more. The head has 2·B·S·H·V,
-# and three times that with backward: it is not recomputed.
+# A layer's four matrices have 12·H² weights: 3 in qkv, 1 in out, 4 in up, 4 in down; its biases and norms 13·H. The
+# embedding tables have V·H and S·H.
 #
-# The rule of thumb 8·T·P/(n·X) (T tokens, P parameters, n GPUs of X FLOP/s) drops attention's and the head's. The
-# paper's 34 and 84 days are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
+# A product of (a × b) and (b × c) is 2abc operations. So forward, a layer has 2·12·B·S·H² of them in its matrices, and
+# 4·B·S²·H in attention: each of S tokens meets S others, once for the scores and once for the values. Backward has
+# twice as many, a product for the input's gradient and one for the weight's, and recomputation the forward's once more.
+# The head has 2·B·S·H·V, and three times that with backward: it is not recomputed.
+#
+# The rule of thumb 8·T·P/(n·X) (T tokens, P parameters, n GPUs of X FLOP/s) takes 2 operations for each weight and
+# token, times 1 forward, 1 recomputed and 2 backward, and drops attention's and the head's. The paper's 34 and 84 days
+# are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
 
 
 def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:

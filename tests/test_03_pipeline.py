@@ -1037,7 +1037,7 @@ def test_each_send_before_the_receive_of_its_pair(tmp_path):
 def test_schedules_that_cannot_be_are_refused():
     for arguments, message in (
         (("interleaved", 4, 6, 2), "microbatches=6 is no multiple of stages=4.*choose 4 or 8"),
-        (("interleaved", 4, 2, 2), "choose 4 or 4|choose 4"),
+        (("interleaved", 4, 2, 2), "choose 4$"),
         (("1f1b", 2, 4, 2), "chunks=2: 1f1b has one chunk a rank"),
         (("1f1b", 0, 4), "each must be at least 1"),
         (("gpipe", 2, 0), "each must be at least 1"),
