@@ -658,21 +658,18 @@ def verify_programs(all_programs: list[Program]) -> None:
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
-    between = [defaultdict(list) for _ in all_programs]
+    listed = defaultdict(list)  # by end, source and target: the messages in the order in which this end posts them
     for rank, program in enumerate(all_programs):
         for hop in (hop for step in program for hop in step.batch):
             if rank not in (hop.source, hop.target):
                 raise ValueError(f"rank {rank} takes part in {hop}, which is not its own")
-            between[rank][hop.source, hop.target].append(hop)
+            listed[rank, hop.source, hop.target].append(hop)
     # Order first: two ranks' messages are matched by their order alone, and a receive takes what comes.
-    for rank, messages in enumerate(between):
-        for (source, target), hops in messages.items():
-            there = between[target if rank == source else source][source, target]
-            for mine, theirs in zip_longest(hops, there):
-                if mine != theirs:
-                    raise ValueError(
-                        f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}"
-                    )
+    for (rank, source, target), hops in listed.items():
+        there = listed.get((source + target - rank, source, target), [])  # source + target − rank is the other end
+        for mine, theirs in zip_longest(hops, there):
+            if mine != theirs:
+                raise ValueError(f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}")
 
     # Then the play: a rank goes on from a batch when the other end of each of its messages has been posted.
     has: list[set] = [set() for _ in all_programs]  # what each rank has made or received
@@ -690,8 +687,8 @@ def verify_programs(all_programs: list[Program]) -> None:
                 if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
                     raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
                 posted[rank] |= set(batch)
-                if any(hop not in posted[hop.target if hop.source == rank else hop.source] for hop in batch):
-                    break
+                if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
+                    break  # a peer is not there yet
                 has[rank] |= {(hop.source, hop.op) for hop in batch}
                 at[rank], moved = at[rank] + 1, True
     stuck = [f"rank {r} in {all_programs[r][at[r]].batch}" for r in range(p) if at[r] < len(all_programs[r])]
