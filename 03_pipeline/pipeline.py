@@ -1573,6 +1573,9 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
     first = plan(128, 25_600, 160, 3072, 3072)[0]
     row("the plan for 1T on 3,072 GPUs", "t 8, p 64, d 6", f"t {first.t}, p {first.p}, d {first.d}")
+    best = ([x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1)
+    among = sum((r.tp, r.pp) in three for r, three in zip(TABLE_1, best))
+    row("table 1's (t, p) among the plan's best three", "10 rows", f"{among} rows")
     row("throughput gained by interleaving", "up to 10 %", "–", "needs a GPU a rank")
     row("throughput gained by scatter/gather, 96 GPUs", "up to 11 %", "–", "needs 12 servers")
     return rows
