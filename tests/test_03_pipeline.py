@@ -26,6 +26,7 @@ from types import SimpleNamespace
 import pipeline as pl
 import pytest
 import ranks
+import scripts
 import torch
 import torch.distributed as dist
 from hypothesis import given, settings
@@ -1147,19 +1148,8 @@ def test_a_rank_that_dies_is_named_by_its_neighbours(tmp_path):
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*flags, timeout=120) -> subprocess.CompletedProcess:
-    """The script, to its end. Whatever happens here, it leaves no rank behind: torchrun is asked to end its ranks."""
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    with subprocess.Popen([sys.executable, str(SCRIPT), *flags], **pipes) as process:
-        try:
-            printed = process.communicate(timeout=timeout)
-            return subprocess.CompletedProcess(flags, process.returncode, *printed)
-        except BaseException:
-            process.terminate()  # a kill would leave the ranks alone
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.communicate(timeout=40)
-            process.kill()
-            raise
+def run(*flags, timeout=120):
+    return scripts.run(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.parametrize(
