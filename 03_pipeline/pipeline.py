@@ -69,7 +69,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -336,6 +336,13 @@ def train_alone(
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Sections 2.1 to 2.4 have no tensor and no process in them: they make, time and prove tables. 2.5 to 2.7 execute them.
+#
+#     schedule ─► a list of operations for each rank ─┬─► simulate ─► draw       how long, and where time is lost
+#          2.1                                        │        2.2
+#                                                     ├─► verify                 that it can run, and in what memory
+#                                                     │        2.4
+#                                                     └─► programs ─► run_step   loss and gradients, on real ranks
+#                                                              2.3         2.5 to 2.7
 
 
 # ── 2.1 A schedule is how far forward may run ahead ─────────────────────────────────────────────────────
@@ -351,6 +358,17 @@ def train_alone(
 #     zb-h1          p − rank − 1               1f1b with backward cut in two: B, the gradient of the input, for which
 #                                               the next rank waits, and W, of the weights, for which nobody waits.
 #                                               Rank r lets r of its W's wait; they fill what was bubble.
+#
+# Why p − rank − 1: in the steady state every rank below must have a micro-batch to work on, while this one waits for a
+# gradient; below rank r are p − r − 1. With one less the ranks wait for each other at every micro-batch (p = 4, m = 8:
+# a bubble of 5/4 instead of 3/8); with more, activations pile up and nobody is faster. Rank 2 of 4:
+#
+#     F0  │  F1 B0   F2 B1   F3 B2   F4 B3   F5 B4   F6 B5   F7 B6  │  B7           warm-up │ steady state │ cool-down
+#
+# Why interleaving's is twice that: by the same count p − rank − 1 would do, with less memory and the same bubble, if
+# messages took no time. The second p − rank − 1 put a micro-batch on the way between any two ranks, so that a message
+# flies while both work: where it takes a tenth of a rank's forward, the bubble is 0.25 instead of 0.31 (p = 4, m = 8,
+# v = 2). The (v − 1)p before them take the first group through all chunks but the last.
 #
 # Why groups of p: the first p micro-batches come out of chunk 0 of the last rank just as the first rank is done with
 # the p-th, and may enter chunk 1. So m must be a multiple of p. With a shorter last group every rank would wait in it
@@ -390,11 +408,11 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     if v > 1 and kind != "interleaved":
         raise ValueError(f"chunks={v}: {kind} has one chunk a rank; interleaved takes more")
     if kind == "interleaved" and m % p:
-        raise ValueError(
-            f"microbatches={m} is no multiple of stages={p}: interleaving sends them through in groups of {p}, "
-            f"and a shorter one costs more than chunks gain; choose {m // p * p or p} or {m // p * p + p}"
-        )
+        fits = " or ".join(str(n) for n in (m // p * p, m // p * p + p) if n)
+        why = f"interleaving sends groups of {p}, and a shorter one costs more than chunks gain"
+        raise ValueError(f"microbatches={m} is no multiple of stages={p}: {why}; choose {fits}")
 
+    # All forwards in order, all backwards in order: the same on every rank. With one chunk that is 0, 1, 2, ...
     def order(kind: str, chunk_order: Iterable[int]) -> list[Op]:
         groups = (range(first, min(first + p, m)) for first in range(0, m, p))
         return [Op(kind, i, chunk) for group in groups for chunk in chunk_order for i in group]
@@ -403,9 +421,9 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     table = []
     for rank in range(p):
         ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(kind, p - rank - 1)
-        ops, waiting = forwards[:ahead], []
+        ops, waiting = forwards[:ahead], []  # waiting: W's whose time has not come
         for k, backward in enumerate(backwards):
-            ops += [*forwards[ahead + k : ahead + k + 1], backward]
+            ops += [*forwards[ahead + k : ahead + k + 1], backward]  # the slice is empty once forwards are used up
             if kind == "zb-h1":
                 waiting.append(backward._replace(kind="W"))
                 ops += [waiting.pop(0)] if len(waiting) > rank else []
@@ -429,15 +447,23 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 # convention: the paper divides the bubble by the *ideal* time, not by the whole; (p − 1)/(m + p − 1) is the other.
 
 
+def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | None:
+    """(rank, op) of the neighbouring stage whose result `op` takes; None at the model's two ends, and for W."""
+    stage = op.chunk * stages + rank + (1 if op.kind == "B" else -1)
+    if op.kind == "W" or not 0 <= stage < stages * chunks:
+        return None
+    return stage % stages, Op(op.kind, op.microbatch, stage // stages)
+
+
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
-    """What must be done before `op` of `rank`: (rank, op) of each; what comes from another stage is last."""
-    stage = op.chunk * stages + rank
-    rules = {"F": [("F", stage - 1)], "B": [("F", stage), ("B", stage + 1)], "W": [("B", stage)]}
-    wanted = rules[op.kind]
-    return [(s % stages, Op(kind, op.microbatch, s // stages)) for kind, s in wanted if 0 <= s < stages * chunks]
+    """(rank, op) of all that must be done before `op` of `rank`. Needs: `input_of`."""
+    earlier, source = {"B": "F", "W": "B"}.get(op.kind), input_of(op, rank, stages, chunks)
+    own = [(rank, Op(earlier, op.microbatch, op.chunk))] if earlier else []
+    return [*own, source] if source else own
 
 
 def chunks_of(schedule: Schedule) -> int:
+    """Chunks of a rank; the first rank has all of them, as every rank has."""
     return 1 + max((op.chunk for ops in schedule for op in ops), default=0)
 
 
@@ -445,9 +471,10 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
-    Needs: `needs`, `chunks_of`.
+    Needs: `needs`, `input_of`, `chunks_of`.
     """
     p, v = len(schedule), chunks_of(schedule)
+    # done: when each operation ended. Of each rank, free: since when it has nothing to do; at: its next operation.
     done, free, at, moved = {}, [0] * p, [0] * p, True
     while moved:
         moved = False
@@ -456,16 +483,14 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
                 op = ops[at[rank]]
                 needed = needs(op, rank, p, v)
                 if any(key not in done for key in needed):
-                    break
+                    break  # this rank waits; the next round asks it again
                 arrival = [done[key] + (t_send if key[0] != rank else 0) for key in needed]
                 done[rank, op] = free[rank] = max([free[rank], *arrival]) + duration[op.kind]
                 at[rank], moved = at[rank] + 1, True
-    stuck = []
-    for rank, ops in enumerate(schedule):
-        if at[rank] < len(ops):
-            lacking = [key for key in needs(ops[at[rank]], rank, p, v) if key not in done]
-            stuck.append(f"rank {rank} cannot do {ops[at[rank]]} without {lacking}")
-    if stuck:
+    waiting = [(rank, ops[at[rank]]) for rank, ops in enumerate(schedule) if at[rank] < len(ops)]
+    if waiting:
+        lacking = {(r, op): [key for key in needs(op, r, p, v) if key not in done] for r, op in waiting}
+        stuck = [f"rank {rank} cannot do {op} without {keys}" for (rank, op), keys in lacking.items()]
         raise ValueError("deadlock: " + "; ".join(stuck))
     return done
 
@@ -503,6 +528,7 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
     t_send: of a message between ranks.
     Raises: ValueError where the schedule deadlocks. Needs: `play`.
     """
+    # Where backward is cut in two, B and W share its time. A chunk has 1/v of a rank's layers, and takes 1/v of it.
     v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
     times = {"F": t_forward, "B": t_backward - t_weight if cut else t_backward, "W": t_weight}
     duration = {kind: Fraction(t) / v for kind, t in times.items()}
@@ -569,17 +595,18 @@ Program = list[Step]  # of one rank
 def programs(schedule: Schedule) -> list[Program]:
     """Each rank's program: the schedule's operations with the messages between them.
 
-    Raises: ValueError where the schedule deadlocks. Needs: `play`, `needs`.
+    Raises: ValueError where the schedule deadlocks. Needs: `play`, `input_of`.
     """
     p, v = len(schedule), chunks_of(schedule)
     ticks = play(schedule, dict(F=1, B=1, W=1))
     op_at, hops_at = [{} for _ in schedule], [defaultdict(list) for _ in schedule]
     for (rank, op), tick in ticks.items():
         op_at[rank][tick] = op
-        for source, needed in needs(op, rank, p, v):
-            if source != rank:
-                for end in (source, rank):
-                    hops_at[end][ticks[source, needed]].append(Hop(source, rank, needed))
+        made = input_of(op, rank, p, v)
+        if made and made[0] != rank:  # with one rank the next stage is its own next chunk, and nothing travels
+            hop = Hop(made[0], rank, made[1])
+            for end in (hop.source, hop.target):  # both post it in the tick in which it is made, whenever it is used
+                hops_at[end][ticks[made]].append(hop)
     return [  # sorted, so that both ends list the messages between them in the same order
         [Step(ops.get(t), tuple(sorted(hops[t]))) for t in sorted(ops.keys() | hops.keys())]
         for ops, hops in zip(op_at, hops_at)
@@ -607,6 +634,8 @@ def verify(schedule: Schedule) -> list[int]:
     if unknown := set(kinds) - set("FBW"):
         raise ValueError(f"operations are F, B or W, not {sorted(unknown)}")
     every = {Op(kind, i, chunk) for kind in kinds for i in range(m) for chunk in range(v)}
+    # Each once: nothing is missing, and there are no more operations than that. Then the peak is a matter of counting:
+    # a forward adds an activation, and the last operation that needs it takes it away.
     peaks = []
     for rank, ops in enumerate(schedule):
         if missing := every - set(ops):
@@ -629,21 +658,18 @@ def verify_programs(all_programs: list[Program]) -> None:
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
-    between = [defaultdict(list) for _ in all_programs]
+    listed = defaultdict(list)  # by end, source and target: the messages in the order in which this end posts them
     for rank, program in enumerate(all_programs):
         for hop in (hop for step in program for hop in step.batch):
             if rank not in (hop.source, hop.target):
                 raise ValueError(f"rank {rank} takes part in {hop}, which is not its own")
-            between[rank][hop.source, hop.target].append(hop)
+            listed[rank, hop.source, hop.target].append(hop)
     # Order first: two ranks' messages are matched by their order alone, and a receive takes what comes.
-    for rank, messages in enumerate(between):
-        for (source, target), hops in messages.items():
-            there = between[target if rank == source else source][source, target]
-            for mine, theirs in zip(hops + [None] * len(there), there + [None] * len(hops)):
-                if mine != theirs:
-                    raise ValueError(
-                        f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}"
-                    )
+    for (rank, source, target), hops in listed.items():
+        there = listed.get((source + target - rank, source, target), [])  # source + target − rank is the other end
+        for mine, theirs in zip_longest(hops, there):
+            if mine != theirs:
+                raise ValueError(f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}")
 
     # Then the play: a rank goes on from a batch when the other end of each of its messages has been posted.
     has: list[set] = [set() for _ in all_programs]  # what each rank has made or received
@@ -661,8 +687,8 @@ def verify_programs(all_programs: list[Program]) -> None:
                 if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
                     raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
                 posted[rank] |= set(batch)
-                if any(hop not in posted[hop.target if hop.source == rank else hop.source] for hop in batch):
-                    break
+                if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
+                    break  # a peer is not there yet
                 has[rank] |= {(hop.source, hop.op) for hop in batch}
                 at[rank], moved = at[rank] + 1, True
     stuck = [f"rank {r} in {all_programs[r][at[r]].batch}" for r in range(p) if at[r] < len(all_programs[r])]
@@ -708,11 +734,13 @@ class PipelineStage(nn.Module):
         self.config, self.rank, self.stages, self.chunks = config, rank, stages, chunks
         self.layers_of = place_layers(config.num_layers, stages * chunks)
         first, last = rank == 0, rank == stages - 1
-        with torch.device("meta"):  # shapes first, without memory
+        # Shapes first, without memory: the weights come from `initial_weights`, and PyTorch's own would be in vain.
+        with torch.device("meta"):
             if first or (last and config.tied_head):
                 self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
             if first:
                 self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+            # A dictionary and no list: its keys, and so the weights' names, are the layers' numbers in the whole model.
             mine = [layer for chunk in range(chunks) for layer in self.layers_of[chunk * stages + rank]]
             blocks = {str(layer): Block(config, Attention(config), MLP(config)) for layer in mine}
             self.layers = nn.ModuleDict(blocks)
@@ -722,7 +750,7 @@ class PipelineStage(nn.Module):
                 self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         names = self.state_dict().keys()
         weights = {name: whole for name, whole in initial_weights(config) if name in names}
-        self.load_state_dict(weights, assign=True)  # puts them in the place of the shapes
+        self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
 
     def stage(self, chunk: int) -> int:
         return chunk * self.stages + self.rank
@@ -748,9 +776,8 @@ class PipelineStage(nn.Module):
 
     def tied_copies(self) -> list[nn.Parameter]:
         """The tied weight, where another rank has a copy of it."""
-        return (
-            [self.embedding.weight] if self.stages > 1 and self.config.tied_head and hasattr(self, "embedding") else []
-        )
+        copied = self.stages > 1 and self.config.tied_head and hasattr(self, "embedding")
+        return [self.embedding.weight] if copied else []
 
 
 def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
@@ -794,10 +821,11 @@ def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
     return torch.cat(parts)[: math.prod(shape)].view(shape)
 
 
-# A mailbox runs the batches of a program. They fly while the rank computes: an operation waits for what it needs and
-# for nothing else, and up to four batches may be in the air before the next one waits for the oldest. (A test simulates
-# the executor: with four, no bubble grows up to p = 8. With one, gpipe and 1f1b lose nothing either, interleaving some
-# operations at the start of a step.) A tensor that has been sent is held until its batch has landed, and no longer.
+# A mailbox runs the batches of a program. They fly while the rank computes: an operation waits for the one message that
+# it needs and for nothing else. (To wait for the whole batch would be to wait for a peer to take what it was sent, and
+# ranks would go in lockstep.) Up to four batches may be in the air before the next one waits for the oldest: a test
+# simulates that, and finds that with four no bubble grows up to p = 8. A tensor that has been sent is held until its
+# batch has landed, and no longer.
 #
 # Nobody guesses shapes: an activation has its micro-batch's shape and H, in the dtype of the parameters, and so has its
 # gradient. Both ends work it out for each micro-batch, a shorter last one too, and the sender checks what it sends.
@@ -813,7 +841,7 @@ class Mailbox:
 
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
-        self.values, self.flights = {}, []
+        self.values, self.flights = {}, []  # a flight: each hop of a batch with its message and what to wait for
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
@@ -822,20 +850,22 @@ class Mailbox:
         self.values[rank, op] = value
 
     def take(self, rank: int, op: Op) -> Tensor:
-        while (rank, op) not in self.values and self.flights:
-            self.land()
+        hop = Hop(rank, self.grid.pp_rank, op)
+        for flight in self.flights:
+            if hop in flight:
+                self.land(flight, [hop])
         return self.values.pop((rank, op))
 
     def post(self, batch: tuple[Hop, ...]) -> None:
         if not batch:
             return
         if len(self.flights) == self.AIRBORNE:
-            self.land()
+            self.land_oldest()
         messages, grid = [], self.grid
         for hop in batch:
             shape = self.shape_of(hop)
             if hop.source == grid.pp_rank:
-                x = self.values.pop((hop.source, hop.op))
+                x = self.values.pop((hop.source, hop.op))  # from here on the message alone holds it
                 if x.shape != shape or x.dtype != self.dtype:
                     found = f"{tuple(x.shape)} {x.dtype}"
                     raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
@@ -843,24 +873,29 @@ class Mailbox:
                 messages.append(dist.P2POp(dist.isend, part, group=grid.pp_group, group_peer=hop.target))
             else:
                 t = 1 if grid.tp_group is None else dist.get_world_size(grid.tp_group)
+                # the t-th part, rounded up as `cut_for_wire` pads it
                 part = torch.empty(-(-math.prod(shape) // t), dtype=self.dtype, device=self.wire)
                 messages.append(dist.P2POp(dist.irecv, part, group=grid.pp_group, group_peer=hop.source))
-        self.flights.append((batch, messages, dist.batch_isend_irecv(messages)))
+        works = dist.batch_isend_irecv(messages)
+        works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
+        self.flights.append(dict(zip(batch, zip(messages, works))))
 
-    def land(self) -> None:
-        """Waits for the oldest batch. Raises: RuntimeError that names the peers when one of them is lost."""
-        batch, messages, works = self.flights.pop(0)
-        try:
-            for work in works:
-                work.wait()
-        except RuntimeError as error:
-            rank = self.grid.pp_rank
-            peers = sorted({hop.source + hop.target - rank for hop in batch})
-            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {batch}: {error}") from error
-        for hop, message in zip(batch, messages):
+    def land(self, flight: dict, hops: Iterable[Hop]) -> None:
+        """Waits for `hops` of a flight. Raises: RuntimeError that names the peer when it is lost."""
+        for hop in hops:
+            message, work = flight.pop(hop)
+            try:
+                work.wait()  # on a GPU this stops the stream and not the CPU
+            except RuntimeError as error:
+                rank, peer = self.grid.pp_rank, message.group_peer
+                raise RuntimeError(f"pipeline rank {rank} lost rank {peer} in {hop}: {error}") from error
             if hop.target == self.grid.pp_rank:
                 x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
                 self.values[hop.source, hop.op] = x.to(self.device)
+
+    def land_oldest(self) -> None:
+        flight = self.flights.pop(0)
+        self.land(flight, list(flight))
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -870,6 +905,9 @@ class Mailbox:
 # backward takes the gradient of that output, runs autograd through this piece alone, and puts the input's gradient
 # into the mailbox. Between them the rank holds the input and the graph, but not the output: the next stage has that.
 # What backward needs of it is the edge at which autograd enters the graph, and an edge keeps no tensor alive.
+#
+# Why not simply y.backward()? The output would have to live until then. A tensor knows the node of the graph that made
+# it; `get_gradient_edge` asks for that node, and the tensor may go.
 #
 # A micro-batch's loss is the sum over its tokens, divided by the number of tokens that count in the *whole* batch, over
 # all replicas. So gradients add up to the batch's, whatever the sizes of micro-batches, and nothing is divided by m
@@ -886,7 +924,7 @@ class Mailbox:
 
 
 def count_targets(targets_BS: Tensor, group=None) -> Tensor:
-    """How many targets count, over all replicas."""
+    """How many targets count, over all replicas; a tensor, so that nobody waits for a GPU. Needs: `sum_over`."""
     count = (targets_BS != -100).sum()
     sum_over(group, [count])
     return count
@@ -927,7 +965,7 @@ def run_step(
     Returns: the mean loss per token, the same on every rank.
     Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams,
     gradients of an earlier step (the sums over the grid would count them again); RuntimeError that names a lost peer.
-    Needs: `PipelineStage`, `Mailbox`, `needs`, `count_targets`, `replayed`, `Grid`, `sum_over`.
+    Needs: `PipelineStage`, `Mailbox`, `input_of`, `count_targets`, `replayed`, `Grid`, `sum_over`.
     """
     grid, streams = grid or Grid(), streams or RandomStreams()
     p, v, rank, H = stage.stages, stage.chunks, stage.rank, stage.config.hidden_size
@@ -947,6 +985,7 @@ def run_step(
     if stage.training and stage.config.dropout and streams.outside is None:
         raise ValueError(f"dropout={stage.config.dropout} needs streams=random_streams(seed, pp_rank, dp_rank)")
 
+    # Every rank cuts the same batch in the same way: so it knows the shape of whatever a neighbour will send.
     tokens, targets = tokens_BS.tensor_split(m), targets_BS.tensor_split(m)
     count, dtype = count_targets(targets_BS, grid.dp_group), next(stage.parameters()).dtype
     total = torch.zeros((), device=tokens_BS.device, dtype=torch.promote_types(dtype, torch.float32))
@@ -961,14 +1000,14 @@ def run_step(
 
     for op, batch in program:
         if op is not None:
-            # From the neighbour comes the same kind of thing: an activation for F, a gradient for B.
-            key = (op.microbatch, op.chunk)
-            neighbour = [other for other in needs(op, rank, p, v) if other[1].kind == op.kind]
-            received = mailbox.take(*neighbour[0]) if neighbour else None  # none at the model's two ends
+            # An activation for F, a gradient for B; at the model's two ends there is none.
+            key, source = (op.microbatch, op.chunk), input_of(op, rank, p, v)
+            received = mailbox.take(*source) if source else None
             begin = time.perf_counter()
             if op.kind == "F":
                 x = tokens[op.microbatch] if received is None else received.requires_grad_()
                 state = streams.outside.get_state() if streams.outside is not None and recompute else None
+                # What is to be recomputed keeps no graph now; in an evaluation nothing does.
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not recompute):
                     y = compute(op, x)
                 if torch.is_grad_enabled():
@@ -976,23 +1015,25 @@ def run_step(
                 if stage.is_last(op.chunk):
                     total += y.detach()
                 else:
-                    mailbox.put(rank, op, y.detach())
-                del y
+                    mailbox.put(rank, op, y.detach())  # without its graph, which stays here
+                del y  # or this frame would hold the output until the next forward
             else:
                 x, edge, state = saved.pop(key)
                 if recompute:
                     with replayed(streams.outside, state):
                         edge = get_gradient_edge(compute(op, x))
+                # Adds to every parameter's grad, and leaves the input's in x.grad. At the loss the gradient is 1.
                 torch.autograd.backward(edge, torch.ones_like(total) if received is None else received)
-                if x.is_floating_point():  # tokens have no gradient
+                if x.is_floating_point():  # tokens have no gradient, and nobody waits for one
                     mailbox.put(rank, op, x.grad)
-                del x, edge
+                del x, edge  # the last holders of this micro-batch's activations
             if bars is not None:
                 bars.append(Bar(op, begin, time.perf_counter()))
         mailbox.post(batch)
-    while mailbox.flights:
-        mailbox.land()
+    while mailbox.flights:  # the last sends: their tensors must live until the peer has them
+        mailbox.land_oldest()
 
+    # Replicas first: then each of the tied weight's two parts is the whole batch's, and their sum is the gradient.
     if torch.is_grad_enabled():
         sum_over(grid.dp_group, [p.grad for p in stage.parameters()])
         sum_over(grid.tied_group, [p.grad for p in stage.tied_copies()])
@@ -1006,7 +1047,7 @@ def run_step(
 # No tensor is cut, and a layer keeps its name, so a rank's state dict is some entries of the plain model's. To go from
 # four stages to two, or to other chunks, is to deal the same entries out again. Only the tied weight has two copies.
 # They must be equal to the bit, since both have had the same gradient at every step: where they are not, its sum was
-# left out, and merging says so.
+# left out, and merging says so. The same two functions deal out gradients, or an optimiser's moments.
 
 
 def shard_state_dict(
@@ -1089,6 +1130,8 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     dp = world // pp
     pipelines = [list(range(replica, world, dp)) for replica in range(dp)]
     replicas = [list(range(first, first + dp)) for first in range(0, world, dp)]
+    # Who holds the tied weight: first and last of each pipeline. All ranks must make a group together, so each of those
+    # between is in a list as well, alone.
     ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
     groups = (make_group(lists, device, timeout) for lists in (pipelines, replicas, ends))
     pp_group, dp_group, tied_group = (group if dist.get_world_size(group) > 1 else None for group in groups)
@@ -1099,11 +1142,15 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 #
 # Three sums make the gradient whole: over replicas; of the tied weight, whose first copy has the embedding's part and
 # whose last copy the head's, over the two ranks that have them; and of the squares for the global norm, over stages.
-# In the last the tied weight counts once, though two ranks have it: its first copy counts, and the second is scaled.
+# In the last the tied weight counts once, though two ranks have it: its first copy counts, and the second is scaled by
+# the same factor, so the copies stay equal. Replicas need no such sum: their gradients are equal by then.
 
 
 def sum_over(group, tensors: list[Tensor]) -> None:
-    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone."""
+    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone.
+
+    One large message is faster than many small ones, and costs a copy of them. All must have one dtype.
+    """
     if group is not None and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat, group=group)
@@ -1137,7 +1184,7 @@ def train(
     Needs: `make_optimizer`, `run_step`, `clip_grad_norm_`, `verify`, `programs`.
     """
     grid, optimizer = grid or Grid(), make_optimizer(stage)
-    verify(schedule)
+    verify(schedule)  # before the first message, since a reader may have written it
     program, m = programs(schedule)[grid.pp_rank], 1 + max(op.microbatch for op in schedule[0])
     for step, batch in enumerate(batches):
         if (rows := len(batch[0])) < m * grid.dp:  # before any message: the replicas would not fail together
@@ -1189,12 +1236,17 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
 
 # ── 5.2 Parameters, operations, days ────────────────────────────────────────────────────────────────────
 #
-# A product of (a × b) and (b × c) is 2abc operations. Forward, a layer has 24·B·S·H² of them in its four matrices and
-# 4·B·S²·H in attention; backward has twice as many, and recomputation the forward's once more. The head has 2·B·S·H·V,
-# and three times that with backward: it is not recomputed.
+# A layer's four matrices have 12·H² weights: 3 in qkv, 1 in out, 4 in up, 4 in down; its biases and norms 13·H. The
+# embedding tables have V·H and S·H.
 #
-# The rule of thumb 8·T·P/(n·X) (T tokens, P parameters, n GPUs of X FLOP/s) drops attention's and the head's. The
-# paper's 34 and 84 days are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
+# A product of (a × b) and (b × c) is 2abc operations. So forward, a layer has 2·12·B·S·H² of them in its matrices, and
+# 4·B·S²·H in attention: each of S tokens meets S others, once for the scores and once for the values. Backward has
+# twice as many, a product for the input's gradient and one for the weight's, and recomputation the forward's once more.
+# The head has 2·B·S·H·V, and three times that with backward: it is not recomputed.
+#
+# The rule of thumb 8·T·P/(n·X) (T tokens, P parameters, n GPUs of X FLOP/s) takes 2 operations for each weight and
+# token, times 1 forward, 1 recomputed and 2 backward, and drops attention's and the head's. The paper's 34 and 84 days
+# are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
 
 
 def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:
@@ -1222,23 +1274,9 @@ def training_days_rule(tokens: float, gpus: int, flops_per_gpu: float, parameter
     return 8 * tokens * parameters / (gpus * flops_per_gpu) / 86_400
 
 
-class Published(NamedTuple):
-    """A row of the paper's table 1; micro-batch b and chunks v are those of its published scripts."""
-
-    billions: float
-    heads: int
-    hidden: int
-    layers: int
-    tp: int
-    pp: int
-    gpus: int
-    batch: int
-    b: int
-    v: int
-    tflops: int  # per GPU
-    percent: int  # of peak, 312 TFLOP/s
-    petaflops: float  # all GPUs
-
+# A row of the paper's table 1: parameters in billions, its (t, p), micro-batch b and chunks v (from its published
+# scripts), TFLOP/s per GPU, share of the 312 peak in percent, PFLOP/s of all GPUs.
+Published = namedtuple("Published", "billions heads hidden layers tp pp gpus batch b v tflops percent petaflops")
 
 TABLE_1 = [
     Published(1.7, 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137, 44, 4.4),
@@ -1272,22 +1310,40 @@ TABLE_2 = [
 # neighbours. Each is a volume over a speed, with the volumes of the paper's section 3 (in elements, for one micro-batch
 # of b sequences; recomputation repeats the forward's):
 #
-#     all-reduces of one layer   6 of b·S·H over t ranks: 12·b·S·H·(t − 1)/t      inside a server
-#     messages of one chunk      b·S·H/t, forward and backward                    between servers
-#     gradients, once a step     2·(d − 1)/d of this rank's parameters            between servers
+#     all-reduces of one layer   6 of b·S·H over t ranks: 12·b·S·H·(t − 1)/t                     inside a server
+#     messages of one chunk      forward and backward, each b·S·H/t                              between servers
+#                                and what the receivers gather (2.6), each b·S·H·(t − 1)/t       inside a server
+#     gradients, once a step     2·(d − 1)/d of this rank's parameters                           between servers
 #
-# The speeds are the reader's to state. Those below are an A100's: 312 TFLOP/s of which products reach some 60 %,
-# 300 GB/s between the GPUs of a server, 25 GB/s a GPU between servers, and a tenth of a millisecond a layer in which
-# kernels start and nothing is computed. The result is a ranking and not a forecast.
+# The speeds are the reader's to state. Those of `Machine` are an A100's: 312 TFLOP/s of which large products reach some
+# 60 %, 300 GB/s between the GPUs of a server, 25 GB/s a GPU between servers. One more constant decides over b: what a
+# layer costs however small the micro-batch is. With backward and recomputation it has over a hundred kernels, each with
+# some ten microseconds in which little or nothing is computed. We take two milliseconds. (On one GPU the paper gains up
+# to 1.3 times the throughput by a larger b, which allows for five and more.) Leave it out, and a great many
+# micro-batches of one sequence, through chunks of one layer, look free.
 #
-# Held against table 1, the paper's own (t, p) comes first or second in eight rows. In the other two, 18 B and 39 B, it
-# is fifth and fourth: halving t saves more all-reduces there (of 18 B's step they are 14 % at t = 8 and 6 % at t = 4)
-# than a second or fourth stage costs. The difference is 5 % and 4 %, less than these four constants can tell, and the
-# paper's first rule, to fill the server with t, does without constants.
+# Held against table 1, the paper's own (t, p) is among the best three in each of the ten rows, and stays there for
+# anything from 1 to 8 ms; with a tenth of a millisecond it is fifth for 18 B. In five rows another is predicted to be
+# faster, by 3 % at most: for 18, 39 and 146 B a smaller t with more stages, which saves all-reduces (of 18 B's step
+# they are 13 % at t = 8 and 6 % at t = 4), and for 310 and 530 B fewer stages. The constants cannot tell 3 %, and the
+# paper did not search: it filled the server with t first, by its first rule. The throughput of its own layouts comes
+# out between 10 % too low and 22 % too high. This makes a ranking, and no forecast.
 #
 # Memory: 18 bytes a parameter (bf16 weight and gradient, fp32 gradient, weight and two moments), of the fullest stage;
 # a layer's input for each layer and each micro-batch in flight; one layer's activations while it is recomputed
 # (chapter 4 counts them: S·b·H·(10 + 24/t + 5·heads·S/(H·t)) bytes); and the last stage's logits. A tenth stays free.
+
+
+class Machine(NamedTuple):
+    """What a cluster's GPUs and networks can do."""
+
+    gpu_memory: float = 80.0  # GB of one GPU
+    gpus_per_node: int = 8  # GPUs of one server
+    peak: float = 312e12  # FLOP/s of one GPU
+    efficiency: float = 0.6  # the part of peak that large products reach
+    nvlink: float = 300e9  # bytes/s of one GPU inside a server
+    network: float = 25e9  # bytes/s of one GPU between servers
+    overhead: float = 2e-3  # seconds a layer and micro-batch, whatever its size
 
 
 class Layout(NamedTuple):
@@ -1307,55 +1363,62 @@ class Layout(NamedTuple):
     tflops: float  # per GPU
 
 
+def predict(
+    layers: int, hidden: int, heads: int, batch: int, t: int, p: int, d: int, v: int, b: int,
+    vocab: int = 51_200, seq: int = 2048, machine: Machine | None = None,
+) -> Layout:  # fmt: skip
+    """One layout's step, by section 5.3; what must divide, does. Needs: `Machine`, `flops`, `in_flight`, `bubble`."""
+    on, m, kind = machine or Machine(), batch // d // b, "interleaved" if v > 1 else "1f1b"
+    micro = b * seq * hidden  # elements of one boundary tensor
+
+    # The fullest rank holds its layers and an embedding table: the first rank its own, the last the head.
+    held = (layers // p * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden) / t
+    inputs = in_flight(kind, p, m, v) * (layers // p // v) * 2 * micro
+    working = micro * (10 + 24 / t + 5 * heads * seq / (hidden * t)) + 6 * b * seq * vocab / t
+
+    # A pipeline is as fast as its slowest stage, the one with the head.
+    head = 6 * b * seq * hidden * vocab
+    slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head
+    compute = slowest / t / (on.peak * on.efficiency) + on.overhead * layers / p
+    tensor = 12 * micro * (t - 1) / t * 2 / on.nvlink * layers / p  # 2 bytes an element, here and below
+    hop = micro / t * 2 / on.network + micro * (t - 1) / t * 2 / on.nvlink
+    messages = 2 * v * hop if p > 1 else 0.0
+    lost, sums = float(bubble(kind, p, m, v)), 2 * (d - 1) / d * held * 2 / on.network
+    rounds = m * (1 + lost)
+    seconds = rounds * (compute + tensor + messages) + sums
+    speed = flops(layers, hidden, batch, vocab, seq) / (t * p * d * seconds) / 1e12
+    memory = (18 * held + inputs + working) / 1e9
+    return Layout(t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed)
+
+
 def plan(
-    layers: int, hidden: int, heads: int, gpus: int, batch: int, gpu_memory: float = 80, vocab: int = 51_200,
-    seq: int = 2048, gpus_per_node: int = 8, peak: float = 312e12, efficiency: float = 0.6, nvlink: float = 300e9,
-    network: float = 25e9, overhead: float = 1e-4,
+    layers: int, hidden: int, heads: int, gpus: int, batch: int, vocab: int = 51_200, seq: int = 2048,
+    machine: Machine | None = None,
 ) -> list[Layout]:  # fmt: skip
     """The layouts that fit, fastest first, for each (t, p) the best (v, b).
 
-    Args: gpu_memory in GB; peak in FLOP/s, of which products reach `efficiency`; nvlink, network: bytes/s of one GPU
-    inside and between servers; overhead: seconds lost in each layer for each micro-batch.
     t stays inside a server. All must divide: t the heads and the hidden size, p·v the layers, b·d the batch, and m by
-    p where v > 1.
-    Raises: ValueError where nothing fits. Needs: `flops`, `in_flight`, `bubble`.
+    p where v > 1. b is at most 16, the paper's largest.
+    Raises: ValueError where nothing fits. Needs: `predict`, `Machine`.
     """
+    machine = machine or Machine()
     divisors = lambda n, most: [i for i in range(1, min(n, most) + 1) if n % i == 0]  # noqa: E731
     best: dict[tuple[int, int], Layout] = {}
-    for t in divisors(gpus_per_node, gpus):
+    for t in divisors(gpus, machine.gpus_per_node):
         for p in divisors(gpus // t, layers):
             d = gpus // (t * p)
-            if gpus % t or heads % t or hidden % t or layers % p or batch % d:
+            if machine.gpus_per_node % t or heads % t or hidden % t or layers % p or batch % d:
                 continue
             for b in divisors(batch // d, 16):
-                m = batch // d // b
-                for v in divisors(layers // p, layers) if p > 1 and m % p == 0 else [1]:
-                    micro = b * seq * hidden  # elements of one boundary tensor
-                    held = layers // p * (12 * hidden**2 + 13 * hidden) / t + (vocab + seq) * hidden / t
-                    kind = "interleaved" if v > 1 else "1f1b"
-                    inputs = in_flight(kind, p, m, v) * (layers // p // v) * 2 * micro
-                    working = micro * (10 + 24 / t + 5 * heads * seq / (hidden * t)) + 6 * b * seq * vocab / t
-                    memory = (18 * held + inputs + working) / 1e9
-                    if memory > 0.9 * gpu_memory:
-                        continue
-                    head = 6 * b * seq * hidden * vocab
-                    slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head  # the last stage's
-                    compute = slowest / t / (peak * efficiency) + overhead * layers / p
-                    tensor = 12 * micro * (t - 1) / t * 2 / nvlink * layers / p
-                    messages = 2 * v * micro / t * 2 / network if p > 1 else 0.0
-                    lost = float(bubble(kind, p, m, v))
-                    rounds, sums = m * (1 + lost), 2 * (d - 1) / d * held * 2 / network
-                    seconds = rounds * (compute + tensor + messages) + sums
-                    speed = flops(layers, hidden, batch, vocab, seq) / (gpus * seconds) / 1e12
-                    layout = Layout(
-                        t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed
-                    )
-                    if (t, p) not in best or seconds < best[t, p].seconds:
-                        best[t, p] = layout
+                for v in divisors(layers // p, layers) if p > 1 and batch // d // b % p == 0 else [1]:
+                    x = predict(layers, hidden, heads, batch, t, p, d, v, b, vocab, seq, machine)
+                    fits = x.memory <= 0.9 * machine.gpu_memory
+                    if fits and ((t, p) not in best or x.seconds < best[t, p].seconds):
+                        best[t, p] = x
     if not best:
         raise ValueError(
-            f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs of {gpu_memory:g} GB: "
-            "take more GPUs, or a batch with more divisors"
+            f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs of "
+            f"{machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors"
         )
     return sorted(best.values(), key=lambda layout: layout.seconds)
 
@@ -1510,6 +1573,9 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
     first = plan(128, 25_600, 160, 3072, 3072)[0]
     row("the plan for 1T on 3,072 GPUs", "t 8, p 64, d 6", f"t {first.t}, p {first.p}, d {first.d}")
+    best = ([x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1)
+    among = sum((r.tp, r.pp) in three for r, three in zip(TABLE_1, best))
+    row("table 1's (t, p) among the plan's best three", "10 rows", f"{among} rows")
     row("throughput gained by interleaving", "up to 10 %", "–", "needs a GPU a rank")
     row("throughput gained by scatter/gather, 96 GPUs", "up to 11 %", "–", "needs 12 servers")
     return rows
@@ -1562,16 +1628,19 @@ def plan_command(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for name in ("layers", "hidden", "heads", "gpus", "batch"):
         parser.add_argument("--" + name, type=int, required=True)
-    parser.add_argument("--gpu-memory", type=float, default=80.0, help="GB of one GPU")
-    parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of one server")
-    parser.add_argument("--peak", type=float, default=312e12, help="FLOP/s of one GPU")
+    speeds = dict(gpu_memory="GB of one GPU", gpus_per_node="GPUs of one server", peak="FLOP/s of one GPU",
+                  efficiency="part of peak that large products reach", nvlink="bytes/s of a GPU inside a server",
+                  network="bytes/s of a GPU between servers", overhead="seconds a layer and micro-batch")  # fmt: skip
+    for name, text in speeds.items():
+        default = Machine._field_defaults[name]
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
     parser.add_argument("--rows", type=int, default=10, help="layouts to show")
     args = vars(parser.parse_args(arguments))
-    rows = args.pop("rows")
+    rows, machine = args.pop("rows"), Machine(**{name: args.pop(name) for name in speeds})
     try:
-        if min(args.values()) <= 0 or args["hidden"] % args["heads"]:
-            raise ValueError(f"{args}: all must be above 0, and the heads must divide the hidden size")
-        layouts = plan(**args)
+        if min(*args.values(), *machine) <= 0 or args["hidden"] % args["heads"]:
+            raise ValueError(f"{args} on {machine}: all must be above 0, and the heads must divide the hidden size")
+        layouts = plan(**args, machine=machine)
     except ValueError as error:
         parser.error(str(error))
     size = f"{parameters(args['layers'], args['hidden']) / 1e9:.1f} B parameters"
@@ -1581,13 +1650,13 @@ def plan_command(arguments: list[str]) -> None:
         shares = f"{x.bubble:8.1%} {x.tensor / x.seconds:8.1%} {x.network / x.seconds:8.1%}"
         sizes = f"{x.t:3} {x.p:4} {x.d:4} {x.v:3} {x.b:3} {x.m:4}"
         print(f"{sizes} {x.seconds:9.2f} {shares} {x.memory:7.0f} {x.tflops:9.0f}")
-    x, room = layouts[0], args["gpu_memory"]
+    x, room = layouts[0], machine.gpu_memory
     table = schedule("interleaved" if x.v > 1 else "1f1b", x.p, x.m, x.v)
     peaks, timeline, count = verify(table), simulate(table), sum(map(len, table))
     print(f"""
 The first row by the paper's three rules:
-1. tensor parallelism inside a server, pipelines across: t = {x.t} of {args["gpus_per_node"]} GPUs, p = {x.p}
-2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {room:.0f} GB; d = {x.d}
+1. tensor parallelism inside a server, pipelines across: t = {x.t} of {machine.gpus_per_node} GPUs, p = {x.p}
+2. no more of both than the model needs: {x.t * x.p} GPUs hold it in {x.memory:.0f} of {room:g} GB; d = {x.d}
 3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}
 
 Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")

@@ -112,6 +112,7 @@ def sleep_through(kind: str, m: int, chunks: int, seconds: float) -> float:
     tokens_BS = torch.zeros(m, 4, dtype=torch.int64)
     bubbles = []
     for _ in range(3):
+        stage.zero_grad()
         dist.barrier()
         begin = time.perf_counter()
         pl.run_step(stage, program, tokens_BS, tokens_BS, grid)
