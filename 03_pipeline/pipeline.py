@@ -399,6 +399,7 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     Args: stages: p, ranks of the pipeline. microbatches: m; fewer than stages work, except interleaved. chunks: v,
     pieces of the model for each rank; only "interleaved" takes more than one.
     Raises: ValueError with the reason for what cannot be scheduled. Source: section 2.2 of the paper.
+    Needs: `KINDS`, `Op`.
     """
     p, m, v = stages, microbatches, chunks
     if kind not in KINDS:
@@ -448,7 +449,10 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 
 
 def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | None:
-    """(rank, op) of the neighbouring stage whose result `op` takes; None at the model's two ends, and for W."""
+    """(rank, op) of the neighbouring stage whose result `op` takes; None at the model's two ends, and for W.
+
+    Needs: `Op`.
+    """
     stage = op.chunk * stages + rank + (1 if op.kind == "B" else -1)
     if op.kind == "W" or not 0 <= stage < stages * chunks:
         return None
@@ -456,7 +460,7 @@ def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | No
 
 
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
-    """(rank, op) of all that must be done before `op` of `rank`. Needs: `input_of`."""
+    """(rank, op) of all that must be done before `op` of `rank`. Needs: `input_of`, `Op`."""
     earlier, source = {"B": "F", "W": "B"}.get(op.kind), input_of(op, rank, stages, chunks)
     own = [(rank, Op(earlier, op.microbatch, op.chunk))] if earlier else []
     return [*own, source] if source else own
@@ -471,7 +475,7 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
-    Needs: `needs`, `input_of`, `chunks_of`.
+    Needs: `needs`, `input_of`, `chunks_of`, `Op`.
     """
     p, v = len(schedule), chunks_of(schedule)
     # done: when each operation ended. Of each rank, free: since when it has nothing to do; at: its next operation.
@@ -526,7 +530,7 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
     Args: t_forward, t_backward: of one micro-batch through all layers of a rank (so a chunk takes 1/v of it), any unit.
     t_backward is the whole backward and t_weight its part for the weights, which matters where the schedule has W's.
     t_send: of a message between ranks.
-    Raises: ValueError where the schedule deadlocks. Needs: `play`.
+    Raises: ValueError where the schedule deadlocks. Needs: `play`, `Bar`, `Timeline`.
     """
     # Where backward is cut in two, B and W share its time. A chunk has 1/v of a rank's layers, and takes 1/v of it.
     v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
@@ -595,7 +599,7 @@ Program = list[Step]  # of one rank
 def programs(schedule: Schedule) -> list[Program]:
     """Each rank's program: the schedule's operations with the messages between them.
 
-    Raises: ValueError where the schedule deadlocks. Needs: `play`, `input_of`.
+    Raises: ValueError where the schedule deadlocks. Needs: `play`, `input_of`, `Hop`, `Step`.
     """
     p, v = len(schedule), chunks_of(schedule)
     ticks = play(schedule, dict(F=1, B=1, W=1))
@@ -654,7 +658,7 @@ def verify_programs(all_programs: list[Program]) -> None:
     """Proves that the ranks' programs match and end, under rendezvous of whole batches.
 
     Raises: ValueError where two ends list messages in different orders, a rank uses or sends what it does not have, or
-    all wait for each other. Needs: `needs`.
+    all wait for each other. Needs: `needs`, `chunks_of`.
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
@@ -1122,7 +1126,8 @@ class Grid:
 def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (pp, dp); every rank must call it.
 
-    timeout: seconds. Raises: ValueError where pp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    timeout: seconds. Raises: ValueError where pp does not divide the ranks. Needs: `Grid`, and
+    `make_group` (at the end, in the block launcher).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % pp:
@@ -1367,7 +1372,8 @@ def predict(
     layers: int, hidden: int, heads: int, batch: int, t: int, p: int, d: int, v: int, b: int,
     vocab: int = 51_200, seq: int = 2048, machine: Machine | None = None,
 ) -> Layout:  # fmt: skip
-    """One layout's step, by section 5.3; what must divide, does. Needs: `Machine`, `flops`, `in_flight`, `bubble`."""
+    """One layout's step, by section 5.3; what must divide, does. Needs: `Machine`, `Layout`, `flops`,
+    `in_flight`, `bubble`."""
     on, m, kind = machine or Machine(), batch // d // b, "interleaved" if v > 1 else "1f1b"
     micro = b * seq * hidden  # elements of one boundary tensor
 

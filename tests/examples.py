@@ -1,0 +1,385 @@
+# SPDX-License-Identifier: MIT-0
+"""A small use of every function and class that says what it needs, for test_00_copy.py: chapter, name, use.
+
+A use gets a module, which is the chapter or a lifted copy, and an empty folder; it returns what it computed. A shared
+block's functions stand under its home.
+"""
+
+import contextlib
+
+import torch
+import torch.distributed as dist
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+def through(module: torch.nn.Module, *inputs):
+    """What a layer returns in float64, and the gradient of every parameter."""
+    out = module.double()(*inputs)
+    out.square().sum().backward()
+    return [out.detach(), *(p.grad for p in module.parameters() if p.grad is not None)]
+
+
+@contextlib.contextmanager
+def alone():
+    """A process group of one, for what needs one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.device("cpu")
+    finally:
+        dist.destroy_process_group()
+
+
+# ── Chapter 1 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def speech(**changes):
+    from deepspeech import SpeechConfig
+
+    return SpeechConfig(**(dict(bins=8, channels=(2,), kernels=((3, 3),), strides=((1, 2),), hidden_size=6) | changes))
+
+
+def utterances():
+    """Two of unequal length, as the fields of a Batch."""
+    features_BTF = normal(2, 9, 8)
+    features_BTF[1, 7:] = 0
+    return features_BTF, torch.tensor([9, 7]), torch.tensor([[3, 4, 4], [5, 6, 0]]), torch.tensor([3, 2])
+
+
+def net():
+    from deepspeech import parallel_model
+
+    return parallel_model(speech()).double()
+
+
+def spoken():
+    return normal(9, 2, 29).log_softmax(-1)
+
+
+def ring_of(m):
+    """GradientRing on its own: what finish() leaves in the gradients."""
+    layer = torch.nn.Linear(3, 2).double()
+    ring = m.GradientRing(layer.parameters())
+    layer(normal(4, 3)).sum().backward()
+    ring.finish()
+    return [p.grad for p in layer.parameters()]
+
+
+def loaded(m, folder):
+    from deepspeech import save_model
+
+    save_model(str(folder / "net"), net(), ["one two"])
+    model, texts = m.load_model(str(folder / "net"))
+    return model.state_dict(), texts
+
+
+def speech_step(m):
+    import deepspeech
+
+    model = net()
+    ring = deepspeech.GradientRing(model.parameters())
+    return m.train_step(model, optimizer_of(model), deepspeech.Batch(*utterances()), ring)
+
+
+def speech_batches():
+    import deepspeech
+
+    return [deepspeech.Batch(*utterances())] * 2
+
+
+# ── Chapter 2 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Normless(torch.nn.Identity):
+    """Stands in for a norm of so many features."""
+
+    def forward(self, x, valid):
+        return x
+
+
+def sum_so_far(x_TDBH, weight_DHH):
+    """Stands in for a recurrence."""
+    return (x_TDBH @ weight_DHH).cumsum(0)
+
+
+class Streams:
+    """What a plain layer needs of RandomStreams, for copies that do not have the class."""
+
+    outside = inside = None
+
+
+class Sublayer(torch.nn.Linear):
+    """Stands in for attention and for the feed-forward layer."""
+
+    def __init__(self):
+        super().__init__(16, 16)
+
+    def forward(self, x, streams):
+        return super().forward(x)
+
+
+TOKENS = torch.arange(12).view(2, 6)
+
+
+def small():
+    """A configuration of chapter 2, from the chapter itself: copies take one as an argument."""
+    from megatron_tp import GPTConfig
+
+    return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
+
+
+def weights():
+    from megatron_tp import initial_weights
+
+    return dict(initial_weights(small()))
+
+
+def gpt(m):
+    return (getattr(m, "ParallelGPT", None) or __import__("megatron_tp").ParallelGPT)(small()).double()
+
+
+def losses(steps) -> list:
+    return [x for step in steps for x in step]
+
+
+def optimizer_of(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+
+def checkpoint(m, folder):
+    """Saves with one of the two functions and loads with the other, whichever was lifted."""
+    import megatron_tp
+
+    model, grid = gpt(megatron_tp), megatron_tp.Grid()
+    optimizer = optimizer_of(model)
+    (getattr(m, "save_checkpoint", None) or megatron_tp.save_checkpoint)(folder / "run", 3, model, optimizer, grid)
+    other = gpt(megatron_tp)
+    with torch.no_grad():
+        [p.zero_() for p in other.parameters()]
+    load = getattr(m, "load_checkpoint", None) or megatron_tp.load_checkpoint
+    return load(folder / "run", other, optimizer_of(other), grid), other.state_dict()
+
+
+def published(m, folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(vocab_size=13, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(settings).save_pretrained(folder)
+    return m.load_gpt2(folder)[1]
+
+
+def one_grid(m, folder):
+    with alone() as device:
+        grid = m.make_grid(1, device)
+    return [size for size in getattr(grid, "_asdict", lambda: vars(grid))().values() if isinstance(size, int)]
+
+
+# ── Chapter 3 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def lists(kind="1f1b", stages=2, microbatches=4, chunks=1):
+    import pipeline
+
+    return pipeline.schedule(kind, stages, microbatches, chunks)
+
+
+def one_device():
+    from pipeline import Grid
+
+    return Grid()
+
+
+def stage_of():
+    import pipeline
+
+    return pipeline.PipelineStage(pipeline_size()).double()
+
+
+def pipeline_size():
+    from pipeline import GPTConfig
+
+    return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
+
+
+def pipeline_step(m):
+    import pipeline
+
+    stage = stage_of()
+    program = pipeline.programs(lists(stages=1, microbatches=2))[0]
+    return m.run_step(stage, program, *BATCHES[0]), [p.grad for p in stage.parameters()]
+
+
+def pipeline_clip(m):
+    stage = stage_of()
+    for p in stage.parameters():
+        p.grad = torch.ones_like(p)
+    return m.clip_grad_norm_(stage, 1.0)
+
+
+def stage_weights():
+    from pipeline import GPT
+
+    return GPT(pipeline_size()).state_dict()
+
+
+# ── Chapter 4 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sp_config():
+    from seq_parallel import GPTConfig
+
+    return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
+
+
+def sp_gpt():
+    from seq_parallel import SequenceParallelGPT
+
+    return SequenceParallelGPT(sp_config()).double()
+
+
+def sp_attention(m):
+    from seq_parallel import unfused_attention
+
+    layer = m.ParallelAttention(sp_config(), None, True, True, unfused_attention)
+    return through(layer, normal(5, 2, 16).requires_grad_(), Streams())
+
+
+def published_model():
+    from seq_parallel import PAPER_MODELS
+
+    return PAPER_MODELS["22B"]
+
+
+def sp_step(m):
+    model = sp_gpt()
+    return m.train_step(model, optimizer_of(model), *BATCHES[0])
+
+
+GPT_1T = dict(layers=128, hidden=25600, heads=160)
+
+BATCHES = [(TOKENS, TOKENS + 1)] * 2
+EXAMPLES = {
+    "deepspeech": {
+        "RecurrentLayer": lambda m, folder: through(
+            m.RecurrentLayer(speech(), 5, Normless, sum_so_far), normal(4, 2, 5), torch.ones(4, 2, dtype=torch.bool)
+        ),
+        "DeepSpeech2": lambda m, folder: m.DeepSpeech2(speech()).double()(*utterances()[:2]),
+        "train_alone": lambda m, folder: losses(m.train_alone(net(), speech_batches(), lambda step: 1e-3)),
+        "plain_recurrence": lambda m, folder: m.plain_recurrence(normal(5, 2, 3, 4), normal(2, 4, 4)),
+        "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
+        "parallel_model": lambda m, folder: m.parallel_model(speech()).double()(*utterances()[:2]),
+        "load_model": lambda m, folder: loaded(m, folder),
+        "ctc_loss": lambda m, folder: m.ctc_loss(spoken(), utterances()[2], *utterances()[1::2]),
+        "ring_all_reduce": lambda m, folder: m.ring_all_reduce(normal(5)),
+        "GradientRing": lambda m, folder: ring_of(m),
+        "sum_over_ranks": lambda m, folder: m.sum_over_ranks(normal(3)),
+        "SequenceBatchNorm": lambda m, folder: through(
+            m.SequenceBatchNorm(4), normal(5, 2, 4), torch.arange(5)[:, None] < torch.tensor([5, 3])
+        ),
+        "clipped_recurrence": lambda m, folder: m.clipped_recurrence(normal(5, 2, 3, 4), normal(2, 4, 4)),
+        "time_parallel_birnn": lambda m, folder: m.time_parallel_birnn(normal(5, 3, 4), normal(2, 4, 4)),
+        "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
+        "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
+        "check_replicas": lambda m, folder: m.check_replicas(net()) or "no other rank",
+        "clip_grad_norm_": lambda m, folder: m.clip_grad_norm_([*net().parameters()], 1.0),
+        "train_step": lambda m, folder: speech_step(m),
+        "train": lambda m, folder: losses(m.train(net(), speech_batches(), lambda step: 1e-3)),
+        "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
+    },
+    "megatron_tp": {
+        "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
+        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
+        "Attention": lambda m, folder: through(m.Attention(small()), normal(2, 5, 16), Streams()),
+        "Block": lambda m, folder: through(m.Block(small(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()),
+        "GPT": lambda m, folder: through(m.GPT(small()), TOKENS),
+        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(small()).values()),
+        "initial_weights": lambda m, folder: dict(m.initial_weights(small())),
+        "train_alone": lambda m, folder: losses(m.train_alone(gpt(m), BATCHES, lambda step: 1e-3)),
+        "copy_to_tp": lambda m, folder: m.copy_to_tp(normal(3)),
+        "reduce_from_tp": lambda m, folder: m.reduce_from_tp(normal(3)),
+        "scatter_to_tp": lambda m, folder: m.scatter_to_tp(normal(3)),
+        "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3)),
+        "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(3, 4)),
+        "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(3, 4)),
+        "ParallelAttention": lambda m, folder: through(m.ParallelAttention(small()), normal(2, 5, 16), Streams()),
+        "ParallelMLP": lambda m, folder: through(m.ParallelMLP(small()), normal(2, 5, 16), Streams()),
+        "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
+        "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
+        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
+        "ParallelGPT": lambda m, folder: through(m.ParallelGPT(small()), TOKENS),
+        "generate": lambda m, folder: m.generate(gpt(m).eval(), TOKENS[0], 4),
+        "shard_dim": lambda m, folder: m.shard_dim("layers.0.attention.out.weight"),
+        "shard_tensor": lambda m, folder: m.shard_tensor("embedding.weight", normal(13, 16), small(), 1, 2),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(weights(), small(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([weights()], small()),
+        "gather_state_dict": lambda m, folder: m.gather_state_dict(weights(), small()),
+        "save_checkpoint": checkpoint,
+        "load_checkpoint": checkpoint,
+        "load_gpt2": published,
+        "make_grid": one_grid,
+        "sum_gradients": lambda m, folder: m.sum_gradients(gpt(m).parameters()) or "nothing to sum",
+        "train_step": lambda m, folder: m.train_step(model := gpt(m), optimizer_of(model), *BATCHES[0], m.Grid()),
+        "train": lambda m, folder: losses(m.train(gpt(m), BATCHES, lambda step: 1e-3, m.Grid())),
+        "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
+    },
+    "pipeline": {
+        "schedule": lambda m, folder: m.schedule("interleaved", 2, 4, 2),
+        "input_of": lambda m, folder: m.input_of(lists()[1][0], 1, 2, 1),
+        "needs": lambda m, folder: m.needs(lists()[1][0], 1, 2, 1),
+        "count_targets": lambda m, folder: m.count_targets(TOKENS),
+        "play": lambda m, folder: m.play(lists(), dict(F=1, B=2)),
+        "simulate": lambda m, folder: m.simulate(lists()),
+        "programs": lambda m, folder: m.programs(lists("interleaved", 2, 4, 2)),
+        "verify": lambda m, folder: m.verify(lists()),
+        "verify_programs": lambda m, folder: m.verify_programs(__import__("pipeline").programs(lists())) or "proven",
+        "PipelineStage": lambda m, folder: list(m.PipelineStage(pipeline_size(), 1, 2).parameters()),
+        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
+        "cut_for_wire": lambda m, folder: m.cut_for_wire(normal(3, 2)),
+        "Mailbox": lambda m, folder: len(vars(m.Mailbox(one_device(), torch.float32, "cpu", None))),
+        "run_step": lambda m, folder: pipeline_step(m),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(stage_weights(), pipeline_size(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([stage_weights()], pipeline_size()),
+        "make_grid": one_grid,
+        "clip_grad_norm_": lambda m, folder: pipeline_clip(m),
+        "train": lambda m, folder: losses(
+            m.train(stage_of(), lists(stages=1, microbatches=2), BATCHES, lambda step: 1e-3)
+        ),
+        "training_days": lambda m, folder: m.training_days(300e9, 1024, 140e12, 96, 12288),
+        "predict": lambda m, folder: m.predict(**GPT_1T, batch=3072, t=8, p=64, d=6, v=1, b=1),
+        "plan": lambda m, folder: m.plan(**GPT_1T, gpus=3072, batch=3072),
+    },
+    "seq_parallel": {
+        "gather_from_sp": lambda m, folder: m.gather_from_sp(normal(4, 2, 3)),
+        "reduce_scatter_to_sp": lambda m, folder: m.reduce_scatter_to_sp(normal(4, 2, 3)),
+        "scatter_to_sp": lambda m, folder: m.scatter_to_sp(normal(4, 2, 3)),
+        "SPColumnParallelLinear": lambda m, folder: through(m.SPColumnParallelLinear(4, 6), normal(3, 2, 4)),
+        "SPRowParallelLinear": lambda m, folder: through(m.SPRowParallelLinear(4, 6), normal(3, 2, 4)),
+        "unfused_attention": lambda m, folder: m.unfused_attention(*normal(3, 4, 5, 2), p=0.5),
+        "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
+        "ParallelAttention": lambda m, folder: sp_attention(m),
+        "SequenceParallelLayer": lambda m, folder: through(
+            m.SequenceParallelLayer(sp_config(), recompute="selective"), normal(5, 2, 16).requires_grad_(), Streams()
+        ),
+        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
+        "look_up": lambda m, folder: m.look_up(TOKENS.T, normal(13, 4), 13),
+        "SequenceParallelGPT": lambda m, folder: through(m.SequenceParallelGPT(sp_config()), TOKENS),
+        "reduce_sequence_parallel_grads": lambda m, folder: m.reduce_sequence_parallel_grads(sp_gpt()) or "one rank",
+        "train_step": lambda m, folder: sp_step(m),
+        "train": lambda m, folder: losses(m.train(sp_gpt(), BATCHES, lambda step: 1e-3)),
+        "TransformerLayer": lambda m, folder: through(m.TransformerLayer(sp_config()), normal(2, 5, 16), Streams()),
+        "column_parallel": lambda m, folder: m.column_parallel(normal(3, 2, 4), normal(6, 4), None, None, True),
+        "sum_over_tp": lambda m, folder: m.sum_over_tp(normal(3, 2, 4), None, True),
+        "ParallelMLP": lambda m, folder: through(
+            m.ParallelMLP(sp_config(), None, True), normal(5, 2, 16).requires_grad_(), Streams()
+        ),
+        "saved_bytes": lambda m, folder: [kept.bytes for kept in m.saved_bytes(normal(3).requires_grad_().exp)],
+        "published_config": lambda m, folder: vars(m.published_config(published_model())),
+        "first_stage_bytes": lambda m, folder: m.first_stage_bytes(published_model(), True, "selective"),
+        "extra_bytes": lambda m, folder: m.extra_bytes(published_model()),
+        "stage_output_bytes": lambda m, folder: m.stage_output_bytes(published_model()),
+        "paper_scale": lambda m, folder: [cost.kept for cost in m.paper_scale("22B")],
+        "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
+    },
+}
