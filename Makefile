@@ -23,10 +23,11 @@ run: $(RUN)
 	@set -e; for script in $(SCRIPTS); do echo "── $$script"; $(PY) $$script $(ARGS); echo; done
 
 test: $(DEV) lint
-	$(PY) -m pytest $(if $(filter-out undefined file,$(origin CHAPTER)),$(TESTS),tests) $(ARGS)
+	@$(if $(TESTS),,echo "no tests of chapter $(CHAPTER)"; exit 1;)
+	$(PY) -m pytest $(TESTS) $(ARGS)
 
 bugs: $(DEV)
-	$(PY) -m pytest -m planted_bug tests $(ARGS)
+	$(PY) -m pytest -m planted_bug $(TESTS) $(ARGS)
 
 bench: $(DEV)
 	@$(if $(BENCHES),,echo "no benchmark of chapter $(CHAPTER)"; exit 1;)
