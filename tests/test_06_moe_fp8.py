@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 6 equals the single device: routing, experts on many ranks, eight-bit numbers, and the model after training.
+
+A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, sums over all
+experts written out, fractions for the eight-bit numbers, or transformers.
+"""
+
+import itertools
+import math
+from fractions import Fraction
+from functools import lru_cache
+
+import moe_fp8 as moe
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import assert_equal
+from torch import nn
+
+# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(**changes) -> moe.MoEConfig:
+    sizes = dict(
+        vocab_size=61, hidden_size=16, num_heads=4, num_experts=8, expert_size=12, shared_size=20, init_std=0.05
+    )
+    return moe.MoEConfig(**(sizes | changes))
+
+
+def random(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+
+
+def grads_of(module: nn.Module) -> dict:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def layer_of(cfg: moe.MoEConfig, kind=moe.MoELayer, *group) -> nn.Module:
+    """A layer in float64, the same weights whatever its kind; scores that are far from equal."""
+    torch.manual_seed(5)
+    layer = kind(cfg, *group).to(ranks.device, torch.float64)
+    with torch.no_grad():
+        layer.router.weight.mul_(10)
+        layer.router.bias.copy_(torch.linspace(-0.2, 0.2, cfg.num_experts))
+    return layer
+
+
+# ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_the_router_token_by_token(gate, top_k):
+    """Every score, choice and weight, from Python's own numbers."""
+    cfg = config(gate=gate, top_k=top_k, gate_scale=2.5)
+    router, x = layer_of(cfg).router, random(7, 16)
+    experts, weights, scores = router(x)
+    for t in range(7):
+        logits = [sum(a * b for a, b in zip(row, x[t].tolist())) for row in router.weight.tolist()]
+        s = [1 / (1 + math.exp(-u)) for u in logits]
+        if gate == "softmax":
+            s = [math.exp(u) / sum(math.exp(v) for v in logits) for u in logits]
+        chosen = sorted(range(8), key=lambda i: -(s[i] + router.bias[i].item()))[:top_k]
+        assert experts[t].tolist() == chosen
+        total = sum(s[i] for i in chosen) if top_k > 1 else 1
+        expected = torch.tensor([2.5 * s[i] / total for i in chosen], dtype=torch.float64)
+        assert_equal(
+            {"weights": weights[t], "scores": scores[t]},
+            {"weights": expected, "scores": torch.tensor(s, dtype=torch.float64)},
+        )
+    assert router.counts.tolist() == [(experts == i).sum() for i in range(8)]
+    router.eval()(x)
+    assert router.counts.sum() == 7 * top_k  # evaluation does not count
+
+
+def test_the_routers_gradient_is_the_formula():
+    """dw_i/du_j = λ (δ_ij S − s_i)/S² · s_j (1 − s_j) for chosen i and j, and nothing for the others."""
+    cfg = config(top_k=3)
+    router, x = layer_of(cfg).router, random(1, 16)
+    experts, weights, scores = router(x)
+    chosen, s = experts[0], scores[0].detach()
+    total = s[chosen].sum()
+    for place, i in enumerate(chosen):
+        (grad,) = torch.autograd.grad(weights[0, place], router.weight, retain_graph=True)
+        expected = torch.zeros_like(grad)
+        for j in chosen:
+            expected[j] = 2.5 * ((i == j) * total - s[i]) / total**2 * s[j] * (1 - s[j]) * x[0]
+        assert_equal({"grad": grad}, {"grad": expected})
+
+
+def test_one_expert_a_token_still_teaches_the_router():
+    layer, x = layer_of(config(top_k=1)), random(1, 9, 16)
+    layer(x)[0].square().sum().backward()
+    assert layer.router.weight.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_is_wide_whatever_the_model_is(dtype):
+    """In bf16 and under autocast: the choice and the weights of an fp32 router on the same numbers."""
+    cfg = config(num_experts=64, top_k=6, hidden_size=64)
+    torch.manual_seed(0)
+    narrow, x = moe.Router(cfg).to(dtype), torch.randn(50, 64).to(dtype)
+    wide = moe.Router(cfg)
+    wide.load_state_dict({name: value.to(torch.float32) for name, value in narrow.state_dict().items()})
+    expected = wide(x.to(torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(narrow(x), expected))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(wide(x.to(torch.float32)), expected))
+
+
+# ── 1.2 An even load ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_balancing_loss_written_out():
+    scores = random(3, 5, 8).sigmoid()
+    losses = moe.load_balancing_loss(scores, 2)
+    for b in range(3):
+        f, p = [0.0] * 8, [0.0] * 8
+        for t in range(5):
+            s = scores[b, t].tolist()
+            for i in sorted(range(8), key=lambda i: -s[i])[:2]:
+                f[i] += 8 / (2 * 5)
+            p = [old + value / sum(s) / 5 for old, value in zip(p, s)]
+        assert abs(losses[b].item() - sum(a * b for a, b in zip(f, p))) < 1e-12
+
+
+def test_the_balancing_loss_of_balanced_and_of_lopsided_scores():
+    balanced = torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
+    assert abs(moe.load_balancing_loss(balanced, 1).item() - 1) < 1e-6
+    lopsided = torch.full((2, 8, 8), 1e-9, dtype=torch.float64)
+    lopsided[..., :2] = 0.9
+    assert torch.allclose(moe.load_balancing_loss(lopsided, 2), torch.tensor(4.0, dtype=torch.float64))  # E / K
+
+
+def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
+    """The counts are constants: the gradient is f_i · d share_i, by differences that leave the counts as they are."""
+    scores = random(2, 5, 8).sigmoid().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: moe.load_balancing_loss(s, 2), scores)
+
+
+def test_the_bias_moves_against_the_load():
+    router = moe.Router(config(num_experts=4))
+    router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
+    router.counts.copy_(torch.tensor([6, 3, 0, 3]))  # the mean is 3
+    counts = moe.update_expert_bias([router], gamma=0.125)
+    assert router.bias.tolist() == [0.375, 0.0, -0.375, 0.25]
+    assert counts.tolist() == [[6, 3, 0, 3]] and not router.counts.any()
+
+
+def test_a_bias_in_which_steps_vanish_is_refused():
+    router = moe.Router(config()).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"):
+        moe.update_expert_bias([router])
+
+
+# ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_grouped_product(dtype, counts):
+    """One kernel where there is one, one product for each expert where not: the same, with empty experts and none."""
+    torch.manual_seed(0)
+    x, w = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True), torch.randn(4, 24, 16, dtype=dtype)
+    w.requires_grad_()
+    assert moe._has_grouped_mm(x, w) == (dtype != torch.float64)
+    y = moe.grouped_product(x, w, counts)
+    upstream = torch.randn(y.shape, dtype=dtype)
+    here = torch.autograd.grad(y, [x, w], upstream)
+    owner = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    x64, w64 = (tensor.detach().double().requires_grad_() for tensor in (x, w))
+    expected = torch.einsum("rh,rfh->rf", x64, w64[owner])
+    there = torch.autograd.grad(expected, [x64, w64], upstream.double())
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]  # rounding of each dtype
+    for a, b in zip([y, *here], [expected, *there]):
+        assert a.shape == b.shape
+        assert not b.numel() or (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max())
+
+
+def test_sizes_that_the_kernel_does_not_take():
+    x, w = torch.randn(5, 15), torch.randn(2, 7, 15)
+    assert not moe._has_grouped_mm(x, w)
+    assert torch.equal(moe.grouped_product(x, w, [2, 3])[2:], x[2:] @ w[1].mT)
+    with pytest.raises(ValueError, match=r"counts \[2, 2\] are not 5 rows for 2 experts"):
+        moe.grouped_product(x, w, [2, 2])
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8])
+def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
+    """Against the formula with every expert on every token, and a weight of 0 where it was not chosen."""
+    layer, x = layer_of(config(top_k=top_k, gate=gate)), random(3, 5, 16).requires_grad_()
+    upstream = random(3, 5, 16, seed=2)
+    y, _ = layer(x)
+    y.backward(upstream)
+    here = {"y": y.detach(), "x": x.grad, **grads_of(layer)}
+    layer.zero_grad()
+    again = x.detach().clone().requires_grad_()
+    experts, weights, _ = layer.router(again.view(15, 16))
+    dense = torch.zeros(15, 8, dtype=torch.float64).scatter(1, experts, weights).view(3, 5, 8)
+    hidden = torch.einsum("bsh,efh->bsef", again, layer.experts.up).relu() ** 2
+    y = torch.einsum("bsef,ehf,bse->bsh", hidden, layer.experts.down, dense)
+    y = y + (again @ layer.shared.up.weight.T).relu() ** 2 @ layer.shared.down.weight.T
+    y.backward(upstream)
+    assert_equal(here, {"y": y.detach(), "x": again.grad, **grads_of(layer)})
+
+
+# ── 1.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_attention_with_groups_is_attention_with_repeated_keys():
+    cfg, x = config(), random(2, 7, 16)
+    torch.manual_seed(0)
+    attention = moe.Attention(cfg).double()
+    q, k, v = attention.qkv(x).split([16, 8, 8], -1)
+    y = torch.zeros(2, 7, 16, dtype=torch.float64)
+    for head in range(4):
+        q_h, (k_h, v_h) = (
+            q[..., 4 * head : 4 * head + 4],
+            (t[..., 4 * (head // 2) : 4 * (head // 2) + 4] for t in (k, v)),
+        )
+        scores = (q_h @ k_h.mT / 2).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+        y[..., 4 * head : 4 * head + 4] = scores.softmax(-1) @ v_h
+    assert_equal({"y": attention(x)[0]}, {"y": attention.out(y)})
+
+
+def test_the_model_sees_no_future_and_learns():
+    cfg = config()
+    model, tokens = moe.MoELM(cfg).double(), torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 61
+    gap = (model(tokens)[0] - model(changed)[0]).abs().amax((0, 2))
+    assert gap[:8].max() < 1e-14 and gap[8:].min() > 1e-6  # other rows in a product round it otherwise
+    losses = [step.loss.item() for step in moe.train_alone(moe.MoELM(cfg), [(tokens, tokens)] * 30, lambda step: 1e-2)]
+    assert losses[0] > 4 and losses[-1] < 2
+
+
+def test_weights_are_a_function_of_the_configuration():
+    a, b = moe.MoELM(config(seed=3)).state_dict(), moe.MoELM(config(seed=3)).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == moe.state_shapes(config()).keys() and "layers.1.mixer.router.bias" in a
+    assert not torch.equal(a["head.weight"], moe.MoELM(config(seed=4)).state_dict()["head.weight"])
+
+
+# ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
+#
+# The reference knows no torch dtype: all numbers of a format, from its definition, as fractions.
+
+
+@lru_cache
+def numbers_of(format: str) -> dict[int, Fraction]:
+    """Code to number, for every code that is a number: sign, exponent, fraction, from the definition of the format."""
+    exponent_bits, fraction_bits, bias = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}[format]
+    found = {}
+    for code in range(256):
+        sign, exponent, fraction = code >> 7, (code >> fraction_bits) % 2**exponent_bits, code % 2**fraction_bits
+        top = 2**exponent_bits - 1
+        if exponent == top and (format == "e5m2" or fraction == 2**fraction_bits - 1):
+            continue  # infinity and NaN; E4M3 spends one code a sign on NaN, and the rest of that exponent on numbers
+        part = Fraction(fraction, 2**fraction_bits)
+        value = part * Fraction(2) ** (1 - bias) if exponent == 0 else (1 + part) * Fraction(2) ** (exponent - bias)
+        found[code] = -value if sign else value
+    return found
+
+
+def rounded(value: Fraction, format: str, negative: bool) -> int:
+    """The code nearest to value, of two equally near the even one, by looking at them all; too large: the largest."""
+    side = {code: number for code, number in numbers_of(format).items() if (code >> 7) == negative}
+    return min(side, key=lambda code: (abs(side[code] - value), code % 2))
+
+
+def codes_of(quantized: moe.Quantized) -> list[int]:
+    return quantized.codes.view(torch.uint8).flatten().tolist()
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_all_codes(format):
+    """Every number of the format survives a round trip to the bit, under a scale of 1; and the largest is published."""
+    numbers = numbers_of(format)
+    assert max(numbers.values()) == {"e4m3": 448, "e5m2": 57344}[format]
+    x = torch.tensor([float(number) for number in numbers.values()])
+    x[list(numbers).index(0x80)] = -0.0
+    quantized = moe.quantize_fp8(x, format)
+    assert quantized.inverse_scale == 1 and codes_of(quantized) == list(numbers)
+    assert torch.equal(moe.dequantize_fp8(quantized), x)
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_ties_and_their_neighbours(format):
+    """Between each two neighbours: the middle goes to the even code, the next fp32 number on either side does not."""
+    positive = sorted(number for number in numbers_of(format).values() if number >= 0)
+    middles = [float((a + b) / 2) for a, b in itertools.pairwise(positive)]
+    x = torch.tensor([max(positive).__float__(), *middles])
+    near = torch.cat([x, torch.nextafter(x[1:], torch.tensor(0.0)), torch.nextafter(x[1:], torch.tensor(math.inf))])
+    near = torch.cat([near, -near])
+    quantized = moe.quantize_fp8(near, format)
+    assert quantized.inverse_scale == 1
+    assert codes_of(quantized) == [rounded(Fraction(v.item()), format, math.copysign(1, v.item()) < 0) for v in near]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8),
+    st.sampled_from(["e4m3", "e5m2"]),
+    st.booleans(),
+)
+def test_any_numbers_against_fractions(values, format, power_of_two):
+    """Scale and rounding: every step of the definition in fractions, rounded to fp32 where the definition says so."""
+    x = torch.tensor(values)
+    quantized = moe.quantize_fp8(x, format, power_of_two=power_of_two)
+    fp32 = lambda value: Fraction(torch.tensor(float(value), dtype=torch.float32).item())  # noqa: E731
+    most, amax = max(numbers_of(format).values()), max(abs(Fraction(v.item())) for v in x)
+    scale = Fraction(1) if amax == 0 else fp32(min(most / amax, Fraction(2) ** 126))
+    if power_of_two:
+        scale = Fraction(2) ** math.floor(math.log2(scale))
+    assert Fraction(quantized.inverse_scale.item()) == fp32(1 / scale)
+    expected = [rounded(fp32(Fraction(v.item()) * scale), format, math.copysign(1, v.item()) < 0) for v in x]
+    assert codes_of(quantized) == expected
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 130), (130, 257), (2, 3, 7), (0, 128), (1, 1)], ids=str)
+def test_tiles_are_quantised_each_by_itself(shape, block):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[-1] + 1)
+    quantized = moe.quantize_fp8(x, "e4m3", block)
+    back = moe.dequantize_fp8(quantized)
+    assert quantized.codes.shape == back.shape == x.shape
+    for rows in range(0, shape[-2], block[0]):
+        for columns in range(0, shape[-1], block[1]):
+            here = (slice(rows, rows + block[0]), slice(columns, columns + block[1]))
+            for lead in itertools.product(*(range(n) for n in shape[:-2])):
+                tile = moe.quantize_fp8(x[lead][here])
+                assert torch.equal(quantized.codes[lead][here].view(torch.uint8), tile.codes.view(torch.uint8))
+                place = (*lead, rows // block[0], columns // block[1])
+                assert quantized.inverse_scale[place] == tile.inverse_scale
+                assert torch.equal(back[lead][here], moe.dequantize_fp8(tile))
+
+
+def test_numbers_at_the_edge():
+    """Zeros, the smallest and the largest numbers of fp32 and float64: finite in, finite out."""
+    for values in ([0.0, -0.0], [1e-45, 0.0], [3e38, -3e38], [1e-30, 3e38], [1e-38]):
+        for format, power in itertools.product(moe.FP8_FORMATS, (False, True)):
+            for dtype in (torch.float32, torch.float64):
+                quantized = moe.quantize_fp8(torch.tensor(values, dtype=dtype), format, power_of_two=power)
+                assert moe.dequantize_fp8(quantized).isfinite().all(), values
+                assert quantized.inverse_scale > 0
+    empty = moe.quantize_fp8(torch.zeros(0, 4))
+    assert empty.inverse_scale == 1 and moe.dequantize_fp8(empty).shape == (0, 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    """A whole tile becomes NaN, so that a norm sees it, and no other tile does."""
+    x = torch.ones(2, 4)
+    x[1, 2] = bad
+    assert moe.dequantize_fp8(moe.quantize_fp8(x)).isnan().all()
+    back = moe.dequantize_fp8(moe.quantize_fp8(x, block=(1, 4)))
+    assert back[1].isnan().all() and torch.equal(back[0], x[0])
+
+
+def test_an_unknown_format():
+    with pytest.raises(ValueError, match=r"format 'e3m4': one of \['e4m3', 'e5m2'\]"):
+        moe.quantize_fp8(torch.ones(1), "e3m4")
+
+
+# ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("recipe", [moe.HYBRID, moe.BLOCKWISE], ids=["hybrid", "blockwise"])
+@pytest.mark.parametrize("rows", [0, 1, 16, 37])
+def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
+    """Forward and both gradients against float64 products of the six operands, each rounded as the recipe says."""
+    torch.manual_seed(0)
+    layer = moe.FP8Linear(32, 48, recipe).double()
+    x, upstream = random(rows, 32).requires_grad_(), random(rows, 48, seed=2)
+    y = layer(x)
+    y.backward(upstream)
+    q = lambda tensor, operand: moe.dequantize_fp8(moe.quantize_fp8(tensor, *operand), torch.float64)  # noqa: E731
+    w, dy, x_ = layer.weight.detach(), upstream, x.detach()
+    there = {
+        "fprop": q(x_, recipe.fprop[0]) @ q(w, recipe.fprop[1]).T,
+        "dgrad": q(dy, recipe.dgrad[0]) @ q(w.T, recipe.dgrad[1]).T,
+        "wgrad": q(dy.T, recipe.wgrad[0]) @ q(x_.T, recipe.wgrad[1]).T,
+    }
+    here = {"fprop": y, "dgrad": x.grad, "wgrad": layer.weight.grad}
+    if rows:
+        assert_equal(here, there)
+    else:
+        assert all(here[name].shape == there[name].shape and not here[name].any() for name in here)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+def test_fp8_linear_beside_nn_linear(leading):
+    """Near the wide layer: a few percent, as E4M3's three bits of fraction give; and any leading dimensions."""
+    torch.manual_seed(0)
+    layer, x = moe.FP8Linear(64, 64), torch.randn(*leading, 64)
+    expected = F.linear(x, layer.weight)
+    error = (layer(x) - expected).norm() / expected.norm()
+    assert layer(x).shape == expected.shape and 0.005 < error < 0.06
+
+
+def test_fp8_linear_under_autocast():
+    layer, x = moe.FP8Linear(32, 32), torch.randn(4, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert layer.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e4m3")], ids=str)
+def test_torchs_scaled_product_within_the_stated_bound(formats):
+    """The line that FP8 units run, here in PyTorch's CPU version: layout and inverse scales are right."""
+    a, b = (moe.quantize_fp8(random(*shape), f) for shape, f in zip([(32, 64), (48, 64)], formats))
+    exact = moe.fp8_product(a, b, torch.float64)
+    here = moe.fp8_product(a, b, torch.float32, hardware=True)
+    sizes = moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
+    assert ((here - exact).abs() <= 2.0**-13 * sizes + 2.0**-23 * exact.abs()).all() and exact.abs().max() > 1
+
+
+def test_fp8_linear_takes_the_hardwares_line():
+    """Forward and backward through torch._scaled_mm, rows that are no multiple of 16: the emulation's numbers."""
+    torch.manual_seed(0)
+    hard, x = moe.FP8Linear(32, 48, hardware=True), torch.randn(37, 32, requires_grad=True)
+    soft = moe.FP8Linear(32, 48)
+    soft.load_state_dict(hard.state_dict())
+    upstream = torch.randn(37, 48)
+    here = torch.autograd.grad(hard(x), [x, hard.weight], upstream)
+    there = torch.autograd.grad(soft(x), [x, soft.weight], upstream)
+    assert_equal(dict(enumerate(here)), dict(enumerate(there)), bound=1e-5)  # fp32 sums in another order
+    with pytest.raises(ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"):
+        moe.FP8Linear(32, 8, hardware=True)(x)
+
+
+def test_fp8_hardware_is_refused_where_there_is_none():
+    cpu = torch.device("cpu")
+    assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware("emulate", cpu, moe.HYBRID)
+    with pytest.raises(ValueError, match="FP8 units are asked for, but a cpu has none: use emulate, or auto"):
+        moe.fp8_hardware("hardware", cpu, moe.HYBRID)
