@@ -331,7 +331,7 @@ class MoELayer(nn.Module):
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
         x_TH = rearrange(x_BSH, "B S H -> (B S) H")
         routing = self.router(x_TH)
-        scores_BSE = routing.scores_TE.view(*x_BSH.shape[:2], -1)
+        scores_BSE = routing.scores_TE.unflatten(0, x_BSH.shape[:2])
         return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(scores_BSE, self.config.top_k)
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:

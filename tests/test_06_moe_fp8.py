@@ -9,16 +9,22 @@ import itertools
 import math
 from fractions import Fraction
 from functools import lru_cache
+from pathlib import Path
 
 import moe_fp8 as moe
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import assert_equal
+from proof import Events, assert_differs, assert_equal, plant
 from torch import nn
+
+SCRIPT = Path(moe.__file__)
+EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
+LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # world to ep
 
 # ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
 
@@ -46,6 +52,45 @@ def layer_of(cfg: moe.MoEConfig, kind=moe.MoELayer, *group) -> nn.Module:
         layer.router.weight.mul_(10)
         layer.router.bias.copy_(torch.linspace(-0.2, 0.2, cfg.num_experts))
     return layer
+
+
+@lru_cache
+def grid_of(ep: int) -> moe.Grid:
+    return moe.make_grid(ep, ranks.device)
+
+
+def batch_of(rows: int, length: int = 7, seed: int = 1):
+    """Tokens and targets of which rows count unequally: the first row's targets are mostly −100."""
+    tokens, targets = torch.randint(61, (2, rows, length), generator=torch.Generator().manual_seed(seed)).to(
+        ranks.device
+    )
+    targets[0, 2:] = -100
+    return tokens, targets
+
+
+def joined(tensors: dict, group=None) -> dict:
+    """All ranks' shares of one ep group, put together to whole tensors."""
+    shards = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in tensors.items()}, group)
+    return moe.merge_state_dicts(shards)
+
+
+def summed(x: torch.Tensor, group=None) -> torch.Tensor:
+    x = x.detach().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def share_of(whole: torch.Tensor, how: str) -> torch.Tensor:
+    """This rank's part of dimension 0: even, or a rank with nothing between ranks with much."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if how == "even":
+        return whole.tensor_split(world)[rank]
+    if how == "one rank has all":
+        return whole if rank == world - 1 else whole[:0]
+    first = len(whole) // 3  # rank 0 a third, rank 1 nothing, the others the rest
+    cuts = {1: [0, len(whole)], 2: [0, first, len(whole)], 4: [0, first, first, len(whole) - 1, len(whole)]}[world]
+    return whole[cuts[rank] : cuts[rank + 1]]
 
 
 # ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
@@ -243,6 +288,197 @@ def test_weights_are_a_function_of_the_configuration():
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert a.keys() == moe.state_shapes(config()).keys() and "layers.1.mixer.router.bias" in a
     assert not torch.equal(a["head.weight"], moe.MoELM(config(seed=4)).state_dict()["head.weight"])
+
+
+# ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("width", [(), (3,), (2, 3)], ids=str)
+def test_all_to_all_against_what_everybody_sent(width):
+    """Uneven pieces, empty ones among them, rank 0 sending nothing at all: every row and every gradient by name."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pieces = [[(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)]  # i to j
+    send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
+    name = lambda i, j, n: (
+        torch.full((n, *width), 100.0 * i + j, dtype=torch.float64)
+        + torch.arange(n).view(  # noqa: E731
+            -1, *(1 for _ in width)
+        )
+    )
+    rows = torch.cat([name(rank, j, n) for j, n in enumerate(send)]).requires_grad_()
+    there = moe.all_to_all(rows, send, receive)
+    assert torch.equal(there, torch.cat([name(i, rank, n) for i, n in enumerate(receive)]))
+    (there**2).sum().backward()  # the gradient of each row is its own name, twice
+    assert torch.equal(rows.grad, 2 * rows)
+    later = moe.all_to_all(rows, send, receive, wait=False)
+    assert torch.equal(later(), there)
+
+
+@pytest.mark.ranks(2)
+def test_all_to_all_refuses_lists_that_do_not_fit():
+    for send, receive in (([1], [1, 2]), ([2, 2], [1, 2]), ([1, 2], [3])):
+        with pytest.raises(ValueError, match=r"both lists need a number for each rank, and all rows must be sent"):
+            moe.all_to_all(torch.ones(3, 2), send, receive)
+
+
+# ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
+    """Each expert finds the rows that it has on one device, in the same order, to the bit; and all come home."""
+    x = random(13, 5)
+    orders = (torch.randperm(8, generator=torch.Generator().manual_seed(t)) for t in range(13))
+    experts = torch.stack([order[order != 3][:top_k] for order in orders])  # nobody wants expert 3
+    here, mine = share_of(x, how), share_of(experts, how)
+    plan = moe.plan_dispatch(mine, 8)
+    rows = moe.dispatch(here, plan)()
+    e = 8 // dist.get_world_size()
+    expected = [x[(experts == i).nonzero()[:, 0]] for i in range(e * dist.get_rank(), e * (dist.get_rank() + 1))]
+    assert torch.equal(rows, torch.cat(expected)) and plan.counts == [len(part) for part in expected]
+    weights = torch.ones(len(here), top_k, dtype=torch.float64)
+    assert_equal_or_empty(moe.combine(rows, weights, plan), top_k * here)
+
+
+def assert_equal_or_empty(here, expected):
+    assert here.shape == expected.shape
+    if len(expected):
+        assert_equal({"": here}, {"": expected})
+
+
+def test_a_permutations_gradient_is_a_gather():
+    x, order = random(6, 2).requires_grad_(), torch.tensor([3, 1, 5, 0, 2, 4])
+    moved = lambda x, copies: moe._Permute.apply(x, order, moe._inverse(order), copies)  # noqa: E731
+    assert torch.equal(moved(x, 1), x[order]) and torch.equal(moved(x[:2], 3), x[order // 3])
+    assert torch.autograd.gradcheck(lambda x: moved(x, 1), x)
+    assert torch.autograd.gradcheck(lambda x: moved(x[:2], 3), x)
+
+
+def test_no_second_derivative_by_mistake():
+    """Our own Functions are differentiable once, and say so."""
+    layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ── 2.3 The layer ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def lopsided(layer: nn.Module, router: str) -> None:
+    """Routers that leave experts, or ranks, without a token."""
+    with torch.no_grad():
+        if router == "two experts get nothing":
+            layer.router.bias[2:4] = -10
+        if router == "only the first experts work":
+            layer.router.bias[: layer.config.top_k] = 10
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_the_layer(top_k, router, how):
+    """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and whoever works."""
+    cfg = config(top_k=top_k)
+    plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
+    for layer in (plain, parallel):
+        lopsided(layer, router)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert all(
+        torch.equal(x, moe.shard_tensor(n, plain.state_dict()[n], rank, world))
+        for n, x in parallel.state_dict().items()
+    )
+    x, upstream, of_balance = random(6, 5, 16), random(6, 5, 16, seed=2), random(6, seed=3)
+    a = x.clone().requires_grad_()
+    y, balance = plain(a)
+    torch.autograd.backward([y, balance], [upstream, of_balance])
+    b = share_of(x, how).clone().requires_grad_()
+    y_here, balance_here = parallel(b)
+    torch.autograd.backward([y_here, balance_here], [share_of(upstream, how), share_of(of_balance, how)])
+    for here, whole in ((y_here, y), (balance_here, balance), (b.grad, a.grad)):
+        assert_equal_or_empty(here, share_of(whole.detach(), how))
+    grads = {n: g if moe.shard_dim(n) is not None else summed(g) for n, g in grads_of(parallel).items()}
+    expected = {n: g for n, g in grads_of(plain).items()}
+    unused = router == "only the first experts work" and top_k < 8
+    zero = [n for n, g in expected.items() if unused and moe.shard_dim(n) is not None]
+    assert_equal(joined(grads), expected)
+    for name in zero:
+        assert not grads_of(plain)[name][top_k:].any()
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_shared_expert_works_while_rows_travel():
+    """Forward: rows leave, two products of the shared expert, then the wait. Backward: the same, from behind."""
+    layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
+    with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
+        y, _ = layer(x)
+    e = 8 // dist.get_world_size()
+    counts = ["all_to_all"]  # of numbers, before anything else
+    first, rest = ["all_to_all", "product", "product", "wait"], ["product"] * 2 * e + ["all_to_all", "wait", "product"]
+    assert events.order[1:] == counts + first + rest, events.order  # the first product is the router's
+    with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
+        y.sum().backward()
+    order = events.order
+    back = [i for i, event in enumerate(order) if event == "all_to_all"]
+    waits = [i for i, event in enumerate(order) if event == "wait"]
+    assert len(back) == len(waits) == 2 and waits[0] == back[0] + 1  # combine's rows come back at once
+    assert order[back[1] + 1 : waits[1]] == ["product"] * 4  # and dispatch's while the shared expert's backward runs
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_bytes_of_a_layer():
+    """Every row travels there and back, forward and backward, and nothing else but one message of counts."""
+    cfg = config()
+    layer, x = layer_of(cfg, moe.ExpertParallelMoELayer), random(3, 5, 16, seed=dist.get_rank()).requires_grad_()
+    with moe.Counter() as counter:
+        layer(x)[0].sum().backward()
+    sizes = [m.bytes for m in counter.messages if m.op.startswith("alltoall")]
+    assert len(counter.messages) == len(sizes) == 5
+    assert sizes[0] == 8 * 8
+    experts = layer.router(x.view(15, 16)).experts_TK
+    arrived = moe.plan_dispatch(experts, 8).receive
+    assert sizes[1:] == [8 * 16 * max(2 * 15, sum(arrived))] * 4
+
+
+def test_without_a_process_group_there_is_one_rank():
+    """Every public function works in a process that knows no other; the layer equals the plain one."""
+    assert not dist.is_initialized()
+    cfg = config()
+    plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
+    x = random(3, 5, 16)
+    assert_equal({"y": parallel(x)[0]}, {"y": plain(x)[0]})
+    assert moe.all_to_all(x, [3], [3]) is x
+    batch = batch_of(3)
+    alone = list(moe.train_alone(moe.MoELM(cfg).double(), [batch] * 3, lambda step: 1e-3))
+    together = list(moe.train(moe.ParallelMoELM(cfg).double(), [batch] * 3, lambda step: 1e-3, moe.Grid()))
+    assert_equal({i: s.loss for i, s in enumerate(together)}, {i: s.loss for i, s in enumerate(alone)})
+    assert all(torch.equal(a.counts_LE, b.counts_LE) for a, b in zip(alone, together))
+
+
+def test_the_layer_under_autocast_and_compiled():
+    """bf16 products: near fp32's. torch.compile (aot_eager): the same numbers as eager."""
+    torch.manual_seed(0)
+    cfg = config(expert_size=16, shared_size=16)
+    layer, x = moe.ExpertParallelMoELayer(cfg), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(5)
+    y = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)[0]
+    assert narrow.dtype == torch.bfloat16 and 1e-4 < ((narrow - y).norm() / y.norm()).item() < 2e-2
+    narrow.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    layer, x = layer.double(), x.double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=False)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    here, there = compiled(a)[0], layer(b)[0]
+    grads = [torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()]) for y, leaf in ((here, a), (there, b))]
+    assert_equal({"y": here, **dict(enumerate(grads[0]))}, {"y": there, **dict(enumerate(grads[1]))})
 
 
 # ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
