@@ -301,12 +301,11 @@ def test_all_to_all_against_what_everybody_sent(width):
     world, rank = dist.get_world_size(), dist.get_rank()
     pieces = [[(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)]  # i to j
     send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
-    name = lambda i, j, n: (
-        torch.full((n, *width), 100.0 * i + j, dtype=torch.float64)
-        + torch.arange(n).view(  # noqa: E731
-            -1, *(1 for _ in width)
-        )
-    )
+
+    def name(i: int, j: int, n: int) -> torch.Tensor:
+        numbers = torch.full((n, *width), 100.0 * i + j, dtype=torch.float64)
+        return numbers + torch.arange(n).view(-1, *(1 for _ in width))
+
     rows = torch.cat([name(rank, j, n) for j, n in enumerate(send)]).requires_grad_()
     there = moe.all_to_all(rows, send, receive)
     assert torch.equal(there, torch.cat([name(i, rank, n) for i, n in enumerate(receive)]))
@@ -740,8 +739,7 @@ def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
 @pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
 def test_experts_in_fp8_have_the_single_devices_codes(router):
     """The rows of each expert and its weights, at every ep: codes and scales to the bit; then the layer's output."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    for ep in LAYOUTS[world]:
+    for ep in LAYOUTS[dist.get_world_size()]:
         cfg, grid = config(top_k=2), grid_of(ep)
         model = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)
         plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer, grid.ep_group)
@@ -939,9 +937,11 @@ def test_five_steps(optimizer, how):
             assert there.norm > 0.05 or optimizer == "sgd"  # clipped
             assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
             state = joined(parallel.state_dict(), grid_of(ep).ep_group)
-            assert_equal(state, plain.state_dict(), floor=floor)
-            biases = [router.bias for router in plain.routers()]
-            assert all(bias.abs().max() > 0.01 for bias in biases)
+            expected = plain.state_dict()
+            biases = [name for name in expected if name.endswith("router.bias")]  # steps of γ, and may be back at 0
+            assert all((state.pop(name) - expected.pop(name).cpu()).abs().max() < 1e-12 for name in biases)
+            assert_equal(state, expected, floor=floor)
+        assert all(router.bias.abs().max() > 0.01 for router in plain.routers())
 
 
 @pytest.mark.ranks(2, 4)
@@ -1017,5 +1017,8 @@ def test_quantisation_errors():
     error = moe.quantisation_error
     assert round(error(x), 3) == 0.026 and 1.9 < error(x, "e5m2") / error(x) < 2.1
     assert error(x, "e4m3", (1, 128)) <= error(x) <= error(x, "e4m3", None, True) * 1.02
-    small = lambda *operand: ((back := moe.dequantize_fp8(moe.quantize_fp8(heavy, *operand))) == 0).sum().item()  # noqa: E731, F841
-    assert small("e4m3") > 100 * max(1, small("e4m3", (1, 128))) and small("e5m2") < small("e4m3") / 100
+
+    def lost(*operand) -> float:
+        return (moe.dequantize_fp8(moe.quantize_fp8(heavy, *operand)) == 0).double().mean().item()
+
+    assert lost("e4m3") > 0.5 and lost("e4m3", (1, 128)) < 0.1 and lost("e5m2") < lost("e4m3") / 2
