@@ -68,6 +68,7 @@ import itertools
 import json
 import math
 import os
+import statistics
 import sys
 import sysconfig
 import time
@@ -1317,6 +1318,292 @@ def quantisation_error(x: Tensor, *operand) -> float:
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
 
+def learning_rate(step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10) -> float:
+    """Warm-up, flat, and over the last fifth down to `floor`, by minus the square root; step counts from 0.
+
+    The shape is the paper's: 8 billion tokens of warm-up, 20 trillion flat, 5 trillion down.
+    """
+    done = max(0.0, (step - 0.8 * steps) / max(1, 0.2 * steps))
+    return min(peak * (step + 1) / warmup, floor + (peak - floor) * (1 - math.sqrt(done)))
+
+
+def largest_load(counts_LE: Tensor) -> float:
+    """Rows of the busiest expert over the mean, in the worst layer: 1 is even."""
+    return (counts_LE.amax(1) / counts_LE.to(torch.float64).mean(1)).max().item()
+
+
+@torch.no_grad()
+def overload(model: MoELM, lean: float = 0.5) -> MoELM:
+    """A bad start: all embeddings share a direction, and every router turns it into a liking for experts 0 and 1."""
+    model.embedding.weight[:, 0] += 0.1
+    for router in model.routers():
+        router.weight[:2, 0] += lean
+    return model
+
+
+def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small model on this grid beside the same on one device: name to relative error, of every tensor.
+
+    Two experts get no token; the first rank has none in the second step and the others unequally many. Errors are per
+    tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    """
+    config = MoEConfig(61, 16, "*E*E", num_experts=4 * grid.ep, top_k=2, expert_size=12, shared_size=20, init_std=0.05)
+    plain, parallel = (model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group)))
+    for router in (*plain.routers(), *parallel.routers()):
+        router.bias[:2] = -10
+    batches = []
+    for step in range(5):
+        rows = group_size() + 1 if step % 2 == 0 else max(1, group_size() - 1)
+        generator = torch.Generator().manual_seed(step)
+        tokens_BS, targets_BS = torch.randint(61, (2, rows, 13), generator=generator).to(device)
+        targets_BS[0, 3:] = -100
+        batches.append((tokens_BS, targets_BS))
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards, found = [{name: x.detach().cpu() for name, x in here.items()}], {}
+        if dist.is_initialized():
+            shards, mine = [None] * grid.ep, shards[0]
+            dist.all_gather_object(shards, mine, grid.ep_group)
+        for name, x in merge_state_dicts(shards).items():
+            y = reference[name].detach().cpu()
+            found[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+        return found
+
+    errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
+    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
+    for step, (there, here) in enumerate(runs):
+        errors |= {
+            f"loss {step}": abs(here.loss / there.loss - 1).item(),
+            f"norm {step}": abs(here.norm / there.norm - 1).item(),
+        }
+        if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
+            errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
+        if step == 0:
+            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
+    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        return errors
+    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
+    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
+    errors = list(errors)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+def check(args, grid: Grid, device: torch.device) -> bool:
+    """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
+    errors = equivalence(grid, device, *precision(args))
+    worst, good = within(errors.values(), BOUNDS[args.dtype])
+    say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
+    say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; ep {grid.ep} × dp {grid.dp}, {args.dtype}")
+    return good
+
+
+def codes_agree(device: torch.device) -> bool:
+    """Whether every rank's share of a tensor has the codes of the whole, with an outlier on the last rank alone."""
+    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x_RH[-1, 5] = 1000.0
+    whole = quantize_fp8(x_RH).codes.view(torch.uint8).tensor_split(group_size())[group_rank()]
+    share = quantize_fp8(x_RH.tensor_split(group_size())[group_rank()], amax_group=dist.group.WORLD)
+    same = torch.tensor(torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device)
+    return bool(_all_reduce(same, None, dist.ReduceOp.MIN))
+
+
+def print_formats(recipe: FP8Recipe, hardware: bool) -> None:
+    """The recipe, product by product, and what each format does to two kinds of numbers."""
+    say(f"products in FP8, {'on FP8 units' if hardware else 'emulated'}, all but the first {recipe.first} and the last "
+        f"{recipe.last} layers:")  # fmt: skip
+    lines = ("fprop  y_RF  =  x_RH{} · w_FH{}", "dgrad  dx_RH = dy_RF{} · w_HF{}", "wgrad  dw_FH = dy_FR{} · x_HR{}")
+    for line, operands in zip(lines, recipe):
+        names = (f" {o.format}" + (f", tiles {o.block[0]} × {o.block[1]}" if o.block else "") for o in operands)
+        say("  " + line.format(*names))
+    x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    heavy = x * torch.exp(2 * torch.randn(512, 512, generator=torch.Generator().manual_seed(1)))
+    say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
+    for name, operand in {
+        "e4m3": E4M3,
+        "e5m2": E5M2,
+        "e4m3, tiles of 1 × 128": TILE,
+        "e4m3, tiles of 128 × 128": SQUARE,
+    }.items():
+        lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
+        say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
+    say()
+
+
+def demonstrate(args, grid: Grid, device: torch.device) -> dict:
+    """Trains three copies of one model from a bad start, on real text, beside one device; returns what to claim."""
+    from tqdm import tqdm
+
+    config, (dtype, autocast) = config_of(args), precision(args)
+    data = TextData(args.data, args.tokenizer, args.seq_length)
+
+    def batches() -> Batches:
+        steps = range(args.steps)
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in steps)
+
+    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
+    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
+    to_fp8(models[2], RECIPES[args.recipe], fp8_hardware(args.fp8, device, RECIPES[args.recipe]), grid)
+    alone, differences = iter(()), []
+    if group_rank() == 0:
+        alone = train_alone(
+            overload(MoELM(config)).to(device, dtype), itertools.islice(batches(), 5), gamma=args.gamma, **options
+        )
+    held = sum(p.numel() for p in models[0].parameters())
+    say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
+        f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
+    say(f"{'γ =':>45} {args.gamma:<15g}          γ = 0.001       FP8, γ = {args.gamma:g}")
+    say("step      loss    on one device      norm   largest load     largest load     loss        largest load")
+    quiet = group_rank() > 0 or not sys.stderr.isatty()
+    runs = zip(
+        *(train(m, batches(), grid=grid, gamma=g, **options) for m, g in zip(models, (args.gamma, 1e-3, args.gamma)))
+    )
+    loads = []
+    for step, (wide, slow, fp8) in enumerate(tqdm(runs, total=args.steps, disable=quiet)):
+        beside = [there.loss.item() for there in itertools.islice(alone, 1)]
+        differences += [abs(wide.loss.item() - other) for other in beside]
+        loads.append([largest_load(run.counts_LE) for run in (wide, slow, fp8)])
+        if step < 5 or step % 10 == 9:
+            text = f"{beside[0]:.6f}" if beside else ""
+            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:12.2f} ×"
+                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():15.6f}{loads[-1][2]:10.2f} ×")  # fmt: skip
+
+    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
+    share = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)]
+    losses = []
+    for model in models:
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
+    say(f"\nheld-out loss {losses[0]:.4f} nats a token; γ = 0.001 {losses[1]:.4f}, FP8 {losses[2]:.4f}\n")
+    return dict(differences=differences, loads=loads, losses=losses)
+
+
+def main(args, device: torch.device) -> None:
+    grid = make_grid(args.ep, device, args.timeout)
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks: ep {grid.ep} × dp {grid.dp}, "
+        f"{args.dtype}, seed {args.seed}\n")  # fmt: skip
+    if args.check:
+        sys.exit(0 if check(args, grid, device) else 1)
+    recipe = RECIPES[args.recipe]
+    print_formats(recipe, fp8_hardware(args.fp8, device, recipe))
+    errors, agree, shown = (
+        equivalence(grid, device, torch.float64),
+        codes_agree(device),
+        demonstrate(args, grid, device),
+    )
+    if group_rank() > 0:
+        return
+
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (
+        ("gradient", "gradient"),
+        ("step's norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+    row(
+        "every expert's number of rows equals it",
+        "exact",
+        "equal" if not errors["counts 4"] else "not equal",
+        not errors["counts 4"],
+    )
+    worst, good = within(shown["differences"] or [math.nan], BOUNDS[args.dtype])
+    text = f"the first {len(shown['differences'])} losses equal one device's, {args.dtype}"
+    row(text, "equal", f"within {worst:.0e}", good if shown["differences"] else "needs steps")
+    row(
+        "FP8 codes of a tensor on all ranks equal one device's",
+        "to the bit",
+        "to the bit" if agree else "others",
+        agree,
+    )
+    (first, *_), (last, slow, _) = shown["loads"][0], [statistics.median(x) for x in zip(*shown["loads"][-10:])]
+    row(
+        f"largest load with γ = {args.gamma:g}, {args.steps} steps",
+        "even",
+        f"{first:.2f} × the mean, then {last:.2f} ×",
+        last < 1.5,
+    )
+    row(
+        "the same with the paper's γ = 0.001",
+        "even",
+        f"{first:.2f} ×, then {slow:.2f} ×",
+        "made for thousands of steps",
+    )
+    gap = shown["losses"][2] / shown["losses"][0] - 1
+    row("loss of FP8 over high precision, held out", "under 0.1 %, 56B", f"{gap:+.2%}", "a tiny model, a short run")
+    for name, paper in PUBLISHED_COUNTS.items():
+        config = PUBLISHED[name]
+        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        counts = [(count - routers) / 1e9 for count in parameters(config)]
+        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
+        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
+        row(text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good)
+    row("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs a GPU with FP8 units; see make bench")
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
+SIZES = dict(pattern="layers: * attention, E experts", hidden_size="hidden size, H", num_heads="query heads, N",
+             num_kv_heads="heads of keys and values, G", num_experts="experts, E; ep must divide them",
+             top_k="experts of a token, K", expert_size="width of an expert, F", shared_size="width of the shared one",
+             gate="sigmoid or softmax")  # fmt: skip
+
+
+def config_of(args) -> MoEConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    return MoEConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=60)
+    parser.add_argument("--ep", type=int, default=2, help="ranks that share one set of experts; must divide all ranks")
+    for name, text in SIZES.items():
+        default = getattr(MoEConfig, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    parser.add_argument("--seq-length", type=int, default=64, help="tokens of a sequence, S")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, over all ranks")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--alpha", type=float, default=1e-4, help="weight of the balancing loss")
+    parser.add_argument("--gamma", type=float, default=0.01, help="step of the routers' biases; the paper's is 0.001")
+    parser.add_argument("--fp8", choices=("auto", "hardware", "emulate"), default="auto", help="auto: FP8 units if any")
+    parser.add_argument("--recipe", choices=RECIPES, default="hybrid", help="one scale a tensor, or tiles")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    args = parse_flags(parser, ranks=4)
+    args.ep = 1 if args.world_size == 1 else args.ep
+    try:
+        if args.ep < 1 or args.world_size % args.ep or args.batch < 1:
+            raise ValueError(
+                f"--ep {args.ep} must divide the {args.world_size} ranks; --batch {args.batch} be at least 1"
+            )
+        config = config_of(args)
+        check_ep(config, args.ep)
+        state_shapes(config)  # raises for layers that this model has not
+        fp8_hardware(args.fp8, torch.device(args.device), RECIPES[args.recipe])
+        TextData(args.data, args.tokenizer, args.seq_length)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
 # Explained in chapter 2, at its end.
 # ── shared: text data ──
 def tokenizer(name: str) -> tiktoken.Encoding:
@@ -1511,3 +1798,7 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
 
 
 # ── end of launcher ──
+
+
+if __name__ == "__main__":
+    launch(main, flags())
