@@ -7,6 +7,9 @@ experts written out, fractions for the eight-bit numbers, or transformers.
 
 import itertools
 import math
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import Events, assert_equal, plant
+from proof import Events, assert_differs, assert_equal, plant
 from torch import nn
 
 SCRIPT = Path(moe.__file__)
@@ -1022,3 +1025,377 @@ def test_quantisation_errors():
         return (moe.dequantize_fp8(moe.quantize_fp8(heavy, *operand)) == 0).double().mean().item()
 
     assert lost("e4m3") > 0.5 and lost("e4m3", (1, 128)) < 0.1 and lost("e5m2") < lost("e4m3") / 2
+
+
+# ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
+#
+# Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and wrong gradients.
+
+
+def gradients(grid, cfg=None, **options):
+    """One step from the same weights: this rank's Step, whole gradients and biases; for planted bugs to change."""
+    cfg = cfg or config()
+    model = moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device, torch.float64)
+    mine = [share_of(whole, "uneven") for whole in batch_of(9)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = moe.train_step(model, optimizer, *mine, grid, max_norm=1e9, **(STEP | options))
+    return step, joined(grads_of(model), grid.ep_group), model
+
+
+def test_the_bias_decides_who_works_and_not_what_they_say():
+    """Moving β without changing the choice changes no output: what the planted bug below breaks."""
+    layer, x = layer_of(config()), random(2, 5, 16)
+    y, _ = layer(x)
+    layer.router.bias += 0.125
+    assert_equal({"y": layer(x)[0]}, {"y": y})
+
+
+@pytest.mark.planted_bug(
+    symptom="each step of the bias changes the weights of the sum: the loss jumps with it, and nothing fails",
+    seen_in=None,
+)
+def test_bias_used_in_the_weights():
+    layer, x = layer_of(config()), random(2, 5, 16)
+    y, _ = layer(x)
+    original = moe.Router.forward
+
+    def buggy(router, x_TH):
+        routing = original(router, x_TH)
+        weights = (routing.scores_TE + router.bias).gather(-1, routing.experts_TK)
+        return routing._replace(weights_TK=2.5 * weights / weights.sum(-1, keepdim=True))
+
+    with plant(moe.Router, "forward", buggy):
+        assert_differs({"y": layer(x)[0]}, {"y": y}, at_least=1e-2)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the copies of one router choose other experts for the same token; no loss shows it, a comparison does",
+    seen_in=None,
+)
+def test_bias_updated_from_local_counts():
+    grid = grid_of(1)
+
+    def buggy(routers, gamma=1e-3, group=None):
+        with plant(moe, "_all_reduce", lambda x, *args: x):
+            return original(routers, gamma, group)
+
+    _, _, right = gradients(grid)
+    with plant(moe, "update_expert_bias", buggy) as original:
+        _, _, wrong = gradients(grid)
+    biases = [torch.stack([router.bias for router in model.routers()]) for model in (right, wrong)]
+    first = [b.clone() for b in biases]
+    for b in first:
+        dist.broadcast(b, 0)
+    unequal = [summed(torch.tensor(float(not torch.equal(b, f)))).item() for b, f in zip(biases, first)]
+    assert unequal[0] == 0 and unequal[1] > 0
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="with 3 micro-batches the bias moves by up to 3γ a step, so the layout of memory changes the training",
+    seen_in=None,
+)
+def test_bias_updated_per_micro_batch():
+    grid = grid_of(2)
+    right = gradients(grid, micro_batches=3)[2]
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(right.routers(), gradients(grid)[2].routers()))
+    original = moe.ParallelMoELM.loss
+
+    def buggy(model, *part):
+        result = original(model, *part)
+        moe.update_expert_bias(model.routers(), STEP["gamma"])
+        return result
+
+    with (
+        plant(moe.ParallelMoELM, "loss", buggy)
+        if "loss" in moe.ParallelMoELM.__dict__
+        else plant(moe.MoELM, "loss", buggy)
+    ):
+        wrong = gradients(grid, micro_batches=3)[2]
+    assert max(router.bias.abs().max() for router in wrong.routers()) > 1.5 * STEP["gamma"]
+
+
+@pytest.mark.planted_bug(
+    symptom="the balancing loss has the right value and pulls the scores of the chosen the wrong way as well",
+    seen_in=None,
+)
+def test_gradient_through_the_balancing_counts():
+    scores = random(2, 5, 8).sigmoid().requires_grad_()
+
+    def buggy(scores_BSE, top_k):
+        kept = scores_BSE * torch.zeros_like(scores_BSE).scatter(-1, scores_BSE.topk(top_k, -1).indices, 1.0)
+        f_BE = (kept / kept.detach().clamp(min=1e-9)).sum(1) / (top_k * scores_BSE.shape[1]) * scores_BSE.shape[2]
+        return (f_BE * (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)).sum(-1)
+
+    right, wrong = moe.load_balancing_loss(scores, 2), buggy(scores, 2)
+    assert_equal({"loss": wrong}, {"loss": right})
+    grads = [torch.autograd.grad(loss.sum(), scores)[0] for loss in (wrong, right)]
+    assert_differs({"scores": grads[0]}, {"scores": grads[1]}, at_least=0.1)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the balancing loss is printed and added, and no router learns from it: the load is as with α = 0",
+    seen_in="https://github.com/NVIDIA-NeMo/Automodel/issues/1408",
+)
+def test_an_auxiliary_gradient_that_never_flows():
+    grid = grid_of(2)
+    right, none = gradients(grid)[1], gradients(grid, alpha=0.0)[1]
+    original = moe.load_balancing_loss
+    with plant(moe, "load_balancing_loss", lambda scores, k: original(scores.detach(), k)):
+        step, wrong, _ = gradients(grid)
+    assert_equal({"loss": step.loss}, {"loss": gradients(grid)[0].loss})
+    assert_equal(wrong, none)
+    assert any("router" in name for name in assert_differs(wrong, right))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="experts learn twice as fast under ep = 2, four times under 4; the loss of the step is the same, Adam hides it",
+    seen_in="https://github.com/microsoft/DeepSpeed/pull/5259",
+)
+def test_expert_gradients_that_grow_with_ep():
+    """Means in place of sums: dense gradients over all ranks, experts' over the ranks that hold the same."""
+
+    def buggy(model, grid):
+        experts = {id(p) for p in model.expert_parameters()}
+        for p in model.parameters():
+            p.grad.mul_(moe.group_size())  # each rank's own mean, as such a library has it
+            group = grid.edp_group if id(p) in experts else None
+            dist.all_reduce(p.grad, group=group)
+            p.grad.div_(moe.group_size(group))
+
+    for ep in (1, 2, 4):
+        step, right, _ = gradients(grid_of(ep))
+        with plant(moe, "reduce_gradients", buggy):
+            wrong_step, wrong, _ = gradients(grid_of(ep))
+        assert_equal({"loss": wrong_step.loss}, {"loss": step.loss})
+        factors = {name: (wrong[name].norm() / right[name].norm()).item() for name in right}
+        for name, factor in factors.items():
+            assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (name, factor)
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="an error about sizes, or, if the load happens to be even, gradients of one token that go to another",
+    seen_in=None,
+)
+def test_splits_not_swapped_in_backward():
+    """With equal pieces of two tokens for one rank and two for another nothing fails, and gradients are right; with
+    unequal ones gloo itself complains, or the buffers are too small: here the sizes of what comes back are wrong."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pieces = [[1 + (i + 2 * j) % 3 for j in range(world)] for i in range(world)]
+    send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
+
+    def buggy(ctx, grad_rH):
+        ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
+        return grad_rH, None
+
+    rows = random(sum(send), 3).requires_grad_()
+    with plant(moe._Arrive, "backward", staticmethod(buggy)):
+        there = moe.all_to_all(rows, send, receive)
+        with pytest.raises(RuntimeError, match="(?i)split|size|shape"):
+            there.sum().backward()
+
+
+def skips_where_there_are_no_rows(trip, rows, send, receive):
+    there = rows.new_empty(sum(receive), *rows.shape[1:])
+    if not sum(send) and not sum(receive):  # "nothing to do here"
+
+        class Done:
+            def wait(self):
+                pass
+
+        trip.work = Done()
+        return there
+    trip.work = dist.all_to_all_single(there, rows.contiguous(), receive, send, group=trip.group, async_op=True)
+    return there
+
+
+def one_rank_has_nothing(bug: bool) -> None:
+    """All rows go from rank 0 to itself and to rank 1: rank 2, last of three in a world of four, stays out."""
+    rank = dist.get_rank()
+    send = [2, 1, 0, 0] if rank == 0 else [0] * 4
+    receive = [[2, 1, 0, 0][rank], 0, 0, 0]
+    start = skips_where_there_are_no_rows if bug else moe._Trip.start
+    with plant(moe._Trip, "start", start):
+        moe.all_to_all(torch.ones(sum(send), 2), send, receive)
+    dist.barrier()
+
+
+@pytest.mark.planted_bug(
+    symptom="a hang: ranks with rows wait for one that has none and went on, until the timeout names them",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/1877",
+)
+def test_a_rank_without_tokens_that_skips_the_collective():
+    pool = ranks.Pool(4)
+    try:
+        pool.run(__name__, "one_rank_has_nothing", dict(bug=False), timeout=30)
+        with pytest.raises((TimeoutError, ranks.RankFailed), match="silent after 6 s|one_rank_has_nothing"):
+            pool.run(__name__, "one_rank_has_nothing", dict(bug=True), timeout=6)
+    finally:
+        pool.close()
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="another result for each number of ranks; the rank without the outlier is finer than the single device",
+    seen_in="https://github.com/NVIDIA/TransformerEngine/issues/656",
+)
+def test_an_amax_for_each_share():
+    x = random(16, 8)
+    x[15, 3] = 300.0
+    whole = moe.quantize_fp8(x)
+    wrong = moe.quantize_fp8(share_of(x, "even"))  # without amax_group
+    mine = share_of(whole.codes.view(torch.uint8), "even")
+    different = (wrong.codes.view(torch.uint8) != mine).double().mean().item()
+    assert different > 0.9 or dist.get_rank() == dist.get_world_size() - 1
+
+
+@pytest.mark.planted_bug(
+    symptom="one step after a spike everything saturates at the old scale's limit; one step later small values are lost",
+    seen_in=None,
+)
+def test_a_stale_scale_after_a_spike():
+    """The scale of the last step, as delayed scaling takes it with a history of one."""
+    quiet = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    spike = 1000 * quiet
+    old_scale = 448 / quiet.abs().max()
+    stale = (spike * old_scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) / old_scale
+    assert (stale - spike).norm() / spike.norm() > 0.9 and moe.quantisation_error(spike) < 0.03
+    after = (quiet * (448 / spike.abs().max())).to(torch.float8_e4m3fn).to(torch.float32)
+    assert (after == 0).double().mean() > 0.2
+    back = moe.dequantize_fp8(moe.quantize_fp8(quiet))
+    assert (back == 0).double().mean() < 0.01
+
+
+@pytest.mark.planted_bug(
+    symptom="NaN from a finite tensor, where a cast does not saturate (emulated here: this machine's cast does)",
+    seen_in=None,
+)
+def test_a_cast_that_does_not_saturate():
+    """x · scale rounds up past 448 for about one amax in three; a cast without clip makes NaN of some formats' overflow."""
+
+    def cast(x):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
+        return torch.where(x.abs() > 464, math.nan, x).to(torch.float8_e4m3fn)
+
+    amaxes = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
+    stretched = amaxes * (448 / amaxes)
+    assert (stretched > 448).any() and (stretched <= 464).all()  # rounding alone stays below the next step ...
+    stale = torch.tensor([1.0, 500.0])  # ... but a scale of another tensor (shared, delayed) does not
+    assert cast(stale).to(torch.float32).isnan().any()
+    assert cast(stale.clamp(-448, 448)).to(torch.float32).isfinite().all()
+    assert moe.dequantize_fp8(moe.quantize_fp8(stale * 1e30)).isfinite().all()
+
+
+@pytest.mark.planted_bug(
+    symptom="outputs too small or too large by scale²: the loss starts at log V and never moves, or is NaN at once",
+    seen_in=None,
+)
+def test_scale_and_inverse_exchanged():
+    a, b = moe.quantize_fp8(random(16, 32)), moe.quantize_fp8(random(16, 32, seed=2))
+    right = moe.fp8_product(a, b, torch.float64)
+    wrong = moe.fp8_product(*(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64)
+    assert wrong.norm() / right.norm() > 1e6
+
+
+@pytest.mark.planted_bug(
+    symptom="gradients of rare large values and many small ones: in E4M3 most become zero, and training slows",
+    seen_in=None,
+)
+def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(64, 64, generator=generator) * 1e-6
+    grad[0] *= 1e6  # one token that the model got very wrong
+    lost = {f: (moe.dequantize_fp8(moe.quantize_fp8(grad, f))[1:] == 0).double().mean().item() for f in moe.FP8_FORMATS}
+    assert lost["e4m3"] == 1.0 and lost["e5m2"] < 0.6
+    tiles = moe.dequantize_fp8(moe.quantize_fp8(grad, *moe.TILE))
+    assert (tiles[1:] == 0).double().mean() < 0.01  # a scale for each token: E4M3 is enough
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(top_k=9), "top_k=9, but there are 8 experts: choose at most as many"),
+        (dict(top_k=0), "top_k=0: it must be at least 1"),
+        (dict(num_heads=3), "num_heads=3 does not divide into num_kv_heads=2 groups: choose num_heads a multiple"),
+        (dict(pattern="**"), r"pattern='\*\*': one letter a layer, of 'M\*E', at least one E"),
+        (dict(pattern="*Ex"), r"pattern='\*Ex'"),
+        (dict(gate="tanh"), "gate='tanh'.*'sigmoid' or 'softmax'"),
+        (dict(shared_size=-1), "shared_size=-1"),
+    ],
+)
+def test_bad_sizes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_a_model_with_layers_of_other_chapters_is_refused():
+    for changes in (dict(pattern="M*E"), dict(latent_size=8)):
+        with pytest.raises(
+            ValueError, match=r"Mamba is chapter 5's \(mamba_hybrid\), latent experts are the next chapter's"
+        ):
+            moe.MoELM(config(**changes))
+
+
+@pytest.mark.ranks(2, 4)
+def test_bad_groups():
+    world = dist.get_world_size()
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks: choose ep from \[1\]"):
+        moe.ExpertParallelMoELayer(config(num_experts=7))
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
+        moe.ParallelMoELM(config(num_experts=7))
+    with pytest.raises(ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"):
+        moe.make_grid(3, ranks.device)
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
+        moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
+
+
+# ── The script ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.slow
+def test_the_script():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64"), ("--ep", "4")], ids=str
+)
+def test_check(flags):
+    done = run("--check", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "worst" in done.stdout and "gradient of layers.1.mixer.router.weight" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--fp8", "hardware", "--device", "cpu"), "FP8 units are asked for, but a cpu has none: use emulate, or auto"),
+        (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
+        (("--num-experts", "7"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
+        (("--top-k", "9"), "top_k=9, but there are 8 experts"),
+        (("--pattern", "M*E"), "Mamba is chapter 5's"),
+        (("--data", "/nowhere"), "No such file"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_one_line(flags, message):
+    done = run(*flags, timeout=60)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and len(done.stderr.splitlines()) <= 2
