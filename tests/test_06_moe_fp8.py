@@ -1032,10 +1032,9 @@ def test_quantisation_errors():
 # Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and wrong gradients.
 
 
-def gradients(grid, cfg=None, **options):
-    """One step from the same weights: this rank's Step, whole gradients and biases; for planted bugs to change."""
-    cfg = cfg or config()
-    model = moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device, torch.float64)
+def gradients(grid, prepare=lambda model: model, **options):
+    """One step from the same weights: this rank's Step, whole gradients, and the model; for planted bugs to change."""
+    model = prepare(moe.ParallelMoELM(config(), grid.ep_group)).to(ranks.device, torch.float64)
     mine = [share_of(whole, "uneven") for whole in batch_of(9)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = moe.train_step(model, optimizer, *mine, grid, max_norm=1e9, **(STEP | options))
@@ -1065,7 +1064,7 @@ def test_bias_used_in_the_weights():
         return routing._replace(weights_TK=2.5 * weights / weights.sum(-1, keepdim=True))
 
     with plant(moe.Router, "forward", buggy):
-        assert_differs({"y": layer(x)[0]}, {"y": y}, at_least=1e-2)
+        assert_differs({"y": layer(x)[0]}, {"y": y})
 
 
 @pytest.mark.ranks(2, 4)
@@ -1098,22 +1097,20 @@ def test_bias_updated_from_local_counts():
 )
 def test_bias_updated_per_micro_batch():
     grid = grid_of(2)
-    right = gradients(grid, micro_batches=3)[2]
-    assert all(torch.equal(a.bias, b.bias) for a, b in zip(right.routers(), gradients(grid)[2].routers()))
-    original = moe.ParallelMoELM.loss
+    right = gradients(grid, moe.overload, micro_batches=3)[2]
+    whole = gradients(grid, moe.overload)[2]
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(right.routers(), whole.routers()))
+    original = moe.MoELM.loss
 
     def buggy(model, *part):
         result = original(model, *part)
         moe.update_expert_bias(model.routers(), STEP["gamma"])
         return result
 
-    with (
-        plant(moe.ParallelMoELM, "loss", buggy)
-        if "loss" in moe.ParallelMoELM.__dict__
-        else plant(moe.MoELM, "loss", buggy)
-    ):
-        wrong = gradients(grid, micro_batches=3)[2]
-    assert max(router.bias.abs().max() for router in wrong.routers()) > 1.5 * STEP["gamma"]
+    with plant(moe.MoELM, "loss", buggy):
+        wrong = gradients(grid, moe.overload, micro_batches=3)[2]
+    moved = [[router.bias.abs().max().item() / STEP["gamma"] for router in model.routers()] for model in (right, wrong)]
+    assert max(moved[0]) < 1.001 and max(moved[1]) > 1.999, moved
 
 
 @pytest.mark.planted_bug(
@@ -1152,7 +1149,7 @@ def test_an_auxiliary_gradient_that_never_flows():
 
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="experts learn twice as fast under ep = 2, four times under 4; the loss of the step is the same, Adam hides it",
+    symptom="experts' gradients are ep times too large; the loss of the step is the same, and Adam hides it",
     seen_in="https://github.com/microsoft/DeepSpeed/pull/5259",
 )
 def test_expert_gradients_that_grow_with_ep():
@@ -1176,27 +1173,31 @@ def test_expert_gradients_that_grow_with_ep():
             assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (name, factor)
 
 
-@pytest.mark.ranks(2, 4)
+@pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="an error about sizes, or, if the load happens to be even, gradients of one token that go to another",
+    symptom="an error about sizes; or, with as many rows in as out, gradients that go to other tokens in silence",
     seen_in=None,
 )
 def test_splits_not_swapped_in_backward():
-    """With equal pieces of two tokens for one rank and two for another nothing fails, and gradients are right; with
-    unequal ones gloo itself complains, or the buffers are too small: here the sizes of what comes back are wrong."""
-    world, rank = dist.get_world_size(), dist.get_rank()
-    pieces = [[1 + (i + 2 * j) % 3 for j in range(world)] for i in range(world)]
-    send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
+    rank = dist.get_rank()
 
     def buggy(ctx, grad_rH):
         ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
         return grad_rH, None
 
-    rows = random(sum(send), 3).requires_grad_()
+    def gradient(pieces):
+        send, receive = pieces[rank], [pieces[i][rank] for i in range(4)]
+        rows = random(sum(send), 3, seed=rank).requires_grad_()
+        (moe.all_to_all(rows, send, receive) ** 2).sum().backward()
+        return rows.grad / 2 - rows.detach()
+
+    even = [[(1, 2, 0, 3)[(j - i) % 4] for j in range(4)] for i in range(4)]  # everybody sends 6 and receives 6
+    odd = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2], [4, 4, 4, 4]]  # nobody receives as many as it sends
+    assert not gradient(even).any() and not gradient(odd).any()
     with plant(moe._Arrive, "backward", staticmethod(buggy)):
-        there = moe.all_to_all(rows, send, receive)
-        with pytest.raises(RuntimeError, match="(?i)split|size|shape"):
-            there.sum().backward()
+        assert gradient(even).abs().max() > 0.1
+        with pytest.raises(RuntimeError, match="Split sizes"):
+            gradient(odd)
 
 
 def skips_where_there_are_no_rows(trip, rows, send, receive):
@@ -1254,13 +1255,13 @@ def test_an_amax_for_each_share():
 
 
 @pytest.mark.planted_bug(
-    symptom="one step after a spike everything saturates at the old scale's limit; one step later small values are lost",
+    symptom="the step of a spike saturates at the old scale's limit; the step after it loses small values",
     seen_in=None,
 )
 def test_a_stale_scale_after_a_spike():
     """The scale of the last step, as delayed scaling takes it with a history of one."""
     quiet = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    spike = 1000 * quiet
+    spike = 1e5 * quiet
     old_scale = 448 / quiet.abs().max()
     stale = (spike * old_scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) / old_scale
     assert (stale - spike).norm() / spike.norm() > 0.9 and moe.quantisation_error(spike) < 0.03
@@ -1275,15 +1276,15 @@ def test_a_stale_scale_after_a_spike():
     seen_in=None,
 )
 def test_a_cast_that_does_not_saturate():
-    """x · scale rounds up past 448 for about one amax in three; a cast without clip makes NaN of some formats' overflow."""
+    """Rounding alone stays below the next step; a scale of another tensor, shared or delayed, does not."""
 
     def cast(x):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
         return torch.where(x.abs() > 464, math.nan, x).to(torch.float8_e4m3fn)
 
     amaxes = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
     stretched = amaxes * (448 / amaxes)
-    assert (stretched > 448).any() and (stretched <= 464).all()  # rounding alone stays below the next step ...
-    stale = torch.tensor([1.0, 500.0])  # ... but a scale of another tensor (shared, delayed) does not
+    assert (stretched > 448).any() and (stretched <= 464).all()
+    stale = torch.tensor([1.0, 500.0])
     assert cast(stale).to(torch.float32).isnan().any()
     assert cast(stale.clamp(-448, 448)).to(torch.float32).isfinite().all()
     assert moe.dequantize_fp8(moe.quantize_fp8(stale * 1e30)).isfinite().all()
