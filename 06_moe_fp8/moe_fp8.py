@@ -1344,8 +1344,8 @@ def overload(model: MoELM, lean: float = 0.5) -> MoELM:
 def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
     """A small model on this grid beside the same on one device: name to relative error, of every tensor.
 
-    Two experts get no token; the first rank has none in the second step and the others unequally many. Errors are per
-    tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    Two experts get no token; in every second step the last rank has none, in the others ranks have unequally many.
+    Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
     config = MoEConfig(61, 16, "*E*E", num_experts=4 * grid.ep, top_k=2, expert_size=12, shared_size=20, init_std=0.05)
     plain, parallel = (model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group)))
