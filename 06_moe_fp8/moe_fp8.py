@@ -728,7 +728,7 @@ class ExpertParallelMoELayer(MoELayer):
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
-        arrive = dispatch(x_TH, plan)
+        arrive = dispatch(x_TH.to(product_dtype(x_TH)), plan)  # under autocast half the bytes, and the same products
         shared_TH = self.shared(x_TH) if self.shared is not None else 0  # while rows travel
         rows_rH = self.experts(arrive(), plan.counts)
         return combine(rows_rH, routing.weights_TK, plan) + shared_TH
