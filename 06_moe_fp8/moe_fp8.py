@@ -202,7 +202,8 @@ class Router(nn.Module):
 #
 # No gradient, so nothing pulls at the loss. The counts are those of the whole step: all ranks, all micro-batches. With
 # its own counts alone each rank would move β elsewhere, and the copies of one router would drift apart; a move for each
-# micro-batch would be γ several times.
+# micro-batch would be γ several times. (A layer that is recomputed in backward counts twice; so do all its experts, and
+# the sign stays.)
 #
 # A loss, small (α = 0.0001), which holds each single sequence near balance. For a sequence of t tokens,
 #
@@ -650,7 +651,7 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
     """
     ep = group_size(group)
     if num_experts % ep:
-        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: see `check_ep`")
+        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose a multiple of {ep}")
     order_R = experts_TK.flatten().argsort(stable=True)
     wanted_pe = count_rows(experts_TK, num_experts).view(ep, -1)  # rows that I have for each rank's experts
     arrive_pe = wanted_pe.clone()  # rows that each rank has for mine
@@ -761,12 +762,12 @@ class ParallelMoELM(MoELM):
 #
 # A floating-point number is sign · 2^exponent · 1.fraction. FP8 has two ways to spend its bits:
 #
-#     E4M3   4 bits exponent, 3 fraction    ±448      steps of 1/8 to 1/16, 6 % at most       weights, activations
-#     E5M2   5 bits exponent, 2 fraction    ±57344    steps of 1/4 to 1/8, twice as coarse    gradients: a wide range
+#     E4M3   4 bits exponent, 3 fraction    ±448      rounds by 1/16 at most    for weights and activations
+#     E5M2   5 bits exponent, 2 fraction    ±57344    rounds by 1/8 at most     for gradients: a wide range
 #
-# and below 2^−6 (2^−14) the steps stay as they are, down to 2^−9 (2^−16), and there it ends. A gradient of 1e-6 is
-# simply zero. So a tensor is scaled to the format's range before it is rounded: *current scaling* looks at this very
-# tensor,
+# Below 2^−6 (E5M2: 2^−14) the steps stay as large as they are there, 2^−9 (2^−16), and what is less than half a step is
+# zero: a gradient of 1e-6 in either. So a tensor is scaled to the format's range before it is rounded: *current
+# scaling* looks at this very tensor,
 #
 #     scale = largest number of the format / amax        amax: the largest |x| of the tensor
 #     q = round(clip(x · scale))                         8 bits each
@@ -901,7 +902,8 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
     """a · bᵀ, (m, k) and (n, k) to (m, n) in `dtype`, on FP8 units or emulated; k and n multiples of 16 on hardware.
 
     Emulated sums are as wide as dtype, at least fp32. On Hopper's units allow an error of 2^−13 · Σ|a_i b_i| beyond
-    dtype's own rounding. Raises: ValueError for other sizes. Needs: `Quantized`, `dequantize_fp8`.
+    dtype's own rounding: stated here, and not measured on one yet. Raises: ValueError for other sizes. Needs:
+    `Quantized`, `dequantize_fp8`.
     """
     if hardware and a.codes.numel():
         if a.codes.shape[1] % 16 or b.codes.shape[0] % 16:
@@ -1282,8 +1284,8 @@ Parameters = namedtuple("Parameters", "total active active_without_input_table")
 def parameters(config: MoEConfig) -> Parameters:
     """Parameters of a model, and those that one token meets: all but the experts that it has not chosen.
 
-    Routers' biases count, as they do in the published totals. A table look-up meets one row, so publications also
-    count without the input table. Source: the published configurations.
+    Routers' biases count. A token meets one row of the input table, so publications also count without it.
+    Source: the published configurations.
     """
     H, D, E, latent = config.hidden_size, config.head_size, config.num_experts, config.latent_size
     expert = 2 * (latent or H) * config.expert_size
@@ -1321,7 +1323,7 @@ def quantisation_error(x: Tensor, *operand) -> float:
 def learning_rate(step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10) -> float:
     """Warm-up, flat, and over the last fifth down to `floor`, by minus the square root; step counts from 0.
 
-    The shape is the paper's: 8 billion tokens of warm-up, 20 trillion flat, 5 trillion down.
+    The shape is Nemotron 3's: some billion tokens of warm-up, 20 trillion flat, 5 trillion down.
     """
     done = max(0.0, (step - 0.8 * steps) / max(1, 0.2 * steps))
     return min(peak * (step + 1) / warmup, floor + (peak - floor) * (1 - math.sqrt(done)))

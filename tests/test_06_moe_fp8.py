@@ -674,6 +674,26 @@ def test_fp8_linear_takes_the_hardwares_line():
         moe.FP8Linear(32, 8, hardware=True)(x)
 
 
+@pytest.mark.parametrize("hardware", [False, True])
+def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
+    """Each expert's rows by themselves, experts without rows among them: the numbers of one FP8Linear each."""
+    torch.manual_seed(0)
+    counts, x, w = [5, 0, 16, 1], torch.randn(22, 32, requires_grad=True), torch.randn(4, 48, 32, requires_grad=True)
+    y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID, hardware)
+    upstream = torch.randn(22, 48)
+    grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
+    assert y.shape == (22, 48) and not grad_w[1].any()
+    for i, (rows, dy, here, dx) in enumerate(zip(*(t.split(counts) for t in (x.detach(), upstream, y, grad_x)))):
+        if not len(rows):
+            continue
+        layer, leaf = moe.FP8Linear(32, 48), rows.clone().requires_grad_()
+        layer.weight.data = w[i].detach()
+        there = layer(leaf)
+        there.backward(dy)
+        expected = {"y": there, "x": leaf.grad, "w": layer.weight.grad}
+        assert_equal({"y": here, "x": dx, "w": grad_w[i]}, expected, bound=1e-5)  # fp32 sums in another order
+
+
 def test_fp8_hardware_is_refused_where_there_is_none():
     cpu = torch.device("cpu")
     assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware("emulate", cpu, moe.HYBRID)
