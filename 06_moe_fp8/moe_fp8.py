@@ -1,0 +1,1791 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 6. Mixture of experts on many ranks, and products of eight-bit numbers.
+
+Papers: Nemotron 3 Nano and the Nemotron 3 white paper, NVIDIA, 2025, arXiv 2512.20848 and 2512.20856;
+        the FP8 recipes of Nemotron-H and Nemotron Nano 2, NVIDIA, 2025, arXiv 2504.03624 and 2508.14444;
+        the balancing bias: Wang et al., 2024, arXiv 2408.15664
+
+The problem. A wider feed-forward layer makes a better model, and every token pays for all of it. And each product costs
+as many bits as its numbers have.
+
+The idea. First, many experts and few used: 128 small feed-forward layers, of which a router picks 6 for each token. The
+model has 31.6 billion parameters, and a token meets 3.6 of them. No GPU needs all experts: give each rank some, and let
+the tokens travel. Two ranks, four experts, two experts a token:
+
+        rank 0: tokens a b            rank 1: tokens c d
+        router: a→0,2  b→0,1          router: c→2,3  d→0,3
+              │                             │
+        sort  a0 b0 b1 │ a2           d0 │ c2 c3 d3              a row for each token and chosen expert, by expert
+              └────┐  ╲╱  ┌─────────────┘
+        all-to-all │  ╱╲  │                                      each row to the rank that has its expert
+        experts 0: a b d · 1: b       experts 2: a c · 3: c d    uneven: what the router wants, nobody knows before
+        all-to-all and back, un-sort, weighted sum               y_a = w_a0·E0(a) + w_a2·E2(a)
+
+Second, the numbers shrink. An FP8 number has 8 bits, two or three of them for the fraction: a GPU multiplies twice as
+many in the same time. Its range is small, so each tensor is stretched to fill it before it is rounded, and the product
+is shrunk back. Weights, activations and gradients are rounded for the products alone; sums, norms, the router and the
+optimiser stay wide.
+
+Run it (no flag is needed; --help lists them):
+
+    python 06_moe_fp8/moe_fp8.py                              4 ranks on this machine: experts over 2, twice
+    python 06_moe_fp8/moe_fp8.py --ranks 1                    one process, for a debugger
+    python 06_moe_fp8/moe_fp8.py --check                      equivalence alone, each tensor's error
+    python 06_moe_fp8/moe_fp8.py --num-experts 64 --top-k 6 --ep 4
+    torchrun --nproc-per-node=8 06_moe_fp8/moe_fp8.py --ep 8 --fp8 hardware
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 06_moe_fp8/moe_fp8.py --ep 8
+
+It proves in float64 that every gradient equals the single device's, also where ranks and experts get no token, trains a
+small model on real text from a start that overloads two experts, trains it in FP8, and ends in a table of claims.
+
+Left out: Mamba layers (chapter 5), LatentMoE, NVFP4 and multi-token prediction (the next chapter), places that are
+limited (capacity: no token is dropped here), delayed scaling (the notebook), fused kernels.
+"""
+
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The suffix of a tensor's name is its shape, one letter a dimension. A CAPITAL is the whole dimension, the small letter
+# this rank's share of it, and partial_ marks a summand that is still to be reduced:
+#
+#     B  sequences of this rank    E  experts         e = E / ep   this rank's experts
+#     S  sequence, in tokens       K  experts chosen for a token
+#     T  tokens of this rank, B·S  R  rows to send, T·K: one for each token and chosen expert
+#     H  hidden size                                  r   rows that arrive at this rank's experts
+#     F  width of an expert        N  query heads     D  size of a head
+#     V  words in vocabulary       G  query groups: heads of keys and values
+#     L  layers
+#
+# ep is the number of ranks that share one set of experts, dp the number of such sets: world size = ep · dp. Every rank
+# has its own tokens, and all of the model but the other ranks' experts. (F with a dot behind it is
+# torch.nn.functional.)
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import sysconfig
+import time
+import zlib
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class MoEConfig:
+    """The sizes of a model of attention and experts. Raises ValueError where they contradict each other."""
+
+    vocab_size: int = 256
+    hidden_size: int = 64  # H
+    pattern: str = "*E*E"  # its layers, in order: * attention, E experts; M, Mamba, can only be counted (part 5)
+    num_heads: int = 4  # N
+    num_kv_heads: int = 2  # G: N / G query heads share one head of keys and values
+    head_size: int | None = None  # D; None: H / N
+    num_experts: int = 8  # E
+    top_k: int = 2  # K
+    expert_size: int = 64  # F
+    shared_size: int = 128  # width of the expert that every token visits; 0: there is none
+    gate: str = "sigmoid"  # how a router turns logits into scores, or "softmax"
+    gate_scale: float = 2.5  # the chosen experts' weights add up to this
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    seed: int = 0  # the weights are a function of this configuration alone
+    mamba_heads: int = 0  # of published models, to count them
+    latent_size: int | None = None  # the same: the width of the rows that travel there
+
+    def __post_init__(self):
+        self.head_size = self.head_size or self.hidden_size // max(1, self.num_heads)  # D
+        for name in "vocab_size hidden_size num_heads num_kv_heads head_size num_experts top_k expert_size".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k}, but there are {self.num_experts} experts: choose at most as many")
+        if self.num_heads % self.num_kv_heads:
+            heads = f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} groups"
+            raise ValueError(f"{heads}: choose num_heads a multiple of num_kv_heads")
+        if "E" not in self.pattern or set(self.pattern) - set("M*E"):
+            raise ValueError(f"pattern={self.pattern!r}: one letter a layer, of 'M*E', at least one E")
+        if self.gate not in ("sigmoid", "softmax") or self.shared_size < 0:
+            raise ValueError(f"gate={self.gate!r}, shared_size={self.shared_size}: 'sigmoid' or 'softmax', at least 0")
+
+
+# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+#
+# One device, ordinary PyTorch: the thing to equal.
+
+# ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
+#
+# A router is one small matrix. It gives each token a score for each expert; the K best are chosen, and their scores
+# become the weights of a sum:
+#
+#     s = sigmoid(x Wᵀ)               a score between 0 and 1 for each expert, each by itself
+#     chosen = top-K of s + β         β, a number for each expert, is there to balance the load: section 1.2
+#     w_i = λ · s_i / Σ_chosen s      the weights: from s alone, so that β decides who works and not what they say
+#
+# Why not a softmax? Its scores compete already, before anything is chosen; with sigmoids only the chosen compete, in
+# the sum of the last line. (Both are here.) The choice has no gradient: a rank in a list does not change with a small
+# step. The router learns through w, the weights of those that were chosen.
+#
+# With one expert a token that line would say w = λ · s / s: constant, and the router would never learn. So it is left
+# out then.
+#
+# Two experts can be nearly equal, and rounding decides between them; so all this is done in fp32 at least, whatever
+# the model's precision. Counting is done here too: who was chosen, and how often, since the last optimiser step.
+
+Routing = namedtuple("Routing", "experts_TK weights_TK scores_TE")
+
+
+def count_rows(experts_TK: Tensor, num_experts: int) -> Tensor:
+    """How many rows each expert gets, (E,) int64. (torch.bincount would make a GPU's host wait.)"""
+    chosen_R = experts_TK.flatten()
+    return chosen_R.new_zeros(num_experts).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for each token: x_TH to `Routing` (experts_TK, weights_TK, scores_TE).
+
+    Experts are int64; weights and scores are at least fp32, whatever x is. `bias` is a buffer, moved by
+    `update_expert_bias` and by nothing else; `counts` gathers, in training mode, how often each expert was chosen.
+
+    Source: Nemotron 3 Nano; the bias: Wang et al., 2024. Needs: `MoEConfig`, `Routing`, `count_rows`.
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.randn(config.num_experts, config.hidden_size) * config.init_std)
+        self.register_buffer("bias", torch.zeros(config.num_experts))
+        self.register_buffer("counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+
+    def forward(self, x_TH: Tensor) -> Routing:
+        wide = torch.promote_types(x_TH.dtype, torch.float32)
+        with torch.autocast(x_TH.device.type, enabled=False):  # which would make these products bf16
+            logits_TE = F.linear(x_TH.to(wide), self.weight.to(wide))
+        scores_TE = logits_TE.sigmoid() if self.config.gate == "sigmoid" else logits_TE.softmax(-1)
+        experts_TK = (scores_TE.detach() + self.bias).topk(self.config.top_k, -1).indices
+        weights_TK = scores_TE.gather(-1, experts_TK)
+        if self.config.top_k > 1:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        if self.training:
+            self.counts += count_rows(experts_TK, self.config.num_experts)
+        return Routing(experts_TK, weights_TK * self.config.gate_scale, scores_TE)
+
+
+# ── 1.2 An even load ────────────────────────────────────────────────────────────────────────────────────
+#
+# Nothing keeps a router from sending every token to the same two experts. It even likes to: who is chosen learns, and
+# who learns is chosen. The others are dead weight, and the ranks that hold them wait. Two remedies, used together:
+#
+# The bias. After each optimiser step, look who was overloaded, and lower that expert's β a little:
+#
+#     β_i ← β_i + γ · sign(mean of counts − count_i)         γ = 0.001
+#
+# No gradient, so nothing pulls at the loss. The counts are those of the whole step: all ranks, all micro-batches. With
+# its own counts alone each rank would move β elsewhere, and the copies of one router would drift apart; a move for each
+# micro-batch would be γ several times. (A layer that is recomputed in backward counts twice; so do all its experts, and
+# the sign stays.)
+#
+# A loss, small (α = 0.0001), which holds each single sequence near balance. For a sequence of t tokens,
+#
+#     f_i = share of its choices that fell on i, times E      a count: no gradient
+#     P_i = mean over its tokens of s_i / Σ s                 over all E experts: the gradient goes through here
+#     loss = Σ_i f_i · P_i                                    1 if balanced, up to E / K if all go to the same K
+#
+# f counts the choice *without* β: the loss teaches the scores to be balanced by themselves. It is a mean over
+# sequences, and a mean is over all of them, wherever they are: each rank divides its own sum by the global number.
+
+
+def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
+    """How uneven each sequence's load is, (B,): 1 where the scores are balanced; α times its mean joins the loss.
+
+    scores_BSE: the router's scores, positive; each sequence must be whole. Differentiable in the scores.
+    Source: Nemotron 3 Nano; the formula is the Switch Transformer's (Fedus et al., 2021), for a sequence.
+    """
+    _, S, E = scores_BSE.shape
+    chosen_BR = rearrange(scores_BSE.detach().topk(top_k, -1).indices, "B S K -> B (S K)")
+    ones_BR = torch.ones_like(chosen_BR, dtype=scores_BSE.dtype)
+    counts_BE = torch.zeros_like(scores_BSE[:, 0]).scatter_add_(1, chosen_BR, ones_BR)
+    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (counts_BE / (top_k * S) * E * share_BE).sum(-1)
+
+
+@torch.no_grad()
+def update_expert_bias(routers: Iterable[Router], gamma: float = 1e-3, group=None) -> Tensor:
+    """Moves every router's bias against its load, once per optimiser step, and starts counting anew.
+
+    gamma: the step of β. group: all ranks that have tokens; None is all ranks. Every one of them must call it.
+    Returns: the counts that it acted on, (L, E), summed over the group. Raises: ValueError for a bias narrower than
+    fp32, in which steps of γ vanish. Source: Wang et al., 2024. Needs: `Router`, `_all_reduce`, `group_size`.
+    """
+    routers = list(routers)
+    if narrow := [router.bias.dtype for router in routers if router.bias.dtype.itemsize < 4]:
+        raise ValueError(f"a router's bias is {narrow[0]}, where steps of {gamma} vanish: keep it in fp32")
+    counts_LE = torch.stack([router.counts for router in routers])
+    _all_reduce(counts_LE, group)  # one message for all layers
+    for router, counts_E in zip(routers, counts_LE):
+        # In whole numbers, sign(E · count − sum): a mean would be rounded, and an even load would move.
+        router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
+        router.counts.zero_()
+    return counts_LE
+
+
+# ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
+#
+# An expert is a feed-forward layer without biases: W2 · relu(W1 x)². (Squared ReLU keeps zeros zero, as the ReLU does,
+# and is smooth at 0.) All experts of a rank are two tensors with E in front.
+#
+# Each expert has another number of tokens. Once the rows are sorted by expert, one expert's rows are neighbours, and
+# the layer is E products of different heights, one below the other: a *grouped* product. PyTorch has it as one kernel
+# for some dtypes, and where it has not it is one product for each expert. No loop over tokens, in either case.
+
+
+def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
+    dtypes = (torch.bfloat16,) if x_RH.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+    if not hasattr(F, "grouped_mm") or x_RH.dtype not in dtypes or x_RH.device.type not in ("cpu", "cuda"):
+        return False
+    if any(size * x_RH.element_size() % 16 for size in weight_EFH.shape[1:]):  # the kernel wants aligned rows
+        return False
+    return not x_RH.is_cuda or torch.cuda.get_device_capability(x_RH.device) >= (8, 0)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype of a product with x: autocast's where it is on, which leaves float64 alone, else x's own."""
+    on = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+def grouped_product(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
+    """x_RH, sorted by expert, times each expert's own matrix: (R, F). counts: rows of each expert; they add up to R.
+
+    Raises: ValueError where they do not. Under autocast in its dtype. Needs: `_has_grouped_mm`, `product_dtype`.
+    """
+    if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
+        raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
+    x_RH, weight_EFH = (x.to(product_dtype(x)) for x in (x_RH, weight_EFH))
+    if _has_grouped_mm(x_RH, weight_EFH):
+        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=x_RH.device)
+        return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E)
+    return torch.cat([rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())])
+
+
+class Experts(nn.Module):
+    """E feed-forward layers: rows_RH, sorted by expert, and each expert's count to (R, H).
+
+    Args: num_experts: E, or this rank's e. width: H; any width. expert_size: F. init_std: of the first weights.
+    counts: a list on the host, since torch's products want their sizes there. Needs: `grouped_product`.
+    """
+
+    def __init__(self, num_experts: int, width: int, expert_size: int, init_std: float = 0.02):
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(num_experts, expert_size, width) * init_std)  # E F H
+        self.down = nn.Parameter(torch.randn(num_experts, width, expert_size) * init_std)  # E H F
+        self.product = grouped_product  # `to_fp8` puts another one here
+
+    def forward(self, rows_RH: Tensor, counts: list[int]) -> Tensor:
+        hidden_RF = self.product(rows_RH, self.up, counts).relu().square()
+        return self.product(hidden_RF, self.down, counts)
+
+
+class MLP(nn.Module):
+    """The same feed-forward layer, one for all tokens, (..., H) to (..., H): the shared expert."""
+
+    def __init__(self, width: int, ffn_size: int):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, ffn_size, bias=False), nn.Linear(ffn_size, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x).relu().square())
+
+
+class MoELayer(nn.Module):
+    """Router, experts, shared expert, on one device: x_BSH to (B, S, H) and each sequence's balancing loss, (B,).
+
+    Source: Nemotron 3 Nano. Needs: `Router`, `Experts`, `MLP`, `load_balancing_loss`, `count_rows`.
+    """
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config, H = config, config.hidden_size
+        self.router = Router(config)
+        self.experts = Experts(config.num_experts, H, config.expert_size, config.init_std)
+        self.shared = MLP(H, config.shared_size) if config.shared_size else None
+
+    def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        x_TH = rearrange(x_BSH, "B S H -> (B S) H")
+        routing = self.router(x_TH)
+        scores_BSE = routing.scores_TE.unflatten(0, x_BSH.shape[:2])
+        return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(scores_BSE, self.config.top_k)
+
+    def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        """The weighted sum over each token's experts, and its shared expert."""
+        # Row i is choice i % K of token i // K; sorted by expert, those of one expert are neighbours.
+        order_R = routing.experts_TK.flatten().argsort(stable=True)
+        token_R = order_R // self.config.top_k
+        rows_RH = self.experts(x_TH[token_R], count_rows(routing.experts_TK, self.config.num_experts).tolist())
+        weighted_RH = rows_RH * routing.weights_TK.flatten()[order_R, None]
+        y_TH = weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
+        return y_TH if self.shared is None else y_TH + self.shared(x_TH)
+
+
+# ── 1.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+#
+# A pattern of letters says what each layer is; each has its norm in front and adds to x. Nano's is
+#
+#     MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME          M Mamba, chapter 5; * attention; E experts
+#
+# Attention has few heads of keys and values (2 for 32 of queries): they are what has to be kept when the model
+# writes. It has no position embedding: the Mamba layers know the order, and here the causal mask alone tells it.
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries, x_BSH to (B, S, H); and no load to balance. Needs: `MoEConfig`."""
+
+    def __init__(self, config: MoEConfig):
+        super().__init__()
+        self.config, H, D = config, config.hidden_size, config.head_size
+        self.qkv = nn.Linear(H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=False)  # all q, all k, all v
+        self.out = nn.Linear(config.num_heads * D, H, bias=False)
+
+    def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        N, G = self.config.num_heads, self.config.num_kv_heads
+        heads = rearrange(self.qkv(x_BSH), "B S (heads D) -> B heads S D", heads=N + 2 * G)
+        q_BNSD, k_BGSD, v_BGSD = heads.split([N, G, G], dim=1)
+        y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
+        return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)")), x_BSH.new_zeros(len(x_BSH))
+
+
+class Layer(nn.Module):
+    """x + mixer(norm(x)), and the mixer's balancing loss."""
+
+    def __init__(self, config: MoEConfig, mixer: nn.Module):
+        super().__init__()
+        self.norm, self.mixer = nn.RMSNorm(config.hidden_size, eps=config.norm_eps), mixer
+
+    def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSH, balance_B = self.mixer(self.norm(x_BSH))
+        return x_BSH + y_BSH, balance_B
+
+
+class MoELM(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits (B, S, V) and each sequence's balancing loss, (B,).
+
+    The balancing loss is the sum over layers. Its weights are `initial_weights(config)`. moe_layer makes the layers of
+    experts, which may be parallel ones. Needs: part 1.
+    """
+
+    def __init__(self, config: MoEConfig, moe_layer: Callable[[MoEConfig], nn.Module] = MoELayer):
+        super().__init__()
+        self.config = config
+        if "M" in config.pattern or config.latent_size:
+            sizes = f"pattern={config.pattern}, latent_size={config.latent_size}"
+            raise ValueError(f"{sizes}: Mamba is chapter 5's (mamba_hybrid), latent experts are the next chapter's")
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        mixers = (Attention(config) if kind == "*" else moe_layer(config) for kind in config.pattern)
+        self.layers = nn.ModuleList(Layer(config, mixer) for mixer in mixers)
+        self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `state_shapes` asks for those
+            self.load_state_dict(dict(initial_weights(config)))
+
+    def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+        x_BSH, balances = self.embedding(tokens_BS), []
+        for layer in self.layers:
+            x_BSH, balance_B = layer(x_BSH)
+            balances.append(balance_B)
+        return self.head(self.final_norm(x_BSH)), sum(balances)
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and the second."""
+        logits_BSV, balance_B = self(tokens_BS)
+        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
+        logits_BVS = rearrange(logits_BSV, "B S V -> B V S")
+        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none"), balance_B
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+
+def state_shapes(config: MoEConfig) -> dict[str, torch.Size]:
+    """Name and shape of the plain model's state (parameters, routers' biases), with no memory. Needs: `MoELM`."""
+    with torch.device("meta"):
+        return {name: x.shape for name, x in MoELM(config).state_dict().items()}
+
+
+def initial_weights(config: MoEConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+
+    Matrices are normal with init_std, those that write onto the residual stream smaller by 1/√L; norms start at 1, and
+    the routers' biases at 0. Needs: `state_shapes`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, shape in state_shapes(config).items():
+        writes = name.endswith(("out.weight", "down", "down.weight"))
+        std = config.init_std / math.sqrt(len(config.pattern) if writes else 1)
+        constant = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+        yield name, constant if len(shape) == 1 else torch.randn(shape, generator=generator, device="cpu") * std
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm before clipping, rows of each expert
+
+
+def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    """AdamW with the paper's settings; decays matrices only, not norms. The caller sets "lr" before each step."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+def train_alone(
+    model: MoELM, batches: Batches, lr: Callable[[int], float], alpha: float = 1e-4, gamma: float = 1e-3,
+    max_norm: float = 1.0, autocast: torch.dtype | None = None) -> Iterator[Step]:  # fmt: skip
+    """Trains the plain model, a step for each batch, without looking at any other rank; yields a `Step`.
+
+    alpha: weight of the balancing loss. gamma: step of the routers' biases. autocast: the dtype of products, None for
+    the parameters' own. Needs: `make_optimizer`, `Step`.
+    """
+    optimizer = make_optimizer(model)
+    for step, (tokens_BS, targets_BS) in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        optimizer.zero_grad()
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
+        loss = loss_BS.sum() / (targets_BS != -100).sum().clamp(min=1)
+        (loss + alpha * balance_B.mean()).backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        counts_LE = torch.stack([router.counts for router in model.routers()])
+        for router, counts_E in zip(model.routers(), counts_LE):
+            router.bias += gamma * (counts_E.sum() - len(counts_E) * counts_E).sign()
+            router.counts.zero_()
+        yield Step(loss.detach(), norm, counts_LE)
+
+
+# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+# ── shared: groups ──
+def group_size(group=None) -> int:
+    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group=None) -> int:
+    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _readable(x: Tensor) -> bool:
+    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
+    not of fake tensors (chapter 2, part 5), which have none."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; with a single rank there is nothing to do."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+# ── end of groups ──
+
+# ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
+#
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are the four functions
+# above. One collective is new. In an *all-to-all* each rank has a piece for each rank:
+#
+#     rank 0: a0 a1    rank 1: b0 b1     →     rank 0: a0 b0    rank 1: a1 b1          piece i goes to rank i
+#
+# The pieces here are rows, as many as the router wants, and a piece may be empty. So a call has two lists: how many
+# rows I send to each rank, and how many I receive from each. A rank that has nothing to send and nothing to receive
+# calls it all the same: the others wait for it.
+#
+# The gradient of a row travels the way back: backward is an all-to-all with the two lists exchanged.
+#
+#     forward    rows that I send, by destination: [2, 5]    rows that I receive, by sender: [4, 1]
+#     backward   gradients that I send:            [4, 1]    gradients that I receive:       [2, 5]
+#
+# torch's all_to_all_single has no gradient, so that is two lines of a Function. We cut it in two halves, to have time
+# in between: `_Depart` sends, `_Arrive` waits, and what is computed between them costs no extra time. Backward runs
+# through the same three stations from behind: `_Arrive` sends the gradients off, and `_Depart` waits for them; autograd
+# runs the latest operation of forward first, so what was computed between the halves has its backward there too.
+
+
+class _Trip:
+    """What the two halves of an all-to-all share: the lists, and what is on its way."""
+
+    def __init__(self, send: list[int], receive: list[int], group):
+        self.send, self.receive, self.group = send, receive, group
+
+    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Returns at once; what it returns is filled when `work.wait()` has returned."""
+        there = rows.new_empty(sum(receive), *rows.shape[1:])
+        self.work = dist.all_to_all_single(there, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        return there
+
+
+class _Depart(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, trip):
+        ctx.trip = trip
+        return trip.start(rows_RH, trip.send, trip.receive)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, _):
+        ctx.trip.work.wait()
+        grad_RH, ctx.trip.grad_RH = ctx.trip.grad_RH, None
+        return grad_RH, None
+
+
+class _Arrive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_rH, trip):
+        ctx.trip = trip
+        trip.work.wait()
+        return rows_rH.view_as(rows_rH)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rH):
+        ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.receive, ctx.trip.send)
+        return grad_rH, None  # `_Depart` looks at its shape and takes the gradient from the trip
+
+
+def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None, wait: bool = True):
+    """Rows to other ranks: the first send[0] to rank 0, the next send[1] to rank 1, ...; (r, H), sorted by sender.
+
+    Args: rows_RH: rows of any shape, the same on all ranks. send, receive: rows for and from each rank of `group`; rank
+    i's send[j] must be rank j's receive[i]. group: None is all ranks. wait: False returns at once, and not the rows but
+    a function that waits for them. Every rank must call it, with no rows too. Differentiable, once.
+    Raises: ValueError where the lists do not fit. Needs: `_Trip`, `_Depart`, `_Arrive`, `group_size`.
+    """
+    ranks = group_size(group)
+    if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
+        sizes = f"send {send}, receive {receive}, {len(rows_RH)} rows, {ranks} ranks"
+        raise ValueError(f"{sizes}: both lists need a number for each rank, and all rows must be sent")
+    if ranks == 1:
+        return rows_RH if wait else lambda: rows_RH
+    trip = _Trip(send, receive, group)
+    rows_rH = _Depart.apply(rows_RH, trip)
+    return _Arrive.apply(rows_rH, trip) if wait else lambda: _Arrive.apply(rows_rH, trip)
+
+
+# ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
+#
+# A plan says once, for both ways, where each row goes. Rows leave sorted by expert, so those for one rank are
+# neighbours. They arrive sorted by sender, and within a sender by expert; the grouped product wants them by expert:
+#
+#     from rank 0: 2 2 3   from rank 1: 2 3 3      →      2 2 2 3 3 3          a second sort, of small numbers
+#
+# Sorts are stable, so an expert finds its rows in the order of ranks and tokens: the order of the whole batch, whatever
+# ep is. The numbers of rows have to be known on the host, because buffers have sizes: the one moment where the host
+# waits for the GPU. Everything that it needs comes in one copy.
+#
+# A permutation is a gather, y_i = x_order(i), and its gradient is usually written as a scatter: add dy_i to
+# dx_order(i). On a GPU a scatter adds in any order, and no run repeats another to the bit. But the inverse of a
+# permutation is a permutation: the gradient is a gather as well, and where a token has K rows, a sum over these K.
+#
+# The weights do not travel. They wait at home until the rows come back; the last step is a sum over K.
+
+
+class _Permute(torch.autograd.Function):
+    """Row i is x[order[i] // copies]; inverse is order's inverse."""
+
+    @staticmethod
+    def forward(ctx, x_TH, order_R, inverse_R, copies):
+        ctx.save_for_backward(inverse_R)
+        ctx.copies = copies
+        return x_TH.index_select(0, order_R // copies if copies > 1 else order_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RH):
+        (inverse_R,) = ctx.saved_tensors
+        grad_RH = grad_RH.index_select(0, inverse_R)
+        if ctx.copies > 1:
+            grad_RH = grad_RH.unflatten(0, (len(grad_RH) // ctx.copies, ctx.copies)).sum(1)
+        return grad_RH, None, None, None
+
+
+def _inverse(order_R: Tensor) -> Tensor:
+    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+
+
+# Where rows go and how they come back; `plan_dispatch` makes it.
+#     order_R    this rank's rows by expert; row i is choice i % K of token i // K. inverse_R undoes it
+#     send       rows for each rank; receive: rows from each rank. Lists on the host
+#     order_r    rows that arrived, by expert; inverse_r undoes it
+#     counts     rows of each of this rank's experts, a list on the host
+Plan = namedtuple("Plan", "order_R inverse_R send receive order_r inverse_r counts top_k group")
+
+
+def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
+    """The plan for tokens that chose experts_TK (int64, in [0, num_experts)).
+
+    Rank i of `group` has experts i·e to i·e + e − 1. Every rank of the group must call it; tokens may be none. group:
+    None is all ranks. The host waits once. Raises: ValueError where the experts do not divide over the ranks. Needs:
+    `Plan`, `count_rows`, `_inverse`, `group_size`.
+    """
+    ep = group_size(group)
+    if num_experts % ep:
+        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose a multiple of {ep}")
+    order_R = experts_TK.flatten().argsort(stable=True)
+    wanted_pe = count_rows(experts_TK, num_experts).view(ep, -1)  # rows that I have for each rank's experts
+    arrive_pe = wanted_pe.clone()  # rows that each rank has for mine
+    if ep > 1:
+        dist.all_to_all_single(arrive_pe, wanted_pe, group=group)
+    host = torch.cat([wanted_pe.sum(1), arrive_pe.sum(1), arrive_pe.sum(0)]).tolist()
+    send, receive, counts = host[:ep], host[ep : 2 * ep], host[2 * ep :]
+    expert_pe = torch.arange(len(counts), device=order_R.device).repeat(ep)
+    order_r = expert_pe.repeat_interleave(arrive_pe.flatten(), output_size=sum(receive)).argsort(stable=True)
+    return Plan(
+        order_R, _inverse(order_R), send, receive, order_r, _inverse(order_r), counts, experts_TK.shape[1], group
+    )
+
+
+def dispatch(x_TH: Tensor, plan: Plan) -> Callable[[], Tensor]:
+    """Sends a copy of each token to each expert that it chose; rows of any width. Returns a function that waits.
+
+    That function returns the rows of this rank's experts, (r, H), sorted by expert: plan.counts of each. What is
+    computed before it is called overlaps with the journey, in backward too. Every rank of the plan's group must call
+    both. Needs: `Plan`, `_Permute`, `all_to_all`.
+    """
+    rows_RH = _Permute.apply(x_TH, plan.order_R, plan.inverse_R, plan.top_k)
+    arrive = all_to_all(rows_RH, plan.send, plan.receive, plan.group, wait=False)
+    if group_size(plan.group) == 1:  # all senders' rows are one sender's: sorted already
+        return arrive
+    return lambda: _Permute.apply(arrive(), plan.order_r, plan.inverse_r, 1)
+
+
+def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
+    """Brings rows back to their tokens and adds them up with their weights: (T, H), in the rows' dtype.
+
+    rows_rH: in the order of `dispatch`. weights_TK: at least fp32; the sum is as wide. Every rank must call it.
+    Needs: `Plan`, `_Permute`, `all_to_all`.
+    """
+    if group_size(plan.group) > 1:
+        rows_rH = _Permute.apply(rows_rH, plan.inverse_r, plan.order_r, 1)
+    rows_RH = all_to_all(rows_rH, plan.receive, plan.send, plan.group)
+    rows_TKH = _Permute.apply(rows_RH, plan.inverse_R, plan.order_R, 1).unflatten(0, weights_TK.shape)
+    with torch.autocast(rows_rH.device.type, enabled=False):
+        y_TH = einsum(weights_TK, rows_TKH.to(weights_TK.dtype), "T K, T K H -> T H")
+    return y_TH.to(rows_rH.dtype)
+
+
+# ── 2.3 The layer ───────────────────────────────────────────────────────────────────────────────────────
+#
+# The router and the shared expert are whole on every rank, and each rank asks them about its own tokens. Only the
+# experts are divided: rank i of the group has experts i·e to i·e + e − 1.
+#
+# What about gradients? An expert gets rows from every rank of its group, so its gradient is already summed over the
+# group's tokens. What is whole on every rank has seen one rank's tokens. So sums are still needed, over different
+# ranks:
+#
+#     router, shared expert, attention, norms ...     over all ranks
+#     experts                                          over the ranks that hold the same experts (dp of them)
+#
+# And then what is divided by what? Here nothing: each rank's loss is its sum over the *global* number of tokens, and
+# gradients are only ever added. A library that takes means, dense gradients over ep · dp ranks and experts' over dp,
+# makes experts' gradients ep times too large. Losses are equal, Adam hides the factor, and clipping does not.
+
+
+class ExpertParallelMoELayer(MoELayer):
+    """`MoELayer` with its experts divided over `group`: this rank's x_BSH to (B, S, H) and the balancing loss, (B,).
+
+    Parameters start as `MoELayer`'s do, drawn whole from the default generator, which must be in the same state on
+    every rank. Every rank must call it, forward and backward, also with B = 0; group: None is all ranks.
+    Raises: ValueError where the experts do not divide over the ranks. Needs: `MoELayer`, section 2.2.
+    """
+
+    def __init__(self, config: MoEConfig, group=None):
+        check_ep(config, group_size(group))
+        super().__init__(config)
+        self.group = group
+        for p in self.experts.parameters():  # a copy of this rank's share: a view would hold the whole in memory
+            p.data = p.data.chunk(group_size(group))[group_rank(group)].clone()
+
+    def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
+        plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
+        arrive = dispatch(x_TH.to(product_dtype(x_TH)), plan)  # under autocast half the bytes, and the same products
+        shared_TH = self.shared(x_TH) if self.shared is not None else 0  # while rows travel
+        rows_rH = self.experts(arrive(), plan.counts)
+        return combine(rows_rH, routing.weights_TK, plan) + shared_TH
+
+
+class ParallelMoELM(MoELM):
+    """`MoELM` with the experts of every layer divided over `group`; all else is whole on every rank.
+
+    Its weights are those that MoELM(config) has, whatever the number of ranks, and its parameters have the same names;
+    no more than one whole tensor is in memory at a time. Each rank calls it with its own tokens. group: the ranks that
+    share one set of experts; None is all ranks. Raises: ValueError where the experts do not divide over the ranks.
+    Needs: `MoELM`, `ExpertParallelMoELayer`, `shard_tensor`.
+    """
+
+    def __init__(self, config: MoEConfig, group=None):
+        with torch.device("meta"):  # shapes first, without memory
+            super().__init__(config, lambda config: ExpertParallelMoELayer(config, group))
+        rank, ep = group_rank(group), group_size(group)
+        shares = {name: shard_tensor(name, whole, rank, ep) for name, whole in initial_weights(config)}
+        self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
+        for router in self.routers():
+            router.counts = torch.zeros_like(router.counts, device="cpu")  # not part of the state
+
+    def expert_parameters(self) -> list[nn.Parameter]:
+        """The parameters of which this rank holds a share; all others are whole, and equal on every rank."""
+        return [p for name, p in self.named_parameters() if shard_dim(name) is not None]
+
+
+# ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
+#
+# A floating-point number is sign · 2^exponent · 1.fraction. FP8 has two ways to spend its bits:
+#
+#     E4M3   4 bits exponent, 3 fraction    ±448      rounds by 1/16 at most    for weights and activations
+#     E5M2   5 bits exponent, 2 fraction    ±57344    rounds by 1/8 at most     for gradients: a wide range
+#
+# Below 2^−6 (E5M2: 2^−14) the steps stay as large as they are there, 2^−9 (2^−16), and what is less than half a step is
+# zero: a gradient of 1e-6 in either. So a tensor is scaled to the format's range before it is rounded: *current
+# scaling* looks at this very tensor,
+#
+#     scale = largest number of the format / amax        amax: the largest |x| of the tensor
+#     q = round(clip(x · scale))                         8 bits each
+#     x ≈ q · (1 / scale)                                the inverse is what a product is given: easily confused
+#
+# What can go wrong, each in its line below: amax = 0 (a scale of infinity, then 0 · ∞ is NaN); x · scale rounds up
+# past the largest number (E4M3 has no infinity: it may become NaN, so it is clipped); an amax so small that its scale
+# is no number any more. One thing is left as it is: if x is not finite, all of its tile becomes NaN, so that the norm
+# of the gradients sees it. And the arithmetic of scaling is fp32, whatever x is: that is part of the definition.
+#
+# One outlier makes everything else small: *blockwise* scaling gives each tile its own scale, 1 × 128 numbers of an
+# activation or gradient, 128 × 128 of a weight [Nano 2, after DeepSeek-V3]. Then E4M3's range is enough for gradients
+# too. The scales may be powers of two: then scaling changes the exponent alone, and rounds nothing.
+
+FP8_FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+# x ≈ codes · inverse_scale, tile by tile. codes: x's shape, an FP8 dtype; inverse_scale: fp32, one number, or one for
+# each tile of the last two dimensions; block: rows and columns of a tile, or None.
+Quantized = namedtuple("Quantized", "codes inverse_scale block")
+
+
+def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """The largest |x|: one number, or (..., r, c) for tiles, of which the last ones may be smaller."""
+    if block is None:
+        return x.abs().amax() if x.numel() else x.new_zeros(())
+    rows, columns = x.shape[-2:]
+    padded = F.pad(x, (0, -columns % block[1], 0, -rows % block[0]))
+    return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
+
+
+def _spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
+    """Each tile's number at each of its elements."""
+    if block is None:
+        return scale
+    whole = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
+    return whole[..., : shape[-2], : shape[-1]]
+
+
+@torch.no_grad()
+def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool = False, amax_group=None) -> Quantized:
+    """x rounded to FP8, to nearest, ties to even, with one scale for all of it or for each tile.
+
+    Args:
+        x: any shape; with tiles at least two dimensions.
+        format: "e4m3" or "e5m2".
+        block: rows and columns of a tile of the last two dimensions; None: one scale for all.
+        power_of_two: round the scale down to one.
+        amax_group: ranks that hold shares of one tensor, which then has one scale on all of them; every one must call
+            it, also with an empty share. None: x is whole. Tiles need none: no tile may lie on two ranks.
+
+    Finite numbers never become NaN or infinite; where x is not finite its whole tile is NaN.
+    Raises: ValueError for an unknown format. Source: current scaling, Nemotron-H; tiles, Nemotron Nano 2.
+    Needs: `Quantized`, `FP8_FORMATS`, `_amax`, `_spread`.
+    """
+    if format not in FP8_FORMATS:
+        raise ValueError(f"format {format!r}: one of {list(FP8_FORMATS)}")
+    dtype = FP8_FORMATS[format]
+    most = torch.finfo(dtype).max
+    x = x.to(torch.float32)
+    amax = _amax(x, block)
+    if amax_group is not None and block is None:
+        _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
+    quotient = torch.full_like(amax, most) / amax  # most / amax would be computed as most · (1 / amax): rounded twice
+    scale = torch.where(amax == 0, 1.0, quotient).clamp(max=2.0**126)  # so that its inverse is still a normal number
+    if power_of_two:
+        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+    codes = (x * _spread(scale, block, x.shape)).clamp(-most, most).to(dtype).contiguous()
+    return Quantized(codes, 1 / scale, block)
+
+
+def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """codes · inverse scale, in `dtype`, which should be fp32 or wider. Needs: `Quantized`, `_spread`."""
+    codes, inverse_scale, block = quantized
+    return codes.to(dtype) * _spread(inverse_scale, block, codes.shape).to(dtype)
+
+
+# ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
+#
+# A linear layer is three products, one forward and two backward. Each is a · bᵀ of two matrices that have the axis of
+# summation last, because that is how the hardware wants them (Hopper knows no other layout):
+#
+#     fprop    y_RF  =  x_RH · w_FH            sum over H        E4M3 · E4M3
+#     dgrad    dx_RH =  dy_RF · w_HF           sum over F        E5M2 · E4M3       w turned
+#     wgrad    dw_FH =  dy_FR · x_HR           sum over rows     E5M2 · E4M3       both turned
+#
+# With one scale a tensor the turned copy has the same codes. Tiles lie along the axis of summation, so a turned operand
+# is rounded anew, from the wide numbers. For wgrad x is kept as codes: a byte a number and not four.
+#
+# A *recipe* names the format of each operand of each product; it is data, not code. It also says what stays wide:
+# first and last layers, and always the router, norms, embedding and head.
+#
+# Where a GPU has FP8 units, torch._scaled_mm multiplies codes, and multiplies the sum with both inverse scales.
+# Elsewhere we emulate: the same codes, made wide again, in an ordinary product. The rounding is the same to the bit;
+# sums differ, since Hopper's units add with fewer bits than fp32 (`use_fast_accum=False` adds up in fp32 now and then).
+# Which of the two runs is decided once and printed. Hardware wants multiples of 16 rows, so each product is padded with
+# zero rows, which nobody counts.
+
+
+# How one operand of one product is rounded: arguments of `quantize_fp8`.
+Operand = namedtuple("Operand", "format block power_of_two", defaults=("e4m3", None, False))
+E4M3, E5M2 = Operand("e4m3"), Operand("e5m2")
+TILE, SQUARE = Operand("e4m3", (1, 128), True), Operand("e4m3", (128, 128), True)
+
+
+# A recipe: how each operand of each product is rounded, and how many layers stay wide, at the beginning and at the end.
+#     fprop: x, w     dgrad: dy, w     wgrad: dy, x     first, last: 1 here; 4 in Nemotron-H 56B
+_HYBRID = ((E4M3, E4M3), (E5M2, E4M3), (E5M2, E4M3), 1, 1)
+FP8Recipe = namedtuple("FP8Recipe", "fprop dgrad wgrad first last", defaults=_HYBRID)
+HYBRID = FP8Recipe()  # one scale a tensor; gradients in E5M2
+BLOCKWISE = FP8Recipe((TILE, SQUARE), (TILE, SQUARE), (TILE, TILE))  # Nemotron Nano 2
+
+
+def fp8_hardware(mode: str, device: torch.device, recipe: FP8Recipe) -> bool:
+    """Whether products run on the GPU's FP8 units; mode is "hardware", "emulate", or "auto": hardware where it can.
+
+    Raises: ValueError that says why, where "hardware" cannot be had.
+    """
+    if device.type != "cuda":
+        why = f"a {device.type} has none"
+    elif torch.cuda.get_device_capability(device) < (8, 9):
+        why = f"{torch.cuda.get_device_name(device)} has none (from compute capability 8.9 on)"
+    else:
+        tiles = any(operand.block for product in recipe[:3] for operand in product)
+        why = "this code gives them one scale a tensor, and the recipe has tiles" if tiles else ""
+    if mode == "hardware" and why:
+        raise ValueError(f"FP8 units are asked for, but {why}: use emulate, or auto")
+    return mode != "emulate" and not why
+
+
+def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool = False) -> Tensor:
+    """a · bᵀ, (m, k) and (n, k) to (m, n) in `dtype`, on FP8 units or emulated; k and n multiples of 16 on hardware.
+
+    Emulated sums are as wide as dtype, at least fp32. On Hopper's units allow an error of 2^−13 · Σ|a_i b_i| beyond
+    dtype's own rounding: stated here, and not measured on one yet. Raises: ValueError for other sizes. Needs:
+    `Quantized`, `dequantize_fp8`.
+    """
+    if hardware and a.codes.numel():
+        if a.codes.shape[1] % 16 or b.codes.shape[0] % 16:
+            sizes = tuple(a.codes.shape), tuple(b.codes.shape)
+            raise ValueError(f"FP8 units want multiples of 16, not {sizes}: choose other sizes")
+        scales = dict(scale_a=a.inverse_scale, scale_b=b.inverse_scale)
+        return torch._scaled_mm(a.codes, b.codes.mT, **scales, out_dtype=dtype, use_fast_accum=False)
+    wide = torch.promote_types(dtype, torch.float32)
+    with torch.autocast(a.codes.device.type, enabled=False):
+        return (dequantize_fp8(a, wide) @ dequantize_fp8(b, wide).mT).to(dtype)
+
+
+def _turned(quantized: Quantized, as_operand: Operand, x: Tensor, operand: Operand, amax_group=None) -> Quantized:
+    """xᵀ as `operand`, where x as `as_operand` is there already: the same codes if one scale serves both."""
+    if as_operand == operand and operand.block is None:
+        return Quantized(quantized.codes.mT.contiguous(), quantized.inverse_scale, None)
+    return quantize_fp8(x.mT, *operand, amax_group=amax_group)
+
+
+class _FP8Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_RH, weight_FH, recipe, hardware, amax_group, dtype):
+        rows = len(x_RH)
+        x_RH = F.pad(x_RH, (0, 0, 0, -rows % 16))
+        x, w = quantize_fp8(x_RH, *recipe.fprop[0], amax_group=amax_group), quantize_fp8(weight_FH, *recipe.fprop[1])
+        x_turned = _turned(x, recipe.fprop[0], x_RH, recipe.wgrad[1], amax_group)
+        ctx.save_for_backward(weight_FH, x_turned.codes, x_turned.inverse_scale)
+        ctx.settings = recipe, hardware, amax_group, x_RH.dtype
+        return fp8_product(x, w, dtype, hardware)[:rows]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RF):
+        weight_FH, *x_turned = ctx.saved_tensors
+        recipe, hardware, amax_group, x_dtype = ctx.settings
+        rows = len(grad_RF)
+        grad_RF = F.pad(grad_RF, (0, 0, 0, -rows % 16))
+        dy = quantize_fp8(grad_RF, *recipe.dgrad[0], amax_group=amax_group)
+        grad_RH = fp8_product(dy, quantize_fp8(weight_FH.mT, *recipe.dgrad[1]), x_dtype, hardware)[:rows]
+        dy_turned = _turned(dy, recipe.dgrad[0], grad_RF, recipe.wgrad[0], amax_group)
+        x_turned = Quantized(*x_turned, recipe.wgrad[1].block)
+        grad_FH = fp8_product(dy_turned, x_turned, weight_FH.dtype, hardware)
+        return grad_RH, grad_FH, None, None, None, None
+
+
+def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, hardware: bool = False, amax_group=None) -> Tensor:
+    """x · weightᵀ with all three products in FP8, (..., H) to (..., F); differentiable once.
+
+    Args: amax_group: ranks that hold shares of the rows; see `quantize_fp8`. hardware: see `fp8_hardware`.
+    Returns: x's dtype, or autocast's. Needs: `_FP8Linear`, `_turned`, `fp8_product`, `product_dtype`, `quantize_fp8`.
+    """
+    rows_RH = x.reshape(-1, x.shape[-1])
+    y_RF = _FP8Linear.apply(rows_RH, weight_FH, recipe, hardware, amax_group, product_dtype(x))
+    return y_RF.view(*x.shape[:-1], len(weight_FH))
+
+
+class FP8Linear(nn.Linear):
+    """nn.Linear without bias whose three products are in FP8: (..., in_features) to (..., out_features).
+
+    Args: in_features, out_features: as nn.Linear's. recipe, hardware, amax_group: as `fp8_linear`'s.
+    The weight itself stays wide: it is rounded for each product anew, and the optimiser never sees the rounding.
+    Needs: `fp8_linear`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, recipe=HYBRID, hardware: bool = False, amax_group=None):
+        super().__init__(in_features, out_features, bias=False)
+        self.recipe, self.hardware, self.amax_group = recipe, hardware, amax_group
+
+    def forward(self, x: Tensor) -> Tensor:
+        return fp8_linear(x, self.weight, self.recipe, self.hardware, self.amax_group)
+
+
+# ── 2.6 Experts in FP8, and one scale for all shares ────────────────────────────────────────────────────
+#
+# An expert's rows are a tensor of their own, with a scale of its own, and so are its weights: its products are those
+# of a linear layer, and we call them one expert after the other.
+#
+# A tensor that is divided over ranks has another amax on each of them, so other scales, and other roundings than on one
+# device: the result depends on the layout. Where that matters the ranks agree on one amax, with an all-reduce of one
+# number. Which ranks? Those that hold shares of the same tensor. Activations of dense layers: all ranks, each has some
+# tokens. An expert's rows: the ranks that hold this expert. (Those of its group have no other rows of it: they have
+# been sent.) Weights: none, they are whole. Given the same tensor the codes are then equal to the single device's, to
+# the bit. An empty share has an amax of 0, and takes part like all others.
+
+
+def fp8_grouped_product(
+    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, hardware: bool = False, amax_group=None
+) -> Tensor:
+    """`grouped_product` in FP8: each expert's rows and weights with their own scales. Needs: `fp8_linear`."""
+    parts = zip(x_RH.split(counts), weight_EFH.unbind())
+    return torch.cat([fp8_linear(rows, weight_FH, recipe, hardware, amax_group) for rows, weight_FH in parts])
+
+
+def to_fp8(model: MoELM, recipe: FP8Recipe, hardware: bool = False, grid: Grid | None = None) -> MoELM:
+    """Puts the products of the recipe's layers into FP8, in place, and returns the model; parameters stay as they are.
+
+    grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
+    Needs: sections 2.5 and 2.6.
+    """
+    tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
+    for layer in model.layers[recipe.first : len(model.layers) - recipe.last]:
+        for parent in list(layer.modules()):
+            if isinstance(parent, Experts):
+                options = dict(recipe=recipe, hardware=hardware, amax_group=experts)
+                parent.product = functools.partial(fp8_grouped_product, **options)
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    with torch.device("meta"):
+                        linear = FP8Linear(child.in_features, child.out_features, recipe, hardware, tokens)
+                    linear.weight = child.weight
+                    setattr(parent, name, linear)
+    return model
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# Two tensors of each layer of experts are divided, by experts. All else is whole on every rank.
+
+
+def shard_dim(name: str) -> int | None:
+    """The dimension along which parameter `name` is cut; None where each rank holds all of it."""
+    return 0 if name.endswith(("experts.up", "experts.down")) else None
+
+
+def check_ep(config: MoEConfig, ep: int) -> None:
+    """Raises ValueError, with the remedy, where the experts do not divide over `ep` ranks."""
+    if config.num_experts % ep:
+        fits = [n for n in range(1, min(ep, config.num_experts) + 1) if config.num_experts % n == 0]
+        raise ValueError(f"num_experts={config.num_experts} does not divide over {ep} ranks: choose ep from {fits}")
+
+
+def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
+    """Rank `rank`'s share of the plain model's tensor `name`, a copy. Needs: `shard_dim`."""
+    return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
+
+
+def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
+    """Raises RuntimeError that names what is missing in `full`, unknown or of another shape. Needs: `MoELM`."""
+    with torch.device("meta"):
+        MoELM(config).load_state_dict(full, assign=True)
+
+
+def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
+    """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
+
+    Raises: RuntimeError where the state dict does not fit the configuration; ValueError where experts do not divide.
+    Needs: `shard_tensor`, `check_state`, `check_ep`.
+    """
+    check_ep(config, world_size)
+    check_state(full, config)
+    return {name: shard_tensor(name, whole, rank, world_size) for name, whole in full.items()}
+
+
+def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The state dicts of all ranks of one group, in their order, to the plain model's, to the bit; gradients too.
+
+    Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted apart.
+    Needs: `shard_dim`.
+    """
+    full = {}
+    for name in shards[0]:
+        pieces, dim = [shard[name] for shard in shards], shard_dim(name)
+        if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
+            raise ValueError(f"{name} should be the same on every rank, and is not: the ranks have drifted apart")
+        full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+    return full
+
+
+# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
+#
+# Nemotron 3's files have this model under other names, with queries, keys and values apart, and each expert apart.
+# What they have more is refused: Mamba layers are chapter 5's, latent experts the next chapter's.
+
+LAYER_KINDS = {"full_attention": "*", "attention": "*", "moe": "E", "linear_attention": "M", "mamba": "M", "mlp": "-"}
+NEMOTRON3_SIZES = dict(
+    vocab_size="vocab_size", hidden_size="hidden_size", num_heads="num_attention_heads", head_size="head_dim",
+    num_kv_heads="num_key_value_heads", num_experts="n_routed_experts", top_k="num_experts_per_tok",
+    expert_size="moe_intermediate_size", shared_size="moe_shared_expert_intermediate_size",
+    gate_scale="routed_scaling_factor", norm_eps="layer_norm_epsilon")  # fmt: skip
+NEMOTRON3_FIXED = dict(
+    model_type="nemotron_h", mlp_hidden_act="relu2", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1,
+    attention_bias=False, mlp_bias=False, use_bias=False, tie_word_embeddings=False, sliding_window=None,
+    moe_latent_size=None, num_nextn_predict_layers=0)  # fmt: skip
+
+
+def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
+    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
+    pattern = theirs.get("hybrid_override_pattern") or "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    if "M" in pattern:
+        raise ValueError(f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid")
+    other = {key: theirs[key] for key, value in NEMOTRON3_FIXED.items() if theirs.get(key, value) != value}
+    if other or theirs["num_experts_per_tok"] == 1:
+        raise ValueError(f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be")
+    return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
+
+
+def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
+    """Configuration and plain state dict of a Nemotron 3 folder: config.json and all *.safetensors files.
+
+    Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, a shape, or a setting that this
+    model has not. Needs: `MoEConfig`, `check_state`.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
+    found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+    def take(*names: str) -> list[Tensor]:
+        if missing := [name for name in names if name not in found]:
+            raise ValueError(f"{folder} lacks the tensor {missing[0]}")
+        return [found.pop(name) for name in names]
+
+    parts = dict(embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", up="up_proj")
+    parts |= dict(down="down_proj", shared="shared_experts", router="gate", bias="e_score_correction_bias")
+    full = {}
+    for name in state_shapes(config):
+        published = ".".join(parts.get(part, part) for part in f"backbone.{name}".split("."))
+        if "qkv" in name:
+            full[name] = torch.cat(take(*(published.replace("qkv", f"{which}_proj") for which in "qkv")))
+        elif shard_dim(name) is not None:
+            each = (published.replace(".experts.", f".experts.{i}.") for i in range(config.num_experts))
+            full[name] = torch.stack(take(*(f"{expert}.weight" for expert in each)))
+        else:
+            full[name] = take(published.removeprefix("backbone.") if name == "head.weight" else published)[0]
+    if found:
+        raise ValueError(f"{folder} has {sorted(found)[:4]}, which this model does not know")
+    check_state(full, config)
+    return config, full
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Experts are divided in one direction of a grid, and repeated in the other. With --ep 2 on 4 ranks:
+#
+#                      ep rank 0          ep rank 1
+#        copy 0      rank 0: e 0 to 3   rank 1: e 4 to 7      ← an ep group: tokens travel within it
+#        copy 1      rank 2: e 0 to 3   rank 3: e 4 to 7
+#                         ↑ an edp group ("expert data parallel"): the same experts
+#
+# Each of the four has its own tokens. The ranks of an ep group are neighbours, because they talk in every layer.
+
+
+# A rank's place in the grid. Grid() is for a process without process groups.
+Grid = namedtuple("Grid", "ep dp ep_rank dp_rank ep_group edp_group", defaults=(1, 1, 0, 0, None, None))
+
+
+def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (dp, ep), neighbours in an ep group; every rank must call it.
+
+    timeout: seconds. Raises: ValueError where ep does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if ep < 1 or world % ep:
+        fits = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
+    copies = [list(range(first, first + ep)) for first in range(0, world, ep)]
+    columns = [list(range(first, world, ep)) for first in range(ep)]
+    groups = dict(ep_group=make_group(copies, device, timeout), edp_group=make_group(columns, device, timeout))
+    return Grid(ep=ep, dp=world // ep, ep_rank=rank % ep, dp_rank=rank // ep, **groups)
+
+
+def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
+    """Sums gradients where section 2.3 says, in two messages; the same parameters must have gradients on every rank.
+
+    Needs: `_all_reduce`, `group_size`.
+    """
+    experts = {id(p) for p in model.expert_parameters()}  # by identity: == compares elements
+    for of_experts, group in ((True, grid.edp_group), (False, None)):
+        grads = [p.grad for p in model.parameters() if (id(p) in experts) == of_experts and p.grad is not None]
+        if grads and group_size(group) > 1:
+            flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
+            for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
+                grad.copy_(total.view_as(grad))
+
+
+# Explained in chapter 1, section 4.2, and for shares of a tensor in chapter 2, section 4.2: experts are such shares.
+# ── shared: clipping ──
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+) -> Tensor:
+    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+
+    Args:
+        parameters: all of this rank's.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
+        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
+
+    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
+    is not (the gradients are then useless). Needs: nothing else.
+    """
+    parameters = [p for p in parameters if p.grad is not None]
+    shares = {id(p) for p in sharded}  # by identity: == compares elements
+    device = parameters[0].grad.device if parameters else None
+
+    def squares(grads: list[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
+        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+
+    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    if shares and dist.is_initialized():
+        dist.all_reduce(of_shares, group=group)
+    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p in parameters:
+        p.grad.mul_(scale.to(p.grad.dtype))
+    return norm
+
+
+# ── end of clipping ──
+
+
+def train_step(
+    model: ParallelMoELM, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
+    alpha: float = 1e-4, gamma: float = 1e-3, max_norm: float = 1.0, autocast: torch.dtype | None = None,
+    micro_batches: int = 1) -> Step:  # fmt: skip
+    """One optimiser step on this rank's tokens; every rank must call it, also one without any.
+
+    Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
+    gamma: step of the routers' biases. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
+    micro_batches: pieces in which the tokens are computed one after the other, to save memory; changes no number.
+    Returns: the mean loss per token over all ranks, the norm before clipping, each expert's rows; the same on all.
+    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`, `update_expert_bias`.
+    """
+    optimizer.zero_grad()
+    sizes = torch.stack([(targets_BS != -100).sum(), torch.tensor(len(tokens_BS), device=tokens_BS.device)])
+    tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
+    total = 0
+    for part in zip(tokens_BS.tensor_split(micro_batches), targets_BS.tensor_split(micro_batches)):
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss_BS, balance_B = model.loss(*part)
+        loss = loss_BS.sum() / tokens  # this rank's part of the mean
+        (loss + alpha * balance_B.sum() / sequences).backward()
+        total = total + loss.detach()
+    reduce_gradients(model, grid)
+    norm = clip_grad_norm_(model.parameters(), max_norm, model.expert_parameters(), grid.ep_group)
+    optimizer.step()
+    return Step(_all_reduce(total), norm, update_expert_bias(model.routers(), gamma))
+
+
+def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options) -> Iterator[Step]:
+    """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
+
+    batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
+    and the gradient is exact all the same. options: `train_step`'s. Needs: `make_optimizer`, `train_step`.
+    """
+    optimizer = make_optimizer(model)
+    for step, batch in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        tokens_BS, targets_BS = (whole.tensor_split(group_size())[group_rank()] for whole in batch)
+        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, **options)
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+#
+# Parameters of the published models, layer by layer. Their Mamba layers are chapter 5's, here they are only counted;
+# the latent width of Super and Ultra (experts work on vectors of that width, with a matrix in and one out for all of
+# them) is the next chapter's.
+
+
+_NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+_SUPER = "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME"
+PUBLISHED = {
+    name: MoEConfig(131_072, *sizes, gate_scale=scale, mamba_heads=mamba_heads, latent_size=latent)
+    for name, sizes, scale, mamba_heads, latent in (
+        #         H     layers  N   G  D    E    K   F     shared (Ultra's order of layers is not its real one)
+        ("Nano", (2688, _NANO, 32, 2, 128, 128, 6, 1856, 3712), 2.5, 64, None),
+        ("Super", (4096, _SUPER, 32, 2, 128, 512, 22, 2688, 5376), 5.0, 128, 1024),
+        ("Ultra", (8192, "MEM*EMEME" * 12, 64, 2, 128, 512, 22, 5120, 10_240), 5.0, 256, 2048),
+    )
+}
+Parameters = namedtuple("Parameters", "total active active_without_input_table")
+
+
+def parameters(config: MoEConfig) -> Parameters:
+    """Parameters of a model, and those that one token meets: all but the experts that it has not chosen.
+
+    Routers' biases count. A token meets one row of the input table, so publications also count without it.
+    Source: the published configurations.
+    """
+    H, D, E, latent = config.hidden_size, config.head_size, config.num_experts, config.latent_size
+    expert = 2 * (latent or H) * config.expert_size
+    sizes = {
+        "*": H * D * (2 * config.num_heads + 2 * config.num_kv_heads),
+        "E": E * expert + 2 * H * config.shared_size + E * H + E + (2 * H * latent if latent else 0),
+    }
+    # Mamba: heads of 64, 8 groups with states of 128; a convolution of 4 taps and a bias, A, D and dt's bias for each
+    # head, and a norm before the way out.
+    inner, groups = 64 * config.mamba_heads, 2 * 8 * 128
+    into = H * (2 * inner + groups + config.mamba_heads)
+    sizes["M"] = into + 5 * (inner + groups) + 3 * config.mamba_heads + inner + inner * H
+    table = config.vocab_size * H
+    total = 2 * table + H + sum(sizes[kind] + H for kind in config.pattern)
+    active = total - config.pattern.count("E") * (E - config.top_k) * expert
+    return Parameters(total, active, active - table)
+
+
+def all_to_all_bytes(config: MoEConfig, ep: int, itemsize: int = 2) -> float:
+    """Bytes that a token sends to other ranks in one layer, forward and backward, if the load is even.
+
+    Each of its K rows travels there and back, and so do the gradients: four times; one in ep stays at home.
+    """
+    return 4 * config.top_k * (config.latent_size or config.hidden_size) * itemsize * (1 - 1 / ep)
+
+
+def quantisation_error(x: Tensor, *operand) -> float:
+    """‖x − its eight-bit version‖ / ‖x‖. operand: arguments of `quantize_fp8`."""
+    return ((dequantize_fp8(quantize_fp8(x, *operand)) - x).norm() / x.norm()).item()
+
+
+# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+
+def learning_rate(step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10) -> float:
+    """Warm-up, flat, and over the last fifth down to `floor`, by minus the square root; step counts from 0.
+
+    The shape is Nemotron 3's: some billion tokens of warm-up, 20 trillion flat, 5 trillion down.
+    """
+    done = max(0.0, (step - 0.8 * steps) / max(1, 0.2 * steps))
+    return min(peak * (step + 1) / warmup, floor + (peak - floor) * (1 - math.sqrt(done)))
+
+
+def largest_load(counts_LE: Tensor) -> float:
+    """Rows of the busiest expert over the mean, in the worst layer: 1 is even."""
+    return (counts_LE.amax(1) / counts_LE.to(torch.float64).mean(1)).max().item()
+
+
+@torch.no_grad()
+def overload(model: MoELM, lean: float = 0.5) -> MoELM:
+    """A bad start: all embeddings share a direction, and every router turns it into a liking for experts 0 and 1."""
+    model.embedding.weight[:, 0] += 0.3
+    for router in model.routers():
+        router.weight[:2, 0] += lean
+    return model
+
+
+def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small model on this grid beside the same on one device: name to relative error, of every tensor.
+
+    Two experts get no token; in every second step the last rank has none, in the others ranks have unequally many.
+    Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    """
+    config = MoEConfig(61, 16, "*E*E", num_experts=4 * grid.ep, top_k=2, expert_size=12, shared_size=20, init_std=0.05)
+    plain, parallel = (model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group)))
+    for router in (*plain.routers(), *parallel.routers()):
+        router.bias[:2] = -10
+    batches = []
+    for step in range(5):
+        rows = group_size() + 1 if step % 2 == 0 else max(1, group_size() - 1)
+        generator = torch.Generator().manual_seed(step)
+        tokens_BS, targets_BS = torch.randint(61, (2, rows, 13), generator=generator).to(device)
+        targets_BS[0, 3:] = -100
+        batches.append((tokens_BS, targets_BS))
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards, found = [{name: x.detach().cpu() for name, x in here.items()}], {}
+        if dist.is_initialized():
+            shards, mine = [None] * grid.ep, shards[0]
+            dist.all_gather_object(shards, mine, grid.ep_group)
+        for name, x in merge_state_dicts(shards).items():
+            y = reference[name].detach().cpu()
+            found[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+        return found
+
+    errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
+    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
+    for step, (there, here) in enumerate(runs):
+        errors |= {
+            f"loss {step}": abs(here.loss / there.loss - 1).item(),
+            f"norm {step}": abs(here.norm / there.norm - 1).item(),
+        }
+        if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
+            errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
+        if step == 0:
+            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
+    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        return errors
+    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
+    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
+    errors = list(errors)
+    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+def check(args, grid: Grid, device: torch.device) -> bool:
+    """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
+    errors = equivalence(grid, device, *precision(args))
+    worst, good = within(errors.values(), BOUNDS[args.dtype])
+    say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
+    say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; ep {grid.ep} × dp {grid.dp}, {args.dtype}")
+    return good
+
+
+def codes_agree(device: torch.device) -> bool:
+    """Whether every rank's share of a tensor has the codes of the whole, with an outlier on the last rank alone."""
+    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x_RH[-1, 5] = 1000.0
+    whole = quantize_fp8(x_RH).codes.view(torch.uint8).tensor_split(group_size())[group_rank()]
+    share = quantize_fp8(x_RH.tensor_split(group_size())[group_rank()], amax_group=dist.group.WORLD)
+    same = torch.tensor(torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device)
+    return bool(_all_reduce(same, None, dist.ReduceOp.MIN))
+
+
+def print_formats(recipe: FP8Recipe, hardware: bool) -> None:
+    """The recipe, product by product, and what each format does to two kinds of numbers."""
+    say(f"products in FP8, {'on FP8 units' if hardware else 'emulated'}, all but the first {recipe.first} and the last "
+        f"{recipe.last} layers:")  # fmt: skip
+    lines = ("fprop  y_RF  =  x_RH{} · w_FH{}", "dgrad  dx_RH = dy_RF{} · w_HF{}", "wgrad  dw_FH = dy_FR{} · x_HR{}")
+    for line, operands in zip(lines, recipe):
+        names = (f" {o.format}" + (f", tiles {o.block[0]} × {o.block[1]}" if o.block else "") for o in operands)
+        say("  " + line.format(*names))
+    x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    heavy = x * torch.exp(2 * torch.randn(512, 512, generator=torch.Generator().manual_seed(1)))
+    say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
+    for name, operand in {
+        "e4m3": E4M3,
+        "e5m2": E5M2,
+        "e4m3, tiles of 1 × 128": TILE,
+        "e4m3, tiles of 128 × 128": SQUARE,
+    }.items():
+        lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
+        say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
+    say()
+
+
+def demonstrate(args, grid: Grid, device: torch.device) -> dict:
+    """Trains three copies of one model from a bad start, on real text, beside one device; returns what to claim."""
+    from tqdm import tqdm
+
+    config, (dtype, autocast) = config_of(args), precision(args)
+    data = TextData(args.data, args.tokenizer, args.seq_length)
+
+    def batches() -> Batches:
+        steps = range(args.steps)
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in steps)
+
+    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
+    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
+    to_fp8(models[2], RECIPES[args.recipe], fp8_hardware(args.fp8, device, RECIPES[args.recipe]), grid)
+    alone, differences = iter(()), []
+    if group_rank() == 0:
+        alone = train_alone(
+            overload(MoELM(config)).to(device, dtype), itertools.islice(batches(), 5), gamma=args.gamma, **options
+        )
+    held = sum(p.numel() for p in models[0].parameters())
+    say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
+        f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
+    say(f"{'γ =':>45} {args.gamma:<15g}          γ = 0.001       FP8, γ = {args.gamma:g}")
+    say("step      loss    on one device      norm   largest load     largest load     loss        largest load")
+    quiet = group_rank() > 0 or not sys.stderr.isatty()
+    runs = zip(
+        *(train(m, batches(), grid=grid, gamma=g, **options) for m, g in zip(models, (args.gamma, 1e-3, args.gamma)))
+    )
+    loads = []
+    for step, (wide, slow, fp8) in enumerate(tqdm(runs, total=args.steps, disable=quiet)):
+        beside = [there.loss.item() for there in itertools.islice(alone, 1)]
+        differences += [abs(wide.loss.item() - other) for other in beside]
+        loads.append([largest_load(run.counts_LE) for run in (wide, slow, fp8)])
+        if step < 5 or step % 10 == 9:
+            text = f"{beside[0]:.6f}" if beside else ""
+            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:12.2f} ×"
+                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():15.6f}{loads[-1][2]:10.2f} ×")  # fmt: skip
+
+    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
+    share = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)]
+    losses = []
+    for model in models:
+        with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
+            losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
+    say(f"\nheld-out loss {losses[0]:.4f} nats a token; γ = 0.001 {losses[1]:.4f}, FP8 {losses[2]:.4f}\n")
+    return dict(differences=differences, loads=loads, losses=losses)
+
+
+def main(args, device: torch.device) -> None:
+    grid = make_grid(args.ep, device, args.timeout)
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks: ep {grid.ep} × dp {grid.dp}, "
+        f"{args.dtype}, seed {args.seed}\n")  # fmt: skip
+    if args.check:
+        sys.exit(0 if check(args, grid, device) else 1)
+    recipe = RECIPES[args.recipe]
+    print_formats(recipe, fp8_hardware(args.fp8, device, recipe))
+    errors, agree, shown = (
+        equivalence(grid, device, torch.float64),
+        codes_agree(device),
+        demonstrate(args, grid, device),
+    )
+    if group_rank() > 0:
+        return
+
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (
+        ("gradient", "gradient"),
+        ("step's norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+    same = not any(error for name, error in errors.items() if name.startswith("counts"))
+    row("every expert's rows, in every step, as on the single device", "exact", "exact" if same else "others")
+    worst, good = within(shown["differences"] or [math.nan], BOUNDS[args.dtype])
+    text = f"the first {len(shown['differences'])} losses equal one device's, {args.dtype}"
+    row(text, "equal", f"within {worst:.0e}", good if shown["differences"] else "needs steps")
+    row("FP8 codes of a tensor on all ranks equal one device's", "to the bit", "to the bit" if agree else "others")
+    loads = list(zip(*shown["loads"])) or [[math.nan]] * 3
+    (first, last), (_, slow) = ((run[0], statistics.median(run[-10:])) for run in loads[:2])
+    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
+    name, ends = f"largest load with γ = {args.gamma:g}, {args.steps} steps", "{:.2f} × the mean, then {:.2f} ×"
+    row(name, "even", ends.format(first, last), last < 1.5 if default and args.steps >= 60 else "needs the default run")
+    row("the same with the paper's γ = 0.001", "even", ends.format(first, slow), "made for thousands of steps")
+    gap = shown["losses"][2] / shown["losses"][0] - 1
+    row("loss of FP8 over high precision, held out", "under 0.1 %, 56B", f"{gap:+.2%}", "a tiny model, a short run")
+    for name, paper in PUBLISHED_COUNTS.items():
+        config = PUBLISHED[name]
+        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        counts = [(count - routers) / 1e9 for count in parameters(config)]
+        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
+        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
+        row(text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good)
+    row("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs a GPU with FP8 units; see make bench")
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
+SIZES = dict(pattern="layers: * attention, E experts", hidden_size="hidden size, H", num_heads="query heads, N",
+             num_kv_heads="heads of keys and values, G", num_experts="experts, E; ep must divide them",
+             top_k="experts of a token, K", expert_size="width of an expert, F", shared_size="width of the shared one",
+             gate="sigmoid or softmax")  # fmt: skip
+
+
+def config_of(args) -> MoEConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    # A small model wants larger first weights: with 0.02 all scores are nearly equal, and steps of γ jump over them.
+    return MoEConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, init_std=0.06, **sizes)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=60)
+    parser.add_argument("--ep", type=int, default=2, help="ranks that share one set of experts; must divide all ranks")
+    for name, text in SIZES.items():
+        default = getattr(MoEConfig, name)
+        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    parser.add_argument("--seq-length", type=int, default=64, help="tokens of a sequence, S")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, over all ranks")
+    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--alpha", type=float, default=1e-4, help="weight of the balancing loss")
+    parser.add_argument("--gamma", type=float, default=0.01, help="step of the routers' biases; the paper's is 0.001")
+    parser.add_argument("--fp8", choices=("auto", "hardware", "emulate"), default="auto", help="auto: FP8 units if any")
+    parser.add_argument("--recipe", choices=RECIPES, default="hybrid", help="one scale a tensor, or tiles")
+    parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    args = parse_flags(parser, ranks=4)
+    args.ep = 1 if args.world_size == 1 else args.ep
+    try:
+        if args.ep < 1 or args.world_size % args.ep or args.batch < 1:
+            raise ValueError(
+                f"--ep {args.ep} must divide the {args.world_size} ranks; --batch {args.batch} be at least 1"
+            )
+        config = config_of(args)
+        check_ep(config, args.ep)
+        state_shapes(config)  # raises for layers that this model has not
+        fp8_hardware(args.fp8, torch.device(args.device), RECIPES[args.recipe])
+        TextData(args.data, args.tokenizer, args.seq_length)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+# Explained in chapter 2, at its end.
+# ── shared: text data ──
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network library of the day raises
+        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
+        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
+
+
+class TextData:
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+
+    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
+        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
+        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+        try:
+            text = "".join(source.read_text("utf-8") for source in sources)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
+        cut = len(self.tokens) * 9 // 10
+        self.parts = self.tokens[:cut], self.tokens[cut:]
+        if len(self.parts[1]) <= seq_length:
+            need = f"its last tenth must be longer than a sequence of {seq_length}"
+            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+
+    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
+        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
+        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        return window_BS[:, :-1], window_BS[:, 1:]
+
+    def decode(self, tokens_S: Tensor) -> str:
+        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+
+# ── end of text data ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: counter ──
+Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+
+    def __enter__(self):
+        self.messages = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function.name():
+            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# ── end of counter ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: claims table ──
+def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+
+    Returns False where a claim fails.
+    """
+    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
+    table = [("claim", "paper", "here", "verdict"), *words]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
+    for row in table:
+        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return not any(row[3] is False for row in rows)
+
+
+# ── end of claims table ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: flags ──
+def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
+    """The flags that every chapter has; `parse_flags` reads them."""
+    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **shown)
+    flag = parser.add_argument
+    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
+    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
+    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
+    flag("--steps", type=int, default=steps, help="optimiser steps")
+    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
+    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
+    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
+    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
+    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
+    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
+    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
+    if local < 1 or args.ranks not in (None, local):
+        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+    if args.device == "auto":
+        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
+    if args.device == "cuda" and not gpus:
+        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
+    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
+        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
+    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
+        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
+    if args.steps < 0 or args.timeout <= 0:
+        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+    return args
+
+
+# ── end of flags ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: launcher ──
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
+    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+
+    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
+    hang in a first send that only two ranks know of.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
+    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+
+
+def run_rank(main: Callable, args: argparse.Namespace) -> None:
+    """One rank: its device, the process group of all ranks, then main."""
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    device_id = device if args.backend == "nccl" else None
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+    dist.all_reduce(torch.ones(1, device=device))
+    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    try:
+        with profile:
+            main(args, device)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)
+        raise
+    if args.trace and dist.get_rank() == 0:
+        profile.export_chrome_trace(args.trace)
+    dist.destroy_process_group()
+
+
+# ── end of launcher ──
+
+
+if __name__ == "__main__":
+    launch(main, flags())

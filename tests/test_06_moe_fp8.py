@@ -1,0 +1,1422 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 6 equals the single device: routing, experts on many ranks, eight-bit numbers, and the model after training.
+
+A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, sums over all
+experts written out, fractions for the eight-bit numbers, or transformers.
+"""
+
+import itertools
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+import moe_fp8 as moe
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import Events, assert_differs, assert_equal, plant
+from torch import nn
+
+SCRIPT = Path(moe.__file__)
+EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
+LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # world to ep
+STEP = dict(alpha=0.05, gamma=0.02)  # large enough to be seen in five steps
+
+# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def config(**changes) -> moe.MoEConfig:
+    sizes = dict(
+        vocab_size=61, hidden_size=16, num_heads=4, num_experts=8, expert_size=12, shared_size=20, init_std=0.05
+    )
+    return moe.MoEConfig(**(sizes | changes))
+
+
+def random(*shape, seed=1):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+
+
+def grads_of(module: nn.Module) -> dict:
+    return {name: p.grad for name, p in module.named_parameters()}
+
+
+def layer_of(cfg: moe.MoEConfig, kind=moe.MoELayer, *group) -> nn.Module:
+    """A layer in float64, the same weights whatever its kind; scores that are far from equal."""
+    torch.manual_seed(5)
+    layer = kind(cfg, *group).to(ranks.device, torch.float64)
+    with torch.no_grad():
+        layer.router.weight.mul_(10)
+        layer.router.bias.copy_(torch.linspace(-0.2, 0.2, cfg.num_experts))
+    return layer
+
+
+@lru_cache
+def grid_of(ep: int) -> moe.Grid:
+    return moe.make_grid(ep, ranks.device)
+
+
+def batch_of(rows: int, length: int = 7, seed: int = 1):
+    """Tokens and targets of which rows count unequally: the first row's targets are mostly −100."""
+    tokens, targets = torch.randint(61, (2, rows, length), generator=torch.Generator().manual_seed(seed)).to(
+        ranks.device
+    )
+    targets[0, 2:] = -100
+    return tokens, targets
+
+
+def joined(tensors: dict, group=None) -> dict:
+    """All ranks' shares of one ep group, put together to whole tensors."""
+    shards = [None] * dist.get_world_size(group)
+    dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in tensors.items()}, group)
+    return moe.merge_state_dicts(shards)
+
+
+def summed(x: torch.Tensor, group=None) -> torch.Tensor:
+    x = x.detach().clone()
+    dist.all_reduce(x, group=group)
+    return x
+
+
+def share_of(whole: torch.Tensor, how: str) -> torch.Tensor:
+    """This rank's part of dimension 0: even, or a rank with nothing between ranks with much."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if how == "even":
+        return whole.tensor_split(world)[rank]
+    if how == "one rank has all":
+        return whole if rank == world - 1 else whole[:0]
+    first = len(whole) // 3  # rank 0 a third, rank 1 nothing, the others the rest
+    cuts = {1: [0, len(whole)], 2: [0, first, len(whole)], 4: [0, first, first, len(whole) - 1, len(whole)]}[world]
+    return whole[cuts[rank] : cuts[rank + 1]]
+
+
+# ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_the_router_token_by_token(gate, top_k):
+    """Every score, choice and weight, from Python's own numbers."""
+    cfg = config(gate=gate, top_k=top_k, gate_scale=2.5)
+    router, x = layer_of(cfg).router, random(7, 16)
+    experts, weights, scores = router(x)
+    for t in range(7):
+        logits = [sum(a * b for a, b in zip(row, x[t].tolist())) for row in router.weight.tolist()]
+        s = [1 / (1 + math.exp(-u)) for u in logits]
+        if gate == "softmax":
+            s = [math.exp(u) / sum(math.exp(v) for v in logits) for u in logits]
+        chosen = sorted(range(8), key=lambda i: -(s[i] + router.bias[i].item()))[:top_k]
+        assert experts[t].tolist() == chosen
+        total = sum(s[i] for i in chosen) if top_k > 1 else 1
+        expected = torch.tensor([2.5 * s[i] / total for i in chosen], dtype=torch.float64)
+        assert_equal(
+            {"weights": weights[t], "scores": scores[t]},
+            {"weights": expected, "scores": torch.tensor(s, dtype=torch.float64)},
+        )
+    assert router.counts.tolist() == [(experts == i).sum() for i in range(8)]
+    router.eval()(x)
+    assert router.counts.sum() == 7 * top_k  # evaluation does not count
+
+
+def test_the_routers_gradient_is_the_formula():
+    """dw_i/du_j = λ (δ_ij S − s_i)/S² · s_j (1 − s_j) for chosen i and j, and nothing for the others."""
+    cfg = config(top_k=3)
+    router, x = layer_of(cfg).router, random(1, 16)
+    experts, weights, scores = router(x)
+    chosen, s = experts[0], scores[0].detach()
+    total = s[chosen].sum()
+    for place, i in enumerate(chosen):
+        (grad,) = torch.autograd.grad(weights[0, place], router.weight, retain_graph=True)
+        expected = torch.zeros_like(grad)
+        for j in chosen:
+            expected[j] = 2.5 * ((i == j) * total - s[i]) / total**2 * s[j] * (1 - s[j]) * x[0]
+        assert_equal({"grad": grad}, {"grad": expected})
+
+
+def test_one_expert_a_token_still_teaches_the_router():
+    layer, x = layer_of(config(top_k=1)), random(1, 9, 16)
+    layer(x)[0].square().sum().backward()
+    assert layer.router.weight.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_router_is_wide_whatever_the_model_is(dtype):
+    """In bf16 and under autocast: the choice and the weights of an fp32 router on the same numbers."""
+    cfg = config(num_experts=64, top_k=6, hidden_size=64)
+    torch.manual_seed(0)
+    narrow, x = moe.Router(cfg).to(dtype), torch.randn(50, 64).to(dtype)
+    wide = moe.Router(cfg)
+    wide.load_state_dict({name: value.to(torch.float32) for name, value in narrow.state_dict().items()})
+    expected = wide(x.to(torch.float32))
+    assert all(torch.equal(a, b) for a, b in zip(narrow(x), expected))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(wide(x.to(torch.float32)), expected))
+
+
+# ── 1.2 An even load ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_balancing_loss_written_out():
+    scores = random(3, 5, 8).sigmoid()
+    losses = moe.load_balancing_loss(scores, 2)
+    for b in range(3):
+        f, p = [0.0] * 8, [0.0] * 8
+        for t in range(5):
+            s = scores[b, t].tolist()
+            for i in sorted(range(8), key=lambda i: -s[i])[:2]:
+                f[i] += 8 / (2 * 5)
+            p = [old + value / sum(s) / 5 for old, value in zip(p, s)]
+        assert abs(losses[b].item() - sum(a * b for a, b in zip(f, p))) < 1e-12
+
+
+def test_the_balancing_loss_of_balanced_and_of_lopsided_scores():
+    balanced = torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
+    assert abs(moe.load_balancing_loss(balanced, 1).item() - 1) < 1e-6
+    lopsided = torch.full((2, 8, 8), 1e-9, dtype=torch.float64)
+    lopsided[..., :2] = 0.9
+    assert torch.allclose(moe.load_balancing_loss(lopsided, 2), torch.tensor(4.0, dtype=torch.float64))  # E / K
+
+
+def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
+    """The counts are constants: the gradient is f_i · d share_i, by differences that leave the counts as they are."""
+    scores = random(2, 5, 8).sigmoid().requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: moe.load_balancing_loss(s, 2), scores)
+
+
+def test_the_bias_moves_against_the_load():
+    router = moe.Router(config(num_experts=4))
+    router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
+    router.counts.copy_(torch.tensor([6, 3, 0, 3]))  # the mean is 3
+    counts = moe.update_expert_bias([router], gamma=0.125)
+    assert router.bias.tolist() == [0.375, 0.0, -0.375, 0.25]
+    assert counts.tolist() == [[6, 3, 0, 3]] and not router.counts.any()
+
+
+def test_a_bias_in_which_steps_vanish_is_refused():
+    router = moe.Router(config()).to(torch.bfloat16)
+    with pytest.raises(ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"):
+        moe.update_expert_bias([router])
+
+
+# ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_grouped_product(dtype, counts):
+    """One kernel where there is one, one product for each expert where not: the same, with empty experts and none."""
+    torch.manual_seed(0)
+    x, w = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True), torch.randn(4, 24, 16, dtype=dtype)
+    w.requires_grad_()
+    assert moe._has_grouped_mm(x, w) == (dtype != torch.float64)
+    y = moe.grouped_product(x, w, counts)
+    upstream = torch.randn(y.shape, dtype=dtype)
+    here = torch.autograd.grad(y, [x, w], upstream)
+    owner = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    x64, w64 = (tensor.detach().double().requires_grad_() for tensor in (x, w))
+    expected = torch.einsum("rh,rfh->rf", x64, w64[owner])
+    there = torch.autograd.grad(expected, [x64, w64], upstream.double())
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]  # rounding of each dtype
+    for a, b in zip([y, *here], [expected, *there]):
+        assert a.shape == b.shape
+        assert not b.numel() or (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max())
+
+
+def test_sizes_that_the_kernel_does_not_take():
+    x, w = torch.randn(5, 15), torch.randn(2, 7, 15)
+    assert not moe._has_grouped_mm(x, w)
+    assert torch.equal(moe.grouped_product(x, w, [2, 3])[2:], x[2:] @ w[1].mT)
+    with pytest.raises(ValueError, match=r"counts \[2, 2\] are not 5 rows for 2 experts"):
+        moe.grouped_product(x, w, [2, 2])
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8])
+def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
+    """Against the formula with every expert on every token, and a weight of 0 where it was not chosen."""
+    layer, x = layer_of(config(top_k=top_k, gate=gate)), random(3, 5, 16).requires_grad_()
+    upstream = random(3, 5, 16, seed=2)
+    y, _ = layer(x)
+    y.backward(upstream)
+    here = {"y": y.detach(), "x": x.grad, **grads_of(layer)}
+    layer.zero_grad()
+    again = x.detach().clone().requires_grad_()
+    experts, weights, _ = layer.router(again.view(15, 16))
+    dense = torch.zeros(15, 8, dtype=torch.float64).scatter(1, experts, weights).view(3, 5, 8)
+    hidden = torch.einsum("bsh,efh->bsef", again, layer.experts.up).relu() ** 2
+    y = torch.einsum("bsef,ehf,bse->bsh", hidden, layer.experts.down, dense)
+    y = y + (again @ layer.shared.up.weight.T).relu() ** 2 @ layer.shared.down.weight.T
+    y.backward(upstream)
+    assert_equal(here, {"y": y.detach(), "x": again.grad, **grads_of(layer)})
+
+
+# ── 1.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_attention_with_groups_is_attention_with_repeated_keys():
+    cfg, x = config(), random(2, 7, 16)
+    torch.manual_seed(0)
+    attention = moe.Attention(cfg).double()
+    q, k, v = attention.qkv(x).split([16, 8, 8], -1)
+    y = torch.zeros(2, 7, 16, dtype=torch.float64)
+    for head in range(4):
+        q_h, (k_h, v_h) = (
+            q[..., 4 * head : 4 * head + 4],
+            (t[..., 4 * (head // 2) : 4 * (head // 2) + 4] for t in (k, v)),
+        )
+        scores = (q_h @ k_h.mT / 2).masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
+        y[..., 4 * head : 4 * head + 4] = scores.softmax(-1) @ v_h
+    assert_equal({"y": attention(x)[0]}, {"y": attention.out(y)})
+
+
+def test_the_model_sees_no_future_and_learns():
+    cfg = config()
+    model, tokens = moe.MoELM(cfg).double(), torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+    changed = tokens.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 61
+    gap = (model(tokens)[0] - model(changed)[0]).abs().amax((0, 2))
+    assert gap[:8].max() < 1e-14 and gap[8:].min() > 1e-6  # other rows in a product round it otherwise
+    losses = [step.loss.item() for step in moe.train_alone(moe.MoELM(cfg), [(tokens, tokens)] * 30, lambda step: 1e-2)]
+    assert losses[0] > 4 and losses[-1] < 2
+
+
+def test_weights_are_a_function_of_the_configuration():
+    a, b = moe.MoELM(config(seed=3)).state_dict(), moe.MoELM(config(seed=3)).state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert a.keys() == moe.state_shapes(config()).keys() and "layers.1.mixer.router.bias" in a
+    assert not torch.equal(a["head.weight"], moe.MoELM(config(seed=4)).state_dict()["head.weight"])
+
+
+# ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("width", [(), (3,), (2, 3)], ids=str)
+def test_all_to_all_against_what_everybody_sent(width):
+    """Uneven pieces, empty ones among them, rank 0 sending nothing at all: every row and every gradient by name."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    pieces = [[(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)]  # i to j
+    send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
+
+    def name(i: int, j: int, n: int) -> torch.Tensor:
+        numbers = torch.full((n, *width), 100.0 * i + j, dtype=torch.float64)
+        return numbers + torch.arange(n).view(-1, *(1 for _ in width))
+
+    rows = torch.cat([name(rank, j, n) for j, n in enumerate(send)]).requires_grad_()
+    there = moe.all_to_all(rows, send, receive)
+    assert torch.equal(there, torch.cat([name(i, rank, n) for i, n in enumerate(receive)]))
+    (there**2).sum().backward()  # the gradient of each row is its own name, twice
+    assert torch.equal(rows.grad, 2 * rows)
+    later = moe.all_to_all(rows, send, receive, wait=False)
+    assert torch.equal(later(), there)
+
+
+@pytest.mark.ranks(2)
+def test_all_to_all_refuses_lists_that_do_not_fit():
+    for send, receive in (([1], [1, 2]), ([2, 2], [1, 2]), ([1, 2], [3])):
+        with pytest.raises(ValueError, match=r"both lists need a number for each rank, and all rows must be sent"):
+            moe.all_to_all(torch.ones(3, 2), send, receive)
+
+
+# ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
+    """Each expert finds the rows that it has on one device, in the same order, to the bit; and all come home."""
+    x = random(13, 5)
+    orders = (torch.randperm(8, generator=torch.Generator().manual_seed(t)) for t in range(13))
+    experts = torch.stack([order[order != 3][:top_k] for order in orders])  # nobody wants expert 3
+    here, mine = share_of(x, how), share_of(experts, how)
+    plan = moe.plan_dispatch(mine, 8)
+    rows = moe.dispatch(here, plan)()
+    e = 8 // dist.get_world_size()
+    expected = [x[(experts == i).nonzero()[:, 0]] for i in range(e * dist.get_rank(), e * (dist.get_rank() + 1))]
+    assert torch.equal(rows, torch.cat(expected)) and plan.counts == [len(part) for part in expected]
+    weights = torch.ones(len(here), top_k, dtype=torch.float64)
+    assert_equal_or_empty(moe.combine(rows, weights, plan), top_k * here)
+
+
+def assert_equal_or_empty(here, expected):
+    assert here.shape == expected.shape
+    if len(expected):
+        assert_equal({"": here}, {"": expected})
+
+
+def test_a_permutations_gradient_is_a_gather():
+    x, order = random(6, 2).requires_grad_(), torch.tensor([3, 1, 5, 0, 2, 4])
+    moved = lambda x, copies: moe._Permute.apply(x, order, moe._inverse(order), copies)  # noqa: E731
+    assert torch.equal(moved(x, 1), x[order]) and torch.equal(moved(x[:2], 3), x[order // 3])
+    assert torch.autograd.gradcheck(lambda x: moved(x, 1), x)
+    assert torch.autograd.gradcheck(lambda x: moved(x[:2], 3), x)
+
+
+def test_no_second_derivative_by_mistake():
+    """Our own Functions are differentiable once, and say so."""
+    layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
+    (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ── 2.3 The layer ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def lopsided(layer: nn.Module, router: str) -> None:
+    """Routers that leave experts, or ranks, without a token."""
+    with torch.no_grad():
+        if router == "two experts get nothing":
+            layer.router.bias[2:4] = -10
+        if router == "only the first experts work":
+            layer.router.bias[: layer.config.top_k] = 10
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_the_layer(top_k, router, how):
+    """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and whoever works."""
+    cfg = config(top_k=top_k)
+    plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
+    for layer in (plain, parallel):
+        lopsided(layer, router)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    assert all(
+        torch.equal(x, moe.shard_tensor(n, plain.state_dict()[n], rank, world))
+        for n, x in parallel.state_dict().items()
+    )
+    x, upstream, of_balance = random(6, 5, 16), random(6, 5, 16, seed=2), random(6, seed=3)
+    a = x.clone().requires_grad_()
+    y, balance = plain(a)
+    torch.autograd.backward([y, balance], [upstream, of_balance])
+    b = share_of(x, how).clone().requires_grad_()
+    y_here, balance_here = parallel(b)
+    torch.autograd.backward([y_here, balance_here], [share_of(upstream, how), share_of(of_balance, how)])
+    for here, whole in ((y_here, y), (balance_here, balance), (b.grad, a.grad)):
+        assert_equal_or_empty(here, share_of(whole.detach(), how))
+    grads = {n: g if moe.shard_dim(n) is not None else summed(g) for n, g in grads_of(parallel).items()}
+    expected = {n: g for n, g in grads_of(plain).items()}
+    unused = router == "only the first experts work" and top_k < 8
+    zero = [n for n, g in expected.items() if unused and moe.shard_dim(n) is not None]
+    assert_equal(joined(grads), expected)
+    for name in zero:
+        assert not grads_of(plain)[name][top_k:].any()
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_shared_expert_works_while_rows_travel():
+    """Forward: rows leave, two products of the shared expert, then the wait. Backward: the same, from behind."""
+    layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
+    with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
+        y, _ = layer(x)
+    e = 8 // dist.get_world_size()
+    counts = ["all_to_all"]  # of numbers, before anything else
+    first, rest = ["all_to_all", "product", "product", "wait"], ["product"] * 2 * e + ["all_to_all", "wait", "product"]
+    assert events.order[1:] == counts + first + rest, events.order  # the first product is the router's
+    with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
+        y.sum().backward()
+    order = events.order
+    back = [i for i, event in enumerate(order) if event == "all_to_all"]
+    waits = [i for i, event in enumerate(order) if event == "wait"]
+    assert len(back) == len(waits) == 2 and waits[0] == back[0] + 1  # combine's rows come back at once
+    assert order[back[1] + 1 : waits[1]] == ["product"] * 4  # and dispatch's while the shared expert's backward runs
+
+
+@pytest.mark.ranks(2, 4)
+def test_the_bytes_of_a_layer():
+    """Every row travels there and back, forward and backward, and nothing else but one message of counts."""
+    cfg = config()
+    layer, x = layer_of(cfg, moe.ExpertParallelMoELayer), random(3, 5, 16, seed=dist.get_rank()).requires_grad_()
+    with moe.Counter() as counter:
+        layer(x)[0].sum().backward()
+    sizes = [m.bytes for m in counter.messages if m.op.startswith("alltoall")]
+    assert len(counter.messages) == len(sizes) == 5
+    assert sizes[0] == 8 * 8
+    experts = layer.router(x.view(15, 16)).experts_TK
+    arrived = moe.plan_dispatch(experts, 8).receive
+    assert sizes[1:] == [8 * 16 * max(2 * 15, sum(arrived))] * 4
+
+
+def test_without_a_process_group_there_is_one_rank():
+    """Every public function works in a process that knows no other; the layer equals the plain one."""
+    assert not dist.is_initialized()
+    cfg = config()
+    plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
+    x = random(3, 5, 16)
+    assert_equal({"y": parallel(x)[0]}, {"y": plain(x)[0]})
+    assert moe.all_to_all(x, [3], [3]) is x
+    batch = batch_of(3)
+    alone = list(moe.train_alone(moe.MoELM(cfg).double(), [batch] * 3, lambda step: 1e-3))
+    together = list(moe.train(moe.ParallelMoELM(cfg).double(), [batch] * 3, lambda step: 1e-3, moe.Grid()))
+    assert_equal({i: s.loss for i, s in enumerate(together)}, {i: s.loss for i, s in enumerate(alone)})
+    assert all(torch.equal(a.counts_LE, b.counts_LE) for a, b in zip(alone, together))
+
+
+def test_the_layer_under_autocast_and_compiled():
+    """bf16 products: near fp32's. torch.compile (aot_eager): the same numbers as eager."""
+    torch.manual_seed(0)
+    cfg = config(expert_size=16, shared_size=16)
+    layer, x = moe.ExpertParallelMoELayer(cfg), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(5)
+    y = layer(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        narrow = layer(x)[0]
+    assert narrow.dtype == torch.bfloat16 and 1e-4 < ((narrow - y).norm() / y.norm()).item() < 2e-2
+    narrow.sum().backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    layer, x = layer.double(), x.double()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=False)
+    a, b = (x.clone().requires_grad_() for _ in range(2))
+    here, there = compiled(a)[0], layer(b)[0]
+    grads = [torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()]) for y, leaf in ((here, a), (there, b))]
+    assert_equal({"y": here, **dict(enumerate(grads[0]))}, {"y": there, **dict(enumerate(grads[1]))})
+
+
+# ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
+#
+# The reference knows no torch dtype: all numbers of a format, from its definition, as fractions.
+
+
+@lru_cache
+def numbers_of(format: str) -> dict[int, Fraction]:
+    """Code to number, for every code that is a number: sign, exponent, fraction, from the definition of the format."""
+    exponent_bits, fraction_bits, bias = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}[format]
+    found = {}
+    for code in range(256):
+        sign, exponent, fraction = code >> 7, (code >> fraction_bits) % 2**exponent_bits, code % 2**fraction_bits
+        top = 2**exponent_bits - 1
+        if exponent == top and (format == "e5m2" or fraction == 2**fraction_bits - 1):
+            continue  # infinity and NaN; E4M3 spends one code a sign on NaN, and the rest of that exponent on numbers
+        part = Fraction(fraction, 2**fraction_bits)
+        value = part * Fraction(2) ** (1 - bias) if exponent == 0 else (1 + part) * Fraction(2) ** (exponent - bias)
+        found[code] = -value if sign else value
+    return found
+
+
+def rounded(value: Fraction, format: str, negative: bool) -> int:
+    """The code nearest to value, of two equally near the even one, by looking at them all; too large: the largest."""
+    side = {code: number for code, number in numbers_of(format).items() if (code >> 7) == negative}
+    return min(side, key=lambda code: (abs(side[code] - value), code % 2))
+
+
+def codes_of(quantized: moe.Quantized) -> list[int]:
+    return quantized.codes.view(torch.uint8).flatten().tolist()
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_all_codes(format):
+    """Every number of the format survives a round trip to the bit, under a scale of 1; and the largest is published."""
+    numbers = numbers_of(format)
+    assert max(numbers.values()) == {"e4m3": 448, "e5m2": 57344}[format]
+    x = torch.tensor([float(number) for number in numbers.values()])
+    x[list(numbers).index(0x80)] = -0.0
+    quantized = moe.quantize_fp8(x, format)
+    assert quantized.inverse_scale == 1 and codes_of(quantized) == list(numbers)
+    assert torch.equal(moe.dequantize_fp8(quantized), x)
+
+
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_ties_and_their_neighbours(format):
+    """Between each two neighbours: the middle goes to the even code, the next fp32 number on either side does not."""
+    positive = sorted(number for number in numbers_of(format).values() if number >= 0)
+    middles = [float((a + b) / 2) for a, b in itertools.pairwise(positive)]
+    x = torch.tensor([max(positive).__float__(), *middles])
+    near = torch.cat([x, torch.nextafter(x[1:], torch.tensor(0.0)), torch.nextafter(x[1:], torch.tensor(math.inf))])
+    near = torch.cat([near, -near])
+    quantized = moe.quantize_fp8(near, format)
+    assert quantized.inverse_scale == 1
+    assert codes_of(quantized) == [rounded(Fraction(v.item()), format, math.copysign(1, v.item()) < 0) for v in near]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8),
+    st.sampled_from(["e4m3", "e5m2"]),
+    st.booleans(),
+)
+def test_any_numbers_against_fractions(values, format, power_of_two):
+    """Scale and rounding: every step of the definition in fractions, rounded to fp32 where the definition says so."""
+    x = torch.tensor(values)
+    quantized = moe.quantize_fp8(x, format, power_of_two=power_of_two)
+    fp32 = lambda value: Fraction(torch.tensor(float(value), dtype=torch.float32).item())  # noqa: E731
+    most, amax = max(numbers_of(format).values()), max(abs(Fraction(v.item())) for v in x)
+    scale = Fraction(1) if amax == 0 else fp32(min(most / amax, Fraction(2) ** 126))
+    if power_of_two:
+        scale = Fraction(2) ** math.floor(math.log2(scale))
+    assert Fraction(quantized.inverse_scale.item()) == fp32(1 / scale)
+    expected = [rounded(fp32(Fraction(v.item()) * scale), format, math.copysign(1, v.item()) < 0) for v in x]
+    assert codes_of(quantized) == expected
+
+
+@pytest.mark.parametrize("block", [(1, 128), (128, 128), (2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(5, 130), (130, 257), (2, 3, 7), (0, 128), (1, 1)], ids=str)
+def test_tiles_are_quantised_each_by_itself(shape, block):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[-1] + 1)
+    quantized = moe.quantize_fp8(x, "e4m3", block)
+    back = moe.dequantize_fp8(quantized)
+    assert quantized.codes.shape == back.shape == x.shape
+    for rows in range(0, shape[-2], block[0]):
+        for columns in range(0, shape[-1], block[1]):
+            here = (slice(rows, rows + block[0]), slice(columns, columns + block[1]))
+            for lead in itertools.product(*(range(n) for n in shape[:-2])):
+                tile = moe.quantize_fp8(x[lead][here])
+                assert torch.equal(quantized.codes[lead][here].view(torch.uint8), tile.codes.view(torch.uint8))
+                place = (*lead, rows // block[0], columns // block[1])
+                assert quantized.inverse_scale[place] == tile.inverse_scale
+                assert torch.equal(back[lead][here], moe.dequantize_fp8(tile))
+
+
+def test_numbers_at_the_edge():
+    """Zeros, the smallest and the largest numbers of fp32 and float64: finite in, finite out."""
+    for values in ([0.0, -0.0], [1e-45, 0.0], [3e38, -3e38], [1e-30, 3e38], [1e-38]):
+        for format, power in itertools.product(moe.FP8_FORMATS, (False, True)):
+            for dtype in (torch.float32, torch.float64):
+                quantized = moe.quantize_fp8(torch.tensor(values, dtype=dtype), format, power_of_two=power)
+                assert moe.dequantize_fp8(quantized).isfinite().all(), values
+                assert quantized.inverse_scale > 0
+    empty = moe.quantize_fp8(torch.zeros(0, 4))
+    assert empty.inverse_scale == 1 and moe.dequantize_fp8(empty).shape == (0, 4)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_visible(bad):
+    """A whole tile becomes NaN, so that a norm sees it, and no other tile does."""
+    x = torch.ones(2, 4)
+    x[1, 2] = bad
+    assert moe.dequantize_fp8(moe.quantize_fp8(x)).isnan().all()
+    back = moe.dequantize_fp8(moe.quantize_fp8(x, block=(1, 4)))
+    assert back[1].isnan().all() and torch.equal(back[0], x[0])
+
+
+def test_an_unknown_format():
+    with pytest.raises(ValueError, match=r"format 'e3m4': one of \['e4m3', 'e5m2'\]"):
+        moe.quantize_fp8(torch.ones(1), "e3m4")
+
+
+# ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("recipe", [moe.HYBRID, moe.BLOCKWISE], ids=["hybrid", "blockwise"])
+@pytest.mark.parametrize("rows", [0, 1, 16, 37])
+def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
+    """Forward and both gradients against float64 products of the six operands, each rounded as the recipe says."""
+    torch.manual_seed(0)
+    layer = moe.FP8Linear(32, 48, recipe).double()
+    x, upstream = random(rows, 32).requires_grad_(), random(rows, 48, seed=2)
+    y = layer(x)
+    y.backward(upstream)
+    q = lambda tensor, operand: moe.dequantize_fp8(moe.quantize_fp8(tensor, *operand), torch.float64)  # noqa: E731
+    w, dy, x_ = layer.weight.detach(), upstream, x.detach()
+    there = {
+        "fprop": q(x_, recipe.fprop[0]) @ q(w, recipe.fprop[1]).T,
+        "dgrad": q(dy, recipe.dgrad[0]) @ q(w.T, recipe.dgrad[1]).T,
+        "wgrad": q(dy.T, recipe.wgrad[0]) @ q(x_.T, recipe.wgrad[1]).T,
+    }
+    here = {"fprop": y, "dgrad": x.grad, "wgrad": layer.weight.grad}
+    if rows:
+        assert_equal(here, there)
+    else:
+        assert all(here[name].shape == there[name].shape and not here[name].any() for name in here)
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
+def test_fp8_linear_beside_nn_linear(leading):
+    """Near the wide layer: a few percent, as E4M3's three bits of fraction give; and any leading dimensions."""
+    torch.manual_seed(0)
+    layer, x = moe.FP8Linear(64, 64), torch.randn(*leading, 64)
+    expected = F.linear(x, layer.weight)
+    error = (layer(x) - expected).norm() / expected.norm()
+    assert layer(x).shape == expected.shape and 0.005 < error < 0.06
+
+
+def test_fp8_linear_under_autocast():
+    layer, x = moe.FP8Linear(32, 32), torch.randn(4, 32, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert layer.weight.grad.dtype == x.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e4m3")], ids=str)
+def test_torchs_scaled_product_within_the_stated_bound(formats):
+    """The line that FP8 units run, here in PyTorch's CPU version: layout and inverse scales are right."""
+    a, b = (moe.quantize_fp8(random(*shape), f) for shape, f in zip([(32, 64), (48, 64)], formats))
+    exact = moe.fp8_product(a, b, torch.float64)
+    here = moe.fp8_product(a, b, torch.float32, hardware=True)
+    sizes = moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
+    assert ((here - exact).abs() <= 2.0**-13 * sizes + 2.0**-23 * exact.abs()).all() and exact.abs().max() > 1
+
+
+def test_fp8_linear_takes_the_hardwares_line():
+    """Forward and backward through torch._scaled_mm, rows that are no multiple of 16: the emulation's numbers."""
+    torch.manual_seed(0)
+    hard, x = moe.FP8Linear(32, 48, hardware=True), torch.randn(37, 32, requires_grad=True)
+    soft = moe.FP8Linear(32, 48)
+    soft.load_state_dict(hard.state_dict())
+    upstream = torch.randn(37, 48)
+    here = torch.autograd.grad(hard(x), [x, hard.weight], upstream)
+    there = torch.autograd.grad(soft(x), [x, soft.weight], upstream)
+    assert_equal(dict(enumerate(here)), dict(enumerate(there)), bound=1e-5)  # fp32 sums in another order
+    with pytest.raises(ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"):
+        moe.FP8Linear(32, 8, hardware=True)(x)
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
+    """Each expert's rows by themselves, experts without rows among them: the numbers of one FP8Linear each."""
+    torch.manual_seed(0)
+    counts, x, w = [5, 0, 16, 1], torch.randn(22, 32, requires_grad=True), torch.randn(4, 48, 32, requires_grad=True)
+    y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID, hardware)
+    upstream = torch.randn(22, 48)
+    grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
+    assert y.shape == (22, 48) and not grad_w[1].any()
+    for i, (rows, dy, here, dx) in enumerate(zip(*(t.split(counts) for t in (x.detach(), upstream, y, grad_x)))):
+        if not len(rows):
+            continue
+        layer, leaf = moe.FP8Linear(32, 48), rows.clone().requires_grad_()
+        layer.weight.data = w[i].detach()
+        there = layer(leaf)
+        there.backward(dy)
+        expected = {"y": there, "x": leaf.grad, "w": layer.weight.grad}
+        assert_equal({"y": here, "x": dx, "w": grad_w[i]}, expected, bound=1e-5)  # fp32 sums in another order
+
+
+def test_fp8_hardware_is_refused_where_there_is_none():
+    cpu = torch.device("cpu")
+    assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware("emulate", cpu, moe.HYBRID)
+    with pytest.raises(ValueError, match="FP8 units are asked for, but a cpu has none: use emulate, or auto"):
+        moe.fp8_hardware("hardware", cpu, moe.HYBRID)
+
+
+# ── 2.6 Experts in FP8, and one scale for all shares ────────────────────────────────────────────────────
+
+
+class Codes:
+    """`with Codes() as seen:` keeps what `quantize_fp8` makes, in order."""
+
+    def __enter__(self):
+        self.made, original = [], moe.quantize_fp8
+
+        def watched(x, *args, **kwargs):
+            self.made.append(original(x, *args, **kwargs))
+            return self.made[-1]
+
+        self.plant = plant(moe, "quantize_fp8", watched)
+        self.plant.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.plant.__exit__(*error)
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
+def test_shares_of_a_tensor_have_the_whole_tensors_codes(format, how):
+    """One outlier on one rank: with a shared amax the codes of every share equal the single device's, to the bit."""
+    x = random(37, 8)
+    x[36, 3] = 300.0
+    whole = moe.quantize_fp8(x, format)
+    here = moe.quantize_fp8(share_of(x, how), format, amax_group=dist.group.WORLD)
+    assert same_bits(here.codes, share_of(whole.codes.view(torch.uint8), how).view(whole.codes.dtype))
+    assert torch.equal(here.inverse_scale, whole.inverse_scale)
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
+    """Given the same input and gradient: output, input gradient and the summed weight gradient of the whole batch."""
+    torch.manual_seed(0)
+    plain = moe.FP8Linear(16, 32).double().to(ranks.device)
+    parallel = moe.FP8Linear(16, 32, amax_group=dist.group.WORLD).double().to(ranks.device)
+    parallel.load_state_dict(plain.state_dict())
+    x, upstream = random(32, 16).requires_grad_(), random(32, 32, seed=2)
+    y = plain(x)
+    y.backward(upstream)
+    here = share_of(x.detach(), how).clone().requires_grad_()
+    y_here = parallel(here)
+    y_here.backward(share_of(upstream, how))
+    assert_equal_or_empty(y_here, share_of(y.detach(), how))
+    assert_equal_or_empty(here.grad, share_of(x.grad, how))
+    assert_equal({"w": summed(parallel.weight.grad)}, {"w": plain.weight.grad})
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
+def test_experts_in_fp8_have_the_single_devices_codes(router):
+    """The rows of each expert and its weights, at every ep: codes and scales to the bit; then the layer's output."""
+    for ep in LAYOUTS[dist.get_world_size()]:
+        cfg, grid = config(top_k=2), grid_of(ep)
+        model = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)
+        plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer, grid.ep_group)
+        fake = torch.nn.Module()
+        fake.layers = nn.ModuleList([nn.Identity(), plain, nn.Identity()])
+        moe.to_fp8(fake, moe.HYBRID)
+        fake.layers = nn.ModuleList([nn.Identity(), parallel, nn.Identity()])
+        moe.to_fp8(fake, moe.HYBRID, grid=grid)
+        assert isinstance(plain.shared.up, moe.FP8Linear) and type(model.layers[0].mixer.qkv) is nn.Linear
+        for layer in (plain, parallel):
+            lopsided(layer, router)
+        x = random(6, 5, 16)
+        with Codes() as whole:
+            y, _ = plain(x)
+        with Codes() as here:
+            y_here, _ = parallel(share_of(x, "even"))
+        # `whole` has first the rows and weights of all experts, `up` before `down`; `here` has the shared expert first.
+        e = 8 // ep
+        mine = here.made[4 : 4 + 2 * e]
+        for j in range(e):
+            expert = grid.ep_rank * e + j
+            rows, weights = whole.made[2 * expert], whole.made[2 * expert + 1]
+            assert torch.equal(mine[2 * j].inverse_scale, rows.inverse_scale)
+            assert same_bits(mine[2 * j + 1].codes, weights.codes)
+            if grid.dp == 1:  # all rows of this expert are here, in the same order
+                assert same_bits(mine[2 * j].codes, rows.codes)
+        assert_equal_or_empty(y_here, share_of(y.detach(), "even"))
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_weights_move_from_any_ep_to_any_other_to_the_bit():
+    cfg = config()
+    full = moe.MoELM(cfg).state_dict()
+    full["layers.1.mixer.router.bias"].normal_()
+    for ep in (1, 2, 4, 8):
+        shards = [moe.shard_state_dict(full, cfg, rank, ep) for rank in range(ep)]
+        assert shards[0]["layers.1.mixer.experts.up"].shape[0] == 8 // ep
+        back = moe.merge_state_dicts(shards)
+        assert back.keys() == full.keys() and all(torch.equal(back[name], full[name]) for name in full)
+
+
+@EVERY_WORLD
+def test_first_weights_do_not_depend_on_the_layout():
+    cfg = config()
+    full = moe.MoELM(cfg).state_dict()
+    for ep in LAYOUTS[dist.get_world_size()]:
+        model = moe.ParallelMoELM(cfg, grid_of(ep).ep_group)
+        here = joined(model.state_dict(), grid_of(ep).ep_group)
+        assert all(torch.equal(here[name], full[name]) for name in full)
+        for p in model.parameters():
+            assert p.untyped_storage().nbytes() == p.nbytes
+
+
+def test_bad_state_dicts():
+    cfg = config()
+    full = moe.MoELM(cfg).state_dict()
+    for change, message in (
+        (lambda d: d.pop("head.weight"), r"Missing key\(s\).*head.weight"),
+        (lambda d: d.update(other=torch.ones(1)), r"Unexpected key\(s\).*other"),
+        (lambda d: d.update({"head.weight": torch.ones(2, 2)}), "size mismatch for head.weight"),
+    ):
+        bad = dict(full)
+        change(bad)
+        with pytest.raises(RuntimeError, match=message):
+            moe.shard_state_dict(bad, cfg, 0, 2)
+    shards = [moe.shard_state_dict(full, cfg, rank, 2) for rank in range(2)]
+    shards[1]["layers.1.mixer.router.weight"] += 1
+    with pytest.raises(ValueError, match="layers.1.mixer.router.weight should be the same on every rank, and is not"):
+        moe.merge_state_dicts(shards)
+
+
+def published_config(**changes) -> dict:
+    sizes = dict(
+        vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=8,
+        moe_intermediate_size=16, moe_shared_expert_intermediate_size=24, num_experts_per_tok=3,
+        routed_scaling_factor=2.5, layers_block_type=["full_attention", "moe", "moe", "full_attention", "moe"],
+        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+    )  # fmt: skip
+    return sizes | changes
+
+
+def publish(folder: Path, **changes):
+    """A folder in the published layout, written by transformers, with random weights and biases."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**published_config(**changes)))
+    for name, x in model.state_dict().items():
+        if "bias" in name or "gate.weight" in name:
+            x.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_published_weights_give_transformers_logits(tmp_path):
+    theirs = publish(tmp_path)
+    cfg, full = moe.load_nemotron3(tmp_path)
+    assert cfg.pattern == "*EE*E" and cfg.top_k == 3 and cfg.gate_scale == 2.5
+    ours = moe.MoELM(cfg)
+    ours.load_state_dict(full)
+    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, here = theirs(tokens).logits, ours(tokens)[0]
+    assert expected.abs().max() > 0.05
+    assert (here - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_published_weights_that_cannot_be_read(tmp_path):
+    import json
+
+    publish(tmp_path / "good")
+    text = (tmp_path / "good" / "config.json").read_text()
+    cases = {
+        r"has Mamba layers \(M\*E\): this chapter has none, see chapter 5, mamba_hybrid": dict(
+            layers_block_type=["linear_attention", "full_attention", "moe"]
+        ),
+        r"has Mamba layers \(MEM\*E\)": dict(hybrid_override_pattern="MEM*E"),
+        r"has \{'moe_latent_size': 16\}, which this model cannot be": dict(moe_latent_size=16),
+        r"has \{'n_group': 2\}": dict(n_group=2),
+        r"one expert a token, normalised": dict(num_experts_per_tok=1),
+        r"lacks the tensor backbone.layers.5.norm.weight": dict(layers_block_type=["full_attention", "moe", "moe"] * 2),
+        r"which this model does not know": dict(layers_block_type=["full_attention", "moe", "moe", "full_attention"]),
+    }
+    for message, change in cases.items():
+        (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(ValueError, match=message):
+            moe.load_nemotron3(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | dict(hidden_size=48)))
+    with pytest.raises(RuntimeError, match="size mismatch for embedding.weight"):
+        moe.load_nemotron3(tmp_path / "good")
+    with pytest.raises(FileNotFoundError):
+        moe.load_nemotron3(tmp_path / "nowhere")
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plain_step(model, optimizer, tokens, targets, alpha, gamma, max_norm) -> moe.Step:
+    """The step of `train_alone`, with any optimiser."""
+    with plant(moe, "make_optimizer", lambda model: optimizer):
+        return next(
+            iter(
+                moe.train_alone(
+                    model, [(tokens, targets)], lambda step: optimizer.defaults["lr"], alpha, gamma, max_norm
+                )
+            )
+        )
+
+
+OPTIMIZERS = {
+    "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1),
+}
+
+
+def compared(cfg, grid, how, steps, optimizer="sgd", max_norm=1e9, micro_batches=1, dtype=torch.float64):
+    """Trains both models; yields for each step both Steps, and gradients and weights of both, whole."""
+    plain, parallel = (
+        moe.MoELM(cfg).to(ranks.device, dtype),
+        moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device, dtype),
+    )
+    optimizers = [OPTIMIZERS[optimizer](model) for model in (plain, parallel)]
+    for step in range(steps):
+        batch = batch_of(9, seed=step)
+        there = plain_step(plain, optimizers[0], *batch, max_norm=max_norm, **STEP)
+        mine = [share_of(whole, how) for whole in batch]
+        options = dict(max_norm=max_norm, micro_batches=micro_batches, **STEP)
+        here = moe.train_step(parallel, optimizers[1], *mine, grid, **options)
+        yield here, there, joined(grads_of(parallel), grid.ep_group), grads_of(plain), parallel, plain
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
+@pytest.mark.parametrize("top_k", [1, 2, 6])
+def test_every_gradient_of_the_model(top_k, how):
+    """Loss, norm, counts and every parameter's gradient, at every ep, whoever has tokens."""
+    for ep in LAYOUTS[dist.get_world_size()]:
+        cfg = config(top_k=top_k)
+        for here, there, grads, expected, *_ in compared(cfg, grid_of(ep), how, steps=1):
+            assert_equal(grads, expected)
+            assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
+            assert torch.equal(here.counts_LE, there.counts_LE)
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("how", ["even", "uneven"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_five_steps(optimizer, how):
+    """SGD with momentum, and AdamW with clipping: losses, norms before clipping, weights and biases after each step."""
+    for ep in LAYOUTS[dist.get_world_size()]:
+        max_norm, floor = (1e9, 0.0) if optimizer == "sgd" else (0.05, 5 * 1e-3)
+        run = compared(config(), grid_of(ep), how, 5, optimizer, max_norm, micro_batches=1 if how == "even" else 3)
+        for here, there, _, _, parallel, plain in run:
+            assert there.norm > 0.05 or optimizer == "sgd"  # clipped
+            assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
+            state = joined(parallel.state_dict(), grid_of(ep).ep_group)
+            expected = plain.state_dict()
+            biases = [name for name in expected if name.endswith("router.bias")]  # steps of γ, and may be back at 0
+            assert all((state.pop(name) - expected.pop(name).cpu()).abs().max() < 1e-12 for name in biases)
+            assert_equal(state, expected, floor=floor)
+        assert all(router.bias.abs().max() > 0.01 for router in plain.routers())
+
+
+@pytest.mark.ranks(2, 4)
+def test_copies_stay_equal_to_the_bit():
+    """What is whole on every rank, and what the ranks of an edp group share, after three steps."""
+    grid, cfg = grid_of(2), config()
+    model = moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device)
+    for batch in ([x.to(ranks.device) for x in batch_of(8, seed=i)] for i in range(3)):
+        list(moe.train(model, [batch], lambda step: 1e-2, grid, **STEP))
+    for group in (None, grid.edp_group):
+        states = [None] * dist.get_world_size(group)
+        dist.all_gather_object(states, {n: x.cpu() for n, x in model.state_dict().items()}, group)
+        names = [n for n in states[0] if group is not None or moe.shard_dim(n) is None]
+        assert all(torch.equal(state[n], states[0][n]) for state in states for n in names)
+
+
+@pytest.mark.ranks(4)
+def test_fp8_training_on_every_layout_starts_with_the_same_loss():
+    """The whole model in FP8 with shared amaxes: the loss of one device. (Later, one rounding may tip over.)"""
+    cfg = config(pattern="*E*E*E")
+    batch = batch_of(8)
+    loss_BS, _ = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)(batch[0])
+    for ep in LAYOUTS[4]:
+        model = moe.to_fp8(moe.ParallelMoELM(cfg, grid_of(ep).ep_group).double(), moe.HYBRID, grid=grid_of(ep))
+        here, _ = model(share_of(batch[0], "even"))
+        assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")}, bound=1e-6)
+
+
+# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+
+
+def test_parameters_of_this_model_are_those_that_it_has():
+    for changes in (
+        dict(),
+        dict(pattern="*EE", shared_size=0),
+        dict(num_heads=8, num_kv_heads=8, head_size=5, top_k=1),
+    ):
+        cfg = config(**changes)
+        model = moe.MoELM(cfg)
+        assert moe.parameters(cfg).total == sum(x.numel() for x in model.state_dict().values())
+        unused = (8 - cfg.top_k) * 2 * 16 * 12 * cfg.pattern.count("E")
+        assert moe.parameters(cfg).active == moe.parameters(cfg).total - unused
+
+
+@pytest.mark.parametrize(
+    "name, total, active, without_input_table",
+    [("Nano", 31.578, 3.580, 3.228), ("Super", 120.669, 12.770, 12.233), ("Ultra", 549.3, 56.1, 55.0)],
+)
+def test_published_parameters(name, total, active, without_input_table):
+    """To the digits of an independent count; the papers print 31.6 and 3.6 (3.2), 120.6 and 12.7 (12.1), 550 and 55."""
+    here = [count / 1e9 for count in moe.parameters(moe.PUBLISHED[name])]
+    digits = 3 if name != "Ultra" else 1
+    assert [round(count, digits) for count in here] == [total, active, without_input_table]
+
+
+def test_published_layers():
+    kinds = {n: tuple(c.pattern.count(kind) for kind in "M*E") for n, c in moe.PUBLISHED.items()}
+    assert kinds == {"Nano": (23, 6, 23), "Super": (40, 8, 40), "Ultra": (48, 12, 48)}
+
+
+def test_all_to_all_bytes():
+    """Elements of a token on one way: 6 × 2688 in Nano, 22 × 1024 in Super; at ep = 2 half of them leave."""
+    assert moe.all_to_all_bytes(moe.PUBLISHED["Super"], 2, 1) == 4 * 22 * 1024 / 2
+    assert moe.all_to_all_bytes(moe.PUBLISHED["Nano"], 8) == 4 * 6 * 2688 * 2 * 7 / 8
+    assert moe.all_to_all_bytes(config(), 1) == 0
+
+
+def test_quantisation_errors():
+    """Gaussian: 2.6 % in E4M3, twice that in E5M2. Heavy tails: tiles help, E5M2's range does not need them."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 512, generator=generator)
+    heavy = x * torch.exp(3 * torch.randn(512, 512, generator=generator))
+    error = moe.quantisation_error
+    assert round(error(x), 3) == 0.026 and 1.9 < error(x, "e5m2") / error(x) < 2.1
+    assert error(x, "e4m3", (1, 128)) <= error(x) <= error(x, "e4m3", None, True) * 1.02
+
+    def lost(*operand) -> float:
+        return (moe.dequantize_fp8(moe.quantize_fp8(heavy, *operand)) == 0).double().mean().item()
+
+    assert lost("e4m3") > 0.5 and lost("e4m3", (1, 128)) < 0.1 and lost("e5m2") < lost("e4m3") / 2
+
+
+# ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
+#
+# Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and wrong gradients.
+
+
+def gradients(grid, prepare=lambda model: model, **options):
+    """One step from the same weights: this rank's Step, whole gradients, and the model; for planted bugs to change."""
+    model = prepare(moe.ParallelMoELM(config(), grid.ep_group)).to(ranks.device, torch.float64)
+    mine = [share_of(whole, "uneven") for whole in batch_of(9)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = moe.train_step(model, optimizer, *mine, grid, max_norm=1e9, **(STEP | options))
+    return step, joined(grads_of(model), grid.ep_group), model
+
+
+def test_the_bias_decides_who_works_and_not_what_they_say():
+    """Moving β without changing the choice changes no output: what the planted bug below breaks."""
+    layer, x = layer_of(config()), random(2, 5, 16)
+    y, _ = layer(x)
+    layer.router.bias += 0.125
+    assert_equal({"y": layer(x)[0]}, {"y": y})
+
+
+@pytest.mark.planted_bug(
+    symptom="each step of the bias changes the weights of the sum: the loss jumps with it, and nothing fails",
+    seen_in=None,
+)
+def test_bias_used_in_the_weights():
+    layer, x = layer_of(config()), random(2, 5, 16)
+    y, _ = layer(x)
+    original = moe.Router.forward
+
+    def buggy(router, x_TH):
+        routing = original(router, x_TH)
+        weights = (routing.scores_TE + router.bias).gather(-1, routing.experts_TK)
+        return routing._replace(weights_TK=2.5 * weights / weights.sum(-1, keepdim=True))
+
+    with plant(moe.Router, "forward", buggy):
+        assert_differs({"y": layer(x)[0]}, {"y": y})
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="the copies of one router choose other experts for the same token; no loss shows it, a comparison does",
+    seen_in=None,
+)
+def test_bias_updated_from_local_counts():
+    grid = grid_of(1)
+
+    def buggy(routers, gamma=1e-3, group=None):
+        with plant(moe, "_all_reduce", lambda x, *args: x):
+            return original(routers, gamma, group)
+
+    _, _, right = gradients(grid)
+    with plant(moe, "update_expert_bias", buggy) as original:
+        _, _, wrong = gradients(grid)
+    biases = [torch.stack([router.bias for router in model.routers()]) for model in (right, wrong)]
+    first = [b.clone() for b in biases]
+    for b in first:
+        dist.broadcast(b, 0)
+    unequal = [summed(torch.tensor(float(not torch.equal(b, f)))).item() for b, f in zip(biases, first)]
+    assert unequal[0] == 0 and unequal[1] > 0
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="with 3 micro-batches the bias moves by up to 3γ a step, so the layout of memory changes the training",
+    seen_in=None,
+)
+def test_bias_updated_per_micro_batch():
+    grid = grid_of(2)
+    right = gradients(grid, moe.overload, micro_batches=3)[2]
+    whole = gradients(grid, moe.overload)[2]
+    assert all(torch.equal(a.bias, b.bias) for a, b in zip(right.routers(), whole.routers()))
+    original = moe.MoELM.loss
+
+    def buggy(model, *part):
+        result = original(model, *part)
+        moe.update_expert_bias(model.routers(), STEP["gamma"])
+        return result
+
+    with plant(moe.MoELM, "loss", buggy):
+        wrong = gradients(grid, moe.overload, micro_batches=3)[2]
+    moved = [[router.bias.abs().max().item() / STEP["gamma"] for router in model.routers()] for model in (right, wrong)]
+    assert max(moved[0]) < 1.001 and max(moved[1]) > 1.999, moved
+
+
+@pytest.mark.planted_bug(
+    symptom="the balancing loss has the right value and pulls the scores of the chosen the wrong way as well",
+    seen_in=None,
+)
+def test_gradient_through_the_balancing_counts():
+    scores = random(2, 5, 8).sigmoid().requires_grad_()
+
+    def buggy(scores_BSE, top_k):
+        kept = scores_BSE * torch.zeros_like(scores_BSE).scatter(-1, scores_BSE.topk(top_k, -1).indices, 1.0)
+        f_BE = (kept / kept.detach().clamp(min=1e-9)).sum(1) / (top_k * scores_BSE.shape[1]) * scores_BSE.shape[2]
+        return (f_BE * (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)).sum(-1)
+
+    right, wrong = moe.load_balancing_loss(scores, 2), buggy(scores, 2)
+    assert_equal({"loss": wrong}, {"loss": right})
+    grads = [torch.autograd.grad(loss.sum(), scores)[0] for loss in (wrong, right)]
+    assert_differs({"scores": grads[0]}, {"scores": grads[1]}, at_least=0.1)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the balancing loss is printed and added, and no router learns from it: the load is as with α = 0",
+    seen_in="https://github.com/NVIDIA-NeMo/Automodel/issues/1408",
+)
+def test_an_auxiliary_gradient_that_never_flows():
+    grid = grid_of(2)
+    right, none = gradients(grid)[1], gradients(grid, alpha=0.0)[1]
+    original = moe.load_balancing_loss
+    with plant(moe, "load_balancing_loss", lambda scores, k: original(scores.detach(), k)):
+        step, wrong, _ = gradients(grid)
+    assert_equal({"loss": step.loss}, {"loss": gradients(grid)[0].loss})
+    assert_equal(wrong, none)
+    assert any("router" in name for name in assert_differs(wrong, right))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="experts' gradients are ep times too large; the loss of the step is the same, and Adam hides it",
+    seen_in="https://github.com/microsoft/DeepSpeed/pull/5259",
+)
+def test_expert_gradients_that_grow_with_ep():
+    """Means in place of sums: dense gradients over all ranks, experts' over the ranks that hold the same."""
+
+    def buggy(model, grid):
+        experts = {id(p) for p in model.expert_parameters()}
+        for p in model.parameters():
+            p.grad.mul_(moe.group_size())  # each rank's own mean, as such a library has it
+            group = grid.edp_group if id(p) in experts else None
+            dist.all_reduce(p.grad, group=group)
+            p.grad.div_(moe.group_size(group))
+
+    for ep in (1, 2, 4):
+        step, right, _ = gradients(grid_of(ep))
+        with plant(moe, "reduce_gradients", buggy):
+            wrong_step, wrong, _ = gradients(grid_of(ep))
+        assert_equal({"loss": wrong_step.loss}, {"loss": step.loss})
+        factors = {name: (wrong[name].norm() / right[name].norm()).item() for name in right}
+        for name, factor in factors.items():
+            assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (name, factor)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="an error about sizes; or, with as many rows in as out, gradients that go to other tokens in silence",
+    seen_in=None,
+)
+def test_splits_not_swapped_in_backward():
+    rank = dist.get_rank()
+
+    def buggy(ctx, grad_rH):
+        ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
+        return grad_rH, None
+
+    def gradient(pieces):
+        send, receive = pieces[rank], [pieces[i][rank] for i in range(4)]
+        rows = random(sum(send), 3, seed=rank).requires_grad_()
+        (moe.all_to_all(rows, send, receive) ** 2).sum().backward()
+        return rows.grad / 2 - rows.detach()
+
+    even = [[(1, 2, 0, 3)[(j - i) % 4] for j in range(4)] for i in range(4)]  # everybody sends 6 and receives 6
+    odd = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2], [4, 4, 4, 4]]  # nobody receives as many as it sends
+    assert not gradient(even).any() and not gradient(odd).any()
+    with plant(moe._Arrive, "backward", staticmethod(buggy)):
+        assert gradient(even).abs().max() > 0.1
+        with pytest.raises(RuntimeError, match="Split sizes"):
+            gradient(odd)
+
+
+def skips_where_there_are_no_rows(trip, rows, send, receive):
+    there = rows.new_empty(sum(receive), *rows.shape[1:])
+    if not sum(send) and not sum(receive):  # "nothing to do here"
+
+        class Done:
+            def wait(self):
+                pass
+
+        trip.work = Done()
+        return there
+    trip.work = dist.all_to_all_single(there, rows.contiguous(), receive, send, group=trip.group, async_op=True)
+    return there
+
+
+def one_rank_has_nothing(bug: bool) -> None:
+    """All rows go from rank 0 to itself and to rank 1: rank 2, last of three in a world of four, stays out."""
+    rank = dist.get_rank()
+    send = [2, 1, 0, 0] if rank == 0 else [0] * 4
+    receive = [[2, 1, 0, 0][rank], 0, 0, 0]
+    start = skips_where_there_are_no_rows if bug else moe._Trip.start
+    with plant(moe._Trip, "start", start):
+        moe.all_to_all(torch.ones(sum(send), 2), send, receive)
+    dist.barrier()
+
+
+@pytest.mark.planted_bug(
+    symptom="a hang: ranks with rows wait for one that has none and went on, until the timeout names them",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/1877",
+)
+def test_a_rank_without_tokens_that_skips_the_collective():
+    pool = ranks.Pool(4)
+    try:
+        pool.run(__name__, "one_rank_has_nothing", dict(bug=False), timeout=30)
+        with pytest.raises((TimeoutError, ranks.RankFailed), match="silent after 6 s|one_rank_has_nothing"):
+            pool.run(__name__, "one_rank_has_nothing", dict(bug=True), timeout=6)
+    finally:
+        pool.close()
+
+
+@pytest.mark.ranks(2, 4)
+@pytest.mark.planted_bug(
+    symptom="another result for each number of ranks; the rank without the outlier is finer than the single device",
+    seen_in="https://github.com/NVIDIA/TransformerEngine/issues/656",
+)
+def test_an_amax_for_each_share():
+    x = random(16, 8)
+    x[15, 3] = 300.0
+    whole = moe.quantize_fp8(x)
+    wrong = moe.quantize_fp8(share_of(x, "even"))  # without amax_group
+    mine = share_of(whole.codes.view(torch.uint8), "even")
+    different = (wrong.codes.view(torch.uint8) != mine).double().mean().item()
+    assert different > 0.9 or dist.get_rank() == dist.get_world_size() - 1
+
+
+@pytest.mark.planted_bug(
+    symptom="the step of a spike saturates at the old scale's limit; the step after it loses small values",
+    seen_in=None,
+)
+def test_a_stale_scale_after_a_spike():
+    """The scale of the last step, as delayed scaling takes it with a history of one."""
+    quiet = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    spike = 1e5 * quiet
+    old_scale = 448 / quiet.abs().max()
+    stale = (spike * old_scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(torch.float32) / old_scale
+    assert (stale - spike).norm() / spike.norm() > 0.9 and moe.quantisation_error(spike) < 0.03
+    after = (quiet * (448 / spike.abs().max())).to(torch.float8_e4m3fn).to(torch.float32)
+    assert (after == 0).double().mean() > 0.2
+    back = moe.dequantize_fp8(moe.quantize_fp8(quiet))
+    assert (back == 0).double().mean() < 0.01
+
+
+@pytest.mark.planted_bug(
+    symptom="NaN from a finite tensor, where a cast does not saturate (emulated here: this machine's cast does)",
+    seen_in=None,
+)
+def test_a_cast_that_does_not_saturate():
+    """Rounding alone stays below the next step; a scale of another tensor, shared or delayed, does not."""
+
+    def cast(x):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
+        return torch.where(x.abs() > 464, math.nan, x).to(torch.float8_e4m3fn)
+
+    amaxes = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
+    stretched = amaxes * (448 / amaxes)
+    assert (stretched > 448).any() and (stretched <= 464).all()
+    stale = torch.tensor([1.0, 500.0])
+    assert cast(stale).to(torch.float32).isnan().any()
+    assert cast(stale.clamp(-448, 448)).to(torch.float32).isfinite().all()
+    assert moe.dequantize_fp8(moe.quantize_fp8(stale * 1e30)).isfinite().all()
+
+
+@pytest.mark.planted_bug(
+    symptom="outputs too small or too large by scale²: the loss starts at log V and never moves, or is NaN at once",
+    seen_in=None,
+)
+def test_scale_and_inverse_exchanged():
+    a, b = moe.quantize_fp8(random(16, 32)), moe.quantize_fp8(random(16, 32, seed=2))
+    right = moe.fp8_product(a, b, torch.float64)
+    wrong = moe.fp8_product(*(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64)
+    assert wrong.norm() / right.norm() > 1e6
+
+
+@pytest.mark.planted_bug(
+    symptom="gradients of rare large values and many small ones: in E4M3 most become zero, and training slows",
+    seen_in=None,
+)
+def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(64, 64, generator=generator) * 1e-6
+    grad[0] *= 1e6  # one token that the model got very wrong
+    lost = {f: (moe.dequantize_fp8(moe.quantize_fp8(grad, f))[1:] == 0).double().mean().item() for f in moe.FP8_FORMATS}
+    assert lost["e4m3"] == 1.0 and lost["e5m2"] < 0.6
+    tiles = moe.dequantize_fp8(moe.quantize_fp8(grad, *moe.TILE))
+    assert (tiles[1:] == 0).double().mean() < 0.01  # a scale for each token: E4M3 is enough
+
+
+# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(top_k=9), "top_k=9, but there are 8 experts: choose at most as many"),
+        (dict(top_k=0), "top_k=0: it must be at least 1"),
+        (dict(num_heads=3), "num_heads=3 does not divide into num_kv_heads=2 groups: choose num_heads a multiple"),
+        (dict(pattern="**"), r"pattern='\*\*': one letter a layer, of 'M\*E', at least one E"),
+        (dict(pattern="*Ex"), r"pattern='\*Ex'"),
+        (dict(gate="tanh"), "gate='tanh'.*'sigmoid' or 'softmax'"),
+        (dict(shared_size=-1), "shared_size=-1"),
+    ],
+)
+def test_bad_sizes(changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(**changes)
+
+
+def test_a_model_with_layers_of_other_chapters_is_refused():
+    for changes in (dict(pattern="M*E"), dict(latent_size=8)):
+        with pytest.raises(
+            ValueError, match=r"Mamba is chapter 5's \(mamba_hybrid\), latent experts are the next chapter's"
+        ):
+            moe.MoELM(config(**changes))
+
+
+@pytest.mark.ranks(2, 4)
+def test_bad_groups():
+    world = dist.get_world_size()
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks: choose ep from \[1\]"):
+        moe.ExpertParallelMoELayer(config(num_experts=7))
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
+        moe.ParallelMoELM(config(num_experts=7))
+    with pytest.raises(ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"):
+        moe.make_grid(3, ranks.device)
+    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
+        moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
+
+
+# ── The script ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(*flags: str, timeout: float = 240) -> subprocess.CompletedProcess:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    command = [sys.executable, str(SCRIPT), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+@pytest.mark.slow
+def test_the_script():
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") >= 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64"), ("--ep", "4")], ids=str
+)
+def test_check(flags):
+    done = run("--check", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "worst" in done.stdout and "gradient of layers.1.mixer.router.weight" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (("--fp8", "hardware", "--device", "cpu"), "FP8 units are asked for, but a cpu has none: use emulate, or auto"),
+        (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
+        (("--num-experts", "7"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
+        (("--top-k", "9"), "top_k=9, but there are 8 experts"),
+        (("--pattern", "M*E"), "Mamba is chapter 5's"),
+        (("--data", "/nowhere"), "No such file"),
+    ],
+    ids=str,
+)
+def test_wrong_flags_are_one_line(flags, message):
+    done = run(*flags, timeout=60)
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1] and len(done.stderr.splitlines()) <= 2
