@@ -717,7 +717,8 @@ class ExpertParallelMoELayer(MoELayer):
 
     Parameters start as `MoELayer`'s do, drawn whole from the default generator, which must be in the same state on
     every rank. Every rank must call it, forward and backward, also with B = 0; group: None is all ranks.
-    Raises: ValueError where the experts do not divide over the ranks. Needs: `MoELayer`, section 2.2.
+    Raises: ValueError where the experts do not divide over the ranks. Needs: `MoELayer`, sections 2.1
+    and 2.2, `check_ep`, and the block groups.
     """
 
     def __init__(self, config: MoEConfig, group=None):
@@ -821,7 +822,7 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
 
     Finite numbers never become NaN or infinite; where x is not finite its whole tile is NaN.
     Raises: ValueError for an unknown format. Source: current scaling, Nemotron-H; tiles, Nemotron Nano 2.
-    Needs: `Quantized`, `FP8_FORMATS`, `_amax`, `_spread`.
+    Needs: `Quantized`, `FP8_FORMATS`, `_amax`, `_spread`, and the block groups.
     """
     if format not in FP8_FORMATS:
         raise ValueError(f"format {format!r}: one of {list(FP8_FORMATS)}")
@@ -965,7 +966,7 @@ class FP8Linear(nn.Linear):
 
     Args: in_features, out_features: as nn.Linear's. recipe, hardware, amax_group: as `fp8_linear`'s.
     The weight itself stays wide: it is rounded for each product anew, and the optimiser never sees the rounding.
-    Needs: `fp8_linear`.
+    Needs: `fp8_linear`, section 2.5.
     """
 
     def __init__(self, in_features: int, out_features: int, recipe=HYBRID, hardware: bool = False, amax_group=None):
@@ -1001,7 +1002,7 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, hardware: bool = False, grid: Grid |
     """Puts the products of the recipe's layers into FP8, in place, and returns the model; parameters stay as they are.
 
     grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
-    Needs: sections 2.5 and 2.6.
+    Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
     """
     tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
     for layer in model.layers[recipe.first : len(model.layers) - recipe.last]:
@@ -1104,7 +1105,7 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
     """Configuration and plain state dict of a Nemotron 3 folder: config.json and all *.safetensors files.
 
     Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, a shape, or a setting that this
-    model has not. Needs: `MoEConfig`, `check_state`.
+    model has not. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
     """
     from safetensors.torch import load_file
 
@@ -1154,7 +1155,8 @@ Grid = namedtuple("Grid", "ep dp ep_rank dp_rank ep_group edp_group", defaults=(
 def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (dp, ep), neighbours in an ep group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where ep does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    timeout: seconds. Raises: ValueError where ep does not divide the ranks. Needs: `Grid`, and
+    `make_group` (at the end, in the block launcher).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if ep < 1 or world % ep:
@@ -1285,7 +1287,7 @@ def parameters(config: MoEConfig) -> Parameters:
     """Parameters of a model, and those that one token meets: all but the experts that it has not chosen.
 
     Routers' biases count. A token meets one row of the input table, so publications also count without it.
-    Source: the published configurations.
+    Source: the published configurations. Needs: `Parameters`.
     """
     H, D, E, latent = config.hidden_size, config.head_size, config.num_experts, config.latent_size
     expert = 2 * (latent or H) * config.expert_size
@@ -1313,7 +1315,10 @@ def all_to_all_bytes(config: MoEConfig, ep: int, itemsize: int = 2) -> float:
 
 
 def quantisation_error(x: Tensor, *operand) -> float:
-    """‖x − its eight-bit version‖ / ‖x‖. operand: arguments of `quantize_fp8`."""
+    """‖x − its eight-bit version‖ / ‖x‖. operand: arguments of `quantize_fp8`.
+
+    Needs: `quantize_fp8`, `dequantize_fp8`.
+    """
     return ((dequantize_fp8(quantize_fp8(x, *operand)) - x).norm() / x.norm()).item()
 
 

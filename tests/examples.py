@@ -257,6 +257,83 @@ def sp_step(m):
     return m.train_step(model, optimizer_of(model), *BATCHES[0])
 
 
+# ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def moe_config():
+    from moe_fp8 import MoEConfig
+
+    return MoEConfig(vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E")
+
+
+def moe(which="ParallelMoELM"):
+    import moe_fp8
+
+    return getattr(moe_fp8, which)(moe_config()).double()
+
+
+def moe_weights():
+    return moe("MoELM").state_dict()
+
+
+def hybrid():
+    from moe_fp8 import HYBRID
+
+    return HYBRID
+
+
+def quantized(x):
+    from moe_fp8 import quantize_fp8
+
+    return quantize_fp8(x)
+
+
+def trip(m, way):
+    """`dispatch` or `combine`, of which the other is the chapter's."""
+    import moe_fp8
+
+    experts_TK = torch.tensor([[0, 2], [1, 0], [3, 2]])
+    plan = moe_fp8.plan_dispatch(experts_TK, 4)
+    rows = (m if way == "there" else moe_fp8).dispatch(normal(3, 4), plan)()
+    return (m if way == "back" else moe_fp8).combine(rows, normal(3, 2), plan)
+
+
+def moe_update(m):
+    model = moe("MoELM")
+    routers = [layer.mixer.router for layer in model.layers if hasattr(layer.mixer, "router")]
+    model(TOKENS)
+    return m.update_expert_bias(routers, 0.01), [router.bias for router in routers]
+
+
+def moe_reduce(m):
+    import moe_fp8
+
+    model = moe()
+    model.loss(*BATCHES[0])[0].sum().backward()
+    m.reduce_gradients(model, moe_fp8.Grid())
+    return [p.grad for p in model.parameters()]
+
+
+def moe_step(m):
+    import moe_fp8
+
+    model = moe()
+    return list(m.train_step(model, optimizer_of(model), *BATCHES[0], moe_fp8.Grid()))
+
+
+def moe_run(m):
+    import moe_fp8
+
+    return losses(m.train(moe(), BATCHES, lambda step: 1e-3, moe_fp8.Grid()))
+
+
+def published_nemotron3(m, folder):
+    import transformers
+    from test_06_moe_fp8 import published
+
+    return published(m, folder) if transformers else None
+
+
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
@@ -381,5 +458,47 @@ EXAMPLES = {
         "stage_output_bytes": lambda m, folder: m.stage_output_bytes(published_model()),
         "paper_scale": lambda m, folder: [cost.kept for cost in m.paper_scale("22B")],
         "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
+    },
+    "moe_fp8": {
+        "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
+        "update_expert_bias": lambda m, folder: moe_update(m),
+        "grouped_product": lambda m, folder: m.grouped_product(normal(5, 3), normal(2, 4, 3), [2, 3]),
+        "Experts": lambda m, folder: through(m.Experts(2, 3, 4), normal(5, 3), [2, 3]),
+        "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
+        "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
+        "MoELM": lambda m, folder: list(m.MoELM(moe_config()).double()(TOKENS)),
+        "state_shapes": lambda m, folder: list(m.state_shapes(moe_config()).values()),
+        "initial_weights": lambda m, folder: dict(m.initial_weights(moe_config())),
+        "train_alone": lambda m, folder: losses(m.train_alone(moe("MoELM"), BATCHES, lambda step: 1e-3)),
+        "all_to_all": lambda m, folder: m.all_to_all(normal(3, 2), [3], [3]),
+        "plan_dispatch": lambda m, folder: m.plan_dispatch(torch.tensor([[0, 2], [1, 0]]), 4).counts,
+        "dispatch": lambda m, folder: trip(m, "there"),
+        "combine": lambda m, folder: trip(m, "back"),
+        "ExpertParallelMoELayer": lambda m, folder: list(
+            m.ExpertParallelMoELayer(moe_config()).double()(normal(2, 5, 16))
+        ),
+        "ParallelMoELM": lambda m, folder: list(m.ParallelMoELM(moe_config()).double()(TOKENS)),
+        "quantize_fp8": lambda m, folder: m.quantize_fp8(torch.randn(4, 4))[0].view(torch.uint8),
+        "dequantize_fp8": lambda m, folder: m.dequantize_fp8(quantized(torch.randn(4, 4))),
+        "fp8_product": lambda m, folder: m.fp8_product(
+            quantized(torch.randn(4, 8)), quantized(torch.randn(3, 8)), torch.float32
+        ),
+        "fp8_linear": lambda m, folder: m.fp8_linear(torch.randn(4, 16), torch.randn(16, 16), hybrid()),
+        "FP8Linear": lambda m, folder: m.FP8Linear(16, 16)(torch.randn(4, 16)),
+        "fp8_grouped_product": lambda m, folder: m.fp8_grouped_product(
+            torch.randn(5, 16), torch.randn(2, 16, 16), [2, 3], hybrid()
+        ),
+        "to_fp8": lambda m, folder: list(m.to_fp8(moe("MoELM").float(), hybrid())(TOKENS)),
+        "shard_tensor": lambda m, folder: m.shard_tensor("layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2),
+        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
+        "load_nemotron3": published_nemotron3,
+        "make_grid": one_grid,
+        "reduce_gradients": lambda m, folder: moe_reduce(m),
+        "train_step": lambda m, folder: moe_step(m),
+        "train": lambda m, folder: moe_run(m),
+        "parameters": lambda m, folder: list(m.parameters(moe_config())),
+        "quantisation_error": lambda m, folder: m.quantisation_error(torch.randn(8, 8)),
     },
 }
