@@ -126,18 +126,6 @@ def wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def exactly(function: Callable) -> Callable:
-    """`function` as if there were no autocast, which would make its products narrow again."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
 # Decays multiply over thousands of tokens, so all is done with their logarithms, and exp comes last. Two traps:
 #
 # · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
@@ -161,39 +149,51 @@ def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
     return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(cut, -torch.inf)
 
 
-def _from_start(a: Tensor, starts: Tensor | None) -> Tensor:
-    """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
-    kept = a.to(torch.float64).cumsum(-1).to(a.dtype).exp()
-    return kept if starts is None else kept.masked_fill(starts.cumsum(-1) > 0, 0)
+# Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
+# the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
+# (B, G, J, S, ·), in at least fp32; dt has gone into X = dt·x and a = dt·A there, once each.
 
 
-@exactly
+def _lay_out(x, dt, A, B, C, state, starts=None):
+    G, J = B.shape[2], x.shape[2] // B.shape[2]
+    X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
+    a_BGJS = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S", G=G)
+    B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
+    if state is None:
+        state = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
+    state_BGJDZ = rearrange(wide(state), "B (G J) D Z -> B G J D Z", G=G)
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
+    return X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts[:, None, None]
+
+
+def _lay_back(y_BGJSD, state_BGJDZ, x, D):
+    y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
+    y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
+    return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+
+
+def _exact(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)  # it would make the products narrow again
+
+
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence for one token: x (B, N, D), dt (B, N), A (N), B and C (B, G, Z), state (B, N, D, Z).
 
-    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `wide`.
+    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `_lay_out`.
     """
-    x_BND, dt_BN1, B_BGZ, C_BGZ = wide(x), wide(dt)[..., None], wide(B), wide(C)
-    G = B_BGZ.shape[1]
-    written_BGJDZ = einsum(rearrange(x_BND * dt_BN1, "B (G J) D -> B G J D", G=G), B_BGZ, "B G J D, B G Z -> B G J D Z")
-    state_BNDZ = (dt_BN1 * wide(A)[:, None]).exp()[..., None] * state + rearrange(
-        written_BGJDZ, "B G J D Z -> B (G J) D Z"
-    )
-    y_BGJD = einsum(rearrange(state_BNDZ, "B (G J) D Z -> B G J D Z", G=G), C_BGZ, "B G J D Z, B G Z -> B G J D")
-    y_BND = rearrange(y_BGJD, "B G J D -> B (G J) D")
-    return (y_BND if D is None else y_BND + wide(D)[:, None] * x_BND).to(x.dtype), state_BNDZ
-
-
-def _zero_state(x_BSND: Tensor, B_BSGZ: Tensor) -> Tensor:
-    (B, _, N, D), Z = x_BSND.shape, B_BSGZ.shape[-1]
-    return wide(x_BSND).new_zeros(B, N, D, Z)
+    token = x[:, None], dt[:, None], A, B[:, None], C[:, None]
+    X_BGJ1D, a_BGJ1, B_BG11Z, C_BG11Z, state_BGJDZ, _ = _lay_out(*token, state)
+    state_BGJDZ = a_BGJ1[..., None].exp() * state_BGJDZ + X_BGJ1D.mT * B_BG11Z
+    y_BGJD1 = (state_BGJDZ * C_BG11Z).sum(-1, keepdim=True)
+    y_B1ND, state = _lay_back(y_BGJD1.mT, state_BGJDZ, x[:, None], D)
+    return y_B1ND[:, 0], state
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
     """The loop. Arguments and results as `ssd`'s. Needs: `ssd_step`."""
-    state, y = _zero_state(x, B) if initial_state is None else wide(initial_state), []
+    y, state = [], wide(x).new_zeros(*x[:, 0].shape, B.shape[-1]) if initial_state is None else initial_state
     for t in range(x.shape[1]):
         if starts is not None:
             state = state.masked_fill(starts[:, t, None, None, None], 0)
@@ -205,118 +205,84 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # The masked matrix needs two more things to serve as a chunk: what the state that enters adds to each y, and what each
 # token leaves in the state that goes out. Both are products with the same decays: the last row of L says how much of
 # token j is left behind the last one.
-#
-# Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
-# the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it.
-
-Decays = namedtuple("Decays", "mask from_start to_end whole")  # exp of: L; a_0 … a_i; a_{j+1} … the last; all of a
 
 
-def _split_heads(x, dt, A, B, C, starts):
-    """All in at least fp32, laid out for products (B, G, J, S, ·), and the decays."""
-    G = B.shape[2]
-    x_BGJSD = rearrange(wide(x), "B S (G J) D -> B G J S D", G=G)
-    dt_BGJS = rearrange(wide(dt), "B S (G J) -> B G J S", G=G)
-    B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
-    a_BGJS = dt_BGJS * rearrange(wide(A), "(G J) -> G J 1", G=G)
-    starts = None if starts is None else starts[:, None, None]
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _from_start(a_BGJS, starts)[..., None]
-    decays = Decays(L_BGJSS, kept_BGJS1, L_BGJSS[..., -1, :, None].clone(), kept_BGJS1[..., -1:, :])
-    return x_BGJSD, dt_BGJS, B_BG1SZ, C_BG1SZ, decays
+def _decays(a: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask L, (..., S, S); and what is left at each token of the state before the first, (..., S, 1): the exp of
+    a_0 + … + a_i, and nothing once a document has begun."""
+    kept = a.to(torch.float64).cumsum(-1).to(a.dtype).exp().masked_fill(starts.cumsum(-1) > 0, 0)
+    return segsum(a, starts).exp(), kept[..., None]
 
 
-@exactly
+def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+    L_BGJSS, kept_BGJS1 = _decays(a_BGJS, starts)
+    y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
+    left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
+    return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
+
+
 def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S². Needs: `segsum`, `wide`."""
-    x_BGJSD, dt_BGJS, B_BG1SZ, C_BG1SZ, decays = _split_heads(x, dt, A, B, C, starts)
-    state_BNDZ = _zero_state(x, B) if initial_state is None else wide(initial_state)
-    state_BGJDZ = rearrange(state_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
-    X_BGJSD = dt_BGJS[..., None] * x_BGJSD
-    W_BGJSS = decays.mask * (C_BG1SZ @ B_BG1SZ.mT)
-    y_BGJSD = W_BGJSS @ X_BGJSD + decays.from_start * (C_BG1SZ @ state_BGJDZ.mT)
-    state_BGJDZ = decays.whole * state_BGJDZ + (decays.to_end * X_BGJSD).mT @ B_BG1SZ
-    y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
-    y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * wide(x)
-    return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S². Needs: `_chunk`."""
+    with _exact(x):
+        return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
 
 
-# Chunks of both: `ssd_quadratic` of one chunk after the other, the state handed on. The last chunk may be short: there
-# is nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep
+# Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
+# nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep
 # the states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the
 # last to the first, and hands on the *gradient* of the state as forward hands on the state.
 #
-# The gradient of the decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a. So what arrives there,
-# M_ij = dL_ij · L_ij, goes to s_i with plus and to s_j with minus: row sums minus column sums, and no chain of S × S
-# matrices. The diagonal cancels, and much of the rest nearly: hence float64 for these sums.
+# Three products were made in a chunk, and each is turned around once for each of its factors. The gradient of the
+# decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a. So what arrives there, M_ij = dL_ij·L_ij,
+# goes to s_i with plus and to s_j with minus: row sums minus column sums, and no chain of S × S matrices. The diagonal
+# cancels, and much of the rest nearly: hence float64 for these sums.
+
+
+def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
+    L_BGJSS, kept_BGJS1 = _decays(a_BGJS, starts)
+    end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
+    scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
+    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
+    by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
+    grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
+    by_read_BGJSZ, by_left_BGJSZ = read_BGJSD @ state_BGJDZ, (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ
+    grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
+    grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
+
+    M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
+    grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
+    grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
+    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum((-1, -2), **exact)
+    grad_a_BGJS = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)  # a_t is in every s_i from t on
+    grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
+    return grad_X_BGJSD, grad_a_BGJS[..., None], grad_B_BG1SZ, grad_C_BG1SZ, grad_state_BGJDZ
 
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, x, dt, A, B, C, state, starts):
-        y, states = torch.empty_like(x, memory_format=torch.contiguous_format), []
-        for span in _spans(x, chunk):
-            states.append(state)
-            of_chunk = None if starts is None else starts[:, span]
-            y[:, span], state = ssd_quadratic(x[:, span], dt[:, span], A, B[:, span], C[:, span], None, state, of_chunk)
-        ctx.chunk, ctx.dtype = chunk, A.dtype
-        ctx.save_for_backward(x, dt, A, B, C, starts, *states)
-        return y, state if states else state.clone()
+    def forward(ctx, chunk, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+        ctx.pieces, states = [slice(t, t + chunk) for t in range(0, X_BGJSD.shape[3], chunk)], []
+        y_BGJSD = torch.empty_like(X_BGJSD)
+        for at in ctx.pieces:
+            states.append(state_BGJDZ)
+            X, a, B, C = (t[..., at, :] for t in (X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ))
+            y_BGJSD[..., at, :], state_BGJDZ = _chunk(X, a[..., 0], B, C, state_BGJDZ, starts[..., at])
+        ctx.save_for_backward(X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, *states)
+        return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
 
     @staticmethod
     @once_differentiable
-    @exactly
-    def backward(ctx, grad_y, grad_state):
-        x, dt, A, B, C, starts, *states = ctx.saved_tensors
-        G = B.shape[2]
-        grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, dt, B, C)]
-        grad_A, A_GJ1 = 0, rearrange(wide(A), "(G J) -> G J 1", G=G)
-        grad_BGJDZ = rearrange(wide(grad_state), "B (G J) D Z -> B G J D Z", G=G)
-        for span, state in zip(reversed(_spans(x, ctx.chunk)), reversed(states)):
-            of_chunk = None if starts is None else starts[:, span]
-            x_BGJSD, dt_BGJS, B_BG1SZ, C_BG1SZ, decays = _split_heads(
-                x[:, span], dt[:, span], A, B[:, span], C[:, span], of_chunk
-            )
-            state_BGJDZ = rearrange(state, "B (G J) D Z -> B G J D Z", G=G)
-            grad_y_BGJSD = rearrange(wide(grad_y[:, span]), "B S (G J) D -> B G J S D", G=G)
-            X_BGJSD = dt_BGJS[..., None] * x_BGJSD
-            scores_BG1SS = C_BG1SZ @ B_BG1SZ.mT
-
-            # The chunk's three products, each turned around once for each factor.
-            left_BGJSD, read_BGJSD = decays.to_end * X_BGJSD, decays.from_start * grad_y_BGJSD
-            grad_X_BGJSD = (decays.mask * scores_BG1SS).mT @ grad_y_BGJSD + decays.to_end * (B_BG1SZ @ grad_BGJDZ.mT)
-            grad_scores_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT).mul_(decays.mask)  # dL_ij · L_ij / scores_ij
-            M_BGJSS = grad_scores_BGJSS * scores_BG1SS
-            grad_scores_BG1SS = grad_scores_BGJSS.sum(2, keepdim=True)
-            of_read_BGJSZ, of_left_BGJSZ = read_BGJSD @ state_BGJDZ, left_BGJSD @ grad_BGJDZ
-            grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + of_read_BGJSZ.sum(2, keepdim=True)
-            grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + of_left_BGJSZ.sum(2, keepdim=True)
-
-            # What reaches s_i, the sum of a up to i: by L, by what is read of the state, by what is left in it.
-            exact = dict(dtype=torch.float64)
-            by_read_BGJS, by_left_BGJS = (
-                (of_read_BGJSZ * C_BG1SZ).sum(-1, **exact),
-                (of_left_BGJSZ * B_BG1SZ).sum(-1, **exact),
-            )
-            grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) + by_read_BGJS - by_left_BGJS
-            kept_BGJ = (decays.whole * state_BGJDZ * grad_BGJDZ).sum((-1, -2), **exact)
-            grad_s_BGJS[..., -1] += by_left_BGJS.sum(-1) + kept_BGJ
-            grad_a_BGJS = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1).to(dt_BGJS.dtype)  # a_t is in every s_i from t on
-            grad_A = grad_A + (grad_a_BGJS * dt_BGJS).sum((0, -1))
-            grad_dt_BGJS = grad_a_BGJS * A_GJ1 + (grad_X_BGJSD * x_BGJSD).sum(-1)
-            grad_BGJDZ = decays.whole * grad_BGJDZ + read_BGJSD.mT @ C_BG1SZ
-
-            grads[0][:, span] = rearrange(grad_X_BGJSD * dt_BGJS[..., None], "B G J S D -> B S (G J) D")
-            grads[1][:, span] = rearrange(grad_dt_BGJS, "B G J S -> B S (G J)")
-            grads[2][:, span] = rearrange(grad_B_BG1SZ, "B G 1 S Z -> B S G Z")
-            grads[3][:, span] = rearrange(grad_C_BG1SZ, "B G 1 S Z -> B S G Z")
-        grad_x, grad_dt, grad_B, grad_C = grads
-        grad_state = rearrange(grad_BGJDZ, "B G J D Z -> B (G J) D Z")
-        grad_A = rearrange(grad_A, "G J -> (G J)").to(A.dtype) if states else torch.zeros_like(A)
-        return None, grad_x, grad_dt, grad_A, grad_B, grad_C, grad_state, None
-
-
-def _spans(x: Tensor, chunk: int) -> list[slice]:
-    return [slice(first, first + chunk) for first in range(0, x.shape[1], chunk)]
+    def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
+        *tensors, starts = ctx.saved_tensors[:5]
+        grads = [torch.empty_like(t) for t in tensors]
+        with _exact(grad_y_BGJSD):
+            for at, state_BGJDZ in zip(reversed(ctx.pieces), reversed(ctx.saved_tensors[5:])):
+                X, a, B, C, grad_y = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
+                inputs = X, a[..., 0], B, C, state_BGJDZ, starts[..., at]
+                *of_chunk, grad_state_BGJDZ = _chunk_backward(*inputs, grad_y, grad_state_BGJDZ)
+                for grad, part in zip(grads, of_chunk):
+                    grad[..., at, :] = part
+        return None, *grads, grad_state_BGJDZ, None
 
 
 def ssd(
@@ -328,26 +294,26 @@ def ssd(
     Args:
         x: values, (B, S, N, D), any S. dt: step sizes, (B, S, N), positive. A: (N,), negative.
         B, C: (B, S, G, Z); heads [g·J, (g + 1)·J) with J = N / G read and write with those of group g.
-        chunk: Q; changes no number beyond rounding. Work is S·Q, what is kept is the inputs and S / Q states.
+        chunk: Q; changes no number beyond rounding. Work is S·Q; what is kept is the inputs and S / Q states.
         D: (N,), the way around the state, or None. initial_state: (B, N, D, Z); None is zeros.
         starts: bool, (B, S), True where a document begins: there the state is forgotten.
 
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
     Raises: ValueError where shapes disagree or heads do not divide into groups.
-    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: `_ChunkedSSD`, `ssd_quadratic`.
+    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: `_ChunkedSSD`, `_lay_out`, `_lay_back`.
     """
     (batch, S, N, head), (G, Z) = x.shape, B.shape[2:]
-    shapes = {"dt": (dt, (batch, S, N)), "A": (A, (N,)), "B": (B, (batch, S, G, Z)), "C": (C, (batch, S, G, Z))}
-    shapes |= {"D": (D, (N,)), "initial_state": (initial_state, (batch, N, head, Z)), "starts": (starts, (batch, S))}
-    for name, (tensor, shape) in shapes.items():
+    shapes = dict(dt=(batch, S, N), A=(N,), B=(batch, S, G, Z), C=(batch, S, G, Z), D=(N,), starts=(batch, S))
+    shapes |= dict(initial_state=(batch, N, head, Z))
+    for (name, shape), tensor in zip(shapes.items(), (dt, A, B, C, D, starts, initial_state)):
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} it must be {shape}")
     if N % G or chunk < 1:
         raise ValueError(f"{N} heads do not divide into {G} groups" if N % G else f"chunk={chunk}: at least 1")
-    state = _zero_state(x, B) if initial_state is None else wide(initial_state)
-    y_BSND, state = _ChunkedSSD.apply(chunk, x, dt, A, B, C, state, starts)
-    return y_BSND if D is None else (y_BSND + wide(D)[:, None] * x).to(x.dtype), state
+    X_BGJSD, a_BGJS, *others = _lay_out(x, dt, A, B, C, initial_state, starts)
+    with _exact(x):
+        return _lay_back(*_ChunkedSSD.apply(chunk, X_BGJSD, a_BGJS[..., None], *others), x, D)
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -369,10 +335,9 @@ def causal_conv1d(
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     if previous_BKC is None:
-        padded_BSC = F.pad(u_BSC, (0, 0, K - 1, 0))
-    else:
-        padded_BSC = torch.cat([previous_BKC[:, previous_BKC.shape[1] - (K - 1) :].to(u_BSC.dtype), u_BSC], 1)
-    y_BSC = bias_C + weight_CK[:, -1] * u_BSC
+        previous_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
+    padded_BSC = torch.cat([previous_BKC[:, previous_BKC.shape[1] - (K - 1) :], u_BSC], 1)
+    y_BSC = torch.addcmul(bias_C, u_BSC, weight_CK[:, -1])
     for tap in range(K - 1):
         earlier_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
@@ -387,32 +352,32 @@ def causal_conv1d(
 #                           │ └─ conv ─┘  │
 #                           │    silu   softplus(dt + dt_bias)
 #                           │      └─ ssd ─┘            A = −exp(A_log), so that no step of training makes it positive
-#                       silu(z) ─────·                  the gate: first it, then the norm, which are not to be swapped
-#                              grouped norm             a mean square for each group of heads, not over all channels
+#                       silu(z) ─────·                  the gate, and then the norm: they cannot be swapped
+#                              grouped norm             a mean square for each group of heads, not one over all channels
 #                                out_proj ──► y_BSH
 #
-# The grouping of the norm looks like a detail. It is what will let tensor parallelism cut the layer by heads without
-# one word between ranks.
+# The groups of the norm look like a detail. They are what lets tensor parallelism cut the layer by heads without one
+# word between ranks.
 
 
 @dataclass
 class Place:
-    """Which tokens of a sequence a layer is given, where it is not all of one document."""
+    """Which tokens of a sequence a layer is given, where they are not all, or not of one document."""
 
     first: int = 0  # the number of tokens before
     document_BS: Tensor | None = None  # of all tokens of the sequence, the number of the document; None: there is one
-    lengths: list[int] | None = None  # section 2.4: how many tokens each rank has
+    lengths: list[int] | None = None  # section 2.3: how many tokens each rank has
 
-    def starts(self, S: int) -> Tensor | None:
-        """True where a document begins, of the S tokens from `first` on; not at the first of all, where nothing is."""
+    def documents(self, before: int, S: int) -> Tensor | None:
+        """The document's number for `before` tokens in front of `first`, and for S from there on."""
         if self.document_BS is None:
             return None
-        index_S = torch.arange(self.first, self.first + S, device=self.document_BS.device)
-        return self.document_BS[:, index_S] != self.document_BS[:, (index_S - 1).clamp(min=0)]
+        index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
+        return self.document_BS[:, index.clamp(min=0)]  # in front of the first token of all there are only zeros
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight, in fp32."""
+    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
 
     def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
@@ -428,75 +393,66 @@ class RMSNorm(nn.Module):
 
 
 class Mamba2Mixer(nn.Module):
-    """A Mamba-2 layer without its residual connection: x_BSH to (B, S, H), as the published models have it.
+    """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
 
-    forward's `place` and `cache` are for packed documents and for decoding (section 1.6).
-    Source: Mamba-2, and the layer of Megatron-LM. Needs: `ssd`, `ssd_step`, `causal_conv1d`, `RMSNorm`, `Place`,
-    `initial_value`, `HybridConfig`.
+    `place` is for packed documents, `cache` for decoding (section 1.6). Source: Mamba-2; Megatron-LM's layer.
+    Needs: `ssd`, `ssd_step`, `causal_conv1d`, `RMSNorm`, `Place`, `initial_value`, `HybridConfig`.
     """
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config, N, D, G, Z = (
-            config,
-            config.mamba_heads,
-            config.mamba_head_size,
-            config.mamba_groups,
-            config.state_size,
-        )
-        self.widths = [N * D, N * D + 2 * G * Z, N]  # z; x, B and C, which are convolved; dt
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.widths), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(self.widths[1], config.conv_kernel))
-        self.conv_bias = nn.Parameter(torch.empty(self.widths[1]))
+        self.config, N, inner = config, config.mamba_heads, config.mamba_heads * config.mamba_head_size
+        self.convolved = [inner, *2 * [config.mamba_groups * config.state_size]]  # x, B, C
+        self.projected = [inner, sum(self.convolved), N]  # z, those three, dt
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.projected[1], config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(self.projected[1]))
         self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(N)) for _ in range(3))
-        self.norm = RMSNorm(N * D, config.norm_eps, G)
-        self.out_proj = nn.Linear(N * D, config.hidden_size, bias=False)
-        _initialise(self, config)
+        self.norm = RMSNorm(inner, config.norm_eps, config.mamba_groups)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        for name, p in self.named_parameters():
+            if not p.is_meta:
+                p.data.copy_(initial_value(name, p.shape, config))
 
     def forward(self, x_BSH: Tensor, place: Place | None = None, cache: dict | None = None) -> Tensor:
-        config, place = self.config, place or Place()
-        z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.widths, -1)
-        u_BSC = F.silu(self.convolve(u_BSC, place, cache))
-        sizes = dict(D=config.mamba_head_size, Z=config.state_size)
-        x_BSC, B_BSC, C_BSC = u_BSC.split([self.widths[0], *2 * [config.mamba_groups * config.state_size]], -1)
-        x_BSND, (B_BSGZ, C_BSGZ) = (
-            rearrange(x_BSC, "B S (N D) -> B S N D", D=sizes["D"]),
-            (rearrange(t, "B S (G Z) -> B S G Z", Z=sizes["Z"]) for t in (B_BSC, C_BSC)),
-        )
-        dt_BSN = F.softplus(wide(dt_BSN) + wide(self.dt_bias))
-        y_BSND = self.scan(x_BSND, dt_BSN, -wide(self.A_log).exp(), B_BSGZ, C_BSGZ, place, cache)
-        y_BSC = rearrange(y_BSND, "B S N D -> B S (N D)")
-        return self.out_proj(self.norm(wide(y_BSC) * F.silu(wide(z_BSC))).to(x_BSH.dtype))
+        place, heads, groups = place or Place(), dict(D=self.config.mamba_head_size), dict(Z=self.config.state_size)
+        z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
+        x_BSC, *BC_BSC = F.silu(self.convolve(u_BSC, place, cache)).split(self.convolved, -1)
+        x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", **heads)
+        B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", **groups) for t in BC_BSC)
+        dt_BSN, A_N = F.softplus(wide(dt_BSN) + wide(self.dt_bias)), -wide(self.A_log).exp()
+        y_BSND = self.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, place, cache)
+        y_BSC = wide(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(wide(z_BSC))
+        return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
 
     def convolve(self, u_BSC: Tensor, place: Place, cache: dict | None) -> Tensor:
-        K, (first, last) = self.config.conv_kernel, (place.first, place.first + u_BSC.shape[1])
-        previous_BKC, document = self.before(u_BSC, cache), None
-        if place.document_BS is not None:  # of the K − 1 tokens before x as well; before the first there are zeros
-            document = place.document_BS[:, torch.arange(first - K + 1, last, device=u_BSC.device).clamp(min=0)]
-        y_BSC = causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, previous_BKC, document)
+        K, S = self.config.conv_kernel, u_BSC.shape[1]
+        inputs = u_BSC, self.conv_weight, self.conv_bias, self.before(u_BSC, cache)
+        y_BSC = causal_conv1d(*inputs, place.documents(K - 1, S))
         if cache is not None:
             cache["conv"].copy_(torch.cat([cache["conv"], u_BSC[:, -K:]], 1)[:, -K:])
         return y_BSC
 
     def before(self, u_BSC: Tensor, cache: dict | None) -> Tensor | None:
-        """The inputs before u; None where u is the beginning."""
+        """The convolution's inputs before u; None where u is the beginning."""
         return cache and cache["conv"]
 
     def scan(self, x, dt, A, B, C, place: Place, cache: dict | None) -> Tensor:
-        if cache is None:
-            return ssd(x, dt, A, B, C, self.config.chunk, self.D, starts=place.starts(x.shape[1]))[0]
-        if x.shape[1] == 1:
+        if cache is not None and x.shape[1] == 1:
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], cache["state"], self.D)
             y = y[:, None]
         else:
-            y, state = ssd(x, dt, A, B, C, self.config.chunk, self.D, cache["state"])
-        cache["state"].copy_(state)
+            state, document = cache and cache["state"], place.documents(1, x.shape[1])
+            starts = None if document is None else document[:, 1:] != document[:, :-1]
+            y, state = ssd(x, dt, A, B, C, self.config.chunk, self.D, state, starts)
+        if cache is not None:
+            cache["state"].copy_(state)
         return y
 
 
 # ── 1.4 Attention, feed-forward, and the model ──────────────────────────────────────────────────────────
 #
-# The state is of fixed size: it must choose what it remembers. Attention forgets nothing, and pays for it with keys and
+# A state of fixed size must choose what it remembers. Attention forgets nothing, and pays for it with the keys and
 # values of every token. A hybrid takes many layers of the first kind and a few of the second. Query heads share keys
 # and values in groups. There is no position embedding: the Mamba layers know the order already. (`rope` is for the
 # Transformer that one wants to compare with.)
@@ -506,19 +462,17 @@ class Mamba2Mixer(nn.Module):
 
 
 def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding on the first `share` of each head, for tokens first, first + 1, …; element i turns with i + R/2.
+    """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …; i turns with i + R/2.
 
     Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
     """
-    S, R = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1])
+    S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
         return x_BNSD
-    exact = dict(dtype=torch.float64, device=x_BNSD.device)
     angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (-torch.arange(0, R, 2, **exact) / R)
-    cos_SR, sin_SR = (t.to(wide(x_BNSD).dtype) for t in (angle_SR.cos(), angle_SR.sin()))
-    left_BNSR, right_BNSR = wide(x_BNSD[..., :R]).chunk(2, -1)
-    turned = left_BNSR * cos_SR - right_BNSR * sin_SR, right_BNSR * cos_SR + left_BNSR * sin_SR
-    return torch.cat([torch.cat(turned, -1).to(x_BNSD.dtype), x_BNSD[..., R:]], -1)
+    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(wide(x_BNSD).dtype.to_complex())
+    turned_BNSR = torch.complex(*wide(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
+    return torch.cat([turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1)
 
 
 class Attention(nn.Module):
@@ -532,21 +486,23 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
 
     def forward(self, x_BSH: Tensor, place: Place | None = None, cache: dict | None = None) -> Tensor:
-        place, S, D, G = place or Place(), x_BSH.shape[1], self.config.attention_head_size, self.config.attention_groups
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        q_BNSD, k_BGSD, v_BGSD = (rearrange(p(x_BSH), "B S (N D) -> B N S D", D=D) for p in projections)
+        place, S, D = place or Place(), x_BSH.shape[1], self.config.attention_head_size
+        projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
+        q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
         q_BNSD, k_BGSD = (rotate(x, place.first, self.config.rope) for x in (q_BNSD, k_BGSD))
-        k_BGTD, v_BGTD = self.all_keys(k_BGSD, v_BGSD, place, cache)  # T: up to the last token of x
-        T, document, mask = k_BGTD.shape[2], place.document_BS, None
-        if S == 1 and document is None:  # it may look everywhere: then heads that share keys are queries of one head
-            y_BGJD = F.scaled_dot_product_attention(rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=G), k_BGTD, v_BGTD)
-            return self.o_proj(rearrange(y_BGJD, "B G J D -> B 1 (G J D)"))
-        if T > S or document is not None:
-            mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
-            if document is not None:
-                mask = mask & (document[:, T - S : T, None] == document[:, None, :T])[:, None]
-        options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, **options)
+        k_BGTD, v_BGTD = self.all_keys(k_BGSD, v_BGSD, place, cache)
+        T, mask = k_BGTD.shape[2], None  # T: all tokens, up to the last of x
+        if S == 1 and place.document_BS is None:  # one token sees all: the heads of a group are queries of one head
+            q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
+            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
+        else:
+            if T > S or place.document_BS is not None:
+                mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
+            if place.document_BS is not None:
+                document_BT = place.document_BS[:, :T]
+                mask = (mask & (document_BT[:, T - S :, None] == document_BT[:, None]))[:, None]
+            options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, **options)
         return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
 
     def all_keys(self, k_BGSD: Tensor, v_BGSD: Tensor, place: Place, cache: dict | None) -> tuple[Tensor, Tensor]:
@@ -554,8 +510,7 @@ class Attention(nn.Module):
         if cache is None:
             return k_BGSD, v_BGSD
         last = place.first + k_BGSD.shape[2]
-        for kept, x in zip((cache["keys"], cache["values"]), (k_BGSD, v_BGSD)):
-            kept[:, :, place.first : last] = x
+        cache["keys"][:, :, place.first : last], cache["values"][:, :, place.first : last] = k_BGSD, v_BGSD
         return cache["keys"][:, :, :last], cache["values"][:, :, :last]
 
 
@@ -586,7 +541,7 @@ class Block(nn.Module):
 
 
 class HybridLM(nn.Module):
-    """The single-device model: tokens_BS (int64) to logits (B, S, V), at most the words that exist.
+    """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
     starts_BS: bool, True where a document begins, for documents packed into one sequence: nothing passes from one to
     the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens.
@@ -603,16 +558,25 @@ class HybridLM(nn.Module):
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
+    def enter(self, tokens_BS: Tensor, starts_BS: Tensor | None, cache: Cache | None) -> tuple[Tensor, Place]:
+        """The first layer's input, and which tokens it holds."""
+        document_BS = None if starts_BS is None else starts_BS.cumsum(1)
+        return self.embedding(tokens_BS), Place(cache.room_for(tokens_BS) if cache else 0, document_BS)
+
     def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head is given, (B, S, H)."""
-        document_BS = None if starts_BS is None else starts_BS.cumsum(1)
-        place, x_BSH = Place(cache.room_for(tokens_BS) if cache else 0, document_BS), self.embedding(tokens_BS)
+        x_BSH, place = self.enter(tokens_BS, starts_BS, cache)
         for number, layer in enumerate(self.layers):
-            x_BSH = layer(x_BSH, place, cache.layers[number] if cache else None)
+            x_BSH = layer(x_BSH, place, cache and cache.layers[number])
         return self.final_norm(x_BSH)
 
     def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         return self.head(self.hidden(tokens_BS, starts_BS, cache))
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
+        logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
+        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
@@ -622,42 +586,30 @@ class HybridLM(nn.Module):
         """Of the token that follows, (B, V)."""
         return self.head(self.hidden(tokens_BS, cache=cache)[:, -1])
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
-        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
-        logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
-
 
 # ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
 #
-# Where a Mamba layer starts decides what it can learn: exp(dt·A) must reach from "forget at once" to "keep for a
-# thousand tokens" over the heads. So −A is drawn between 1 and 16, dt between 0.001 and 0.1 on a logarithmic scale, and
+# Where a Mamba layer starts decides what it can learn: over the heads, exp(dt·A) must reach from "forget at once" to
+# "keep for a thousand tokens". So −A is drawn between 1 and 16, dt between 0.001 and 0.1 on a logarithmic scale, and
 # dt_bias is what softplus makes that dt of. What writes onto the residual stream starts smaller by 1/√L, so that the
 # sum over L layers starts no larger than one.
 
 
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
     """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
-    kind, random = name.split(".")[-1], dict(generator=generator, device="cpu")
+    kind, uniform = name.split(".")[-1], torch.rand(shape, generator=generator, device="cpu")
     if kind == "A_log":
-        return torch.empty(shape, device="cpu").uniform_(*config.A_init, generator=generator).log()
+        return torch.lerp(*torch.tensor(config.A_init), uniform).log()
     if kind == "dt_bias":
-        low, high = (math.log(dt) for dt in config.dt_init)
-        dt_N = (low + (high - low) * torch.rand(shape, **random)).exp().clamp(min=1e-4)
+        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), uniform).exp().clamp(min=1e-4)
         return dt_N + torch.log(-torch.expm1(-dt_N))
     if kind in ("conv_weight", "conv_bias"):
-        return (2 * torch.rand(shape, **random) - 1) / math.sqrt(config.conv_kernel)
+        return (2 * uniform - 1) / math.sqrt(config.conv_kernel)
     if len(shape) < 2:  # D, and the norms' weights
         return torch.ones(shape, device="cpu")
     writes = name.split(".")[-2] in ("out_proj", "o_proj", "down_proj")
     std = config.init_std / math.sqrt(len(config.pattern)) if writes else config.init_std
-    return torch.randn(shape, **random) * std
-
-
-def _initialise(module: nn.Module, config: HybridConfig) -> None:
-    for name, p in module.named_parameters():
-        if not p.is_meta:
-            p.data.copy_(initial_value(name, p.shape, config))
+    return torch.randn(shape, generator=generator, device="cpu") * std
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
@@ -688,22 +640,19 @@ class Cache:
     """What decoding needs of the tokens so far, `tokens` of them: a dict for each layer.
 
     Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
-    capacity: tokens that the keys and values have room for. The states are at least fp32: they add up small amounts
-    over thousands of steps. Needs: `HybridConfig`.
+    capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
+    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
     """
 
     def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
-        N, D, Z = config.mamba_heads, config.mamba_head_size, config.state_size
-        channels, options = N * D + 2 * config.mamba_groups * Z, dict(dtype=dtype, device=device)
-        keys = batch, config.attention_groups, capacity, config.attention_head_size
-        self.tokens, self.capacity, self.layers = 0, capacity, []
-        for kind in config.pattern:
-            self.layers.append({})
-            if kind == "M":
-                state = torch.zeros(batch, N, D, Z, dtype=torch.promote_types(dtype, torch.float32), device=device)
-                self.layers[-1] = dict(conv=torch.zeros(batch, config.conv_kernel, channels, **options), state=state)
-            elif kind == "*":
-                self.layers[-1] = dict(keys=torch.zeros(keys, **options), values=torch.zeros(keys, **options))
+        N, D, G, Z = config.mamba_heads, config.mamba_head_size, config.mamba_groups, config.state_size
+        shape = batch, config.attention_groups, capacity, config.attention_head_size
+        empty = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+        conv = lambda: empty(batch, config.conv_kernel, N * D + 2 * G * Z)  # noqa: E731
+        state = lambda: empty(batch, N, D, Z, dtype=torch.promote_types(dtype, torch.float32))  # noqa: E731
+        kinds = {"M": dict(conv=conv, state=state), "*": dict.fromkeys(("keys", "values"), lambda: empty(*shape))}
+        self.tokens, self.capacity = 0, capacity
+        self.layers = [{name: make() for name, make in kinds.get(kind, {}).items()} for kind in config.pattern]
 
     def room_for(self, tokens_BS: Tensor) -> int:
         """Counts these tokens in; returns how many there were before. Raises: ValueError where they do not fit."""
@@ -727,8 +676,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
         logits_BV = model.next_logits(new_BS, cache)
         new_BS = logits_BV.argmax(-1, keepdim=True)
         if temperature:
-            probabilities_BV = (logits_BV.to(torch.float64) / temperature).softmax(-1)
-            new_BS = torch.multinomial(probabilities_BV, 1, generator=generator)
+            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
         tokens_BS = torch.cat([tokens_BS, new_BS], 1)
     return tokens_BS
 
