@@ -23,7 +23,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
+import itertools
+import json
 import math
 import os
 import sys
@@ -31,8 +32,8 @@ import sysconfig
 import time
 import zlib
 from collections import namedtuple
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -207,15 +208,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # token j is left behind the last one.
 
 
-def _decays(a: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask L, (..., S, S); and what is left at each token of the state before the first, (..., S, 1): the exp of
-    a_0 + … + a_i, and nothing once a document has begun."""
-    kept = a.to(torch.float64).cumsum(-1).to(a.dtype).exp().masked_fill(starts.cumsum(-1) > 0, 0)
-    return segsum(a, starts).exp(), kept[..., None]
+def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
+    """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
+    return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
 
 
 def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
-    L_BGJSS, kept_BGJS1 = _decays(a_BGJS, starts)
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
     y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
     left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
     return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
@@ -239,7 +238,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 
 
 def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
-    L_BGJSS, kept_BGJS1 = _decays(a_BGJS, starts)
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
     scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
     grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
@@ -442,12 +441,15 @@ class Mamba2Mixer(nn.Module):
             y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], cache["state"], self.D)
             y = y[:, None]
         else:
-            state, document = cache and cache["state"], place.documents(1, x.shape[1])
+            document = place.documents(1, x.shape[1])
             starts = None if document is None else document[:, 1:] != document[:, :-1]
-            y, state = ssd(x, dt, A, B, C, self.config.chunk, self.D, state, starts)
+            y, state = self.recur(x, dt, A, B, C, cache and cache["state"], starts)
         if cache is not None:
             cache["state"].copy_(state)
         return y
+
+    def recur(self, x, dt, A, B, C, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        return ssd(x, dt, A, B, C, self.config.chunk, self.D, state, starts)
 
 
 # ── 1.4 Attention, feed-forward, and the model ──────────────────────────────────────────────────────────
@@ -682,6 +684,20 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The model is divided in two directions at once. tp ranks share the weights, by heads; cp ranks share the sequence, by
+# tokens. With tp 2 and cp 2:
+#
+#                        tp rank 0     tp rank 1
+#     tokens 0 … 4999     rank 0        rank 1        ← a tp group: the same tokens, other heads
+#     tokens 5000 …       rank 2        rank 3
+#                           ↑ a cp group: the same weights, other tokens
+#
+# The second is what chapter 4 did not do: there only what tensor parallelism leaves whole (norms, residual sums) was
+# divided over the tokens, and attention saw all of them. Megatron-LM calls that one sequence parallelism and this one
+# context parallelism (--cp); the Mamba papers call this one sequence parallelism.
+#
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these four functions.
 
 
 # ── shared: groups ──
@@ -711,6 +727,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # ── end of groups ──
 
 
+# The doors, explained in chapter 2, section 2.1.
 # ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
@@ -807,6 +824,276 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
 
 # ── end of tensor-parallel operators ──
+
+# A rank's place among tp · cp. Grid() is for one rank by itself: where there are groups, None is all ranks.
+Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
+
+
+def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
+
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if tp < 1 or world % tp:
+        raise ValueError(f"tp={tp} does not divide the {world} ranks")
+    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
+    columns = [list(range(first, world, tp)) for first in range(tp)]
+    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
+    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
+
+
+# ── 2.1 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
+#
+# All kinds of layers have the shape of chapter 2: a projection in, something that knows only its own heads or
+# features, a projection out. So divide the heads and the features, and what a rank computes is the *plain* layer with
+# smaller numbers in its configuration, between the two doors:
+#
+#     x_BSH ── norm ── copy_to_tp ── plain layer of n heads ── reduce_from_tp ── + x        1 + 1 all-reduces
+#
+# No line of the Mamba layer is about ranks: its convolution works on channels, its recurrence on heads, its norm on
+# groups. Only the cut is not a plain one: the rows of in_proj are [z, x, B, C, dt], and the first half of them is z and
+# not the first half of the heads. Each of the five is cut by itself (part 3).
+#
+# That is all while the groups divide over the ranks. With fewer groups than ranks several ranks need the same B and C:
+# each has a copy of their weights. (Megatron-LM refuses this.) Two things follow.
+#
+# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token and group is
+#   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
+#   the door in, one behind the other, are exactly that.
+# · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
+#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies.
+
+
+def held(units: int, rank: int, tp: int) -> range:
+    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in."""
+    return range(rank * units // tp, -(-(rank + 1) * units // tp))
+
+
+def local_config(config: HybridConfig, tp: int) -> HybridConfig:
+    """The sizes of what one of `tp` ranks holds.
+
+    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat. Needs: `held`.
+    """
+    used = {
+        "M": ("mamba_heads", "mamba_groups"),
+        "*": ("attention_heads", "attention_groups"),
+        "-": ("ffn_hidden_size",),
+    }
+    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in used[kind]}
+    for name, size in sizes.items():
+        if size % tp and not (name.endswith("groups") and tp % size == 0):
+            also = f", or a divisor of {tp}" if name.endswith("groups") else ""
+            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}{also}")
+    return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
+
+
+class ParallelRMSNorm(RMSNorm):
+    """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
+
+    Needs: `copy_to_tp`, `reduce_from_tp`, `held`.
+    """
+
+    def __init__(self, size: int, eps: float, groups: int, grid: Grid):
+        super().__init__(size, eps, len(held(groups, 0, grid.tp)))
+        self.all_groups, self.grid = groups, grid
+
+    def mean_square(self, x_BSgC: Tensor) -> Tensor:
+        mine_BSg1, G, grid = super().mean_square(x_BSgC), self.all_groups, self.grid
+        if G >= grid.tp:
+            return mine_BSg1  # each group lies on one rank
+        (group,) = held(G, grid.tp_rank, grid.tp)
+        partial_BSG1 = F.pad(mine_BSg1 * G / grid.tp, (0, 0, group, G - 1 - group))  # into my group's slot
+        mean_BSG1 = copy_to_tp(reduce_from_tp(partial_BSG1, grid.tp_group), grid.tp_group)
+        return mean_BSG1[:, :, group : group + 1]
+
+
+# ── 2.2 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
+#
+# Each rank scans its own tokens as if nothing had been before, and finds what any stretch of tokens does to a state:
+#
+#     state ← decay · state + own            decay_BN: exp of all its a;  own: the state at its end, from zero
+#
+# Two stretches behind each other do decay₂·decay₁ and decay₂·own₁ + own₂, which is of the same kind: so ranks can be
+# composed, and the state that enters rank r is the composition of all before it, an *exclusive scan* over ranks. Every
+# rank sends decay and own, N·(D·Z + 1) numbers a sequence however many tokens it has, and everything that the past
+# adds to the outputs is then added at once, for all tokens:
+#
+#       rank 0                  rank 1                  rank 2
+#       scan from zero          scan from zero          scan from zero         alone
+#       decay, own ────────────────────────────────────────────── all-gather
+#       in = 0                  in = own₀               in = decay₁·own₀ + own₁
+#       y += exp(a_0+…+a_i) · C_i·in                                            alone
+#
+# Backward is the same scan from the other end: gradients of `in` go to all ranks *before*. With T_r the gradient of what
+# leaves rank r, T_r = grad_in_{r+1} + decay_{r+1}·T_{r+1}; own_r gets T_r, decay_r gets T_r·in_r.
+
+
+class _ExclusiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, decay_BN, own_BNDZ, group):
+        B, N, D, Z = own_BNDZ.shape
+        message_BNX = torch.cat([own_BNDZ.flatten(2), decay_BN[..., None]], -1)
+        ranks = [x_BNX.split([D * Z, 1], -1) for x_BNX in _gather(message_BNX, group).chunk(group_size(group), -1)]
+        ctx.group, in_BNDZ = group, torch.zeros_like(own_BNDZ)
+        for own_BNX, decay_BN1 in ranks[: group_rank(group)]:
+            in_BNDZ = decay_BN1[..., None] * in_BNDZ + own_BNX.view(B, N, D, Z)
+        ctx.save_for_backward(in_BNDZ, *(decay_BN1 for _, decay_BN1 in ranks))
+        return in_BNDZ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_in_BNDZ):
+        in_BNDZ, *decays = ctx.saved_tensors
+        grads = _gather(grad_in_BNDZ.contiguous(), ctx.group).chunk(len(decays), -1)
+        total_BNDZ = torch.zeros_like(in_BNDZ)
+        for rank in reversed(range(group_rank(ctx.group) + 1, len(decays))):
+            total_BNDZ = grads[rank] + decays[rank][..., None] * total_BNDZ
+        return (total_BNDZ * in_BNDZ).sum((-1, -2)), total_BNDZ, None
+
+
+def ssd_sequence_parallel(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, D: Tensor | None = None, group=None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths.
+
+    Arguments and results are `ssd`'s, of this rank's tokens: the state is the one behind its last token, so the last
+    rank has the whole sequence's. Every rank must call it, and differentiate it if one does. Messages, whatever the
+    length: N·(D·Z + 1) numbers a sequence and rank forward, N·D·Z backward.
+    Source: derived above; the operator is that of the parallel scan in Mamba. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
+    `group_size`, `group_rank`.
+    """
+    y_BsND, own_BNDZ = ssd(x, dt, A, B, C, chunk, D, None, starts)
+    if group_size(group) == 1:
+        return y_BsND, own_BNDZ
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
+    kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
+    in_BNDZ = _ExclusiveScan.apply(kept_BsN[:, -1], own_BNDZ, group)
+    with _exact(x):
+        in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
+        read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
+    y_BsND = y_BsND + (kept_BsN[..., None] * read_BsND).to(x.dtype)
+    return y_BsND, own_BNDZ + kept_BsN[:, -1, :, None, None] * in_BNDZ
+
+
+# The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*. It
+# travels one rank to the right in forward, its gradient one rank to the left in backward.
+
+
+def _pass_on(x: Tensor, step: int, group) -> Tensor:
+    """The x of the rank `step` before this one, zeros where there is none; of equal shape on all ranks."""
+    rank, size, backend = group_rank(group), group_size(group), dist.get_backend(group)
+    device = torch.device("cpu") if backend == "gloo" else x.device  # gloo sends no tensor that is on a GPU
+    mine, theirs = x.to(device).contiguous(), torch.zeros(x.shape, dtype=x.dtype, device=device)
+    global_rank = lambda r: dist.get_global_rank(group or dist.group.WORLD, r)  # noqa: E731
+    messages = []
+    if 0 <= rank - step < size:
+        messages.append(dist.P2POp(dist.irecv, theirs, global_rank(rank - step), group))
+    if 0 <= rank + step < size:
+        messages.append(dist.P2POp(dist.isend, mine, global_rank(rank + step), group))
+    for work in dist.batch_isend_irecv(messages):
+        work.wait()
+    return theirs.to(x.device)
+
+
+class _Halo(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, u_BsC, width, group):
+        ctx.group, ctx.length = group, u_BsC.shape[1]
+        return _pass_on(u_BsC[:, u_BsC.shape[1] - width :], 1, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BKC):
+        return F.pad(_pass_on(grad_BKC, -1, ctx.group), (0, 0, ctx.length - grad_BKC.shape[1], 0)), None, None
+
+
+def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
+    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank.
+
+    Raises: ValueError where this rank has fewer tokens (then the others wait: look at all lengths before).
+    Needs: `_Halo`, `_pass_on`.
+    """
+    if u_BsC.shape[1] < width:
+        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
+    return _Halo.apply(u_BsC, width, group)
+
+
+class ParallelMixer(Mamba2Mixer):
+    """`Mamba2Mixer` of this rank's heads and tokens. Needs: `local_config`, `ParallelRMSNorm`, `halo`, the scan."""
+
+    def __init__(self, config: HybridConfig, grid: Grid):
+        super().__init__(local_config(config, grid.tp))
+        self.grid, size = grid, self.norm.weight.shape[0]
+        self.norm = ParallelRMSNorm(size, config.norm_eps, config.mamba_groups, grid)
+
+    def before(self, u_BsC: Tensor, cache: dict | None) -> Tensor | None:
+        if self.grid.cp == 1:
+            return super().before(u_BsC, cache)
+        return halo(u_BsC, self.config.conv_kernel - 1, self.grid.cp_group)
+
+    def recur(self, x, dt, A, B, C, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.grid.cp == 1:
+            return super().recur(x, dt, A, B, C, state, starts)
+        return ssd_sequence_parallel(x, dt, A, B, C, self.config.chunk, self.D, self.grid.cp_group, starts)
+
+
+# ── 2.3 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
+#
+# Attention has no small summary of the past: each query needs every earlier key. So keys and values are gathered, two
+# tensors of a few groups, and each rank attends with its own queries. Backward sums what all ranks found for a key and
+# gives it to the rank whose token it is. Ranks may hold unequal numbers of tokens, and the collectives want equal
+# sizes: so each pads to the longest. This message does grow with the sequence: it is a few layers' price for exact
+# recall. (Later ranks have more to attend to. Balancing that means to give each rank an early and a late piece, and to
+# undo it around each recurrence; ring attention would hide the messages behind the products.)
+#
+# Megatron-LM takes another way for Mamba as well: before the convolution an all-to-all exchanges (tokens of mine, all
+# heads) for (all tokens, heads of mine), the plain layer runs on whole sequences, and another all-to-all exchanges
+# back. It is simple, and needs heads that divide over tp·cp and messages as large as the activations. Passing the
+# state needs neither: 1M numbers a sequence in a layer of 128 heads of 64 × 128, as much as 57 tokens of that layer's
+# in_proj.
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BGsD, lengths, group):
+        ctx.lengths, ctx.group = lengths, group
+        longest = F.pad(x_BGsD, (0, 0, 0, max(lengths) - x_BGsD.shape[2])).contiguous()
+        pieces = [torch.empty_like(longest) for _ in lengths]
+        dist.all_gather(pieces, longest, group)
+        return torch.cat([piece[:, :, :length] for piece, length in zip(pieces, lengths)], 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BGTD):
+        longest, rank = max(ctx.lengths), group_rank(ctx.group)
+        partial = [F.pad(g, (0, 0, 0, longest - g.shape[2])).contiguous() for g in grad_BGTD.split(ctx.lengths, 2)]
+        grad_BGsD = torch.empty_like(partial[rank])
+        dist.reduce_scatter(grad_BGsD, partial, group=ctx.group)
+        return grad_BGsD[:, :, : ctx.lengths[rank]], None, None
+
+
+class ParallelAttention(Attention):
+    """`Attention` of this rank's heads and tokens. Needs: `local_config`, `_GatherTokens`."""
+
+    def __init__(self, config: HybridConfig, grid: Grid):
+        super().__init__(local_config(config, grid.tp))
+        self.grid = grid
+
+    def all_keys(self, k_BgsD: Tensor, v_BgsD: Tensor, place: Place, cache: dict | None) -> tuple[Tensor, Tensor]:
+        if self.grid.cp == 1:
+            return super().all_keys(k_BgsD, v_BgsD, place, cache)
+        both = _GatherTokens.apply(torch.cat([k_BgsD, v_BgsD], -1), place.lengths, self.grid.cp_group)
+        return both[:, :, : place.first + k_BgsD.shape[2]].chunk(2, -1)  # what is later is not looked at
+
+
+# ── 2.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+#
+# Every rank is given the whole sequence of tokens, which is small, and takes its own. The table of words and the head
+# are divided over tp, and the loss is computed without gathering logits: chapter 2, sections 2.4 and 2.5.
+
+
 # ── shared: padded vocabulary ──
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
@@ -814,6 +1101,8 @@ def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
 
 
 # ── end of padded vocabulary ──
+
+
 # ── shared: vocabulary loss ──
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -888,10 +1177,689 @@ def vocab_parallel_cross_entropy(
 # ── end of vocabulary loss ──
 
 
+class ParallelBlock(Block):
+    """`Block` with the layer between the doors of a tensor-parallel region."""
+
+    def __init__(self, config: HybridConfig, mixer: nn.Module, group):
+        super().__init__(config, mixer)
+        self.group = group
+
+    def forward(self, x_BsH: Tensor, place: Place, cache: dict | None = None) -> Tensor:
+        partial_y_BsH = self.mixer(copy_to_tp(self.norm(x_BsH), self.group), place, cache)
+        return x_BsH + reduce_from_tp(partial_y_BsH, self.group)
+
+
+class ParallelHybridLM(HybridLM):
+    """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, v) of this rank's tokens and words.
+
+    Its weights are those of HybridLM(config), whatever the grid, under the same names; one whole tensor at a time is in
+    memory. Decoding works where cp is 1.
+
+    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, for an unknown word.
+    Needs: parts 1 and 2, of part 3 `shard_tensor`.
+    """
+
+    def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
+        nn.Module.__init__(self)
+        self.config, self.grid = config, grid
+        kinds = {"M": lambda: ParallelMixer(config, grid), "*": lambda: ParallelAttention(config, grid)}
+        kinds["-"] = lambda: SquaredReLUMLP(local_config(config, grid.tp))
+        with torch.device("meta"):  # shapes first, without memory
+            words = padded_vocab_size(config.vocab_size, grid.tp, config.vocab_multiple) // grid.tp
+            self.embedding = nn.Embedding(words, config.hidden_size)
+            self.layers = nn.ModuleList(ParallelBlock(config, kinds[kind](), grid.tp_group) for kind in config.pattern)
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+            self.head = nn.Linear(config.hidden_size, words, bias=False)
+        shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
+        self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
+
+    def mine(self, x_BS: Tensor) -> list[Tensor]:
+        """x cut into the tokens of each cp rank; the first ones get one more where they do not divide."""
+        pieces, K = x_BS.tensor_split(self.grid.cp, 1), self.config.conv_kernel
+        if self.grid.cp > 1 and pieces[-1].shape[1] < K - 1:
+            text = f"{x_BS.shape[1]} tokens over cp={self.grid.cp} ranks leave {pieces[-1].shape[1]} to the last"
+            raise ValueError(f"{text}, and a convolution of {K} taps needs at least {K - 1}: use fewer ranks")
+        return pieces
+
+    def enter(self, tokens_BS: Tensor, starts_BS: Tensor | None, cache: Cache | None) -> tuple[Tensor, Place]:
+        if cache and self.grid.cp > 1:
+            raise ValueError(f"cp={self.grid.cp}: a cache holds one rank's past; decode with tp alone")
+        if _readable(tokens_BS) and ((tokens_BS < 0) | (tokens_BS >= self.config.vocab_size)).any():
+            raise ValueError(
+                f"token {tokens_BS.max()} or {tokens_BS.min()} is no word in [0, {self.config.vocab_size})"
+            )
+        pieces, rank = self.mine(tokens_BS), self.grid.cp_rank
+        lengths = [piece.shape[1] for piece in pieces]
+        first = cache.room_for(tokens_BS) if cache else sum(lengths[:rank])
+        v = self.embedding.num_embeddings
+        index_Bs = pieces[rank] - self.grid.tp_rank * v
+        row_BsH = self.embedding(index_Bs.clamp(0, v - 1))  # not my word: any row, which the next line drops
+        partial_x_BsH = torch.where(((index_Bs >= 0) & (index_Bs < v))[..., None], row_BsH, 0)
+        document_BS = None if starts_BS is None else starts_BS.cumsum(1)
+        return reduce_from_tp(partial_x_BsH, self.grid.tp_group), Place(first, document_BS, lengths)
+
+    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return self.head(copy_to_tp(self.hidden(tokens_BS, starts_BS, cache), self.grid.tp_group))
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+        """Cross entropy of each of this rank's tokens in nats, (B, s), the same on every tp rank; 0 for −100."""
+        logits_Bsv, targets_Bs = self(tokens_BS, starts_BS), self.mine(targets_BS)[self.grid.cp_rank]
+        return vocab_parallel_cross_entropy(logits_Bsv, targets_Bs, self.grid.tp_group, self.config.vocab_size)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        weight = self.head.weight
+        return Cache(local_config(self.config, self.grid.tp), batch, capacity, weight.dtype, weight.device)
+
+    def next_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
+        logits_BV = gather_from_tp(super().next_logits(tokens_BS, cache), self.grid.tp_group)
+        return logits_BV[:, : self.config.vocab_size]
+
+
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# One table says how each parameter is cut: into which components its rows fall, and each component into how many
+# units, of how many rows. A rank gets its units of each component. A cut of in_proj into equal halves would run just as
+# well, with z where x should be. What is not in the table (norms in front of layers, the final one) is whole on each
+# rank.
+#
+#     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt×4
+#     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
+#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
+
+Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, in the whole; rows; ranks that hold them
+
+
+def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
+    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces; none where each rank holds all.
+
+    Needs: `Piece`, `held`, `padded_vocab_size`.
+    """
+    inner, keys, steps = (
+        (config.mamba_heads, config.mamba_head_size),
+        (config.mamba_groups, config.state_size),
+        [(config.mamba_heads, 1)],
+    )
+    queries, shared = (
+        [(config.attention_heads, config.attention_head_size)],
+        [(config.attention_groups, config.attention_head_size)],
+    )
+    features, words = (
+        [(config.ffn_hidden_size, 1)],
+        [(padded_vocab_size(config.vocab_size, tp, config.vocab_multiple), 1)],
+    )
+    rows = {
+        "in_proj.weight": [inner, inner, keys, keys, *steps],
+        "norm.weight": [inner],
+        "embedding.weight": words,
+        "head.weight": words,
+    }
+    rows |= dict.fromkeys(("conv_weight", "conv_bias"), [inner, keys, keys]) | dict.fromkeys(
+        ("dt_bias", "A_log", "D"), steps
+    )
+    rows |= {"q_proj.weight": queries, "k_proj.weight": shared, "v_proj.weight": shared, "up_proj.weight": features}
+    columns = {"out_proj.weight": [inner], "o_proj.weight": queries, "down_proj.weight": features}
+    kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
+    for units, width in (rows | columns).get(kind, []):
+        mine = held(units, rank, tp)
+        pieces.append(Piece(here, there + mine.start * width, len(mine) * width, max(1, tp // units)))
+        here, there = here + len(mine) * width, there + units * width
+    return int(kind in columns), pieces
+
+
+def _pad_words(name: str, whole: Tensor, config: HybridConfig, tp: int) -> Tensor:
+    padded = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple)
+    return F.pad(whole, (0, 0, 0, padded - len(whole))) if name in ("embedding.weight", "head.weight") else whole
+
+
+def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
+    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`."""
+    (dim, pieces), whole = pieces_of(name, config, rank, tp), _pad_words(name, whole, config, tp)
+    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim) if pieces else whole.clone()
+
+
+def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
+    """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
+
+    Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
+    Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
+    """
+    local_config(config, tp)
+    expected = parameter_shapes(config)
+    if wrong := sorted(expected.keys() ^ full.keys()):
+        raise ValueError(f"the state dict lacks, or should not have, {wrong}")
+    for name, shape in expected.items():
+        if full[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
+
+
+def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> dict[str, Tensor]:
+    """All tp ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
+
+    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be the same on
+    each, such as the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    """
+    full, tp = {}, len(shards)
+    for name, shape in parameter_shapes(config).items():
+        whole = _pad_words(name, shards[0][name].new_empty(shape), config, tp)
+        for check in (False, True):
+            for rank, shard in enumerate(shards):
+                dim, pieces = pieces_of(name, config, rank, tp)
+                for p in pieces or [Piece(0, 0, len(whole), tp)]:
+                    there, here = whole.narrow(dim, p.there, p.size), shard[name].narrow(dim, p.here, p.size)
+                    if check and not torch.equal(there, here):
+                        gap = f"rank {rank}'s differs by {(there - here).abs().max():.1e}"
+                        raise ValueError(f"{name} should be the same on {p.copies} ranks, but {gap}")
+                    there.copy_(here)
+        full[name] = whole[: shape[0]].clone()
+    return full
+
+
+# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
+#
+# A published Nemotron-H is a folder: config.json, and one safetensors file or several with an index. Its tensors are
+# those of the plain model under other names; the convolution's has one dimension more. Each rank reads what is its
+# own, a tensor at a time.
+#
+# One thing to know when you compare with the `transformers` library: it clamps dt at 0.001 from below ("time_step_min",
+# a setting for the first weights), in the forward pass over a prompt but not in one-token decoding. The model as
+# published, Megatron-LM's, does not clamp, and nor do we.
+
+
+def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[HybridConfig, dict[str, Tensor]]:
+    """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
+
+    Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
+    Needs: `HybridConfig`, `parameter_shapes`, `shard_tensor`, `local_config`.
+    """
+    from safetensors import safe_open
+
+    theirs, letters = (
+        json.loads((Path(folder) / "config.json").read_text("utf-8")),
+        dict(mamba="M", attention="*", mlp="-"),
+    )
+    ours = dict(
+        model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True, use_bias=False
+    )
+    ours |= dict.fromkeys(
+        ("mlp_bias", "attention_bias", "mamba_proj_bias", "tie_word_embeddings", "residual_in_fp32"), False
+    )
+    if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
+        raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
+    letters |= dict(linear_attention="M", full_attention="*")  # names of later versions of the format
+    listed = theirs.get("layers_block_type") or theirs.get("layer_types") or []
+    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, kind) for kind in listed)
+    names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size", chunk="chunk_size",
+                 mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
+                 state_size="ssm_state_size", conv_kernel="conv_kernel", attention_heads="num_attention_heads",
+                 attention_groups="num_key_value_heads", norm_eps="layer_norm_epsilon")  # fmt: skip
+    head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
+    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **{k: theirs[v] for k, v in names.items()})
+    local_config(config, tp)
+    index, files = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
+    if index.exists():
+        files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    opened = [safe_open(Path(folder) / file, "pt") for file in files]
+    found = {
+        name.split(".", 1)[-1] if name.split(".")[0] in ("backbone", "model") else name: (file, name)
+        for file in opened
+        for name in file.keys()
+    }
+    full = {}
+    for name, shape in parameter_shapes(config).items():
+        published = name.replace("conv_", "conv1d.").replace("head.", "lm_head.")
+        published = published.replace("embedding.", "embeddings.").replace("final_norm.", "norm_f.")
+        if published not in found:
+            raise ValueError(f"{folder} lacks the tensor {published}")
+        file, stored = found[published]
+        x = file.get_tensor(stored)
+        x = x.squeeze(1) if name.endswith("conv_weight") else x
+        if x.shape != shape:
+            raise ValueError(f"{folder}: {stored} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
+        full[name] = shard_tensor(name, x, config, rank, tp)
+    return config, full
+
+
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
-# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+#
+# Three kinds of gradients meet at the end of a backward pass, and each wants something else:
+#
+#     all parameters                 every cp rank has seen its own tokens alone: summed over cp, one message
+#     copies of a group's weights    every tp rank has its own heads' part: the copies are summed, one message over tp
+#     everything else                complete, thanks to the doors
+#
+# Then the norm, in which the shares' squares are summed over tp, what is whole counts once, and of p copies each counts
+# 1/p. Left out, the second sum trains B and C with a part of their gradient, the copies drift apart, and the loss
+# falls all the same.
+
+
+def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not A_log, dt_bias and D, whose zero is no rest, nor norms' weights."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+def _sum_over(parts: list[Tensor], group) -> None:
+    """Sums each tensor over the group, in place, all in one message."""
+    if parts and group_size(group) > 1:
+        flat = _all_reduce(torch.cat([part.flatten() for part in parts]), group)
+        for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(total.view_as(part))
+
+
+def reduce_gradients(model: ParallelHybridLM) -> None:
+    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
+
+    Needs: `pieces_of`, `held`, `_sum_over`.
+    """
+    grid, copies = model.grid, []
+    _sum_over([p.grad for p in model.parameters() if p.grad is not None], grid.cp_group)
+    for name, p in model.named_parameters():
+        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1]:
+            if piece.copies > 1 and p.grad is not None:
+                mine = p.grad[piece.here : piece.here + piece.size]
+                slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
+                slots[grid.tp_rank // piece.copies] = mine
+                copies.append((mine, slots))
+    _sum_over([slots for _, slots in copies], grid.tp_group)
+    for mine, slots in copies:  # one slot a group, so that one message over all tp ranks serves every group
+        mine.copy_(slots[grid.tp_rank // (grid.tp // len(slots))])
+
+
+def grad_norm(model: HybridLM) -> Tensor:
+    """The norm of the whole gradient, the same on every rank. Needs: `pieces_of`."""
+    grid, shares, whole = getattr(model, "grid", Grid()), [], []
+    for name, p in model.named_parameters():
+        dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
+        for q in pieces or [Piece(0, 0, p.shape[dim], 1)]:
+            square = wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies
+            (shares if pieces else whole).append(square)
+    of_shares = torch.stack(shares).sum()
+    of_shares = _all_reduce(of_shares, grid.tp_group) if grid.tp > 1 else of_shares
+    return (of_shares + torch.stack(whole).sum()).sqrt()
+
+
+def train_step(
+    model: HybridLM, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor,
+    starts_BS: Tensor | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
+
+    Args: tokens_BS, targets_BS: int64, whole; −100 marks a target that does not count. autocast: the dtype of products.
+    Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
+    Needs: `reduce_gradients`, `grad_norm`.
+    """
+    optimizer.zero_grad()
+    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
+    loss.backward()
+    if isinstance(model, ParallelHybridLM):
+        reduce_gradients(model)
+        loss = _all_reduce(loss.detach().clone(), model.grid.cp_group)
+    norm = grad_norm(model)
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    optimizer.step()
+    return loss.detach(), norm
+
+
+def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
+    """A step for each batch of tokens and targets, at the learning rate of its number; yields what `train_step` returns.
+
+    Needs: `make_optimizer`, `train_step`, whose options it takes.
+    """
+    optimizer = make_optimizer(model)
+    for step, (tokens_BS, targets_BS) in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        yield train_step(model, optimizer, tokens_BS, targets_BS, **options)
+
+
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
+
+# ── 5.1 Which layer is which ────────────────────────────────────────────────────────────────────────────
+#
+# The study gives two shares, of attention and of feed-forward layers, and spreads them: attention so that the layers
+# between fall into equal sections, beginning and ending with another kind; then feed-forward layers over what is left.
+# Its rule, for a share of n layers: with a section's length as credit, walk along; place one when less than half a
+# layer of credit is left, and take a section's length on; otherwise pay one.
+
+
+def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
+    """The pattern of n layers with these shares of attention and feed-forward layers, spread evenly.
+
+    Raises: ValueError where the shares do not fit. Source: the study, arXiv 2406.07887; Megatron-LM's rule.
+    """
+    attention, mlp = round(n * attention_ratio), round(n * mlp_ratio)
+    if min(attention, mlp) < 0 or attention + mlp > n:
+        raise ValueError(f"{attention} attention and {mlp} feed-forward layers do not fit into {n}")
+    layers = ["M"] * n
+    section = credit = (n - attention) / (attention + 1)
+    for i in range(n):
+        if credit < 0.5 and attention:
+            layers[i] = "*"
+            credit += section
+        else:
+            credit -= 1
+    section = credit = (n - attention - mlp) / max(mlp, 1)
+    for i in range(n):
+        if layers[i] == "M" and mlp:
+            if credit < 0.5:
+                layers[i] = "-"
+                credit += section
+            else:
+                credit -= 1
+    return "".join(layers)
+
+
+# ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
+
+
+def _published(
+    pattern: str, hidden: int, ffn: int, heads: int, mamba: tuple[int, int, int], vocab: int
+) -> HybridConfig:
+    N, D, Z = mamba
+    attention = dict(attention_heads=heads, attention_groups=8, attention_head_size=128)
+    mamba_sizes = dict(mamba_heads=N, mamba_head_size=D, state_size=Z, mamba_groups=8, chunk=128)
+    return HybridConfig(vocab, hidden, pattern, ffn, **mamba_sizes, **attention)
+
+
+#              layers                             hidden   FFN  heads  N, D, Z of Mamba  vocabulary
+PUBLISHED = {
+    "study hybrid 8B": _published(allocate_layers(56, 0.08, 0.5), 4096, 16384, 32, (128, 64, 128), 256_000),
+    "Nemotron-H-8B": _published("M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-", 4096, 21504, 32, (128, 64, 128), 131_072),
+    "Nemotron-H-47B": _published(
+        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
+        8192, 30720, 64, (256, 64, 256), 131_072,
+    ),
+    "Nemotron-H-56B": _published("M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-", 8192, 32768, 64, (256, 64, 256), 131_072),
+    "Nano-12B-v2": _published("M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-", 5120, 20480, 40, (128, 80, 128), 131_072),
+    "Nano-9B-v2": _published("M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680, 40, (128, 80, 128), 131_072),
+}  # fmt: skip
+
+
+def parameters(config: HybridConfig) -> int:
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Needs: nothing else."""
+    H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
+    inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
+    mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
+    attention = 2 * H * D * (config.attention_heads + config.attention_groups)
+    kinds = {"M": mamba, "*": attention, "-": 2 * H * config.ffn_hidden_size}
+    return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
+
+
+DecodeMemory = namedtuple(
+    "DecodeMemory", "state kv"
+)  # bytes of a sequence: of all Mamba layers, of all attention layers
+
+
+def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2) -> DecodeMemory:
+    """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
+
+    number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
+    """
+    inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
+    state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    kv = 2 * config.attention_groups * config.attention_head_size * tokens * number_bytes
+    return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
+
+
+# What follows from these bytes, and what does not. Nemotron-H-8B keeps 50 MiB of states and 16 KiB of keys and values a
+# token: from 3,192 tokens on the few attention layers hold more than all states. Against a Transformer of 32 layers
+# with as many shared keys it keeps an eighth of the keys: at 64K tokens 1.05 GiB in place of 8.
+#
+# The study *predicts* "up to 8×" faster generation, and 32 / 4 layers is 8 as well. That is no derivation: the study's
+# own baseline shares no keys (32 heads with keys each), which would make it 32×; the prediction is a latency, in which
+# weights, products and batch count; and the paper says "up to". Nemotron-H's "up to 3×" is a throughput of 56B against
+# 70B-class models with 65,536 tokens in and 1,024 out, measured on H100s. Bytes alone explain neither, and say only
+# which way it goes: how many sequences fit on a GPU, and how much is read for a token.
+
+
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+
+def layouts(device: torch.device, timeout: float) -> list[Grid]:
+    """Every way to lay all ranks out: tp alone, both, cp alone."""
+    world = group_size()
+    return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
+
+
+def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small odd model on this grid beside the same on one device: name to relative error, the worst of all ranks.
+
+    Tokens that do not divide over cp, two documents, words that do not divide over tp, targets that do not count;
+    groups may be fewer than tp. Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|,
+    steps · lr).
+    """
+    sizes = dict(mamba_heads=2 * grid.tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
+    sizes |= dict(
+        attention_heads=2 * grid.tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * grid.tp
+    )
+    config = HybridConfig(61, 16, "M*-M", **sizes)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=torch.Generator().manual_seed(1)).to(
+        device
+    )
+    starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    starts_BS[0, 4], targets_BS[1, :3] = True, -100
+    plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
+    batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards, errors = [None] * grid.tp, {}
+        here = {name: x.detach().cpu() for name, x in here.items()}
+        if dist.is_initialized():
+            dist.all_gather_object(shards, here, grid.tp_group)
+        for name, x in merge_state_dicts(shards if grid.tp > 1 else [here], config).items():
+            y = reference[name].detach().cpu()
+            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+        return errors
+
+    errors = {}
+    runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
+    for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
+        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
+        if step == 0:
+            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
+    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    everywhere = [errors] * group_size()
+    if dist.is_initialized():
+        dist.all_gather_object(everywhere, errors)
+    return {name: worst([found[name] for found in everywhere]) for name in errors}
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN is worse than anything."""
+    return max((math.inf if math.isnan(error) else error for error in errors), default=math.inf)
+
+
+def check(device: torch.device, args, dtype: torch.dtype, autocast: torch.dtype | None, show: bool) -> dict[str, float]:
+    """Every layout of the ranks, with a group of heads a rank and with one for all: name to the worst relative error."""
+    found = {}
+    for grid in layouts(device, args.timeout):
+        for groups in sorted({grid.tp, 1}, reverse=True):
+            errors = equivalence(grid, groups, device, dtype, autocast)
+            text = f"tp {grid.tp} × cp {grid.cp}, G {groups}"
+            if show:
+                say("\n".join(f"{text:20} {name:48} {error:.1e}" for name, error in errors.items()))
+            say(f"{text}: worst of {len(errors)} {worst(errors.values()):.1e}")
+            for name, error in errors.items():
+                found[name] = max(found.get(name, 0.0), error)
+    return found
+
+
+def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
+    """Of one Mamba layer: all-reduces under tp, and what state passing sends under cp, at two lengths."""
+    world, found = group_size(), {}
+    config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
+    tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
+    for name, grid, length in (("tp", tp, 64), ("short", cp, 128 * world), ("long", cp, 512 * world)):
+        layer = ParallelBlock(config, ParallelMixer(config, grid), grid.tp_group).to(device)
+        x_BsH = torch.randn(1, length // grid.cp, config.hidden_size, device=device, requires_grad=True)
+        with Counter() as forward:
+            y_BsH = layer(x_BsH, Place())
+        with Counter() as backward:
+            y_BsH.sum().backward()
+        found[name] = [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
+    return found
+
+
+@torch.no_grad()
+def decode_times(config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15) -> list[float]:
+    """Milliseconds for one token on one device, behind so many tokens: states and caches hold random numbers."""
+    model, times = HybridLM(config).to(device).eval(), []
+    for context in contexts:
+        cache, token_BS = model.new_cache(1, context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        for x in (x for layer in cache.layers for x in layer.values()):
+            x.normal_()
+        cache.tokens, of_token = context, []
+        for _ in range(repeats + 3):
+            begin = time.perf_counter()
+            model.next_logits(token_BS, cache).argmax().item()  # the last word waits for a GPU to finish
+            of_token.append(1e3 * (time.perf_counter() - begin))
+        times.append(sorted(of_token[3:])[repeats // 2])
+    return times
+
+
+def demonstrate(args, device: torch.device) -> list[float]:
+    """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
+    from tqdm import tqdm
+
+    config, (dtype, autocast), grid = config_of(args), precision(args), make_grid(args.tp, device, args.timeout)
+    data = TextData(args.data, args.tokenizer, args.seq_length)
+
+    def batches(steps: int):
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+
+    options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
+    model = ParallelHybridLM(config, grid).to(device, dtype)
+    alone = train(HybridLM(config).to(device, dtype), batches(5 if group_rank() == 0 else 0), **options)
+    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
+    say("step      loss    on one device      norm")
+    differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
+    for step, (loss, norm) in enumerate(
+        tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
+    ):
+        beside = [loss_alone.item() for loss_alone, _ in itertools.islice(alone, 1)]
+        differences += [abs(loss.item() - other) for other in beside]
+        if step < 5 or step % 20 == 19:
+            text = f"{beside[0]:.6f}" if beside else ""
+            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+    if grid.cp == 1:
+        prompt_BS = data.batch(0, 1, args.seed, held_out=True)[0][:, :32].to(device)
+        text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
+        say(f"\nafter {data.decode(text_S[:32])!r} it writes\n{data.decode(text_S[32:])!r}")
+    return differences
+
+
+def main(args, device: torch.device) -> None:
+    say(
+        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, seed {args.seed}\n"
+    )
+    if args.check:
+        bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
+        say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
+        sys.exit(bad)
+    errors = check(device, args, torch.float64, None, show=False)
+    messages, differences = count_messages(device, args.timeout), demonstrate(args, device)
+    if group_rank() > 0:
+        return
+
+    config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
+    models = {"Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")), "hybrid": config,
+              "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5)}  # fmt: skip
+    times = {name: decode_times(cfg, contexts, device) for name, cfg in models.items()}
+    say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
+    for name, row in times.items():
+        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in row))
+    say()
+
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+        off = worst(error for name, error in errors.items() if name.startswith(kind))
+        row(f"every {claim} equals one device's, all layouts, fp64", "exact", f"worst {off:.1e} relative", off <= 1e-10)
+    off = worst(differences)
+    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+    row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
+    alone = group_size() == 1 and "needs ranks"
+    reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
+    row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
+    short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
+    row(
+        "bytes that state passing sends, at 1 and 4 times the tokens",
+        "equal",
+        f"{short:,}, {long:,}",
+        alone or short == long,
+    )
+    study, patterns = PUBLISHED["study hybrid 8B"], {name: c.pattern for name, c in PUBLISHED.items()}
+    given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same", study.pattern == given)
+    shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
+    row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
+    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(PUBLISHED['Nemotron-H-8B']):,}")
+    for name, paper in (("Nemotron-H-47B", "47B"), ("Nemotron-H-56B", "56B")):
+        row(f"parameters of {name}", paper, f"{parameters(PUBLISHED[name]) / 1e9:.0f}B")
+    eight, baseline = PUBLISHED["Nemotron-H-8B"], replace(PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
+    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, baseline))
+    row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
+    row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
+    row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
+    growth = ", ".join(f"{row[-1] / row[0]:.1f}" for row in times.values())
+    row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+SIZES = dict(hidden_size="hidden size, H", pattern="a letter a layer: M Mamba-2, * attention, - feed-forward",
+             ffn_hidden_size="feed-forward size, F", mamba_heads="heads of a Mamba layer; tp must divide them",
+             mamba_groups="groups of them that share B and C", state_size="size of a state, Z", chunk="tokens of a chunk",
+             attention_heads="query heads; tp must divide them", attention_groups="groups of them that share keys")  # fmt: skip
+
+
+def config_of(args) -> HybridConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    return HybridConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=60)
+    flag = parser.add_argument
+    flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
+    flag(
+        "--cp", type=int, help="ranks that share a sequence, by tokens: the others (Megatron-LM's context parallelism)"
+    )
+    for name, text in SIZES.items():
+        default = getattr(HybridConfig, name)
+        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    flag("--seq-length", type=int, default=128, help="tokens of a sequence, S")
+    flag("--batch", type=int, default=8, help="sequences of a step")
+    flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
+    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    args = parse_flags(parser, ranks=2)
+    args.tp = args.tp or args.world_size // (args.cp or 1)
+    try:
+        if args.tp < 1 or args.tp * (args.cp or args.world_size // args.tp) != args.world_size:
+            raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {args.world_size} ranks")
+        if args.batch < 1 or args.seq_length < 1:
+            raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
+        local_config(config_of(args), args.tp)
+        TextData(args.data, args.tokenizer, args.seq_length)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
 
 
 # ── shared: text data ──
@@ -939,6 +1907,8 @@ class TextData:
 
 
 # ── end of text data ──
+
+
 # Explained in chapter 1, at its end.
 # ── shared: counter ──
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
@@ -962,6 +1932,9 @@ class Counter(TorchDispatchMode):
 
 
 # ── end of counter ──
+
+
+# Explained in chapter 1, at its end.
 # ── shared: claims table ──
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
@@ -977,6 +1950,9 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # ── end of claims table ──
+
+
+# Explained in chapter 1, at its end.
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
@@ -1022,6 +1998,9 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
 
 
 # ── end of flags ──
+
+
+# Explained in chapter 1, at its end.
 # ── shared: launcher ──
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -1076,3 +2055,7 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
 
 
 # ── end of launcher ──
+
+
+if __name__ == "__main__":
+    launch(main, flags())
