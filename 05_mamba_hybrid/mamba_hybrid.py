@@ -13,7 +13,7 @@ Papers: An Empirical Study of Mamba-based Language Models (2024), Nemotron-H (20
 #     S  sequence, in tokens            D  size of a head (their P)        s            this rank's tokens
 #     H  hidden size (their d_model)    Z  size of a state (their N)       K  taps of the convolution
 #     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
-#     V  words, v this rank's           Q  length of a chunk               L  layers
+#     V  words                          Q  length of a chunk               L  layers
 #
 # B and C are also the two projections that the papers call so: as tensors they are B_BSGZ and C_BSGZ. Matrices L and W
 # of a chunk, and vectors a, dt, A, are the papers' names as well. A digit is a literal size. tp is the number of ranks
@@ -72,22 +72,19 @@ class HybridConfig:
     A_init: tuple[float, float] = (1.0, 16.0)  # −A of a head is drawn between these
     dt_init: tuple[float, float] = (1e-3, 0.1)  # and its step dt, on a logarithmic scale, between these
     seed: int = 0  # the weights are a function of this configuration alone
-    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this
 
     def __post_init__(self):
         if not self.pattern or set(self.pattern) - set("M*-"):
-            wrong = sorted(set(self.pattern) - set("M*-")) or "no layer"
-            raise ValueError(f"pattern={self.pattern!r} has {wrong}: write M, * or - for each layer")
+            raise ValueError(f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else")
         for name, value in vars(self).items():
-            if isinstance(value, int) and name not in ("seed", "rope") and value < 1:
-                raise ValueError(f"{name}={value}: it must be at least 1")
+            least = {"seed": value, "rope": value, "conv_kernel": 2}.get(name, 1)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name}={value}: it must be at least {least}")
         for kind in ("mamba", "attention"):
             heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
             if heads % groups:
                 fits = math.ceil(heads / groups) * groups
                 raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: such as {fits} do")
-        if self.conv_kernel < 2:
-            raise ValueError(f"conv_kernel={self.conv_kernel}: at least 2 taps, or there is nothing to convolve")
         if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
             raise ValueError(f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated")
 
@@ -177,30 +174,26 @@ def _exact(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)  # it would make the products narrow again
 
 
+def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
+    """The loop. Arguments and results as `ssd`'s; S steps, one after the other. Needs: `_lay_out`, `_lay_back`."""
+    X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
+    y = []
+    for t in range(x.shape[1]):
+        kept_BGJ11 = a_BGJS[..., t, None, None].exp().masked_fill(starts[..., t, None, None], 0)
+        state_BGJDZ = kept_BGJ11 * state_BGJDZ + X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
+        y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
+    return _lay_back(torch.stack(y, 3), state_BGJDZ, x, D)
+
+
 def ssd_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The recurrence for one token: x (B, N, D), dt (B, N), A (N), B and C (B, G, Z), state (B, N, D, Z).
 
-    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `_lay_out`.
+    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `ssd_recurrent`.
     """
-    token = x[:, None], dt[:, None], A, B[:, None], C[:, None]
-    X_BGJ1D, a_BGJ1, B_BG11Z, C_BG11Z, state_BGJDZ, _ = _lay_out(*token, state)
-    state_BGJDZ = a_BGJ1[..., None].exp() * state_BGJDZ + X_BGJ1D.mT * B_BG11Z
-    y_BGJD1 = (state_BGJDZ * C_BG11Z).sum(-1, keepdim=True)
-    y_B1ND, state = _lay_back(y_BGJD1.mT, state_BGJDZ, x[:, None], D)
-    return y_B1ND[:, 0], state
-
-
-def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The loop. Arguments and results as `ssd`'s. Needs: `ssd_step`."""
-    y, state = [], wide(x).new_zeros(*x[:, 0].shape, B.shape[-1]) if initial_state is None else initial_state
-    for t in range(x.shape[1]):
-        if starts is not None:
-            state = state.masked_fill(starts[:, t, None, None, None], 0)
-        y_t, state = ssd_step(x[:, t], dt[:, t], A, B[:, t], C[:, t], state, D)
-        y.append(y_t)
-    return torch.stack(y, 1), state
+    y, state = ssd_recurrent(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state)
+    return y[:, 0], state
 
 
 # The masked matrix needs two more things to serve as a chunk: what the state that enters adds to each y, and what each
@@ -299,17 +292,11 @@ def ssd(
 
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
-    Raises: ValueError where shapes disagree or heads do not divide into groups.
+    Raises: ValueError where heads do not divide into groups.
     Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: `_ChunkedSSD`, `_lay_out`, `_lay_back`.
     """
-    (batch, S, N, head), (G, Z) = x.shape, B.shape[2:]
-    shapes = dict(dt=(batch, S, N), A=(N,), B=(batch, S, G, Z), C=(batch, S, G, Z), D=(N,), starts=(batch, S))
-    shapes |= dict(initial_state=(batch, N, head, Z))
-    for (name, shape), tensor in zip(shapes.items(), (dt, A, B, C, D, starts, initial_state)):
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; with x {tuple(x.shape)} it must be {shape}")
-    if N % G or chunk < 1:
-        raise ValueError(f"{N} heads do not divide into {G} groups" if N % G else f"chunk={chunk}: at least 1")
+    if x.shape[2] % B.shape[2] or chunk < 1:
+        raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
     X_BGJSD, a_BGJS, *others = _lay_out(x, dt, A, B, C, initial_state, starts)
     with _exact(x):
         return _lay_back(*_ChunkedSSD.apply(chunk, X_BGJSD, a_BGJS[..., None], *others), x, D)
@@ -360,12 +347,15 @@ def causal_conv1d(
 
 
 @dataclass
-class Place:
-    """Which tokens of a sequence a layer is given, where they are not all, or not of one document."""
+class Past:
+    """Where tokens stand in their sequence, and what the layers see of those before: here nothing, x is the beginning.
+
+    Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
+    and `RankPast` (section 2.3), where it is on other ranks. No layer knows which one it has. Needs: `ssd`.
+    """
 
     first: int = 0  # the number of tokens before
     document_BS: Tensor | None = None  # of all tokens of the sequence, the number of the document; None: there is one
-    lengths: list[int] | None = None  # section 2.3: how many tokens each rank has
 
     def documents(self, before: int, S: int) -> Tensor | None:
         """The document's number for `before` tokens in front of `first`, and for S from there on."""
@@ -373,6 +363,23 @@ class Place:
             return None
         index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
         return self.document_BS[:, index.clamp(min=0)]  # in front of the first token of all there are only zeros
+
+    def starts(self, S: int) -> Tensor | None:
+        """True where a document begins, for S tokens from `first` on."""
+        document = self.documents(1, S)
+        return None if document is None else document[:, 1:] != document[:, :-1]
+
+    def inputs(self, u_BSC: Tensor, K: int) -> Tensor | None:
+        """The convolution's inputs in front of u, at least K − 1; None are zeros."""
+        return None
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        """`ssd`'s y."""
+        return ssd(x, dt, A, B, C, chunk, D, None, self.starts(x.shape[1]))[0]
+
+    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values from the first token of the sequence to the last of x."""
+        return k_BGSD, v_BGSD
 
 
 class RMSNorm(nn.Module):
@@ -394,8 +401,7 @@ class RMSNorm(nn.Module):
 class Mamba2Mixer(nn.Module):
     """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
 
-    `place` is for packed documents, `cache` for decoding (section 1.6). Source: Mamba-2; Megatron-LM's layer.
-    Needs: `ssd`, `ssd_step`, `causal_conv1d`, `RMSNorm`, `Place`, `initial_value`, `HybridConfig`.
+    Source: Mamba-2; Megatron-LM's layer. Needs: `Past`, `causal_conv1d`, `RMSNorm`, `initial_value`, `HybridConfig`.
     """
 
     def __init__(self, config: HybridConfig):
@@ -413,43 +419,18 @@ class Mamba2Mixer(nn.Module):
             if not p.is_meta:
                 p.data.copy_(initial_value(name, p.shape, config))
 
-    def forward(self, x_BSH: Tensor, place: Place | None = None, cache: dict | None = None) -> Tensor:
-        place, heads, groups = place or Place(), dict(D=self.config.mamba_head_size), dict(Z=self.config.state_size)
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        config, past, S = self.config, past or Past(), x_BSH.shape[1]
         z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
-        x_BSC, *BC_BSC = F.silu(self.convolve(u_BSC, place, cache)).split(self.convolved, -1)
-        x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", **heads)
-        B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", **groups) for t in BC_BSC)
+        before, documents = past.inputs(u_BSC, config.conv_kernel), past.documents(config.conv_kernel - 1, S)
+        u_BSC = F.silu(causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, before, documents))
+        x_BSC, *BC_BSC = u_BSC.split(self.convolved, -1)
+        x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", D=config.mamba_head_size)
+        B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
         dt_BSN, A_N = F.softplus(wide(dt_BSN) + wide(self.dt_bias)), -wide(self.A_log).exp()
-        y_BSND = self.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, place, cache)
+        y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
         y_BSC = wide(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(wide(z_BSC))
         return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
-
-    def convolve(self, u_BSC: Tensor, place: Place, cache: dict | None) -> Tensor:
-        K, S = self.config.conv_kernel, u_BSC.shape[1]
-        inputs = u_BSC, self.conv_weight, self.conv_bias, self.before(u_BSC, cache)
-        y_BSC = causal_conv1d(*inputs, place.documents(K - 1, S))
-        if cache is not None:
-            cache["conv"].copy_(torch.cat([cache["conv"], u_BSC[:, -K:]], 1)[:, -K:])
-        return y_BSC
-
-    def before(self, u_BSC: Tensor, cache: dict | None) -> Tensor | None:
-        """The convolution's inputs before u; None where u is the beginning."""
-        return cache and cache["conv"]
-
-    def scan(self, x, dt, A, B, C, place: Place, cache: dict | None) -> Tensor:
-        if cache is not None and x.shape[1] == 1:
-            y, state = ssd_step(x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], cache["state"], self.D)
-            y = y[:, None]
-        else:
-            document = place.documents(1, x.shape[1])
-            starts = None if document is None else document[:, 1:] != document[:, :-1]
-            y, state = self.recur(x, dt, A, B, C, cache and cache["state"], starts)
-        if cache is not None:
-            cache["state"].copy_(state)
-        return y
-
-    def recur(self, x, dt, A, B, C, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        return ssd(x, dt, A, B, C, self.config.chunk, self.D, state, starts)
 
 
 # ── 1.4 Attention, feed-forward, and the model ──────────────────────────────────────────────────────────
@@ -464,9 +445,9 @@ class Mamba2Mixer(nn.Module):
 
 
 def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …; i turns with i + R/2.
+    """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
 
-    Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
+    Element i turns with element i + R/2. Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
     """
     S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
@@ -478,7 +459,7 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, x_BSH to (B, S, H). Needs: `rotate`, `Place`, `HybridConfig`."""
+    """Causal grouped-query attention, x_BSH to (B, S, H). Needs: `rotate`, `Past`, `HybridConfig`."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -487,33 +468,25 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = (nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2))
         self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
 
-    def forward(self, x_BSH: Tensor, place: Place | None = None, cache: dict | None = None) -> Tensor:
-        place, S, D = place or Place(), x_BSH.shape[1], self.config.attention_head_size
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        past, S, D = past or Past(), x_BSH.shape[1], self.config.attention_head_size
         projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
         q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
-        q_BNSD, k_BGSD = (rotate(x, place.first, self.config.rope) for x in (q_BNSD, k_BGSD))
-        k_BGTD, v_BGTD = self.all_keys(k_BGSD, v_BGSD, place, cache)
-        T, mask = k_BGTD.shape[2], None  # T: all tokens, up to the last of x
-        if S == 1 and place.document_BS is None:  # one token sees all: the heads of a group are queries of one head
+        k_BGTD, v_BGTD = past.keys(rotate(k_BGSD, past.first, self.config.rope), v_BGSD)  # T: up to the last of x
+        q_BNSD, T = rotate(q_BNSD, past.first, self.config.rope), k_BGTD.shape[2]
+        if S == 1 and past.document_BS is None:  # one token sees all: the heads of a group are queries of one head
             q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
             y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
         else:
-            if T > S or place.document_BS is not None:
-                mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
-            if place.document_BS is not None:
-                document_BT = place.document_BS[:, :T]
+            mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
+            if past.document_BS is not None:
+                document_BT = past.document_BS[:, :T]
                 mask = (mask & (document_BT[:, T - S :, None] == document_BT[:, None]))[:, None]
+            elif T == S:
+                mask = None  # plainly causal, for which the kernels need no mask
             options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
             y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, **options)
         return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
-
-    def all_keys(self, k_BGSD: Tensor, v_BGSD: Tensor, place: Place, cache: dict | None) -> tuple[Tensor, Tensor]:
-        """Keys and values from the first token to the last of x."""
-        if cache is None:
-            return k_BGSD, v_BGSD
-        last = place.first + k_BGSD.shape[2]
-        cache["keys"][:, :, place.first : last], cache["values"][:, :, place.first : last] = k_BGSD, v_BGSD
-        return cache["keys"][:, :, :last], cache["values"][:, :, :last]
 
 
 class SquaredReLUMLP(nn.Module):
@@ -524,7 +497,7 @@ class SquaredReLUMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSH: Tensor, place: Place | None = None, cache: dict | None = None) -> Tensor:
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
         return self.down_proj(F.relu(self.up_proj(x_BSH)).square())
 
 
@@ -538,8 +511,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.mixer = RMSNorm(config.hidden_size, config.norm_eps), mixer
 
-    def forward(self, x_BSH: Tensor, place: Place, cache: dict | None = None) -> Tensor:
-        return x_BSH + self.mixer(self.norm(x_BSH), place, cache)
+    def forward(self, x_BSH: Tensor, past: Past) -> Tensor:
+        return x_BSH + self.mixer(self.norm(x_BSH), past)
 
 
 class HybridLM(nn.Module):
@@ -560,16 +533,23 @@ class HybridLM(nn.Module):
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
-    def enter(self, tokens_BS: Tensor, starts_BS: Tensor | None, cache: Cache | None) -> tuple[Tensor, Place]:
-        """The first layer's input, and which tokens it holds."""
-        document_BS = None if starts_BS is None else starts_BS.cumsum(1)
-        return self.embedding(tokens_BS), Place(cache.room_for(tokens_BS) if cache else 0, document_BS)
+    def mine(self, x_BS: Tensor) -> Tensor:
+        """Of what is given for a whole sequence, the part of the tokens that this model works on: here all."""
+        return x_BS
+
+    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
+        """Where these tokens stand."""
+        return Past(0, None if starts_BS is None else starts_BS.cumsum(1))
+
+    def run(self, layer: Block, x_BSH: Tensor, past: Past) -> Tensor:
+        return layer(x_BSH, past)
 
     def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head is given, (B, S, H)."""
-        x_BSH, place = self.enter(tokens_BS, starts_BS, cache)
-        for number, layer in enumerate(self.layers):
-            x_BSH = layer(x_BSH, place, cache and cache.layers[number])
+        pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        x_BSH = self.embedding(self.mine(tokens_BS))
+        for layer, past in zip(self.layers, pasts):
+            x_BSH = self.run(layer, x_BSH, past)
         return self.final_norm(x_BSH)
 
     def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
@@ -578,15 +558,15 @@ class HybridLM(nn.Module):
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
-
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
-        return Cache(self.config, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+        return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
 
     def next_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
         """Of the token that follows, (B, V)."""
         return self.head(self.hidden(tokens_BS, cache=cache)[:, -1])
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
+        return Cache(self.config, batch, capacity, self.head.weight.dtype, self.head.weight.device)
 
 
 # ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
@@ -638,8 +618,32 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 # behind ("prefill"); each further token is one step of the recurrence.
 
 
+@dataclass
+class CachedPast(Past):
+    """The past of one layer out of a cache's `kept`; what is asked with goes into it."""
+
+    kept: dict[str, Tensor] | None = None
+
+    def inputs(self, u_BSC: Tensor, K: int) -> Tensor:
+        before_BKC = self.kept["conv"]
+        self.kept["conv"] = torch.cat([before_BKC, u_BSC[:, -K:].detach()], 1)[:, -K:]
+        return before_BKC
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        state, one = self.kept["state"], x.shape[1] == 1
+        y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        self.kept["state"] = state.detach()
+        return y
+
+    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.first + k_BGSD.shape[2]
+        self.kept["keys"][:, :, self.first : last] = k_BGSD
+        self.kept["values"][:, :, self.first : last] = v_BGSD
+        return self.kept["keys"][:, :, :last], self.kept["values"][:, :, :last]
+
+
 class Cache:
-    """What decoding needs of the tokens so far, `tokens` of them: a dict for each layer.
+    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer.
 
     Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
     capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
@@ -647,40 +651,21 @@ class Cache:
     """
 
     def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
-        N, D, G, Z = config.mamba_heads, config.mamba_head_size, config.mamba_groups, config.state_size
-        shape = batch, config.attention_groups, capacity, config.attention_head_size
-        empty = lambda *shape, dtype=dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
-        conv = lambda: empty(batch, config.conv_kernel, N * D + 2 * G * Z)  # noqa: E731
-        state = lambda: empty(batch, N, D, Z, dtype=torch.promote_types(dtype, torch.float32))  # noqa: E731
-        kinds = {"M": dict(conv=conv, state=state), "*": dict.fromkeys(("keys", "values"), lambda: empty(*shape))}
+        N, D, Z = config.mamba_heads, config.mamba_head_size, config.state_size
+        keys = config.attention_groups, capacity, config.attention_head_size
+        mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
+        shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
+        dtypes = {"state": torch.promote_types(dtype, torch.float32)}
+        make = lambda name, shape: torch.zeros(batch, *shape, dtype=dtypes.get(name, dtype), device=device)  # noqa: E731
+        self.layers = [{name: make(name, x) for name, x in shapes[kind].items()} for kind in config.pattern]
         self.tokens, self.capacity = 0, capacity
-        self.layers = [{name: make() for name, make in kinds.get(kind, {}).items()} for kind in config.pattern]
 
-    def room_for(self, tokens_BS: Tensor) -> int:
-        """Counts these tokens in; returns how many there were before. Raises: ValueError where they do not fit."""
-        before, self.tokens = self.tokens, self.tokens + tokens_BS.shape[1]
+    def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
+        """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
+        first, self.tokens = self.tokens, self.tokens + tokens_BS.shape[1]
         if self.tokens > self.capacity:
             raise ValueError(f"{self.tokens} tokens, but the cache has room for {self.capacity}")
-        return before
-
-
-@torch.no_grad()
-def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
-    """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
-
-    model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
-    are in the same state. Raises: ValueError for an empty prompt. Needs: `Cache`.
-    """
-    if not tokens_BS.shape[1]:
-        raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
-    cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
-    for _ in range(new_tokens):
-        logits_BV = model.next_logits(new_BS, cache)
-        new_BS = logits_BV.argmax(-1, keepdim=True)
-        if temperature:
-            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
-        tokens_BS = torch.cat([tokens_BS, new_BS], 1)
-    return tokens_BS
+        return [CachedPast(first, None, kept) for kept in self.layers]
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -829,20 +814,6 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
 
 
-def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
-    """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
-
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
-    """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if tp < 1 or world % tp:
-        raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
-    columns = [list(range(first, world, tp)) for first in range(tp)]
-    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
-    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
-
-
 # ── 2.1 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
 #
 # All kinds of layers have the shape of chapter 2: a projection in, something that knows only its own heads or
@@ -875,16 +846,11 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
 
     Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat. Needs: `held`.
     """
-    used = {
-        "M": ("mamba_heads", "mamba_groups"),
-        "*": ("attention_heads", "attention_groups"),
-        "-": ("ffn_hidden_size",),
-    }
-    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in used[kind]}
+    names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
+    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
     for name, size in sizes.items():
         if size % tp and not (name.endswith("groups") and tp % size == 0):
-            also = f", or a divisor of {tp}" if name.endswith("groups") else ""
-            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}{also}")
+            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}")
     return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
 
 
@@ -977,66 +943,28 @@ def ssd_sequence_parallel(
     return y_BsND, own_BNDZ + kept_BsN[:, -1, :, None, None] * in_BNDZ
 
 
-# The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*. It
-# travels one rank to the right in forward, its gradient one rank to the left in backward.
-
-
-def _pass_on(x: Tensor, step: int, group) -> Tensor:
-    """The x of the rank `step` before this one, zeros where there is none; of equal shape on all ranks."""
-    rank, size, backend = group_rank(group), group_size(group), dist.get_backend(group)
-    device = torch.device("cpu") if backend == "gloo" else x.device  # gloo sends no tensor that is on a GPU
-    mine, theirs = x.to(device).contiguous(), torch.zeros(x.shape, dtype=x.dtype, device=device)
-    global_rank = lambda r: dist.get_global_rank(group or dist.group.WORLD, r)  # noqa: E731
-    messages = []
-    if 0 <= rank - step < size:
-        messages.append(dist.P2POp(dist.irecv, theirs, global_rank(rank - step), group))
-    if 0 <= rank + step < size:
-        messages.append(dist.P2POp(dist.isend, mine, global_rank(rank + step), group))
-    for work in dist.batch_isend_irecv(messages):
-        work.wait()
-    return theirs.to(x.device)
-
-
-class _Halo(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, u_BsC, width, group):
-        ctx.group, ctx.length = group, u_BsC.shape[1]
-        return _pass_on(u_BsC[:, u_BsC.shape[1] - width :], 1, group)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_BKC):
-        return F.pad(_pass_on(grad_BKC, -1, ctx.group), (0, 0, ctx.length - grad_BKC.shape[1], 0)), None, None
+# The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*.
+# It goes one rank to the right in forward, its gradient one rank to the left in backward. Two neighbours could send it
+# to each other; we let it travel by the all-gather that the state takes as well, where it is small beside it.
 
 
 def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
-    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank.
+    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
 
-    Raises: ValueError where this rank has fewer tokens (then the others wait: look at all lengths before).
-    Needs: `_Halo`, `_pass_on`.
+    Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
+    Needs: `_Door`, `_gather`, `group_size`, `group_rank`.
     """
-    if u_BsC.shape[1] < width:
+    rank, size, rest = group_rank(group), group_size(group), u_BsC.shape[1] - width
+    if rest < 0:
         raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
-    return _Halo.apply(u_BsC, width, group)
 
+    def of_rank(other: int, x_BKC: Tensor) -> Tensor:
+        everyones = _gather(x_BKC, group).chunk(size, -1)
+        return everyones[other] if 0 <= other < size else torch.zeros_like(x_BKC)
 
-class ParallelMixer(Mamba2Mixer):
-    """`Mamba2Mixer` of this rank's heads and tokens. Needs: `local_config`, `ParallelRMSNorm`, `halo`, the scan."""
-
-    def __init__(self, config: HybridConfig, grid: Grid):
-        super().__init__(local_config(config, grid.tp))
-        self.grid, size = grid, self.norm.weight.shape[0]
-        self.norm = ParallelRMSNorm(size, config.norm_eps, config.mamba_groups, grid)
-
-    def before(self, u_BsC: Tensor, cache: dict | None) -> Tensor | None:
-        if self.grid.cp == 1:
-            return super().before(u_BsC, cache)
-        return halo(u_BsC, self.config.conv_kernel - 1, self.grid.cp_group)
-
-    def recur(self, x, dt, A, B, C, state: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.grid.cp == 1:
-            return super().recur(x, dt, A, B, C, state, starts)
-        return ssd_sequence_parallel(x, dt, A, B, C, self.config.chunk, self.D, self.grid.cp_group, starts)
+    there = lambda u_BsC, group: of_rank(rank - 1, u_BsC[:, rest:])  # noqa: E731
+    back = lambda grad_BKC, group: F.pad(of_rank(rank + 1, grad_BKC), (0, 0, rest, 0))  # noqa: E731
+    return _Door.apply(u_BsC, group, there, back)
 
 
 # ── 2.3 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
@@ -1055,204 +983,94 @@ class ParallelMixer(Mamba2Mixer):
 # in_proj.
 
 
-class _GatherTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_BGsD, lengths, group):
-        ctx.lengths, ctx.group = lengths, group
-        longest = F.pad(x_BGsD, (0, 0, 0, max(lengths) - x_BGsD.shape[2])).contiguous()
-        pieces = [torch.empty_like(longest) for _ in lengths]
-        dist.all_gather(pieces, longest, group)
+def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
+    """All ranks' tokens side by side, (B, G, s, D) to (B, G, S, D); of the gradient each rank gets the sum for its own.
+
+    lengths: how many tokens each rank of the group has. Needs: `_Door`, `_gather`, `group_rank`.
+    """
+    rank, pad = group_rank(group), lambda x: F.pad(x, (0, 0, 0, max(lengths) - x.shape[2])).contiguous()
+
+    def there(x_BGsD: Tensor, group) -> Tensor:
+        pieces = _gather(pad(x_BGsD), group).chunk(len(lengths), -1)
         return torch.cat([piece[:, :, :length] for piece, length in zip(pieces, lengths)], 2)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_BGTD):
-        longest, rank = max(ctx.lengths), group_rank(ctx.group)
-        partial = [F.pad(g, (0, 0, 0, longest - g.shape[2])).contiguous() for g in grad_BGTD.split(ctx.lengths, 2)]
-        grad_BGsD = torch.empty_like(partial[rank])
-        dist.reduce_scatter(grad_BGsD, partial, group=ctx.group)
-        return grad_BGsD[:, :, : ctx.lengths[rank]], None, None
+    def back(partial_BGSD: Tensor, group) -> Tensor:
+        partial = [pad(piece) for piece in partial_BGSD.split(lengths, 2)]
+        dist.reduce_scatter(mine := torch.empty_like(partial[rank]), partial, group=group)
+        return mine[:, :, : lengths[rank]]
+
+    return _Door.apply(x_BGsD, group, there, back)
 
 
-class ParallelAttention(Attention):
-    """`Attention` of this rank's heads and tokens. Needs: `local_config`, `_GatherTokens`."""
+@dataclass
+class RankPast(Past):
+    """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
 
-    def __init__(self, config: HybridConfig, grid: Grid):
-        super().__init__(local_config(config, grid.tp))
-        self.grid = grid
+    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `gather_tokens`.
+    """
 
-    def all_keys(self, k_BgsD: Tensor, v_BgsD: Tensor, place: Place, cache: dict | None) -> tuple[Tensor, Tensor]:
-        if self.grid.cp == 1:
-            return super().all_keys(k_BgsD, v_BgsD, place, cache)
-        both = _GatherTokens.apply(torch.cat([k_BgsD, v_BgsD], -1), place.lengths, self.grid.cp_group)
-        return both[:, :, : place.first + k_BgsD.shape[2]].chunk(2, -1)  # what is later is not looked at
+    lengths: list[int] | None = None
+    group: dist.ProcessGroup | None = None
+
+    def inputs(self, u_BsC: Tensor, K: int) -> Tensor:
+        return halo(u_BsC, K - 1, self.group)
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[0]
+
+    def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
+        both_BGSD = gather_tokens(torch.cat([k_BGsD, v_BGsD], -1), self.lengths, self.group)
+        return both_BGSD[:, :, : self.first + k_BGsD.shape[2]].chunk(2, -1)  # what comes later is not looked at
 
 
 # ── 2.4 The model ───────────────────────────────────────────────────────────────────────────────────────
 #
-# Every rank is given the whole sequence of tokens, which is small, and takes its own. The table of words and the head
-# are divided over tp, and the loss is computed without gathering logits: chapter 2, sections 2.4 and 2.5.
-
-
-# ── shared: padded vocabulary ──
-def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
-    return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
-
-
-# ── end of padded vocabulary ──
-
-
-# ── shared: vocabulary loss ──
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
-        v = logits_BSv.shape[-1]
-        first_word = group_rank(group) * v
-        wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(first_word, first_word + v, device=logits_BSv.device) < vocab_size
-        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
-
-        x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
-
-        # Which targets are my words? For the others any index will do: what it picks is not used.
-        mine_BS = (targets_BS >= first_word) & (targets_BS < first_word + v)
-        index_BS1 = (targets_BS - first_word).clamp(0, v - 1)[..., None]
-        # A product with mine_BS in place of where() would make NaN of 0 · −inf.
-        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, index_BS1)[..., 0], 0)
-        exp_BSv = x_BSv.exp_()
-
-        # One message instead of two: both summands travel side by side.
-        target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
-
-        counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), index_BS1, mine_BS, counts_BS)
-        ctx.dtype = logits_BSv.dtype
-        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
-
-    @staticmethod
-    def backward(ctx, grad_BS):
-        softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = torch.where(counts_BS, grad_BS, 0)
-        grad_BSv = softmax_BSv * grad_BS[..., None]
-        grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
-        return grad_BSv.to(ctx.dtype), None, None, None, None
-
-
-def vocab_parallel_cross_entropy(
-    logits_BSv: Tensor, targets_BS: Tensor, group=None, vocab_size: int | None = None, ignore_index: int = -100
-) -> Tensor:
-    """Cross entropy of each token, from logits whose vocabulary is divided over `group`.
-
-    Args:
-        logits_BSv: this rank's columns, as many on every rank; rank r holds words [r·v, (r + 1)·v). Not modified.
-        targets_BS: word numbers in [0, vocab_size) or `ignore_index`; int64, the same on every rank.
-        group: the tensor-parallel group; None is all ranks.
-        vocab_size: words that exist; columns from there on are padding. None: all columns of all ranks are words.
-
-    Returns: loss_BS in nats, not reduced, the same on every rank; 0 where the target is `ignore_index`. At least fp32.
-
-    Raises:
-        ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
-            a GPU check targets where the data is loaded).
-
-    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_all_reduce`, `_readable`, `group_size`,
-    `group_rank`.
-    """
-    columns = logits_BSv.shape[-1] * group_size(group)
-    vocab_size = columns if vocab_size is None else vocab_size
-    if logits_BSv.shape[:-1] != targets_BS.shape:
-        shapes = f"logits {tuple(logits_BSv.shape)} and targets {tuple(targets_BS.shape)}"
-        raise ValueError(f"{shapes}: all dimensions but the last must agree")
-    if not 0 < vocab_size <= columns:
-        raise ValueError(f"a vocabulary of {vocab_size} words does not fit the {columns} columns that the group holds")
-    if _readable(targets_BS):
-        no_word_BS = ((targets_BS < 0) | (targets_BS >= vocab_size)) & (targets_BS != ignore_index)
-        if no_word_BS.any():
-            word = targets_BS[no_word_BS][0]
-            raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
-    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
-
-
-# ── end of vocabulary loss ──
-
-
-class ParallelBlock(Block):
-    """`Block` with the layer between the doors of a tensor-parallel region."""
-
-    def __init__(self, config: HybridConfig, mixer: nn.Module, group):
-        super().__init__(config, mixer)
-        self.group = group
-
-    def forward(self, x_BsH: Tensor, place: Place, cache: dict | None = None) -> Tensor:
-        partial_y_BsH = self.mixer(copy_to_tp(self.norm(x_BsH), self.group), place, cache)
-        return x_BsH + reduce_from_tp(partial_y_BsH, self.group)
+# Every rank is given the whole sequence of token numbers, which is small, and works on its own. The embedding and the
+# head are whole on each rank, and so are the logits of its tokens: to divide them by words is chapter 2's sections 2.4
+# and 2.5, and nothing about it is new here.
 
 
 class ParallelHybridLM(HybridLM):
-    """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, v) of this rank's tokens and words.
+    """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, V) of this rank's tokens.
 
     Its weights are those of HybridLM(config), whatever the grid, under the same names; one whole tensor at a time is in
-    memory. Decoding works where cp is 1.
+    memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1.
 
-    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, for an unknown word.
+    Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
     Needs: parts 1 and 2, of part 3 `shard_tensor`.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
-        nn.Module.__init__(self)
-        self.config, self.grid = config, grid
-        kinds = {"M": lambda: ParallelMixer(config, grid), "*": lambda: ParallelAttention(config, grid)}
-        kinds["-"] = lambda: SquaredReLUMLP(local_config(config, grid.tp))
+        self.local = local_config(config, grid.tp)
         with torch.device("meta"):  # shapes first, without memory
-            words = padded_vocab_size(config.vocab_size, grid.tp, config.vocab_multiple) // grid.tp
-            self.embedding = nn.Embedding(words, config.hidden_size)
-            self.layers = nn.ModuleList(ParallelBlock(config, kinds[kind](), grid.tp_group) for kind in config.pattern)
-            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
-            self.head = nn.Linear(config.hidden_size, words, bias=False)
+            super().__init__(self.local)
+            for mixer in (layer.mixer for layer in self.layers if isinstance(layer.mixer, Mamba2Mixer)):
+                mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
+        self.config, self.grid = config, grid
         shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
-    def mine(self, x_BS: Tensor) -> list[Tensor]:
-        """x cut into the tokens of each cp rank; the first ones get one more where they do not divide."""
-        pieces, K = x_BS.tensor_split(self.grid.cp, 1), self.config.conv_kernel
-        if self.grid.cp > 1 and pieces[-1].shape[1] < K - 1:
-            text = f"{x_BS.shape[1]} tokens over cp={self.grid.cp} ranks leave {pieces[-1].shape[1]} to the last"
-            raise ValueError(f"{text}, and a convolution of {K} taps needs at least {K - 1}: use fewer ranks")
-        return pieces
+    def run(self, layer: Block, x_BsH: Tensor, past: Past) -> Tensor:
+        partial_y_BsH = layer.mixer(copy_to_tp(layer.norm(x_BsH), self.grid.tp_group), past)
+        return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
 
-    def enter(self, tokens_BS: Tensor, starts_BS: Tensor | None, cache: Cache | None) -> tuple[Tensor, Place]:
-        if cache and self.grid.cp > 1:
-            raise ValueError(f"cp={self.grid.cp}: a cache holds one rank's past; decode with tp alone")
-        if _readable(tokens_BS) and ((tokens_BS < 0) | (tokens_BS >= self.config.vocab_size)).any():
-            raise ValueError(
-                f"token {tokens_BS.max()} or {tokens_BS.min()} is no word in [0, {self.config.vocab_size})"
-            )
-        pieces, rank = self.mine(tokens_BS), self.grid.cp_rank
-        lengths = [piece.shape[1] for piece in pieces]
-        first = cache.room_for(tokens_BS) if cache else sum(lengths[:rank])
-        v = self.embedding.num_embeddings
-        index_Bs = pieces[rank] - self.grid.tp_rank * v
-        row_BsH = self.embedding(index_Bs.clamp(0, v - 1))  # not my word: any row, which the next line drops
-        partial_x_BsH = torch.where(((index_Bs >= 0) & (index_Bs < v))[..., None], row_BsH, 0)
-        document_BS = None if starts_BS is None else starts_BS.cumsum(1)
-        return reduce_from_tp(partial_x_BsH, self.grid.tp_group), Place(first, document_BS, lengths)
+    def mine(self, x_BS: Tensor) -> Tensor:
+        return x_BS.tensor_split(self.grid.cp, 1)[self.grid.cp_rank]  # the first get one more where they do not divide
 
-    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        return self.head(copy_to_tp(self.hidden(tokens_BS, starts_BS, cache), self.grid.tp_group))
-
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
-        """Cross entropy of each of this rank's tokens in nats, (B, s), the same on every tp rank; 0 for −100."""
-        logits_Bsv, targets_Bs = self(tokens_BS, starts_BS), self.mine(targets_BS)[self.grid.cp_rank]
-        return vocab_parallel_cross_entropy(logits_Bsv, targets_Bs, self.grid.tp_group, self.config.vocab_size)
+    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
+        lengths = [x.shape[1] for x in tokens_BS.tensor_split(self.grid.cp, 1)]
+        past, least = super().past(tokens_BS, starts_BS), self.config.conv_kernel - 1
+        if len(lengths) == 1:
+            return past
+        if lengths[-1] < least:
+            text = f"{tokens_BS.shape[1]} tokens over cp={self.grid.cp} ranks leave {lengths[-1]} to the last"
+            raise ValueError(f"{text}; a convolution of {least + 1} taps needs {least}: use fewer ranks")
+        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
-        weight = self.head.weight
-        return Cache(local_config(self.config, self.grid.tp), batch, capacity, weight.dtype, weight.device)
-
-    def next_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
-        logits_BV = gather_from_tp(super().next_logits(tokens_BS, cache), self.grid.tp_group)
-        return logits_BV[:, : self.config.vocab_size]
+        if self.grid.cp > 1:
+            raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
+        return Cache(self.local, batch, capacity, self.head.weight.dtype, self.head.weight.device)
 
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
@@ -1272,32 +1090,17 @@ Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
     """The dimension along which parameter `name` is cut, and rank `rank`'s pieces; none where each rank holds all.
 
-    Needs: `Piece`, `held`, `padded_vocab_size`.
+    Needs: `Piece`, `held`.
     """
-    inner, keys, steps = (
-        (config.mamba_heads, config.mamba_head_size),
-        (config.mamba_groups, config.state_size),
-        [(config.mamba_heads, 1)],
-    )
-    queries, shared = (
-        [(config.attention_heads, config.attention_head_size)],
-        [(config.attention_groups, config.attention_head_size)],
-    )
-    features, words = (
-        [(config.ffn_hidden_size, 1)],
-        [(padded_vocab_size(config.vocab_size, tp, config.vocab_multiple), 1)],
-    )
+    N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
+    inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
+    queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
     rows = {
-        "in_proj.weight": [inner, inner, keys, keys, *steps],
-        "norm.weight": [inner],
-        "embedding.weight": words,
-        "head.weight": words,
-    }
-    rows |= dict.fromkeys(("conv_weight", "conv_bias"), [inner, keys, keys]) | dict.fromkeys(
-        ("dt_bias", "A_log", "D"), steps
-    )
-    rows |= {"q_proj.weight": queries, "k_proj.weight": shared, "v_proj.weight": shared, "up_proj.weight": features}
-    columns = {"out_proj.weight": [inner], "o_proj.weight": queries, "down_proj.weight": features}
+        "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
+        "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
+        "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
+    }  # fmt: skip
+    columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
     kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
     for units, width in (rows | columns).get(kind, []):
         mine = held(units, rank, tp)
@@ -1306,14 +1109,9 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
     return int(kind in columns), pieces
 
 
-def _pad_words(name: str, whole: Tensor, config: HybridConfig, tp: int) -> Tensor:
-    padded = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple)
-    return F.pad(whole, (0, 0, 0, padded - len(whole))) if name in ("embedding.weight", "head.weight") else whole
-
-
 def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
     """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`."""
-    (dim, pieces), whole = pieces_of(name, config, rank, tp), _pad_words(name, whole, config, tp)
+    dim, pieces = pieces_of(name, config, rank, tp)
     return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim) if pieces else whole.clone()
 
 
@@ -1323,13 +1121,10 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
     Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
     Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
     """
-    local_config(config, tp)
-    expected = parameter_shapes(config)
-    if wrong := sorted(expected.keys() ^ full.keys()):
-        raise ValueError(f"the state dict lacks, or should not have, {wrong}")
-    for name, shape in expected.items():
-        if full[name].shape != shape:
-            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
+    local_config(config, tp)  # for what it raises
+    if wrong := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
+        raise ValueError(f"missing, unknown, or of another shape than this configuration's: {wrong}")
     return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
 
 
@@ -1339,19 +1134,19 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
     Works for gradients as well. Raises: ValueError where ranks hold different values of what should be the same on
     each, such as the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
     """
-    full, tp = {}, len(shards)
+    full = {}
     for name, shape in parameter_shapes(config).items():
-        whole = _pad_words(name, shards[0][name].new_empty(shape), config, tp)
-        for check in (False, True):
-            for rank, shard in enumerate(shards):
-                dim, pieces = pieces_of(name, config, rank, tp)
-                for p in pieces or [Piece(0, 0, len(whole), tp)]:
-                    there, here = whole.narrow(dim, p.there, p.size), shard[name].narrow(dim, p.here, p.size)
-                    if check and not torch.equal(there, here):
-                        gap = f"rank {rank}'s differs by {(there - here).abs().max():.1e}"
-                        raise ValueError(f"{name} should be the same on {p.copies} ranks, but {gap}")
-                    there.copy_(here)
-        full[name] = whole[: shape[0]].clone()
+        full[name], spots = shards[0][name].new_empty(shape), []
+        for rank, shard in enumerate(shards):
+            dim, pieces = pieces_of(name, config, rank, len(shards))
+            for p in pieces or [Piece(0, 0, shape[0], len(shards))]:
+                spots.append((full[name].narrow(dim, p.there, p.size), shard[name].narrow(dim, p.here, p.size), rank))
+                spots[-1][0].copy_(spots[-1][1])
+        for whole, mine, rank in spots:  # what several ranks hold was written several times
+            if not torch.equal(whole, mine):
+                raise ValueError(
+                    f"{name} should be the same on several ranks; rank {rank}'s is off by {(whole - mine).abs().max():.1e}"
+                )
     return full
 
 
@@ -1374,48 +1169,40 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     """
     from safetensors import safe_open
 
-    theirs, letters = (
-        json.loads((Path(folder) / "config.json").read_text("utf-8")),
-        dict(mamba="M", attention="*", mlp="-"),
-    )
-    ours = dict(
-        model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True, use_bias=False
-    )
-    ours |= dict.fromkeys(
-        ("mlp_bias", "attention_bias", "mamba_proj_bias", "tie_word_embeddings", "residual_in_fp32"), False
-    )
+    folder = Path(folder)
+    theirs, index = json.loads((folder / "config.json").read_text("utf-8")), folder / "model.safetensors.index.json"
+    ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
+                use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
     if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
-    letters |= dict(linear_attention="M", full_attention="*")  # names of later versions of the format
-    listed = theirs.get("layers_block_type") or theirs.get("layer_types") or []
-    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, kind) for kind in listed)
-    names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size", chunk="chunk_size",
+    letters = dict(
+        mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-"
+    )  # two ages of the format
+    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or []
+    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
+    names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size",
                  mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
-                 state_size="ssm_state_size", conv_kernel="conv_kernel", attention_heads="num_attention_heads",
-                 attention_groups="num_key_value_heads", norm_eps="layer_norm_epsilon")  # fmt: skip
+                 state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size", norm_eps="layer_norm_epsilon",
+                 attention_heads="num_attention_heads", attention_groups="num_key_value_heads")  # fmt: skip
+    sizes = {name: theirs[published] for name, published in names.items()}
     head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
-    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **{k: theirs[v] for k, v in names.items()})
-    local_config(config, tp)
-    index, files = Path(folder) / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        files = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-    opened = [safe_open(Path(folder) / file, "pt") for file in files]
+    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **sizes)
+    files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
+    opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
     found = {
-        name.split(".", 1)[-1] if name.split(".")[0] in ("backbone", "model") else name: (file, name)
-        for file in opened
-        for name in file.keys()
+        name.removeprefix("backbone.").removeprefix("model."): (file, name) for file in opened for name in file.keys()
     }
+    local_config(config, tp)  # for what it raises
     full = {}
     for name, shape in parameter_shapes(config).items():
-        published = name.replace("conv_", "conv1d.").replace("head.", "lm_head.")
-        published = published.replace("embedding.", "embeddings.").replace("final_norm.", "norm_f.")
+        published = name.replace("conv_", "conv1d.").replace("head.", "lm_head.").replace("final_norm", "norm_f")
+        published = published.replace("embedding", "embeddings")
         if published not in found:
             raise ValueError(f"{folder} lacks the tensor {published}")
-        file, stored = found[published]
-        x = file.get_tensor(stored)
+        x = found[published][0].get_tensor(found[published][1])
         x = x.squeeze(1) if name.endswith("conv_weight") else x
         if x.shape != shape:
-            raise ValueError(f"{folder}: {stored} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
+            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
         full[name] = shard_tensor(name, x, config, rank, tp)
     return config, full
 
@@ -1451,33 +1238,33 @@ def _sum_over(parts: list[Tensor], group) -> None:
 def reduce_gradients(model: ParallelHybridLM) -> None:
     """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
 
-    Needs: `pieces_of`, `held`, `_sum_over`.
+    Needs: `pieces_of`, `_sum_over`.
     """
     grid, copies = model.grid, []
-    _sum_over([p.grad for p in model.parameters() if p.grad is not None], grid.cp_group)
+    _sum_over([p.grad for p in model.parameters()], grid.cp_group)
     for name, p in model.named_parameters():
         for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1]:
-            if piece.copies > 1 and p.grad is not None:
-                mine = p.grad[piece.here : piece.here + piece.size]
+            if piece.copies > 1:  # a slot for each group, so that one message over all tp ranks serves every group
+                mine, slot = p.grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
                 slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
-                slots[grid.tp_rank // piece.copies] = mine
-                copies.append((mine, slots))
-    _sum_over([slots for _, slots in copies], grid.tp_group)
-    for mine, slots in copies:  # one slot a group, so that one message over all tp ranks serves every group
-        mine.copy_(slots[grid.tp_rank // (grid.tp // len(slots))])
+                slots[slot] = mine
+                copies.append((mine, slots, slots[slot]))
+    _sum_over([slots for _, slots, _ in copies], grid.tp_group)
+    for mine, _, total in copies:
+        mine.copy_(total)
 
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient, the same on every rank. Needs: `pieces_of`."""
-    grid, shares, whole = getattr(model, "grid", Grid()), [], []
+    grid = getattr(model, "grid", Grid())
+    squares = {False: [], True: []}
     for name, p in model.named_parameters():
         dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-        for q in pieces or [Piece(0, 0, p.shape[dim], 1)]:
-            square = wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies
-            (shares if pieces else whole).append(square)
-    of_shares = torch.stack(shares).sum()
-    of_shares = _all_reduce(of_shares, grid.tp_group) if grid.tp > 1 else of_shares
-    return (of_shares + torch.stack(whole).sum()).sqrt()
+        for q in pieces or [Piece(0, 0, p.shape[0], 1)]:
+            norm = torch.linalg.vector_norm(wide(p.grad.narrow(dim, q.here, q.size)))
+            squares[bool(pieces)].append(norm.square() / q.copies)
+    whole, shares = (torch.stack(parts).sum() for parts in squares.values())
+    return (whole + (_all_reduce(shares, grid.tp_group) if grid.tp > 1 else shares)).sqrt()
 
 
 def train_step(
@@ -1525,57 +1312,28 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
 # layer of credit is left, and take a section's length on; otherwise pay one.
 
 
+def _spread(layers: list[str], letter: str, count: int, section: float) -> None:
+    credit = section
+    for i in (i for i, kind in enumerate(layers) if kind == "M" and count):
+        if credit < 0.5:
+            layers[i] = letter
+        credit += section if credit < 0.5 else -1
+
+
 def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
     """The pattern of n layers with these shares of attention and feed-forward layers, spread evenly.
 
     Raises: ValueError where the shares do not fit. Source: the study, arXiv 2406.07887; Megatron-LM's rule.
     """
-    attention, mlp = round(n * attention_ratio), round(n * mlp_ratio)
+    layers, attention, mlp = ["M"] * n, round(n * attention_ratio), round(n * mlp_ratio)
     if min(attention, mlp) < 0 or attention + mlp > n:
         raise ValueError(f"{attention} attention and {mlp} feed-forward layers do not fit into {n}")
-    layers = ["M"] * n
-    section = credit = (n - attention) / (attention + 1)
-    for i in range(n):
-        if credit < 0.5 and attention:
-            layers[i] = "*"
-            credit += section
-        else:
-            credit -= 1
-    section = credit = (n - attention - mlp) / max(mlp, 1)
-    for i in range(n):
-        if layers[i] == "M" and mlp:
-            if credit < 0.5:
-                layers[i] = "-"
-                credit += section
-            else:
-                credit -= 1
+    _spread(layers, "*", attention, (n - attention) / (attention + 1))
+    _spread(layers, "-", mlp, (n - attention - mlp) / max(mlp, 1))
     return "".join(layers)
 
 
 # ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
-
-
-def _published(
-    pattern: str, hidden: int, ffn: int, heads: int, mamba: tuple[int, int, int], vocab: int
-) -> HybridConfig:
-    N, D, Z = mamba
-    attention = dict(attention_heads=heads, attention_groups=8, attention_head_size=128)
-    mamba_sizes = dict(mamba_heads=N, mamba_head_size=D, state_size=Z, mamba_groups=8, chunk=128)
-    return HybridConfig(vocab, hidden, pattern, ffn, **mamba_sizes, **attention)
-
-
-#              layers                             hidden   FFN  heads  N, D, Z of Mamba  vocabulary
-PUBLISHED = {
-    "study hybrid 8B": _published(allocate_layers(56, 0.08, 0.5), 4096, 16384, 32, (128, 64, 128), 256_000),
-    "Nemotron-H-8B": _published("M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-", 4096, 21504, 32, (128, 64, 128), 131_072),
-    "Nemotron-H-47B": _published(
-        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-",
-        8192, 30720, 64, (256, 64, 256), 131_072,
-    ),
-    "Nemotron-H-56B": _published("M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-", 8192, 32768, 64, (256, 64, 256), 131_072),
-    "Nano-12B-v2": _published("M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-", 5120, 20480, 40, (128, 80, 128), 131_072),
-    "Nano-9B-v2": _published("M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", 4480, 15680, 40, (128, 80, 128), 131_072),
-}  # fmt: skip
 
 
 def parameters(config: HybridConfig) -> int:
@@ -1616,6 +1374,53 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+#               hidden    FFN  heads    N   D    Z    vocabulary   layers
+PUBLISHED = {
+    name: HybridConfig(vocab, H, pattern, F, N, D, 8, Z, 4, 128, heads, 8, 128)
+    for name, (H, F, heads, N, D, Z, vocab, pattern) in {
+        "study hybrid": (4096, 16384, 32, 128, 64, 128, 256_000, allocate_layers(56, 0.08, 0.5)),
+        "Nemotron-H-8B": (4096, 21504, 32, 128, 64, 128, 131_072, "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
+        "Nemotron-H-47B": (8192, 30720, 64, 256, 64, 256, 131_072,
+                           2 * "M-M-M-M-M-M-M-M-M*-" + "M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"),
+        "Nemotron-H-56B": (8192, 32768, 64, 256, 64, 256, 131_072, "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
+        "Nano-12B-v2": (5120, 20480, 40, 128, 80, 128, 131_072, "M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-"),
+        "Nano-9B-v2": (4480, 15680, 40, 128, 80, 128, 131_072, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
+    }.items()
+}  # fmt: skip
+
+
+@torch.no_grad()
+def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
+    """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
+
+    model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
+    are in the same state. Raises: ValueError for an empty prompt. Needs: `Cache`.
+    """
+    if not tokens_BS.shape[1]:
+        raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
+    cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
+    for _ in range(new_tokens):
+        logits_BV = model.next_logits(new_BS, cache)
+        new_BS = logits_BV.argmax(-1, keepdim=True)
+        if temperature:
+            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
+        tokens_BS = torch.cat([tokens_BS, new_BS], 1)
+    return tokens_BS
+
+
+def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
+
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if tp < 1 or world % tp:
+        raise ValueError(f"tp={tp} does not divide the {world} ranks")
+    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
+    columns = [list(range(first, world, tp)) for first in range(tp)]
+    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
+    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
 
 
 def layouts(device: torch.device, timeout: float) -> list[Grid]:
@@ -1703,10 +1508,11 @@ def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
     config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
     tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
     for name, grid, length in (("tp", tp, 64), ("short", cp, 128 * world), ("long", cp, 512 * world)):
-        layer = ParallelBlock(config, ParallelMixer(config, grid), grid.tp_group).to(device)
+        model = ParallelHybridLM(config, grid).to(device)
         x_BsH = torch.randn(1, length // grid.cp, config.hidden_size, device=device, requires_grad=True)
+        past = Past() if grid.cp == 1 else RankPast(0, None, None, grid.cp_group)
         with Counter() as forward:
-            y_BsH = layer(x_BsH, Place())
+            y_BsH = model.run(model.layers[0], x_BsH, past)
         with Counter() as backward:
             y_BsH.sum().backward()
         found[name] = [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
@@ -1804,7 +1610,7 @@ def main(args, device: torch.device) -> None:
         f"{short:,}, {long:,}",
         alone or short == long,
     )
-    study, patterns = PUBLISHED["study hybrid 8B"], {name: c.pattern for name, c in PUBLISHED.items()}
+    study = PUBLISHED["study hybrid"]
     given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
     row("the study's 56 layers, from 8 % and 50 %", "its string", "the same", study.pattern == given)
     shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
@@ -1855,7 +1661,8 @@ def flags() -> argparse.Namespace:
             raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {args.world_size} ranks")
         if args.batch < 1 or args.seq_length < 1:
             raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
-        local_config(config_of(args), args.tp)
+        if not args.check:
+            local_config(config_of(args), args.tp)
         TextData(args.data, args.tokenizer, args.seq_length)
     except (ValueError, OSError) as error:
         parser.error(str(error))
