@@ -1,7 +1,44 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 5. Mamba-2 hybrids: a memory of fixed size, in parallel, and a little attention.
+"""Chapter 5. Mamba-2 hybrids: a memory of fixed size, trained in parallel, and a little attention.
 
-Papers: An Empirical Study of Mamba-based Language Models (2024), Nemotron-H (2025), Mamba-2 (2024).
+Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024, arXiv 2406.07887
+        Nemotron-H, NVIDIA, 2025, arXiv 2504.03624;  Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444
+        and what they rest on: Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
+
+The problem. Attention keeps every key and value it has seen: at 64 thousand tokens that is 8 GiB a sequence for an 8B
+model, and all of it is read for each new token. A recurrence with a state of fixed size would need none of that, but a
+loop over tokens cannot use the hardware, and what a state has forgotten is gone.
+
+The idea. One recurrence, state ← exp(dt·A)·state + dt·x⊗B, y = state·C, seen three ways: as a loop it decodes with
+constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, three matrix
+products a chunk and a state from chunk to chunk. Heads are independent, so ranks can divide them; and a stretch of
+tokens does to a state what one number and one matrix say, so ranks can divide the *sequence* and pass the state on:
+
+        rank 0: tokens a b c d           rank 1: tokens e f g h           rank 2: tokens i j k l
+        ┌────────┐ state                 ┌────────┐ state                 ┌────────┐
+        │ ◣      │───────── decay, own ──│ ◣      │───────── decay, own ──│ ◣      │     ◣ masked matrix of a chunk
+        │    ◣   │      all-gathered     │    ◣   │      all-gathered     │    ◣   │     the same bytes for 4 tokens
+        └────────┘                       └────────┘                       └────────┘     and for 4 million
+
+Then mix: 24 such layers, 4 of attention for what must be recalled exactly, 28 feed-forward, and the study finds the
+whole better than the Transformer of its size.
+
+Run it (no flag is needed; --help lists them):
+
+    python 05_mamba_hybrid/mamba_hybrid.py                           2 ranks on this machine, tp 2
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2          tp 2 × cp 2: heads and tokens divided
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 1                 one process, for a debugger
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check         equivalence alone, each tensor's error
+    torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        05_mamba_hybrid/mamba_hybrid.py --tp 8
+
+It proves in float64 that every gradient equals the single device's however the ranks are laid out, trains a small
+hybrid on real text, writes a line, times a token behind 1 to 32 thousand others, and ends in a table of the papers'
+claims.
+
+Left out: fused kernels; dividing the vocabulary (chapter 2) and norms (chapter 4); balancing attention over cp; prompts
+of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what Nano 2 does after training.
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
@@ -23,7 +60,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -83,8 +119,7 @@ class HybridConfig:
         for kind in ("mamba", "attention"):
             heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
             if heads % groups:
-                fits = math.ceil(heads / groups) * groups
-                raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: such as {fits} do")
+                raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple")
         if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
             raise ValueError(f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated")
 
@@ -157,9 +192,8 @@ def _lay_out(x, dt, A, B, C, state, starts=None):
     X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
     a_BGJS = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S", G=G)
     B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
-    if state is None:
-        state = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
-    state_BGJDZ = rearrange(wide(state), "B (G J) D Z -> B G J D Z", G=G)
+    zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
+    state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
     return X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts[:, None, None]
 
@@ -168,10 +202,6 @@ def _lay_back(y_BGJSD, state_BGJDZ, x, D):
     y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
     y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
     return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
-
-
-def _exact(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)  # it would make the products narrow again
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
@@ -185,9 +215,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     return _lay_back(torch.stack(y, 3), state_BGJDZ, x, D)
 
 
-def ssd_step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, state: Tensor, D: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def ssd_step(x, dt, A, B, C, state, D=None) -> tuple[Tensor, Tensor]:
     """The recurrence for one token: x (B, N, D), dt (B, N), A (N), B and C (B, G, Z), state (B, N, D, Z).
 
     Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `ssd_recurrent`.
@@ -215,7 +243,8 @@ def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
 
 def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
     """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S². Needs: `_chunk`."""
-    with _exact(x):
+    # Autocast is off, here and below: it would make the products of wide numbers narrow again.
+    with torch.autocast(x.device.type, enabled=False):
         return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
 
 
@@ -267,20 +296,17 @@ class _ChunkedSSD(torch.autograd.Function):
     def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
         *tensors, starts = ctx.saved_tensors[:5]
         grads = [torch.empty_like(t) for t in tensors]
-        with _exact(grad_y_BGJSD):
+        with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
             for at, state_BGJDZ in zip(reversed(ctx.pieces), reversed(ctx.saved_tensors[5:])):
                 X, a, B, C, grad_y = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
-                inputs = X, a[..., 0], B, C, state_BGJDZ, starts[..., at]
-                *of_chunk, grad_state_BGJDZ = _chunk_backward(*inputs, grad_y, grad_state_BGJDZ)
+                chunk = X, a[..., 0], B, C, state_BGJDZ, starts[..., at], grad_y, grad_state_BGJDZ
+                *of_chunk, grad_state_BGJDZ = _chunk_backward(*chunk)
                 for grad, part in zip(grads, of_chunk):
                     grad[..., at, :] = part
         return None, *grads, grad_state_BGJDZ, None
 
 
-def ssd(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, D: Tensor | None = None,
-    initial_state: Tensor | None = None, starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
     """The recurrence of Mamba-2 over a sequence, in chunks: y_i = C_i·state_i + D x_i.
 
     Args:
@@ -298,7 +324,7 @@ def ssd(
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
     X_BGJSD, a_BGJS, *others = _lay_out(x, dt, A, B, C, initial_state, starts)
-    with _exact(x):
+    with torch.autocast(x.device.type, enabled=False):
         return _lay_back(*_ChunkedSSD.apply(chunk, X_BGJSD, a_BGJS[..., None], *others), x, D)
 
 
@@ -310,9 +336,7 @@ def ssd(
 # the convolution, not what came out of it.
 
 
-def causal_conv1d(
-    u_BSC: Tensor, weight_CK: Tensor, bias_C: Tensor, previous_BKC: Tensor | None = None, document: Tensor | None = None
-) -> Tensor:
+def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) -> Tensor:
     """Each channel's weighted sum over its last K tokens, as long as u, with bias and no activation.
 
     previous_BKC: the tokens before u, K − 1 of them or more; None is zeros. document: (B, K − 1 + S) numbers of the
@@ -320,9 +344,8 @@ def causal_conv1d(
     Source: Mamba. Needs: nothing else.
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
-    if previous_BKC is None:
-        previous_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
-    padded_BSC = torch.cat([previous_BKC[:, previous_BKC.shape[1] - (K - 1) :], u_BSC], 1)
+    zeros_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
+    padded_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1)
     y_BSC = torch.addcmul(bias_C, u_BSC, weight_CK[:, -1])
     for tap in range(K - 1):
         earlier_BSC = padded_BSC[:, tap : tap + S]
@@ -479,13 +502,12 @@ class Attention(nn.Module):
             y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
         else:
             mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
-            if past.document_BS is not None:
-                document_BT = past.document_BS[:, :T]
-                mask = (mask & (document_BT[:, T - S :, None] == document_BT[:, None]))[:, None]
+            if (document := past.document_BS) is not None:
+                mask = (mask & (document[:, T - S : T, None] == document[:, None, :T]))[:, None]
             elif T == S:
                 mask = None  # plainly causal, for which the kernels need no mask
-            options = dict(attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, **options)
+            causal = dict(attn_mask=mask, is_causal=mask is None)
+            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal)
         return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
 
 
@@ -504,17 +526,6 @@ class SquaredReLUMLP(nn.Module):
 KINDS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
 
 
-class Block(nn.Module):
-    """One layer of any kind with its norm and its residual connection."""
-
-    def __init__(self, config: HybridConfig, mixer: nn.Module):
-        super().__init__()
-        self.norm, self.mixer = RMSNorm(config.hidden_size, config.norm_eps), mixer
-
-    def forward(self, x_BSH: Tensor, past: Past) -> Tensor:
-        return x_BSH + self.mixer(self.norm(x_BSH), past)
-
-
 class HybridLM(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
@@ -527,8 +538,9 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, KINDS[kind](config)) for kind in config.pattern)
-        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps)  # noqa: E731
+        layers = [dict(norm=norm(), mixer=KINDS[kind](config)) for kind in config.pattern]
+        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norm()
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
@@ -541,8 +553,9 @@ class HybridLM(nn.Module):
         """Where these tokens stand."""
         return Past(0, None if starts_BS is None else starts_BS.cumsum(1))
 
-    def run(self, layer: Block, x_BSH: Tensor, past: Past) -> Tensor:
-        return layer(x_BSH, past)
+    def run(self, layer: nn.ModuleDict, x_BSH: Tensor, past: Past) -> Tensor:
+        """One layer of any kind, with its norm and its residual connection."""
+        return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
 
     def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head is given, (B, S, H)."""
@@ -655,8 +668,8 @@ class Cache:
         keys = config.attention_groups, capacity, config.attention_head_size
         mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
         shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
-        dtypes = {"state": torch.promote_types(dtype, torch.float32)}
-        make = lambda name, shape: torch.zeros(batch, *shape, dtype=dtypes.get(name, dtype), device=device)  # noqa: E731
+        exact = torch.promote_types(dtype, torch.float32)
+        make = lambda n, x: torch.zeros(batch, *x, dtype=exact if n == "state" else dtype, device=device)  # noqa: E731
         self.layers = [{name: make(name, x) for name, x in shapes[kind].items()} for kind in config.pattern]
         self.tokens, self.capacity = 0, capacity
 
@@ -882,7 +895,7 @@ class ParallelRMSNorm(RMSNorm):
 #
 # Two stretches behind each other do decay₂·decay₁ and decay₂·own₁ + own₂, which is of the same kind: so ranks can be
 # composed, and the state that enters rank r is the composition of all before it, an *exclusive scan* over ranks. Every
-# rank sends decay and own, N·(D·Z + 1) numbers a sequence however many tokens it has, and everything that the past
+# rank sends decay and own, N·D·(Z + 1) numbers a sequence however many tokens it has, and everything that the past
 # adds to the outputs is then added at once, for all tokens:
 #
 #       rank 0                  rank 1                  rank 2
@@ -891,43 +904,38 @@ class ParallelRMSNorm(RMSNorm):
 #       in = 0                  in = own₀               in = decay₁·own₀ + own₁
 #       y += exp(a_0+…+a_i) · C_i·in                                            alone
 #
-# Backward is the same scan from the other end: gradients of `in` go to all ranks *before*. With T_r the gradient of what
-# leaves rank r, T_r = grad_in_{r+1} + decay_{r+1}·T_{r+1}; own_r gets T_r, decay_r gets T_r·in_r.
+# Backward is the same scan from the other end: gradients of `in` go to all ranks *before*. With T_r the gradient of
+# what leaves rank r, T_r = grad_in_{r+1} + decay_{r+1}·T_{r+1}; own_r gets T_r, decay_r gets T_r·in_r.
 
 
 class _ExclusiveScan(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, decay_BN, own_BNDZ, group):
-        B, N, D, Z = own_BNDZ.shape
-        message_BNX = torch.cat([own_BNDZ.flatten(2), decay_BN[..., None]], -1)
-        ranks = [x_BNX.split([D * Z, 1], -1) for x_BNX in _gather(message_BNX, group).chunk(group_size(group), -1)]
-        ctx.group, in_BNDZ = group, torch.zeros_like(own_BNDZ)
-        for own_BNX, decay_BN1 in ranks[: group_rank(group)]:
-            in_BNDZ = decay_BN1[..., None] * in_BNDZ + own_BNX.view(B, N, D, Z)
-        ctx.save_for_backward(in_BNDZ, *(decay_BN1 for _, decay_BN1 in ranks))
+    def forward(ctx, decay_BN11, own_BNDZ, group):
+        message = torch.cat([own_BNDZ, decay_BN11.expand(*own_BNDZ.shape[:3], 1)], -1)  # decay as one column more
+        ranks, ctx.group = _gather(message, group).chunk(group_size(group), -1), group
+        in_BNDZ = torch.zeros_like(own_BNDZ)
+        for rank in range(group_rank(group)):
+            in_BNDZ = ranks[rank][..., -1:] * in_BNDZ + ranks[rank][..., :-1]
+        ctx.save_for_backward(in_BNDZ, *(of_rank[..., -1:] for of_rank in ranks))
         return in_BNDZ
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_in_BNDZ):
         in_BNDZ, *decays = ctx.saved_tensors
-        grads = _gather(grad_in_BNDZ.contiguous(), ctx.group).chunk(len(decays), -1)
-        total_BNDZ = torch.zeros_like(in_BNDZ)
+        grads, total_BNDZ = _gather(grad_in_BNDZ, ctx.group).chunk(len(decays), -1), torch.zeros_like(in_BNDZ)
         for rank in reversed(range(group_rank(ctx.group) + 1, len(decays))):
-            total_BNDZ = grads[rank] + decays[rank][..., None] * total_BNDZ
-        return (total_BNDZ * in_BNDZ).sum((-1, -2)), total_BNDZ, None
+            total_BNDZ = grads[rank] + decays[rank] * total_BNDZ
+        return (total_BNDZ * in_BNDZ).sum((-1, -2), keepdim=True), total_BNDZ, None
 
 
-def ssd_sequence_parallel(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk: int, D: Tensor | None = None, group=None,
-    starts: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
     """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths.
 
     Arguments and results are `ssd`'s, of this rank's tokens: the state is the one behind its last token, so the last
     rank has the whole sequence's. Every rank must call it, and differentiate it if one does. Messages, whatever the
-    length: N·(D·Z + 1) numbers a sequence and rank forward, N·D·Z backward.
-    Source: derived above; the operator is that of the parallel scan in Mamba. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
+    length: N·D·(Z + 1) numbers a sequence and rank forward, N·D·Z backward.
+    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
     `group_size`, `group_rank`.
     """
     y_BsND, own_BNDZ = ssd(x, dt, A, B, C, chunk, D, None, starts)
@@ -935,12 +943,13 @@ def ssd_sequence_parallel(
         return y_BsND, own_BNDZ
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
     kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
-    in_BNDZ = _ExclusiveScan.apply(kept_BsN[:, -1], own_BNDZ, group)
-    with _exact(x):
+    decay_BN11 = kept_BsN[:, -1, :, None, None]
+    in_BNDZ = _ExclusiveScan.apply(decay_BN11, own_BNDZ, group)
+    with torch.autocast(x.device.type, enabled=False):
         in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
         read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
     y_BsND = y_BsND + (kept_BsN[..., None] * read_BsND).to(x.dtype)
-    return y_BsND, own_BNDZ + kept_BsN[:, -1, :, None, None] * in_BNDZ
+    return y_BsND, own_BNDZ + decay_BN11 * in_BNDZ
 
 
 # The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*.
@@ -1044,28 +1053,27 @@ class ParallelHybridLM(HybridLM):
         self.local = local_config(config, grid.tp)
         with torch.device("meta"):  # shapes first, without memory
             super().__init__(self.local)
-            for mixer in (layer.mixer for layer in self.layers if isinstance(layer.mixer, Mamba2Mixer)):
+            for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
                 mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
         self.config, self.grid = config, grid
         shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
-    def run(self, layer: Block, x_BsH: Tensor, past: Past) -> Tensor:
-        partial_y_BsH = layer.mixer(copy_to_tp(layer.norm(x_BsH), self.grid.tp_group), past)
+    def run(self, layer: nn.ModuleDict, x_BsH: Tensor, past: Past) -> Tensor:
+        partial_y_BsH = layer["mixer"](copy_to_tp(layer["norm"](x_BsH), self.grid.tp_group), past)
         return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
 
     def mine(self, x_BS: Tensor) -> Tensor:
         return x_BS.tensor_split(self.grid.cp, 1)[self.grid.cp_rank]  # the first get one more where they do not divide
 
     def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
-        lengths = [x.shape[1] for x in tokens_BS.tensor_split(self.grid.cp, 1)]
-        past, least = super().past(tokens_BS, starts_BS), self.config.conv_kernel - 1
-        if len(lengths) == 1:
-            return past
-        if lengths[-1] < least:
-            text = f"{tokens_BS.shape[1]} tokens over cp={self.grid.cp} ranks leave {lengths[-1]} to the last"
-            raise ValueError(f"{text}; a convolution of {least + 1} taps needs {least}: use fewer ranks")
-        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
+        cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
+        lengths = [x.shape[1] for x in tokens_BS.tensor_split(cp, 1)]
+        if cp > 1 and lengths[-1] < K - 1:
+            text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
+            raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
+        ranks = RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
+        return ranks if cp > 1 else past
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         if self.grid.cp > 1:
@@ -1144,9 +1152,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
                 spots[-1][0].copy_(spots[-1][1])
         for whole, mine, rank in spots:  # what several ranks hold was written several times
             if not torch.equal(whole, mine):
-                raise ValueError(
-                    f"{name} should be the same on several ranks; rank {rank}'s is off by {(whole - mine).abs().max():.1e}"
-                )
+                raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
     return full
 
 
@@ -1175,23 +1181,21 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
                 use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
     if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
-    letters = dict(
-        mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-"
-    )  # two ages of the format
+    # Two ages of the format have two names for each kind.
+    letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
     kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or []
     pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
     names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size",
                  mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
-                 state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size", norm_eps="layer_norm_epsilon",
+                 state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size",
                  attention_heads="num_attention_heads", attention_groups="num_key_value_heads")  # fmt: skip
-    sizes = {name: theirs[published] for name, published in names.items()}
-    head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
-    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **sizes)
+    sizes = {name: theirs[published] for name, published in (names | dict(norm_eps="layer_norm_epsilon")).items()}
+    config = HybridConfig(
+        pattern=pattern, attention_head_size=theirs.get("head_dim") or theirs["attention_head_dim"], **sizes
+    )
     files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
     opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
-    found = {
-        name.removeprefix("backbone.").removeprefix("model."): (file, name) for file in opened for name in file.keys()
-    }
+    found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
     local_config(config, tp)  # for what it raises
     full = {}
     for name, shape in parameter_shapes(config).items():
@@ -1256,24 +1260,20 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient, the same on every rank. Needs: `pieces_of`."""
-    grid = getattr(model, "grid", Grid())
-    squares = {False: [], True: []}
+    grid, squares = getattr(model, "grid", Grid()), []
     for name, p in model.named_parameters():
         dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-        for q in pieces or [Piece(0, 0, p.shape[0], 1)]:
-            norm = torch.linalg.vector_norm(wide(p.grad.narrow(dim, q.here, q.size)))
-            squares[bool(pieces)].append(norm.square() / q.copies)
-    whole, shares = (torch.stack(parts).sum() for parts in squares.values())
-    return (whole + (_all_reduce(shares, grid.tp_group) if grid.tp > 1 else shares)).sqrt()
+        for q in pieces or [Piece(0, 0, p.shape[0], grid.tp)]:  # what several ranks hold counts once
+            squares.append(wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies)
+    total = torch.stack(squares).sum()
+    return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
 
 
-def train_step(
-    model: HybridLM, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor,
-    starts_BS: Tensor | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None):
     """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
 
-    Args: tokens_BS, targets_BS: int64, whole; −100 marks a target that does not count. autocast: the dtype of products.
+    Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
+    not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
     Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
     Needs: `reduce_gradients`, `grad_norm`.
     """
@@ -1291,7 +1291,7 @@ def train_step(
 
 
 def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
-    """A step for each batch of tokens and targets, at the learning rate of its number; yields what `train_step` returns.
+    """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
     Needs: `make_optimizer`, `train_step`, whose options it takes.
     """
@@ -1312,14 +1312,6 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
 # layer of credit is left, and take a section's length on; otherwise pay one.
 
 
-def _spread(layers: list[str], letter: str, count: int, section: float) -> None:
-    credit = section
-    for i in (i for i, kind in enumerate(layers) if kind == "M" and count):
-        if credit < 0.5:
-            layers[i] = letter
-        credit += section if credit < 0.5 else -1
-
-
 def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
     """The pattern of n layers with these shares of attention and feed-forward layers, spread evenly.
 
@@ -1328,8 +1320,11 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
     layers, attention, mlp = ["M"] * n, round(n * attention_ratio), round(n * mlp_ratio)
     if min(attention, mlp) < 0 or attention + mlp > n:
         raise ValueError(f"{attention} attention and {mlp} feed-forward layers do not fit into {n}")
-    _spread(layers, "*", attention, (n - attention) / (attention + 1))
-    _spread(layers, "-", mlp, (n - attention - mlp) / max(mlp, 1))
+    for letter, count, sections in (("*", attention, attention + 1), ("-", mlp, mlp)):
+        section = credit = (layers.count("M") - count) / max(sections, 1)
+        for i in (i for i, kind in enumerate(layers) if kind == "M" and count):
+            layers[i] = letter if credit < 0.5 else "M"
+            credit += section if credit < 0.5 else -1
     return "".join(layers)
 
 
@@ -1385,7 +1380,8 @@ PUBLISHED = {
                            2 * "M-M-M-M-M-M-M-M-M*-" + "M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"),
         "Nemotron-H-56B": (8192, 32768, 64, 256, 64, 256, 131_072, "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
         "Nano-12B-v2": (5120, 20480, 40, 128, 80, 128, 131_072, "M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-"),
-        "Nano-9B-v2": (4480, 15680, 40, 128, 80, 128, 131_072, "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
+        "Nano-9B-v2": (4480, 15680, 40, 128, 80, 128, 131_072,
+                       "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
     }.items()
 }  # fmt: skip
 
@@ -1488,7 +1484,7 @@ def worst(errors: Iterable[float]) -> float:
 
 
 def check(device: torch.device, args, dtype: torch.dtype, autocast: torch.dtype | None, show: bool) -> dict[str, float]:
-    """Every layout of the ranks, with a group of heads a rank and with one for all: name to the worst relative error."""
+    """Every layout of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
     found = {}
     for grid in layouts(device, args.timeout):
         for groups in sorted({grid.tp, 1}, reverse=True):
@@ -1555,7 +1551,7 @@ def demonstrate(args, device: torch.device) -> list[float]:
     for step, (loss, norm) in enumerate(
         tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
     ):
-        beside = [loss_alone.item() for loss_alone, _ in itertools.islice(alone, 1)]
+        beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
         differences += [abs(loss.item() - other) for other in beside]
         if step < 5 or step % 20 == 19:
             text = f"{beside[0]:.6f}" if beside else ""
@@ -1569,7 +1565,8 @@ def demonstrate(args, device: torch.device) -> list[float]:
 
 def main(args, device: torch.device) -> None:
     say(
-        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, seed {args.seed}\n"
+        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, "
+        f"seed {args.seed}\n"
     )
     if args.check:
         bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
@@ -1629,10 +1626,17 @@ def main(args, device: torch.device) -> None:
         sys.exit(1)
 
 
-SIZES = dict(hidden_size="hidden size, H", pattern="a letter a layer: M Mamba-2, * attention, - feed-forward",
-             ffn_hidden_size="feed-forward size, F", mamba_heads="heads of a Mamba layer; tp must divide them",
-             mamba_groups="groups of them that share B and C", state_size="size of a state, Z", chunk="tokens of a chunk",
-             attention_heads="query heads; tp must divide them", attention_groups="groups of them that share keys")  # fmt: skip
+SIZES = dict(
+    hidden_size="hidden size, H",
+    pattern="a letter a layer: M Mamba-2, * attention, - feed-forward",
+    ffn_hidden_size="feed-forward size, F; tp must divide it",
+    mamba_heads="heads of a Mamba layer, N; tp must divide them",
+    mamba_groups="groups of them that share B and C, G",
+    state_size="size of a state, Z",
+    chunk="tokens of a chunk, Q",
+    attention_heads="query heads; tp must divide them",
+    attention_groups="groups of them that share keys and values",
+)
 
 
 def config_of(args) -> HybridConfig:
