@@ -1558,9 +1558,10 @@ def demonstrate(args, device: torch.device) -> list[float]:
             text = f"{beside[0]:.6f}" if beside else ""
             say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
     if grid.cp == 1:
-        prompt_BS = data.batch(0, 1, args.seed, held_out=True)[0][:, :32].to(device)
+        prompt = "import os\n\n\ndef "
+        prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
         text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
-        say(f"\nafter {data.decode(text_S[:32])!r} it writes\n{data.decode(text_S[32:])!r}")
+        say(f"\nafter {prompt!r} it writes\n{data.decode(text_S[prompt_BS.shape[1] :])!r}")
     return differences
 
 
@@ -1610,7 +1611,8 @@ def main(args, device: torch.device) -> None:
     )
     study = PUBLISHED["study hybrid"]
     given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same", study.pattern == given)
+    same = study.pattern == given
+    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study.pattern, same)
     shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
     row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
     row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(PUBLISHED['Nemotron-H-8B']):,}")
@@ -1646,7 +1648,7 @@ def config_of(args) -> HybridConfig:
 
 
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=60)
+    parser = common_flags(__doc__.splitlines()[0], steps=120)
     flag = parser.add_argument
     flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
     flag(
