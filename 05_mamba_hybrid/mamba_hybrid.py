@@ -147,11 +147,11 @@ class HybridConfig:
 #     chunks of both   ssd              the matrix inside chunks of Q tokens, the state from chunk to chunk:
 #                                       three products each, S·Q work: for training
 #
-#     ┌────┐                            L of 4 chunks. On the diagonal the masked matrix of each chunk. Everything
-#     │ ◣  │                            below it has low rank: what a later chunk can know of an earlier one went
-#     │ ■◣ │                            through the state between them, D·Z numbers.
-#     │ ■■◣│
-#     └────┘
+#     ┌───────┐                          L of 3 chunks. On the diagonal ◣, the masked matrix of each chunk. Everything
+#     │ ◣     │                          below it, ■, has low rank: what a later chunk can know of an earlier one went
+#     │ ■ ◣   │                          through the state between them, D·Z numbers.
+#     │ ■ ■ ◣ │
+#     └───────┘
 
 
 def wide(x: Tensor) -> Tensor:
@@ -948,7 +948,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     with torch.autocast(x.device.type, enabled=False):
         in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
         read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
-    y_BsND = y_BsND + (kept_BsN[..., None] * read_BsND).to(x.dtype)
+    y_BsND = (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype)
     return y_BsND, own_BNDZ + decay_BN11 * in_BNDZ
 
 

@@ -168,8 +168,8 @@ def test_stable_over_65536_tokens(dtype, bound):
     inputs["dt"] = torch.logspace(-4, 1, N, dtype=torch.float64) * inputs["dt"].clamp(max=4)
     inputs["A"] = -torch.tensor([0.01, 1.0, 16.0, 100.0], dtype=torch.float64)
     narrow = {name: x.to(torch.float32 if name in ("A", "D") else dtype) for name, x in inputs.items() if x is not None}
-    here = values_and_gradients(mh.ssd, narrow, chunk=256)
-    exact = values_and_gradients(mh.ssd, {name: x.double() for name, x in narrow.items()}, chunk=256)
+    here = values_and_gradients(mh.ssd, narrow, chunk=128)
+    exact = values_and_gradients(mh.ssd, {name: x.double() for name, x in narrow.items()}, chunk=128)
     assert here["state"].dtype == torch.float32 and here["y"].dtype == dtype
     for name, x in exact.items():
         assert here[name].isfinite().all(), name
@@ -289,7 +289,7 @@ def test_squared_relu():
 
 def test_first_weights():
     """What the published models start from, and a function of the configuration alone."""
-    cfg = config(mamba_heads=512, mamba_groups=2, pattern="MM-*")
+    cfg = config(mamba_heads=512, mamba_groups=2, pattern="MM-*", init_std=0.02, dt_init=(1e-3, 0.1))
     weights = dict(mh.initial_weights(cfg))
     model = mh.HybridLM(cfg)
     assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
@@ -625,9 +625,10 @@ def test_autocast_of_the_parallel_model(tp):
     loss.sum().backward()
     expected.sum().backward()
     mh.reduce_gradients(parallel)
-    # bf16 keeps 8 bits: each product is off by up to 0.4 %, and the summands of out_proj are rounded before they are
-    # added, which the single device does not do.
-    assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain), bound=0.05)
+    # bf16 keeps 8 bits: each product is off by up to 0.4 %; the summands of out_proj are rounded before they are added,
+    # and what the past adds to y is added after a rounding, which the single device does not do. The gradients of
+    # dt_bias are sums that nearly cancel.
+    assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain), bound=0.1)
 
 
 def test_no_weight_decay_on_the_recurrence():
