@@ -1190,9 +1190,8 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
                  state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size",
                  attention_heads="num_attention_heads", attention_groups="num_key_value_heads")  # fmt: skip
     sizes = {name: theirs[published] for name, published in (names | dict(norm_eps="layer_norm_epsilon")).items()}
-    config = HybridConfig(
-        pattern=pattern, attention_head_size=theirs.get("head_dim") or theirs["attention_head_dim"], **sizes
-    )
+    head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
+    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **sizes)
     files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
     opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
     found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
@@ -1341,9 +1340,7 @@ def parameters(config: HybridConfig) -> int:
     return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
 
 
-DecodeMemory = namedtuple(
-    "DecodeMemory", "state kv"
-)  # bytes of a sequence: of all Mamba layers, of all attention layers
+DecodeMemory = namedtuple("DecodeMemory", "state kv")  # bytes of a sequence: of all Mamba layers, of all attention
 
 
 def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2) -> DecodeMemory:
