@@ -938,9 +938,9 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     Source: derived above; the operator is the one of Mamba's parallel scan. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
     `group_size`, `group_rank`.
     """
-    y_BsND, own_BNDZ = ssd(x, dt, A, B, C, chunk, D, None, starts)
     if group_size(group) == 1:
-        return y_BsND, own_BNDZ
+        return ssd(x, dt, A, B, C, chunk, D, None, starts)
+    y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
     kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
     decay_BN11 = kept_BsN[:, -1, :, None, None]
@@ -1426,18 +1426,17 @@ def layouts(device: torch.device, timeout: float) -> list[Grid]:
 def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
     """A small odd model on this grid beside the same on one device: name to relative error, the worst of all ranks.
 
-    Tokens that do not divide over cp, two documents, words that do not divide over tp, targets that do not count;
-    groups may be fewer than tp. Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|,
-    steps · lr).
+    Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
+    are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
     sizes = dict(mamba_heads=2 * grid.tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
     sizes |= dict(
         attention_heads=2 * grid.tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * grid.tp
     )
-    config = HybridConfig(61, 16, "M*-M", **sizes)
-    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=torch.Generator().manual_seed(1)).to(
-        device
-    )
+    # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
+    config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(device)
     starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
     starts_BS[0, 4], targets_BS[1, :3] = True, -100
     plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
@@ -1546,9 +1545,8 @@ def demonstrate(args, device: torch.device) -> list[float]:
     say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
     say("step      loss    on one device      norm")
     differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
-    for step, (loss, norm) in enumerate(
-        tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
-    ):
+    steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
+    for step, (loss, norm) in enumerate(steps):
         beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
         differences += [abs(loss.item() - other) for other in beside]
         if step < 5 or step % 20 == 19:

@@ -625,9 +625,8 @@ def test_autocast_of_the_parallel_model(tp):
     loss.sum().backward()
     expected.sum().backward()
     mh.reduce_gradients(parallel)
-    # bf16 keeps 8 bits: each product is off by up to 0.4 %; the summands of out_proj are rounded before they are added,
-    # and what the past adds to y is added after a rounding, which the single device does not do. The gradients of
-    # dt_bias are sums that nearly cancel.
+    # bf16 keeps 8 bits: each product is off by up to 0.4 %, and the summands of out_proj are rounded before they are
+    # added, which the single device does not do. The gradients of dt_bias are sums that nearly cancel.
     assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain), bound=0.1)
 
 
