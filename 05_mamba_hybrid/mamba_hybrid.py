@@ -194,6 +194,7 @@ def _lay_out(x, dt, A, B, C, state, starts=None):
     B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
     zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
     state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
+    # Without documents no token is a start: one mask of a sequence serves all heads, so it costs next to nothing.
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
     return X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts[:, None, None]
 
@@ -262,14 +263,18 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
     L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
+    # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
+    # each factor in turn: X first, through y and through the new state.
     scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
     grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
+    # Then B and C, which all heads of a group share: so their gradients are sums over heads.
     by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
     grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
     by_read_BGJSZ, by_left_BGJSZ = read_BGJSD @ state_BGJDZ, (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ
     grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
     grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
 
+    # At last the decays, by way of their running sums s: what L, the reading of the state and the writing into it tell.
     M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
     grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
     grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
@@ -282,6 +287,7 @@ def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     def forward(ctx, chunk, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+        # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         ctx.pieces, states = [slice(t, t + chunk) for t in range(0, X_BGJSD.shape[3], chunk)], []
         y_BGJSD = torch.empty_like(X_BGJSD)
         for at in ctx.pieces:
@@ -443,6 +449,7 @@ class Mamba2Mixer(nn.Module):
                 p.data.copy_(initial_value(name, p.shape, config))
 
     def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        # The order of the rows of in_proj is the published one; z and dt do not go through the convolution.
         config, past, S = self.config, past or Past(), x_BSH.shape[1]
         z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
         before, documents = past.inputs(u_BSC, config.conv_kernel), past.documents(config.conv_kernel - 1, S)
@@ -452,6 +459,7 @@ class Mamba2Mixer(nn.Module):
         B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
         dt_BSN, A_N = F.softplus(wide(dt_BSN) + wide(self.dt_bias)), -wide(self.A_log).exp()
         y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
+        # The gate first: norm(y · silu(z)). The norm of y, gated afterwards, is another function.
         y_BSC = wide(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(wide(z_BSC))
         return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
 
@@ -592,6 +600,7 @@ class HybridLM(nn.Module):
 
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
     """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
+    # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
     kind, uniform = name.split(".")[-1], torch.rand(shape, generator=generator, device="cpu")
     if kind == "A_log":
         return torch.lerp(*torch.tensor(config.A_init), uniform).log()
@@ -879,6 +888,7 @@ class ParallelRMSNorm(RMSNorm):
 
     def mean_square(self, x_BSgC: Tensor) -> Tensor:
         mine_BSg1, G, grid = super().mean_square(x_BSgC), self.all_groups, self.grid
+        # A share of the group's channels is on each of tp / G ranks: the mean of the group is the mean of their means.
         if G >= grid.tp:
             return mine_BSg1  # each group lies on one rank
         (group,) = held(G, grid.tp_rank, grid.tp)
@@ -914,6 +924,7 @@ class _ExclusiveScan(torch.autograd.Function):
         message = torch.cat([own_BNDZ, decay_BN11.expand(*own_BNDZ.shape[:3], 1)], -1)  # decay as one column more
         ranks, ctx.group = _gather(message, group).chunk(group_size(group), -1), group
         in_BNDZ = torch.zeros_like(own_BNDZ)
+        # Every rank composes those before it by itself: a few products, cheaper than a second message.
         for rank in range(group_rank(group)):
             in_BNDZ = ranks[rank][..., -1:] * in_BNDZ + ranks[rank][..., :-1]
         ctx.save_for_backward(in_BNDZ, *(of_rank[..., -1:] for of_rank in ranks))
@@ -997,6 +1008,7 @@ def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
 
     lengths: how many tokens each rank of the group has. Needs: `_Door`, `_gather`, `group_rank`.
     """
+    # What pads is cut off again before anybody sees it, and its gradient is zero.
     rank, pad = group_rank(group), lambda x: F.pad(x, (0, 0, 0, max(lengths) - x.shape[2])).contiguous()
 
     def there(x_BGsD: Tensor, group) -> Tensor:
@@ -1276,6 +1288,7 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
     Needs: `reduce_gradients`, `grad_norm`.
     """
+    # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
         loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
