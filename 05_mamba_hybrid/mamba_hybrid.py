@@ -1,0 +1,1883 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 5. Mamba-2 hybrids: a memory of fixed size, trained in parallel, and a little attention.
+
+Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024, arXiv 2406.07887
+        Nemotron-H, NVIDIA, 2025, arXiv 2504.03624;  Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444
+        and what they rest on: Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
+
+The problem. Attention keeps every key and value it has seen: at 64 thousand tokens that is 8 GiB a sequence for an 8B
+model, and all of it is read for each new token. A recurrence with a state of fixed size would need none of that, but a
+loop over tokens cannot use the hardware, and what a state has forgotten is gone.
+
+The idea. One recurrence, state ← exp(dt·A)·state + dt·x⊗B, y = state·C, seen three ways: as a loop it decodes with
+constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, three matrix
+products a chunk and a state from chunk to chunk. Heads are independent, so ranks can divide them; and a stretch of
+tokens does to a state what one number and one matrix say, so ranks can divide the *sequence* and pass the state on:
+
+        rank 0: tokens a b c d           rank 1: tokens e f g h           rank 2: tokens i j k l
+        ┌────────┐ state                 ┌────────┐ state                 ┌────────┐
+        │ ◣      │───────── decay, own ──│ ◣      │───────── decay, own ──│ ◣      │     ◣ masked matrix of a chunk
+        │    ◣   │      all-gathered     │    ◣   │      all-gathered     │    ◣   │     the same bytes for 4 tokens
+        └────────┘                       └────────┘                       └────────┘     and for 4 million
+
+Then mix: 24 such layers, 4 of attention for what must be recalled exactly, 28 feed-forward, and the study finds the
+whole better than the Transformer of its size.
+
+Run it (no flag is needed; --help lists them):
+
+    python 05_mamba_hybrid/mamba_hybrid.py                           2 ranks on this machine, tp 2
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2          tp 2 × cp 2: heads and tokens divided
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 1                 one process, for a debugger
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check         equivalence alone, each tensor's error
+    torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
+    torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
+        05_mamba_hybrid/mamba_hybrid.py --tp 8
+
+It proves in float64 that every gradient equals the single device's however the ranks are laid out, trains a small
+hybrid on real text, writes a line, times a token behind 1 to 32 thousand others, and ends in a table of the papers'
+claims.
+
+Left out: fused kernels; dividing the vocabulary (chapter 2) and norms (chapter 4); balancing attention over cp; prompts
+of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what Nano 2 does after training.
+"""
+
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The suffix of a tensor's name is its shape, one letter a dimension. A CAPITAL is the whole dimension, the small letter
+# this rank's share of it, and partial_ marks a summand that is still to be reduced:
+#
+#     B  batch                          N  heads (the papers' H)           n = N / tp   this rank's heads
+#     S  sequence, in tokens            D  size of a head (their P)        s            this rank's tokens
+#     H  hidden size (their d_model)    Z  size of a state (their N)       K  taps of the convolution
+#     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
+#     V  words                          Q  length of a chunk               L  layers
+#
+# B and C are also the two projections that the papers call so: as tensors they are B_BSGZ and C_BSGZ. Matrices L and W
+# of a chunk, and vectors a, dt, A, are the papers' names as well. A digit is a literal size. tp is the number of ranks
+# that share one copy of the model, cp the number that share one sequence: world size = tp · cp.
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import sys
+import sysconfig
+import time
+import zlib
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.elastic.multiprocessing.errors import record
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+@dataclass
+class HybridConfig:
+    """The sizes of a hybrid model. Raises ValueError where they contradict each other."""
+
+    vocab_size: int = 256
+    hidden_size: int = 128  # H
+    pattern: str = "M-M*-M-"  # a layer each: M Mamba-2, * attention, - feed-forward
+    ffn_hidden_size: int = 512  # F
+    mamba_heads: int = 8  # N of Mamba-2
+    mamba_head_size: int = 32  # D
+    mamba_groups: int = 2  # G: heads of a group share B and C
+    state_size: int = 32  # Z
+    conv_kernel: int = 4  # K
+    chunk: int = 64  # Q
+    attention_heads: int = 4  # N of attention
+    attention_groups: int = 2  # G: heads of a group share keys and values
+    attention_head_size: int = 32
+    rope: float = 0.0  # the share of each head that is rotated by its position; the papers' hybrids rotate nothing
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    A_init: tuple[float, float] = (1.0, 16.0)  # −A of a head is drawn between these
+    dt_init: tuple[float, float] = (1e-3, 0.1)  # and its step dt, on a logarithmic scale, between these
+    seed: int = 0  # the weights are a function of this configuration alone
+
+    def __post_init__(self):
+        if not self.pattern or set(self.pattern) - set("M*-"):
+            raise ValueError(f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else")
+        for name, value in vars(self).items():
+            least = {"seed": value, "rope": value, "conv_kernel": 2}.get(name, 1)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name}={value}: it must be at least {least}")
+        for kind in ("mamba", "attention"):
+            heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
+            if heads % groups:
+                raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple")
+        if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
+            raise ValueError(f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated")
+
+
+# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+#
+# ── 1.1 One recurrence, seen three ways ─────────────────────────────────────────────────────────────────
+#
+# A head of Mamba-2 has a memory of fixed size, a matrix state_DZ. At each token it forgets a little, writes once, and
+# reads once:
+#
+#     state ← exp(dt·A) · state  +  dt · x_D ⊗ B_Z          forget, write the value x under the key B
+#     y_D   = state_DZ · C_Z  (+ D · x_D)                   read with the query C; D is a way around the memory
+#
+# dt > 0 and the vectors x, B, C come from the token itself, A < 0 is one learned number a head. So a = dt·A ≤ 0 is the
+# logarithm of what is kept: with a large dt the head forgets what was and writes this token; with dt near 0 it lets the
+# token pass. Write the sum out, and the state is gone:
+#
+#     y_i = Σ_{j ≤ i}  exp(a_{j+1} + … + a_i) · (C_i·B_j) · dt_j·x_j        that is   y = (L ∘ C Bᵀ) (dt·x)
+#
+# attention without a softmax, under a mask L whose entries are products of decays. So the same numbers can be had as
+#
+#     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
+#     a masked matrix  ssd_quadratic    three products, all tokens at once, S² work: for what is short
+#     chunks of both   ssd              the matrix inside chunks of Q tokens, the state from chunk to chunk:
+#                                       three products each, S·Q work: for training
+#
+#     ┌───────┐                          L of 3 chunks. On the diagonal ◣, the masked matrix of each chunk. Everything
+#     │ ◣     │                          below it, ■, has low rank: what a later chunk can know of an earlier one went
+#     │ ■ ◣   │                          through the state between them, D·Z numbers.
+#     │ ■ ■ ◣ │
+#     └───────┘
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in at least fp32: decays, states and means are too delicate for less. float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# Decays multiply over thousands of tokens, so all is done with their logarithms, and exp comes last. Two traps:
+#
+# · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
+#   afterwards makes NaN of it, at the latest in backward, where the gradient 0 meets inf. So −inf goes in *before* exp.
+# · A sum over a stretch is a difference of two sums from the start. In fp32 both may be −5,000 and good to 3e-4, and so
+#   is their difference, however short the stretch. In float64 it is exact enough, and S numbers a head cost nothing.
+
+
+def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
+    """Sums over stretches, (..., S) to (..., S, S): [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
+
+    The diagonal is 0: a token does not decay on the way to itself. starts: True where a document begins, (..., S) or
+    what broadcasts to it; a stretch that runs into another document is −inf as well. Source: Mamba-2, section 6 of
+    arXiv 2405.21060. Needs: nothing else.
+    """
+    S, sums = a.shape[-1], a.to(torch.float64).cumsum(-1)
+    cut = torch.ones(S, S, dtype=torch.bool, device=a.device).triu(1)
+    if starts is not None:
+        document = starts.cumsum(-1)
+        cut = cut | (document[..., :, None] != document[..., None, :])
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(cut, -torch.inf)
+
+
+# Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
+# the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
+# (B, G, J, S, ·), in at least fp32; dt has gone into X = dt·x and a = dt·A there, once each.
+
+
+def _lay_out(x, dt, A, B, C, state, starts=None):
+    G, J = B.shape[2], x.shape[2] // B.shape[2]
+    X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
+    a_BGJS = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S", G=G)
+    B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
+    zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
+    state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
+    # Without documents no token is a start: one mask of a sequence serves all heads, so it costs next to nothing.
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
+    return X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts[:, None, None]
+
+
+def _lay_back(y_BGJSD, state_BGJDZ, x, D):
+    y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
+    y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
+    return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+
+
+def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
+    """The loop. Arguments and results as `ssd`'s; S steps, one after the other. Needs: `_lay_out`, `_lay_back`."""
+    X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
+    y = []
+    for t in range(x.shape[1]):
+        kept_BGJ11 = a_BGJS[..., t, None, None].exp().masked_fill(starts[..., t, None, None], 0)
+        state_BGJDZ = kept_BGJ11 * state_BGJDZ + X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
+        y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
+    return _lay_back(torch.stack(y, 3), state_BGJDZ, x, D)
+
+
+def ssd_step(x, dt, A, B, C, state, D=None) -> tuple[Tensor, Tensor]:
+    """The recurrence for one token: x (B, N, D), dt (B, N), A (N), B and C (B, G, Z), state (B, N, D, Z).
+
+    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `ssd_recurrent`.
+    """
+    y, state = ssd_recurrent(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state)
+    return y[:, 0], state
+
+
+# The masked matrix needs two more things to serve as a chunk: what the state that enters adds to each y, and what each
+# token leaves in the state that goes out. Both are products with the same decays: the last row of L says how much of
+# token j is left behind the last one.
+
+
+def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
+    """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
+    return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
+
+
+def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
+    y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
+    left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
+    return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
+
+
+def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
+    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S². Needs: `_chunk`."""
+    # Autocast is off, here and below: it would make the products of wide numbers narrow again.
+    with torch.autocast(x.device.type, enabled=False):
+        return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
+
+
+# Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
+# nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep
+# the states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the
+# last to the first, and hands on the *gradient* of the state as forward hands on the state.
+#
+# Three products were made in a chunk, and each is turned around once for each of its factors. The gradient of the
+# decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a. So what arrives there, M_ij = dL_ij·L_ij,
+# goes to s_i with plus and to s_j with minus: row sums minus column sums, and no chain of S × S matrices. The diagonal
+# cancels, and much of the rest nearly: hence float64 for these sums.
+
+
+def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
+    end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
+    # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
+    # each factor in turn: X first, through y and through the new state.
+    scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
+    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
+    # Then B and C, which all heads of a group share: so their gradients are sums over heads.
+    by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
+    grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
+    by_read_BGJSZ, by_left_BGJSZ = read_BGJSD @ state_BGJDZ, (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ
+    grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
+    grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
+
+    # At last the decays, by way of their running sums s: what L, the reading of the state and the writing into it tell.
+    M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
+    grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
+    grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
+    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum((-1, -2), **exact)
+    grad_a_BGJS = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)  # a_t is in every s_i from t on
+    grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
+    return grad_X_BGJSD, grad_a_BGJS[..., None], grad_B_BG1SZ, grad_C_BG1SZ, grad_state_BGJDZ
+
+
+class _ChunkedSSD(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, chunk, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+        # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
+        ctx.pieces, states = [slice(t, t + chunk) for t in range(0, X_BGJSD.shape[3], chunk)], []
+        y_BGJSD = torch.empty_like(X_BGJSD)
+        for at in ctx.pieces:
+            states.append(state_BGJDZ)
+            X, a, B, C = (t[..., at, :] for t in (X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ))
+            y_BGJSD[..., at, :], state_BGJDZ = _chunk(X, a[..., 0], B, C, state_BGJDZ, starts[..., at])
+        ctx.save_for_backward(X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, *states)
+        return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
+        *tensors, starts = ctx.saved_tensors[:5]
+        grads = [torch.empty_like(t) for t in tensors]
+        with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
+            for at, state_BGJDZ in zip(reversed(ctx.pieces), reversed(ctx.saved_tensors[5:])):
+                X, a, B, C, grad_y = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
+                chunk = X, a[..., 0], B, C, state_BGJDZ, starts[..., at], grad_y, grad_state_BGJDZ
+                *of_chunk, grad_state_BGJDZ = _chunk_backward(*chunk)
+                for grad, part in zip(grads, of_chunk):
+                    grad[..., at, :] = part
+        return None, *grads, grad_state_BGJDZ, None
+
+
+def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
+    """The recurrence of Mamba-2 over a sequence, in chunks: y_i = C_i·state_i + D x_i.
+
+    Args:
+        x: values, (B, S, N, D), any S. dt: step sizes, (B, S, N), positive. A: (N,), negative.
+        B, C: (B, S, G, Z); heads [g·J, (g + 1)·J) with J = N / G read and write with those of group g.
+        chunk: Q; changes no number beyond rounding. Work is S·Q; what is kept is the inputs and S / Q states.
+        D: (N,), the way around the state, or None. initial_state: (B, N, D, Z); None is zeros.
+        starts: bool, (B, S), True where a document begins: there the state is forgotten.
+
+    Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
+    in. Differentiable once, in all of its tensors.
+    Raises: ValueError where heads do not divide into groups.
+    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: `_ChunkedSSD`, `_lay_out`, `_lay_back`.
+    """
+    if x.shape[2] % B.shape[2] or chunk < 1:
+        raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
+    X_BGJSD, a_BGJS, *others = _lay_out(x, dt, A, B, C, initial_state, starts)
+    with torch.autocast(x.device.type, enabled=False):
+        return _lay_back(*_ChunkedSSD.apply(chunk, X_BGJSD, a_BGJS[..., None], *others), x, D)
+
+
+# ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
+#
+# Before the recurrence each channel of x, B and C takes a weighted sum of its last K = 4 tokens, its own and K − 1
+# earlier ones: it costs nothing, and lets a token know what stood right before it. The *last* tap belongs to the
+# newest token. What a later token needs of the past is the K − 1 inputs before it, and inputs they are: what went into
+# the convolution, not what came out of it.
+
+
+def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) -> Tensor:
+    """Each channel's weighted sum over its last K tokens, as long as u, with bias and no activation.
+
+    previous_BKC: the tokens before u, K − 1 of them or more; None is zeros. document: (B, K − 1 + S) numbers of the
+    documents of the K − 1 tokens before and of u; what belongs to another document is not looked at.
+    Source: Mamba. Needs: nothing else.
+    """
+    S, K = u_BSC.shape[1], weight_CK.shape[1]
+    zeros_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
+    padded_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1)
+    y_BSC = torch.addcmul(bias_C, u_BSC, weight_CK[:, -1])
+    for tap in range(K - 1):
+        earlier_BSC = padded_BSC[:, tap : tap + S]
+        if document is not None:
+            earlier_BSC = earlier_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+        y_BSC = torch.addcmul(y_BSC, earlier_BSC, weight_CK[:, tap])
+    return y_BSC.to(u_BSC.dtype)
+
+
+# ── 1.3 The Mamba-2 layer ───────────────────────────────────────────────────────────────────────────────
+#
+#     x_BSH ──· in_proj ──► z │ x  B  C │ dt            one projection, in this order, N·D + (N·D + 2·G·Z) + N wide
+#                           │ └─ conv ─┘  │
+#                           │    silu   softplus(dt + dt_bias)
+#                           │      └─ ssd ─┘            A = −exp(A_log), so that no step of training makes it positive
+#                       silu(z) ─────·                  the gate, and then the norm: they cannot be swapped
+#                              grouped norm             a mean square for each group of heads, not one over all channels
+#                                out_proj ──► y_BSH
+#
+# The groups of the norm look like a detail. They are what lets tensor parallelism cut the layer by heads without one
+# word between ranks.
+
+
+@dataclass
+class Past:
+    """Where tokens stand in their sequence, and what the layers see of those before: here nothing, x is the beginning.
+
+    Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
+    and `RankPast` (section 2.3), where it is on other ranks. No layer knows which one it has. Needs: `ssd`.
+    """
+
+    first: int = 0  # the number of tokens before
+    document_BS: Tensor | None = None  # of all tokens of the sequence, the number of the document; None: there is one
+
+    def documents(self, before: int, S: int) -> Tensor | None:
+        """The document's number for `before` tokens in front of `first`, and for S from there on."""
+        if self.document_BS is None:
+            return None
+        index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
+        return self.document_BS[:, index.clamp(min=0)]  # in front of the first token of all there are only zeros
+
+    def starts(self, S: int) -> Tensor | None:
+        """True where a document begins, for S tokens from `first` on."""
+        document = self.documents(1, S)
+        return None if document is None else document[:, 1:] != document[:, :-1]
+
+    def inputs(self, u_BSC: Tensor, K: int) -> Tensor | None:
+        """The convolution's inputs in front of u, at least K − 1; None are zeros."""
+        return None
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        """`ssd`'s y."""
+        return ssd(x, dt, A, B, C, chunk, D, None, self.starts(x.shape[1]))[0]
+
+    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values from the first token of the sequence to the last of x."""
+        return k_BGSD, v_BGSD
+
+
+class RMSNorm(nn.Module):
+    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
+
+    def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
+        super().__init__()
+        self.eps, self.groups, self.weight = eps, groups, nn.Parameter(torch.ones(size))
+
+    def mean_square(self, x_BSGC: Tensor) -> Tensor:
+        return x_BSGC.square().mean(-1, keepdim=True)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BSGC = wide(x_BSH).unflatten(-1, (self.groups, -1))
+        y_BSGC = x_BSGC * (self.mean_square(x_BSGC) + self.eps).rsqrt()
+        return (y_BSGC.flatten(-2) * wide(self.weight)).to(x_BSH.dtype)
+
+
+class Mamba2Mixer(nn.Module):
+    """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
+
+    Source: Mamba-2; Megatron-LM's layer. Needs: `Past`, `causal_conv1d`, `RMSNorm`, `initial_value`, `HybridConfig`.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.config, N, inner = config, config.mamba_heads, config.mamba_heads * config.mamba_head_size
+        self.convolved = [inner, *2 * [config.mamba_groups * config.state_size]]  # x, B, C
+        self.projected = [inner, sum(self.convolved), N]  # z, those three, dt
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
+        self.conv_weight = nn.Parameter(torch.empty(self.projected[1], config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(self.projected[1]))
+        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(N)) for _ in range(3))
+        self.norm = RMSNorm(inner, config.norm_eps, config.mamba_groups)
+        self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        for name, p in self.named_parameters():
+            if not p.is_meta:
+                p.data.copy_(initial_value(name, p.shape, config))
+
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        # The order of the rows of in_proj is the published one; z and dt do not go through the convolution.
+        config, past, S = self.config, past or Past(), x_BSH.shape[1]
+        z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
+        before, documents = past.inputs(u_BSC, config.conv_kernel), past.documents(config.conv_kernel - 1, S)
+        u_BSC = F.silu(causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, before, documents))
+        x_BSC, *BC_BSC = u_BSC.split(self.convolved, -1)
+        x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", D=config.mamba_head_size)
+        B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
+        dt_BSN, A_N = F.softplus(wide(dt_BSN) + wide(self.dt_bias)), -wide(self.A_log).exp()
+        y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
+        # The gate first: norm(y · silu(z)). The norm of y, gated afterwards, is another function.
+        y_BSC = wide(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(wide(z_BSC))
+        return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
+
+
+# ── 1.4 Attention, feed-forward, and the model ──────────────────────────────────────────────────────────
+#
+# A state of fixed size must choose what it remembers. Attention forgets nothing, and pays for it with the keys and
+# values of every token. A hybrid takes many layers of the first kind and a few of the second. Query heads share keys
+# and values in groups. There is no position embedding: the Mamba layers know the order already. (`rope` is for the
+# Transformer that one wants to compare with.)
+#
+# Each letter of the pattern is one residual layer of its own, x ← x + f(norm(x)): attention and its feed-forward layer
+# are two. No bias anywhere but in the convolution, and a head of its own, not tied to the embedding.
+
+
+def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
+
+    Element i turns with element i + R/2. Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
+    """
+    S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
+    if not R:
+        return x_BNSD
+    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (-torch.arange(0, R, 2, **exact) / R)
+    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(wide(x_BNSD).dtype.to_complex())
+    turned_BNSR = torch.complex(*wide(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
+    return torch.cat([turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention, x_BSH to (B, S, H). Needs: `rotate`, `Past`, `HybridConfig`."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.config, H, D = config, config.hidden_size, config.attention_head_size
+        self.q_proj = nn.Linear(H, config.attention_heads * D, bias=False)
+        self.k_proj, self.v_proj = (nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2))
+        self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
+
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        past, S, D = past or Past(), x_BSH.shape[1], self.config.attention_head_size
+        projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
+        q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
+        k_BGTD, v_BGTD = past.keys(rotate(k_BGSD, past.first, self.config.rope), v_BGSD)  # T: up to the last of x
+        q_BNSD, T = rotate(q_BNSD, past.first, self.config.rope), k_BGTD.shape[2]
+        if S == 1 and past.document_BS is None:  # one token sees all: the heads of a group are queries of one head
+            q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
+            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
+        else:
+            mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
+            if (document := past.document_BS) is not None:
+                mask = (mask & (document[:, T - S : T, None] == document[:, None, :T]))[:, None]
+            elif T == S:
+                mask = None  # plainly causal, for which the kernels need no mask
+            causal = dict(attn_mask=mask, is_causal=mask is None)
+            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal)
+        return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
+
+
+class SquaredReLUMLP(nn.Module):
+    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H). Needs: `HybridConfig`."""
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
+        return self.down_proj(F.relu(self.up_proj(x_BSH)).square())
+
+
+KINDS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
+
+
+class HybridLM(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits (B, S, V).
+
+    starts_BS: bool, True where a document begins, for documents packed into one sequence: nothing passes from one to
+    the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens.
+    Needs: this part.
+    """
+
+    def __init__(self, config: HybridConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps)  # noqa: E731
+        layers = [dict(norm=norm(), mixer=KINDS[kind](config)) for kind in config.pattern]
+        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norm()
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+            self.load_state_dict(dict(initial_weights(config)))
+
+    def mine(self, x_BS: Tensor) -> Tensor:
+        """Of what is given for a whole sequence, the part of the tokens that this model works on: here all."""
+        return x_BS
+
+    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
+        """Where these tokens stand."""
+        return Past(0, None if starts_BS is None else starts_BS.cumsum(1))
+
+    def run(self, layer: nn.ModuleDict, x_BSH: Tensor, past: Past) -> Tensor:
+        """One layer of any kind, with its norm and its residual connection."""
+        return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
+
+    def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        """What the head is given, (B, S, H)."""
+        pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        x_BSH = self.embedding(self.mine(tokens_BS))
+        for layer, past in zip(self.layers, pasts):
+            x_BSH = self.run(layer, x_BSH, past)
+        return self.final_norm(x_BSH)
+
+    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+        return self.head(self.hidden(tokens_BS, starts_BS, cache))
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
+        logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
+        return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
+
+    def next_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
+        """Of the token that follows, (B, V)."""
+        return self.head(self.hidden(tokens_BS, cache=cache)[:, -1])
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
+        return Cache(self.config, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+
+
+# ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
+#
+# Where a Mamba layer starts decides what it can learn: over the heads, exp(dt·A) must reach from "forget at once" to
+# "keep for a thousand tokens". So −A is drawn between 1 and 16, dt between 0.001 and 0.1 on a logarithmic scale, and
+# dt_bias is what softplus makes that dt of. What writes onto the residual stream starts smaller by 1/√L, so that the
+# sum over L layers starts no larger than one.
+
+
+def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
+    """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
+    # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
+    kind, uniform = name.split(".")[-1], torch.rand(shape, generator=generator, device="cpu")
+    if kind == "A_log":
+        return torch.lerp(*torch.tensor(config.A_init), uniform).log()
+    if kind == "dt_bias":
+        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), uniform).exp().clamp(min=1e-4)
+        return dt_N + torch.log(-torch.expm1(-dt_N))
+    if kind in ("conv_weight", "conv_bias"):
+        return (2 * uniform - 1) / math.sqrt(config.conv_kernel)
+    if len(shape) < 2:  # D, and the norms' weights
+        return torch.ones(shape, device="cpu")
+    writes = name.split(".")[-2] in ("out_proj", "o_proj", "down_proj")
+    std = config.init_std / math.sqrt(len(config.pattern)) if writes else config.init_std
+    return torch.randn(shape, generator=generator, device="cpu") * std
+
+
+def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
+    """Name and shape of every parameter of the plain model, without allocating any. Needs: `HybridLM`."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in HybridLM(config).named_parameters()}
+
+
+def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
+    """The model's first weights, a function of `config` alone, whole, one tensor at a time.
+
+    Needs: `parameter_shapes`, `initial_value`.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, shape in parameter_shapes(config).items():
+        yield name, initial_value(name, shape, config, generator)
+
+
+# ── 1.6 Decoding ────────────────────────────────────────────────────────────────────────────────────────
+#
+# To write one more token the model needs of all earlier ones: from a Mamba layer the state and the convolution's last
+# inputs, as large after a million tokens as after one; from an attention layer every key and value; from a
+# feed-forward layer nothing. A cache holds that. The prompt goes through the chunked form and leaves its cache
+# behind ("prefill"); each further token is one step of the recurrence.
+
+
+@dataclass
+class CachedPast(Past):
+    """The past of one layer out of a cache's `kept`; what is asked with goes into it."""
+
+    kept: dict[str, Tensor] | None = None
+
+    def inputs(self, u_BSC: Tensor, K: int) -> Tensor:
+        before_BKC = self.kept["conv"]
+        self.kept["conv"] = torch.cat([before_BKC, u_BSC[:, -K:].detach()], 1)[:, -K:]
+        return before_BKC
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        state, one = self.kept["state"], x.shape[1] == 1
+        y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        self.kept["state"] = state.detach()
+        return y
+
+    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
+        last = self.first + k_BGSD.shape[2]
+        self.kept["keys"][:, :, self.first : last] = k_BGSD
+        self.kept["values"][:, :, self.first : last] = v_BGSD
+        return self.kept["keys"][:, :, :last], self.kept["values"][:, :, :last]
+
+
+class Cache:
+    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer.
+
+    Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
+    capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
+    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
+    """
+
+    def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
+        N, D, Z = config.mamba_heads, config.mamba_head_size, config.state_size
+        keys = config.attention_groups, capacity, config.attention_head_size
+        mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
+        shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
+        exact = torch.promote_types(dtype, torch.float32)
+        make = lambda n, x: torch.zeros(batch, *x, dtype=exact if n == "state" else dtype, device=device)  # noqa: E731
+        self.layers = [{name: make(name, x) for name, x in shapes[kind].items()} for kind in config.pattern]
+        self.tokens, self.capacity = 0, capacity
+
+    def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
+        """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
+        first, self.tokens = self.tokens, self.tokens + tokens_BS.shape[1]
+        if self.tokens > self.capacity:
+            raise ValueError(f"{self.tokens} tokens, but the cache has room for {self.capacity}")
+        return [CachedPast(first, None, kept) for kept in self.layers]
+
+
+# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# The model is divided in two directions at once. tp ranks share the weights, by heads; cp ranks share the sequence, by
+# tokens. With tp 2 and cp 2:
+#
+#                        tp rank 0     tp rank 1
+#     tokens 0 … 4999     rank 0        rank 1        ← a tp group: the same tokens, other heads
+#     tokens 5000 …       rank 2        rank 3
+#                           ↑ a cp group: the same weights, other tokens
+#
+# The second is what chapter 4 did not do: there only what tensor parallelism leaves whole (norms, residual sums) was
+# divided over the tokens, and attention saw all of them. Megatron-LM calls that one sequence parallelism and this one
+# context parallelism (--cp); the Mamba papers call this one sequence parallelism.
+#
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these four functions.
+
+
+# ── shared: groups ──
+def group_size(group=None) -> int:
+    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    return dist.get_world_size(group) if dist.is_initialized() else 1
+
+
+def group_rank(group=None) -> int:
+    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    return dist.get_rank(group) if dist.is_initialized() else 0
+
+
+def _readable(x: Tensor) -> bool:
+    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
+    not of fake tensors (chapter 2, part 5), which have none."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; with a single rank there is nothing to do."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+# ── end of groups ──
+
+
+# The doors, explained in chapter 2, section 2.1.
+# ── shared: tensor-parallel operators ──
+# ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
+#
+# Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
+#
+#                       forward                backward
+#     copy_to_tp        nothing                all-reduce       every rank used x: their gradients add up
+#     reduce_from_tp    all-reduce             nothing          y is a sum: dL/dy goes to each summand
+#     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
+#     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
+#
+# Each line turned around is another line: two operators are each other's gradient. The first pair is the paper's f
+# and g. So an operator is two small functions, one for the way there and one for the way back, put into one Function.
+# (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
+# accident, and there is no f.)
+#
+# Leave out copy_to_tp, and training still runs: the loss falls, but every weight below gets one rank's summand for its
+# gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
+
+
+def _share(size: int, group, what: str) -> int:
+    tp = group_size(group)
+    if size % tp:
+        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
+    return size // tp
+
+
+def _keep(x: Tensor, group) -> Tensor:
+    return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
+
+
+def _sum(partial_x: Tensor, group) -> Tensor:
+    """Of a copy: the all-reduce works in place, and somebody else may still need the summand."""
+    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _gather(x: Tensor, group) -> Tensor:
+    """All ranks' x side by side along the last dimension."""
+    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(pieces, x.contiguous(), group)
+    return torch.cat(pieces, -1)
+
+
+def _slice(x: Tensor, group) -> Tensor:
+    """This rank's share of the last dimension."""
+    return x.split(_share(x.shape[-1], group, "the last dimension"), -1)[group_rank(group)].contiguous()
+
+
+class _Door(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, there, back):
+        ctx.group, ctx.back = group, back
+        return there(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.back(grad, ctx.group), None, None, None
+
+
+def copy_to_tp(x: Tensor, group=None) -> Tensor:
+    """The way in: x as it is; its gradient is summed over `group`.
+
+    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
+    Source: the paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    """
+    return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
+
+
+def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
+    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
+
+    partial_x: any shape, which must be the same on every rank; not modified.
+    Source: the paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    """
+    return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
+
+
+def scatter_to_tp(x: Tensor, group=None) -> Tensor:
+    """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
+
+    Raises: ValueError where the dimension does not divide over the ranks.
+    Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    """
+    return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
+
+
+def gather_from_tp(x: Tensor, group=None) -> Tensor:
+    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
+
+    Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
+    it tp times. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    """
+    return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
+
+
+# ── end of tensor-parallel operators ──
+
+# A rank's place among tp · cp. Grid() is for one rank by itself: where there are groups, None is all ranks.
+Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
+
+
+# ── 2.1 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
+#
+# All kinds of layers have the shape of chapter 2: a projection in, something that knows only its own heads or
+# features, a projection out. So divide the heads and the features, and what a rank computes is the *plain* layer with
+# smaller numbers in its configuration, between the two doors:
+#
+#     x_BSH ── norm ── copy_to_tp ── plain layer of n heads ── reduce_from_tp ── + x        1 + 1 all-reduces
+#
+# No line of the Mamba layer is about ranks: its convolution works on channels, its recurrence on heads, its norm on
+# groups. Only the cut is not a plain one: the rows of in_proj are [z, x, B, C, dt], and the first half of them is z and
+# not the first half of the heads. Each of the five is cut by itself (part 3).
+#
+# That is all while the groups divide over the ranks. With fewer groups than ranks several ranks need the same B and C:
+# each has a copy of their weights. (Megatron-LM refuses this.) Two things follow.
+#
+# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token and group is
+#   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
+#   the door in, one behind the other, are exactly that.
+# · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
+#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies.
+
+
+def held(units: int, rank: int, tp: int) -> range:
+    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in."""
+    return range(rank * units // tp, -(-(rank + 1) * units // tp))
+
+
+def local_config(config: HybridConfig, tp: int) -> HybridConfig:
+    """The sizes of what one of `tp` ranks holds.
+
+    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat. Needs: `held`.
+    """
+    names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
+    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
+    for name, size in sizes.items():
+        if size % tp and not (name.endswith("groups") and tp % size == 0):
+            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}")
+    return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
+
+
+class ParallelRMSNorm(RMSNorm):
+    """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
+
+    Needs: `copy_to_tp`, `reduce_from_tp`, `held`.
+    """
+
+    def __init__(self, size: int, eps: float, groups: int, grid: Grid):
+        super().__init__(size, eps, len(held(groups, 0, grid.tp)))
+        self.all_groups, self.grid = groups, grid
+
+    def mean_square(self, x_BSgC: Tensor) -> Tensor:
+        mine_BSg1, G, grid = super().mean_square(x_BSgC), self.all_groups, self.grid
+        # A share of the group's channels is on each of tp / G ranks: the mean of the group is the mean of their means.
+        if G >= grid.tp:
+            return mine_BSg1  # each group lies on one rank
+        (group,) = held(G, grid.tp_rank, grid.tp)
+        partial_BSG1 = F.pad(mine_BSg1 * G / grid.tp, (0, 0, group, G - 1 - group))  # into my group's slot
+        mean_BSG1 = copy_to_tp(reduce_from_tp(partial_BSG1, grid.tp_group), grid.tp_group)
+        return mean_BSG1[:, :, group : group + 1]
+
+
+# ── 2.2 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
+#
+# Each rank scans its own tokens as if nothing had been before, and finds what any stretch of tokens does to a state:
+#
+#     state ← decay · state + own            decay_BN: exp of all its a;  own: the state at its end, from zero
+#
+# Two stretches behind each other do decay₂·decay₁ and decay₂·own₁ + own₂, which is of the same kind: so ranks can be
+# composed, and the state that enters rank r is the composition of all before it, an *exclusive scan* over ranks. Every
+# rank sends decay and own, N·D·(Z + 1) numbers a sequence however many tokens it has, and everything that the past
+# adds to the outputs is then added at once, for all tokens:
+#
+#       rank 0                  rank 1                  rank 2
+#       scan from zero          scan from zero          scan from zero         alone
+#       decay, own ────────────────────────────────────────────── all-gather
+#       in = 0                  in = own₀               in = decay₁·own₀ + own₁
+#       y += exp(a_0+…+a_i) · C_i·in                                            alone
+#
+# Backward is the same scan from the other end: gradients of `in` go to all ranks *before*. With T_r the gradient of
+# what leaves rank r, T_r = grad_in_{r+1} + decay_{r+1}·T_{r+1}; own_r gets T_r, decay_r gets T_r·in_r.
+
+
+class _ExclusiveScan(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, decay_BN11, own_BNDZ, group):
+        message = torch.cat([own_BNDZ, decay_BN11.expand(*own_BNDZ.shape[:3], 1)], -1)  # decay as one column more
+        ranks, ctx.group = _gather(message, group).chunk(group_size(group), -1), group
+        in_BNDZ = torch.zeros_like(own_BNDZ)
+        # Every rank composes those before it by itself: a few products, cheaper than a second message.
+        for rank in range(group_rank(group)):
+            in_BNDZ = ranks[rank][..., -1:] * in_BNDZ + ranks[rank][..., :-1]
+        ctx.save_for_backward(in_BNDZ, *(of_rank[..., -1:] for of_rank in ranks))
+        return in_BNDZ
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_in_BNDZ):
+        in_BNDZ, *decays = ctx.saved_tensors
+        grads, total_BNDZ = _gather(grad_in_BNDZ, ctx.group).chunk(len(decays), -1), torch.zeros_like(in_BNDZ)
+        for rank in reversed(range(group_rank(ctx.group) + 1, len(decays))):
+            total_BNDZ = grads[rank] + decays[rank] * total_BNDZ
+        return (total_BNDZ * in_BNDZ).sum((-1, -2), keepdim=True), total_BNDZ, None
+
+
+def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
+    """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths.
+
+    Arguments and results are `ssd`'s, of this rank's tokens: the state is the one behind its last token, so the last
+    rank has the whole sequence's. Every rank must call it, and differentiate it if one does. Messages, whatever the
+    length: N·D·(Z + 1) numbers a sequence and rank forward, N·D·Z backward.
+    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
+    `group_size`, `group_rank`.
+    """
+    if group_size(group) == 1:
+        return ssd(x, dt, A, B, C, chunk, D, None, starts)
+    y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
+    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
+    kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
+    decay_BN11 = kept_BsN[:, -1, :, None, None]
+    in_BNDZ = _ExclusiveScan.apply(decay_BN11, own_BNDZ, group)
+    with torch.autocast(x.device.type, enabled=False):
+        in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
+        read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
+    y_BsND = (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype)
+    return y_BsND, own_BNDZ + decay_BN11 * in_BNDZ
+
+
+# The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*.
+# It goes one rank to the right in forward, its gradient one rank to the left in backward. Two neighbours could send it
+# to each other; we let it travel by the all-gather that the state takes as well, where it is small beside it.
+
+
+def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
+    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
+
+    Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
+    Needs: `_Door`, `_gather`, `group_size`, `group_rank`.
+    """
+    rank, size, rest = group_rank(group), group_size(group), u_BsC.shape[1] - width
+    if rest < 0:
+        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
+
+    def of_rank(other: int, x_BKC: Tensor) -> Tensor:
+        everyones = _gather(x_BKC, group).chunk(size, -1)
+        return everyones[other] if 0 <= other < size else torch.zeros_like(x_BKC)
+
+    there = lambda u_BsC, group: of_rank(rank - 1, u_BsC[:, rest:])  # noqa: E731
+    back = lambda grad_BKC, group: F.pad(of_rank(rank + 1, grad_BKC), (0, 0, rest, 0))  # noqa: E731
+    return _Door.apply(u_BsC, group, there, back)
+
+
+# ── 2.3 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
+#
+# Attention has no small summary of the past: each query needs every earlier key. So keys and values are gathered, two
+# tensors of a few groups, and each rank attends with its own queries. Backward sums what all ranks found for a key and
+# gives it to the rank whose token it is. Ranks may hold unequal numbers of tokens, and the collectives want equal
+# sizes: so each pads to the longest. This message does grow with the sequence: it is a few layers' price for exact
+# recall. (Later ranks have more to attend to. Balancing that means to give each rank an early and a late piece, and to
+# undo it around each recurrence; ring attention would hide the messages behind the products.)
+#
+# Megatron-LM takes another way for Mamba as well: before the convolution an all-to-all exchanges (tokens of mine, all
+# heads) for (all tokens, heads of mine), the plain layer runs on whole sequences, and another all-to-all exchanges
+# back. It is simple, and needs heads that divide over tp·cp and messages as large as the activations. Passing the
+# state needs neither: 1M numbers a sequence in a layer of 128 heads of 64 × 128, as much as 57 tokens of that layer's
+# in_proj.
+
+
+def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
+    """All ranks' tokens side by side, (B, G, s, D) to (B, G, S, D); of the gradient each rank gets the sum for its own.
+
+    lengths: how many tokens each rank of the group has. Needs: `_Door`, `_gather`, `group_rank`.
+    """
+    # What pads is cut off again before anybody sees it, and its gradient is zero.
+    rank, pad = group_rank(group), lambda x: F.pad(x, (0, 0, 0, max(lengths) - x.shape[2])).contiguous()
+
+    def there(x_BGsD: Tensor, group) -> Tensor:
+        pieces = _gather(pad(x_BGsD), group).chunk(len(lengths), -1)
+        return torch.cat([piece[:, :, :length] for piece, length in zip(pieces, lengths)], 2)
+
+    def back(partial_BGSD: Tensor, group) -> Tensor:
+        partial = [pad(piece) for piece in partial_BGSD.split(lengths, 2)]
+        dist.reduce_scatter(mine := torch.empty_like(partial[rank]), partial, group=group)
+        return mine[:, :, : lengths[rank]]
+
+    return _Door.apply(x_BGsD, group, there, back)
+
+
+@dataclass
+class RankPast(Past):
+    """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
+
+    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `gather_tokens`.
+    """
+
+    lengths: list[int] | None = None
+    group: dist.ProcessGroup | None = None
+
+    def inputs(self, u_BsC: Tensor, K: int) -> Tensor:
+        return halo(u_BsC, K - 1, self.group)
+
+    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
+        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[0]
+
+    def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
+        both_BGSD = gather_tokens(torch.cat([k_BGsD, v_BGsD], -1), self.lengths, self.group)
+        return both_BGSD[:, :, : self.first + k_BGsD.shape[2]].chunk(2, -1)  # what comes later is not looked at
+
+
+# ── 2.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+#
+# Every rank is given the whole sequence of token numbers, which is small, and works on its own. The embedding and the
+# head are whole on each rank, and so are the logits of its tokens: to divide them by words is chapter 2's sections 2.4
+# and 2.5, and nothing about it is new here.
+
+
+class ParallelHybridLM(HybridLM):
+    """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, V) of this rank's tokens.
+
+    Its weights are those of HybridLM(config), whatever the grid, under the same names; one whole tensor at a time is in
+    memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1.
+
+    Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
+    Needs: parts 1 and 2, of part 3 `shard_tensor`.
+    """
+
+    def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
+        self.local = local_config(config, grid.tp)
+        with torch.device("meta"):  # shapes first, without memory
+            super().__init__(self.local)
+            for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
+                mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
+        self.config, self.grid = config, grid
+        shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
+        self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
+
+    def run(self, layer: nn.ModuleDict, x_BsH: Tensor, past: Past) -> Tensor:
+        partial_y_BsH = layer["mixer"](copy_to_tp(layer["norm"](x_BsH), self.grid.tp_group), past)
+        return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
+
+    def mine(self, x_BS: Tensor) -> Tensor:
+        return x_BS.tensor_split(self.grid.cp, 1)[self.grid.cp_rank]  # the first get one more where they do not divide
+
+    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
+        cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
+        lengths = [x.shape[1] for x in tokens_BS.tensor_split(cp, 1)]
+        if cp > 1 and lengths[-1] < K - 1:
+            text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
+            raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
+        ranks = RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
+        return ranks if cp > 1 else past
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        if self.grid.cp > 1:
+            raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
+        return Cache(self.local, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+
+
+# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+#
+# One table says how each parameter is cut: into which components its rows fall, and each component into how many
+# units, of how many rows. A rank gets its units of each component. A cut of in_proj into equal halves would run just as
+# well, with z where x should be. What is not in the table (norms in front of layers, the final one) is whole on each
+# rank.
+#
+#     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt×4
+#     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
+#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
+
+Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, in the whole; rows; ranks that hold them
+
+
+def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
+    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces; none where each rank holds all.
+
+    Needs: `Piece`, `held`.
+    """
+    N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
+    inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
+    queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
+    rows = {
+        "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
+        "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
+        "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
+    }  # fmt: skip
+    columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
+    kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
+    for units, width in (rows | columns).get(kind, []):
+        mine = held(units, rank, tp)
+        pieces.append(Piece(here, there + mine.start * width, len(mine) * width, max(1, tp // units)))
+        here, there = here + len(mine) * width, there + units * width
+    return int(kind in columns), pieces
+
+
+def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
+    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`."""
+    dim, pieces = pieces_of(name, config, rank, tp)
+    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim) if pieces else whole.clone()
+
+
+def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
+    """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
+
+    Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
+    Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
+    """
+    found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
+    local_config(config, tp)  # for what it raises
+    if wrong := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
+        raise ValueError(f"missing, unknown, or of another shape than this configuration's: {wrong}")
+    return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
+
+
+def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> dict[str, Tensor]:
+    """All tp ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
+
+    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be the same on
+    each, such as the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    """
+    full = {}
+    for name, shape in parameter_shapes(config).items():
+        full[name], spots = shards[0][name].new_empty(shape), []
+        for rank, shard in enumerate(shards):
+            dim, pieces = pieces_of(name, config, rank, len(shards))
+            for p in pieces or [Piece(0, 0, shape[0], len(shards))]:
+                spots.append((full[name].narrow(dim, p.there, p.size), shard[name].narrow(dim, p.here, p.size), rank))
+                spots[-1][0].copy_(spots[-1][1])
+        for whole, mine, rank in spots:  # what several ranks hold was written several times
+            if not torch.equal(whole, mine):
+                raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+    return full
+
+
+# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
+#
+# A published Nemotron-H is a folder: config.json, and one safetensors file or several with an index. Its tensors are
+# those of the plain model under other names; the convolution's has one dimension more. Each rank reads what is its
+# own, a tensor at a time.
+#
+# One thing to know when you compare with the `transformers` library: it clamps dt at 0.001 from below ("time_step_min",
+# a setting for the first weights), in the forward pass over a prompt but not in one-token decoding. The model as
+# published, Megatron-LM's, does not clamp, and nor do we.
+
+
+def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[HybridConfig, dict[str, Tensor]]:
+    """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
+
+    Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
+    Needs: `HybridConfig`, `parameter_shapes`, `shard_tensor`, `local_config`.
+    """
+    from safetensors import safe_open
+
+    folder = Path(folder)
+    theirs, index = json.loads((folder / "config.json").read_text("utf-8")), folder / "model.safetensors.index.json"
+    ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
+                use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
+    if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
+        raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
+    # Two ages of the format have two names for each kind.
+    letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
+    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or []
+    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
+    names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size",
+                 mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
+                 state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size",
+                 attention_heads="num_attention_heads", attention_groups="num_key_value_heads")  # fmt: skip
+    sizes = {name: theirs[published] for name, published in (names | dict(norm_eps="layer_norm_epsilon")).items()}
+    head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
+    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **sizes)
+    files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
+    opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
+    found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
+    local_config(config, tp)  # for what it raises
+    full = {}
+    for name, shape in parameter_shapes(config).items():
+        published = name.replace("conv_", "conv1d.").replace("head.", "lm_head.").replace("final_norm", "norm_f")
+        published = published.replace("embedding", "embeddings")
+        if published not in found:
+            raise ValueError(f"{folder} lacks the tensor {published}")
+        x = found[published][0].get_tensor(found[published][1])
+        x = x.squeeze(1) if name.endswith("conv_weight") else x
+        if x.shape != shape:
+            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
+        full[name] = shard_tensor(name, x, config, rank, tp)
+    return config, full
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+#
+# Three kinds of gradients meet at the end of a backward pass, and each wants something else:
+#
+#     all parameters                 every cp rank has seen its own tokens alone: summed over cp, one message
+#     copies of a group's weights    every tp rank has its own heads' part: the copies are summed, one message over tp
+#     everything else                complete, thanks to the doors
+#
+# Then the norm, in which the shares' squares are summed over tp, what is whole counts once, and of p copies each counts
+# 1/p. Left out, the second sum trains B and C with a part of their gradient, the copies drift apart, and the loss
+# falls all the same.
+
+
+def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
+    """AdamW that decays matrices only: not A_log, dt_bias and D, whose zero is no rest, nor norms' weights."""
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+
+
+def _sum_over(parts: list[Tensor], group) -> None:
+    """Sums each tensor over the group, in place, all in one message."""
+    if parts and group_size(group) > 1:
+        flat = _all_reduce(torch.cat([part.flatten() for part in parts]), group)
+        for part, total in zip(parts, flat.split([part.numel() for part in parts])):
+            part.copy_(total.view_as(part))
+
+
+def reduce_gradients(model: ParallelHybridLM) -> None:
+    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
+
+    Needs: `pieces_of`, `_sum_over`.
+    """
+    grid, copies = model.grid, []
+    _sum_over([p.grad for p in model.parameters()], grid.cp_group)
+    for name, p in model.named_parameters():
+        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1]:
+            if piece.copies > 1:  # a slot for each group, so that one message over all tp ranks serves every group
+                mine, slot = p.grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
+                slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
+                slots[slot] = mine
+                copies.append((mine, slots, slots[slot]))
+    _sum_over([slots for _, slots, _ in copies], grid.tp_group)
+    for mine, _, total in copies:
+        mine.copy_(total)
+
+
+def grad_norm(model: HybridLM) -> Tensor:
+    """The norm of the whole gradient, the same on every rank. Needs: `pieces_of`."""
+    grid, squares = getattr(model, "grid", Grid()), []
+    for name, p in model.named_parameters():
+        dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
+        for q in pieces or [Piece(0, 0, p.shape[0], grid.tp)]:  # what several ranks hold counts once
+            squares.append(wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies)
+    total = torch.stack(squares).sum()
+    return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
+
+
+def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None):
+    """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
+
+    Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
+    not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
+    Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
+    Needs: `reduce_gradients`, `grad_norm`.
+    """
+    # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
+    optimizer.zero_grad()
+    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
+    loss.backward()
+    if isinstance(model, ParallelHybridLM):
+        reduce_gradients(model)
+        loss = _all_reduce(loss.detach().clone(), model.grid.cp_group)
+    norm = grad_norm(model)
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    optimizer.step()
+    return loss.detach(), norm
+
+
+def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
+    """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
+
+    Needs: `make_optimizer`, `train_step`, whose options it takes.
+    """
+    optimizer = make_optimizer(model)
+    for step, (tokens_BS, targets_BS) in enumerate(batches):
+        for param_group in optimizer.param_groups:
+            param_group["lr"] = lr(step)
+        yield train_step(model, optimizer, tokens_BS, targets_BS, **options)
+
+
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
+
+# ── 5.1 Which layer is which ────────────────────────────────────────────────────────────────────────────
+#
+# The study gives two shares, of attention and of feed-forward layers, and spreads them: attention so that the layers
+# between fall into equal sections, beginning and ending with another kind; then feed-forward layers over what is left.
+# Its rule, for a share of n layers: with a section's length as credit, walk along; place one when less than half a
+# layer of credit is left, and take a section's length on; otherwise pay one.
+
+
+def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
+    """The pattern of n layers with these shares of attention and feed-forward layers, spread evenly.
+
+    Raises: ValueError where the shares do not fit. Source: the study, arXiv 2406.07887; Megatron-LM's rule.
+    """
+    layers, attention, mlp = ["M"] * n, round(n * attention_ratio), round(n * mlp_ratio)
+    if min(attention, mlp) < 0 or attention + mlp > n:
+        raise ValueError(f"{attention} attention and {mlp} feed-forward layers do not fit into {n}")
+    for letter, count, sections in (("*", attention, attention + 1), ("-", mlp, mlp)):
+        section = credit = (layers.count("M") - count) / max(sections, 1)
+        for i in (i for i, kind in enumerate(layers) if kind == "M" and count):
+            layers[i] = letter if credit < 0.5 else "M"
+            credit += section if credit < 0.5 else -1
+    return "".join(layers)
+
+
+# ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
+
+
+def parameters(config: HybridConfig) -> int:
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Needs: nothing else."""
+    H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
+    inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
+    mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
+    attention = 2 * H * D * (config.attention_heads + config.attention_groups)
+    kinds = {"M": mamba, "*": attention, "-": 2 * H * config.ffn_hidden_size}
+    return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
+
+
+DecodeMemory = namedtuple("DecodeMemory", "state kv")  # bytes of a sequence: of all Mamba layers, of all attention
+
+
+def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2) -> DecodeMemory:
+    """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
+
+    number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
+    """
+    inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
+    state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    kv = 2 * config.attention_groups * config.attention_head_size * tokens * number_bytes
+    return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
+
+
+# What follows from these bytes, and what does not. Nemotron-H-8B keeps 50 MiB of states and 16 KiB of keys and values a
+# token: from 3,192 tokens on the few attention layers hold more than all states. Against a Transformer of 32 layers
+# with as many shared keys it keeps an eighth of the keys: at 64K tokens 1.05 GiB in place of 8.
+#
+# The study *predicts* "up to 8×" faster generation, and 32 / 4 layers is 8 as well. That is no derivation: the study's
+# own baseline shares no keys (32 heads with keys each), which would make it 32×; the prediction is a latency, in which
+# weights, products and batch count; and the paper says "up to". Nemotron-H's "up to 3×" is a throughput of 56B against
+# 70B-class models with 65,536 tokens in and 1,024 out, measured on H100s. Bytes alone explain neither, and say only
+# which way it goes: how many sequences fit on a GPU, and how much is read for a token.
+
+
+# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
+
+#               hidden    FFN  heads    N   D    Z    vocabulary   layers
+PUBLISHED = {
+    name: HybridConfig(vocab, H, pattern, F, N, D, 8, Z, 4, 128, heads, 8, 128)
+    for name, (H, F, heads, N, D, Z, vocab, pattern) in {
+        "study hybrid": (4096, 16384, 32, 128, 64, 128, 256_000, allocate_layers(56, 0.08, 0.5)),
+        "Nemotron-H-8B": (4096, 21504, 32, 128, 64, 128, 131_072, "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
+        "Nemotron-H-47B": (8192, 30720, 64, 256, 64, 256, 131_072,
+                           "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-"
+                           "M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"),
+        "Nemotron-H-56B": (8192, 32768, 64, 256, 64, 256, 131_072, "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
+        "Nano-12B-v2": (5120, 20480, 40, 128, 80, 128, 131_072, "M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-"),
+        "Nano-9B-v2": (4480, 15680, 40, 128, 80, 128, 131_072,
+                       "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
+    }.items()
+}  # fmt: skip
+
+
+@torch.no_grad()
+def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
+    """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
+
+    model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
+    are in the same state. Raises: ValueError for an empty prompt. Needs: `Cache`.
+    """
+    if not tokens_BS.shape[1]:
+        raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
+    cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
+    for _ in range(new_tokens):
+        logits_BV = model.next_logits(new_BS, cache)
+        new_BS = logits_BV.argmax(-1, keepdim=True)
+        if temperature:
+            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
+        tokens_BS = torch.cat([tokens_BS, new_BS], 1)
+    return tokens_BS
+
+
+def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
+    """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
+
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    """
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if tp < 1 or world % tp:
+        raise ValueError(f"tp={tp} does not divide the {world} ranks")
+    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
+    columns = [list(range(first, world, tp)) for first in range(tp)]
+    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
+    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
+
+
+def layouts(device: torch.device, timeout: float) -> list[Grid]:
+    """Every way to lay all ranks out: tp alone, both, cp alone."""
+    world = group_size()
+    return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
+
+
+def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+    """A small odd model on this grid beside the same on one device: name to relative error, the worst of all ranks.
+
+    Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
+    are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    """
+    sizes = dict(mamba_heads=2 * grid.tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
+    sizes |= dict(
+        attention_heads=2 * grid.tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * grid.tp
+    )
+    # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
+    config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
+    generator = torch.Generator().manual_seed(1)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(device)
+    starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
+    starts_BS[0, 4], targets_BS[1, :3] = True, -100
+    plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
+    batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards, errors = [None] * grid.tp, {}
+        here = {name: x.detach().cpu() for name, x in here.items()}
+        if dist.is_initialized():
+            dist.all_gather_object(shards, here, grid.tp_group)
+        for name, x in merge_state_dicts(shards if grid.tp > 1 else [here], config).items():
+            y = reference[name].detach().cpu()
+            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+        return errors
+
+    errors = {}
+    runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
+    for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
+        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
+        if step == 0:
+            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
+    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    everywhere = [errors] * group_size()
+    if dist.is_initialized():
+        dist.all_gather_object(everywhere, errors)
+    return {name: worst([found[name] for found in everywhere]) for name in errors}
+
+
+# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
+    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest; NaN is worse than anything."""
+    return max((math.inf if math.isnan(error) else error for error in errors), default=math.inf)
+
+
+def check(device: torch.device, args, dtype: torch.dtype, autocast: torch.dtype | None, show: bool) -> dict[str, float]:
+    """Every layout of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
+    found = {}
+    for grid in layouts(device, args.timeout):
+        for groups in sorted({grid.tp, 1}, reverse=True):
+            errors = equivalence(grid, groups, device, dtype, autocast)
+            text = f"tp {grid.tp} × cp {grid.cp}, G {groups}"
+            if show:
+                say("\n".join(f"{text:20} {name:48} {error:.1e}" for name, error in errors.items()))
+            say(f"{text}: worst of {len(errors)} {worst(errors.values()):.1e}")
+            for name, error in errors.items():
+                found[name] = max(found.get(name, 0.0), error)
+    return found
+
+
+def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
+    """Of one Mamba layer: all-reduces under tp, and what state passing sends under cp, at two lengths."""
+    world, found = group_size(), {}
+    config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
+    tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
+    for name, grid, length in (("tp", tp, 64), ("short", cp, 128 * world), ("long", cp, 512 * world)):
+        model = ParallelHybridLM(config, grid).to(device)
+        x_BsH = torch.randn(1, length // grid.cp, config.hidden_size, device=device, requires_grad=True)
+        past = Past() if grid.cp == 1 else RankPast(0, None, None, grid.cp_group)
+        with Counter() as forward:
+            y_BsH = model.run(model.layers[0], x_BsH, past)
+        with Counter() as backward:
+            y_BsH.sum().backward()
+        found[name] = [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
+    return found
+
+
+@torch.no_grad()
+def decode_times(config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15) -> list[float]:
+    """Milliseconds for one token on one device, behind so many tokens: states and caches hold random numbers."""
+    model, times = HybridLM(config).to(device).eval(), []
+    for context in contexts:
+        cache, token_BS = model.new_cache(1, context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        for x in (x for layer in cache.layers for x in layer.values()):
+            x.normal_()
+        cache.tokens, of_token = context, []
+        for _ in range(repeats + 3):
+            begin = time.perf_counter()
+            model.next_logits(token_BS, cache).argmax().item()  # the last word waits for a GPU to finish
+            of_token.append(1e3 * (time.perf_counter() - begin))
+        times.append(sorted(of_token[3:])[repeats // 2])
+    return times
+
+
+def demonstrate(args, device: torch.device) -> list[float]:
+    """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
+    from tqdm import tqdm
+
+    config, (dtype, autocast), grid = config_of(args), precision(args), make_grid(args.tp, device, args.timeout)
+    data = TextData(args.data, args.tokenizer, args.seq_length)
+
+    def batches(steps: int):
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+
+    options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
+    model = ParallelHybridLM(config, grid).to(device, dtype)
+    alone = train(HybridLM(config).to(device, dtype), batches(5 if group_rank() == 0 else 0), **options)
+    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
+    say("step      loss    on one device      norm")
+    differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
+    steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
+    for step, (loss, norm) in enumerate(steps):
+        beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
+        differences += [abs(loss.item() - other) for other in beside]
+        if step < 5 or step % 20 == 19:
+            text = f"{beside[0]:.6f}" if beside else ""
+            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+    if grid.cp == 1:
+        prompt = "import os\n\n\ndef "
+        prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
+        text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
+        say(f"\nafter {prompt!r} it writes\n{data.decode(text_S[prompt_BS.shape[1] :])!r}")
+    return differences
+
+
+def main(args, device: torch.device) -> None:
+    say(
+        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, "
+        f"seed {args.seed}\n"
+    )
+    if args.check:
+        bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
+        say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
+        sys.exit(bad)
+    errors = check(device, args, torch.float64, None, show=False)
+    messages, differences = count_messages(device, args.timeout), demonstrate(args, device)
+    if group_rank() > 0:
+        return
+
+    config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
+    models = {"Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")), "hybrid": config,
+              "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5)}  # fmt: skip
+    times = {name: decode_times(cfg, contexts, device) for name, cfg in models.items()}
+    say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
+    for name, row in times.items():
+        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in row))
+    say()
+
+    rows = []
+
+    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
+        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
+
+    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+        off = worst(error for name, error in errors.items() if name.startswith(kind))
+        row(f"every {claim} equals one device's, all layouts, fp64", "exact", f"worst {off:.1e} relative", off <= 1e-10)
+    off = worst(differences)
+    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+    row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
+    alone = group_size() == 1 and "needs ranks"
+    reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
+    row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
+    short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
+    row(
+        "bytes that state passing sends, at 1 and 4 times the tokens",
+        "equal",
+        f"{short:,}, {long:,}",
+        alone or short == long,
+    )
+    study = PUBLISHED["study hybrid"]
+    given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    same = study.pattern == given
+    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study.pattern, same)
+    shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
+    row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
+    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(PUBLISHED['Nemotron-H-8B']):,}")
+    for name, paper in (("Nemotron-H-47B", "47B"), ("Nemotron-H-56B", "56B")):
+        row(f"parameters of {name}", paper, f"{parameters(PUBLISHED[name]) / 1e9:.0f}B")
+    eight, baseline = PUBLISHED["Nemotron-H-8B"], replace(PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
+    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, baseline))
+    row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
+    row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
+    row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
+    growth = ", ".join(f"{row[-1] / row[0]:.1f}" for row in times.values())
+    row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
+    if not print_claims(rows):
+        sys.exit(1)
+
+
+SIZES = dict(
+    hidden_size="hidden size, H",
+    pattern="a letter a layer: M Mamba-2, * attention, - feed-forward",
+    ffn_hidden_size="feed-forward size, F; tp must divide it",
+    mamba_heads="heads of a Mamba layer, N; tp must divide them",
+    mamba_groups="groups of them that share B and C, G",
+    state_size="size of a state, Z",
+    chunk="tokens of a chunk, Q",
+    attention_heads="query heads; tp must divide them",
+    attention_groups="groups of them that share keys and values",
+)
+
+
+def config_of(args) -> HybridConfig:
+    sizes = {name: getattr(args, name) for name in SIZES}
+    return HybridConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+
+
+def flags() -> argparse.Namespace:
+    parser = common_flags(__doc__.splitlines()[0], steps=120)
+    flag = parser.add_argument
+    flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
+    flag(
+        "--cp", type=int, help="ranks that share a sequence, by tokens: the others (Megatron-LM's context parallelism)"
+    )
+    for name, text in SIZES.items():
+        default = getattr(HybridConfig, name)
+        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    flag("--seq-length", type=int, default=128, help="tokens of a sequence, S")
+    flag("--batch", type=int, default=8, help="sequences of a step")
+    flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
+    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    args = parse_flags(parser, ranks=2)
+    args.tp = args.tp or args.world_size // (args.cp or 1)
+    try:
+        if args.tp < 1 or args.tp * (args.cp or args.world_size // args.tp) != args.world_size:
+            raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {args.world_size} ranks")
+        if args.batch < 1 or args.seq_length < 1:
+            raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
+        if not args.check:
+            local_config(config_of(args), args.tp)
+        TextData(args.data, args.tokenizer, args.seq_length)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+# ── shared: text data ──
+def tokenizer(name: str) -> tiktoken.Encoding:
+    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
+    if name == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+    if name not in tiktoken.list_encoding_names():
+        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # whatever the network library of the day raises
+        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
+        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
+
+
+class TextData:
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+
+    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
+        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
+        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+        try:
+            text = "".join(source.read_text("utf-8") for source in sources)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
+        cut = len(self.tokens) * 9 // 10
+        self.parts = self.tokens[:cut], self.tokens[cut:]
+        if len(self.parts[1]) <= seq_length:
+            need = f"its last tenth must be longer than a sequence of {seq_length}"
+            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+
+    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
+        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
+        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        return window_BS[:, :-1], window_BS[:, 1:]
+
+    def decode(self, tokens_S: Tensor) -> str:
+        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+
+# ── end of text data ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: counter ──
+Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+
+    def __enter__(self):
+        self.messages = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d" and "barrier" not in function.name():
+            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
+            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# ── end of counter ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: claims table ──
+def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+
+    Returns False where a claim fails.
+    """
+    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
+    table = [("claim", "paper", "here", "verdict"), *words]
+    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
+    for row in table:
+        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return not any(row[3] is False for row in rows)
+
+
+# ── end of claims table ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: flags ──
+def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
+    """The flags that every chapter has; `parse_flags` reads them."""
+    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, **shown)
+    flag = parser.add_argument
+    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
+    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
+    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
+    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
+    flag("--steps", type=int, default=steps, help="optimiser steps")
+    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
+    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
+    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
+    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
+    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
+    return parser
+
+
+def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
+    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
+    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
+    if local < 1 or args.ranks not in (None, local):
+        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+    if args.device == "auto":
+        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
+    if args.device == "cuda" and not gpus:
+        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
+    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
+        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
+    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
+        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
+    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
+    if args.steps < 0 or args.timeout <= 0:
+        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.dtype == "auto":
+        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+    return args
+
+
+# ── end of flags ──
+
+
+# Explained in chapter 1, at its end.
+# ── shared: launcher ──
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
+    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+
+    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
+    hang in a first send that only two ranks know of.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def launch(main: Callable, args: argparse.Namespace) -> None:
+    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
+    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+
+
+def run_rank(main: Callable, args: argparse.Namespace) -> None:
+    """One rank: its device, the process group of all ranks, then main."""
+    device = torch.device("cpu")
+    if args.device == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
+    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+    device_id = device if args.backend == "nccl" else None
+    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+    dist.all_reduce(torch.ones(1, device=device))
+    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    try:
+        with profile:
+            main(args, device)
+        dist.barrier()
+    except RuntimeError as error:
+        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)
+        raise
+    if args.trace and dist.get_rank() == 0:
+        profile.export_chrome_trace(args.trace)
+    dist.destroy_process_group()
+
+
+# ── end of launcher ──
+
+
+if __name__ == "__main__":
+    launch(main, flags())
