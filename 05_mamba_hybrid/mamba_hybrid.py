@@ -786,12 +786,12 @@ def _slice(x: Tensor, group) -> Tensor:
 class _Door(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, there, back):
-        ctx.group, ctx.back = group, back
+        ctx.group, ctx.there, ctx.back = group, there, back
         return there(x, group)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.back(grad, ctx.group), None, None, None
+    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
+        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
 
 
 def copy_to_tp(x: Tensor, group=None) -> Tensor:
@@ -1811,8 +1811,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
         parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
     os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or args.timeout <= 0:
-        parser.error(f"--steps {args.steps} and --timeout {args.timeout}: not below zero, and above zero")
+    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
+        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
+        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
+    if args.trace and not os.path.isdir(os.path.dirname(os.path.abspath(args.trace))):
+        parser.error(f"--trace {args.trace}: its folder does not exist")
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device == "cuda" else "fp32"
     args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
@@ -1871,8 +1874,9 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
         if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
             time.sleep(5)
         raise
-    if args.trace and dist.get_rank() == 0:
-        profile.export_chrome_trace(args.trace)
+    finally:  # also of a run that failed, or of --check, which leaves by sys.exit
+        if args.trace and dist.get_rank() == 0:
+            profile.export_chrome_trace(args.trace)
     dist.destroy_process_group()
 
 
