@@ -206,7 +206,10 @@ def _lay_back(y_BGJSD, state_BGJDZ, x, D):
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The loop. Arguments and results as `ssd`'s; S steps, one after the other. Needs: `_lay_out`, `_lay_back`."""
+    """The loop. Arguments and results as `ssd`'s; S steps, one after the other.
+
+    Needs: `_lay_out`, `_lay_back`, `wide`.
+    """
     X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
     y = []
     for t in range(x.shape[1]):
@@ -243,7 +246,10 @@ def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S². Needs: `_chunk`."""
+    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S².
+
+    Needs: `_lay_out`, `_lay_back`, `_chunk`, `_kept`, `segsum`, `wide`.
+    """
     # Autocast is off, here and below: it would make the products of wide numbers narrow again.
     with torch.autocast(x.device.type, enabled=False):
         return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
@@ -325,7 +331,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
     Raises: ValueError where heads do not divide into groups.
-    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: `_ChunkedSSD`, `_lay_out`, `_lay_back`.
+    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: section 1.1.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
@@ -380,7 +386,8 @@ class Past:
     """Where tokens stand in their sequence, and what the layers see of those before: here nothing, x is the beginning.
 
     Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
-    and `RankPast` (section 2.3), where it is on other ranks. No layer knows which one it has. Needs: `ssd`.
+    and `RankPast` (section 2.4), where it is on other ranks. No layer knows which one it has. Needs:
+    `ssd`.
     """
 
     first: int = 0  # the number of tokens before
@@ -412,7 +419,10 @@ class Past:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
+    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32.
+
+    Needs: `wide`.
+    """
 
     def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
@@ -539,7 +549,7 @@ class HybridLM(nn.Module):
 
     starts_BS: bool, True where a document begins, for documents packed into one sequence: nothing passes from one to
     the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens.
-    Needs: this part.
+    Needs: part 1.
     """
 
     def __init__(self, config: HybridConfig):
@@ -642,7 +652,7 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class CachedPast(Past):
-    """The past of one layer out of a cache's `kept`; what is asked with goes into it."""
+    """The past of one layer out of a cache's `kept`; what is asked with goes into it. Needs: `Past`, section 1.1."""
 
     kept: dict[str, Tensor] | None = None
 
@@ -669,7 +679,8 @@ class Cache:
 
     Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
     capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
-    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
+    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do. Needs:
+    `CachedPast`.
     """
 
     def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
@@ -836,7 +847,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
 
 
-# ── 2.1 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
+# ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
 #
 # All kinds of layers have the shape of chapter 2: a projection in, something that knows only its own heads or
 # features, a projection out. So divide the heads and the features, and what a rank computes is the *plain* layer with
@@ -879,7 +890,7 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
 class ParallelRMSNorm(RMSNorm):
     """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
 
-    Needs: `copy_to_tp`, `reduce_from_tp`, `held`.
+    Needs: `RMSNorm`, `held`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
@@ -897,7 +908,7 @@ class ParallelRMSNorm(RMSNorm):
         return mean_BSG1[:, :, group : group + 1]
 
 
-# ── 2.2 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
+# ── 2.3 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
 #
 # Each rank scans its own tokens as if nothing had been before, and finds what any stretch of tokens does to a state:
 #
@@ -946,8 +957,8 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     Arguments and results are `ssd`'s, of this rank's tokens: the state is the one behind its last token, so the last
     rank has the whole sequence's. Every rank must call it, and differentiate it if one does. Messages, whatever the
     length: N·D·(Z + 1) numbers a sequence and rank forward, N·D·Z backward.
-    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: `ssd`, `_ExclusiveScan`, `_gather`,
-    `group_size`, `group_rank`.
+    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: section 1.1, `_ExclusiveScan`,
+    and the blocks groups and tensor-parallel operators.
     """
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
@@ -987,7 +998,7 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
     return _Door.apply(u_BsC, group, there, back)
 
 
-# ── 2.3 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
+# ── 2.4 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
 #
 # Attention has no small summary of the past: each query needs every earlier key. So keys and values are gathered, two
 # tensors of a few groups, and each rank attends with its own queries. Backward sums what all ranks found for a key and
@@ -1006,7 +1017,8 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
 def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
     """All ranks' tokens side by side, (B, G, s, D) to (B, G, S, D); of the gradient each rank gets the sum for its own.
 
-    lengths: how many tokens each rank of the group has. Needs: `_Door`, `_gather`, `group_rank`.
+    lengths: how many tokens each rank of the group has. Needs: the blocks groups and tensor-parallel
+    operators.
     """
     # What pads is cut off again before anybody sees it, and its gradient is zero.
     rank, pad = group_rank(group), lambda x: F.pad(x, (0, 0, 0, max(lengths) - x.shape[2])).contiguous()
@@ -1044,7 +1056,7 @@ class RankPast(Past):
         return both_BGSD[:, :, : self.first + k_BGsD.shape[2]].chunk(2, -1)  # what comes later is not looked at
 
 
-# ── 2.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+# ── 2.5 The model ───────────────────────────────────────────────────────────────────────────────────────
 #
 # Every rank is given the whole sequence of token numbers, which is small, and works on its own. The embedding and the
 # head are whole on each rank, and so are the logits of its tokens: to divide them by words is chapter 2's sections 2.4
@@ -1058,7 +1070,7 @@ class ParallelHybridLM(HybridLM):
     memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1.
 
     Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
-    Needs: parts 1 and 2, of part 3 `shard_tensor`.
+    Needs: parts 1 and 2, `Grid`, `shard_tensor`.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
@@ -1253,7 +1265,7 @@ def _sum_over(parts: list[Tensor], group) -> None:
 def reduce_gradients(model: ParallelHybridLM) -> None:
     """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
 
-    Needs: `pieces_of`, `_sum_over`.
+    Needs: `pieces_of`, `_sum_over`, and the block groups.
     """
     grid, copies = model.grid, []
     _sum_over([p.grad for p in model.parameters()], grid.cp_group)
@@ -1270,7 +1282,10 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
 
 
 def grad_norm(model: HybridLM) -> Tensor:
-    """The norm of the whole gradient, the same on every rank. Needs: `pieces_of`."""
+    """The norm of the whole gradient, the same on every rank.
+
+    Needs: `pieces_of`, `Grid`, `wide`, and the block groups.
+    """
     grid, squares = getattr(model, "grid", Grid()), []
     for name, p in model.named_parameters():
         dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
@@ -1286,7 +1301,7 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
     not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
     Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    Needs: `reduce_gradients`, `grad_norm`.
+    Needs: `reduce_gradients`, `grad_norm`, `ParallelHybridLM`.
     """
     # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
@@ -1360,6 +1375,7 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
+    Needs: `DecodeMemory`.
     """
     inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
     state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
