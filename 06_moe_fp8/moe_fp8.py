@@ -9,8 +9,8 @@ The problem. A wider feed-forward layer makes a better model, and every token pa
 as many bits as its numbers have.
 
 The idea. First, many experts and few used: 128 small feed-forward layers, of which a router picks 6 for each token. The
-model has 31.6 billion parameters, and a token meets 3.6 of them. No GPU needs all experts: give each rank some, and let
-the tokens travel. Two ranks, four experts, two experts a token:
+model has 31.6 billion parameters, and a token meets 3.6 billion of them. No GPU needs all experts: give each rank some,
+and let the tokens travel. Two ranks, four experts, two experts a token:
 
         rank 0: tokens a b            rank 1: tokens c d
         router: a→0,2  b→0,1          router: c→2,3  d→0,3
@@ -143,7 +143,7 @@ class MoEConfig:
 #     w_i = λ · s_i / Σ_chosen s      the weights: from s alone, so that β decides who works and not what they say
 #
 # Why not a softmax? Its scores compete already, before anything is chosen; with sigmoids only the chosen compete, in
-# the sum of the last line. (Both are here.) The choice has no gradient: a rank in a list does not change with a small
+# the sum of the last line. (Both are here.) The choice has no gradient: a place in a list does not change with a small
 # step. The router learns through w, the weights of those that were chosen.
 #
 # With one expert a token that line would say w = λ · s / s: constant, and the router would never learn. So it is left
@@ -211,8 +211,9 @@ class Router(nn.Module):
 #     P_i = mean over its tokens of s_i / Σ s                 over all E experts: the gradient goes through here
 #     loss = Σ_i f_i · P_i                                    1 if balanced, up to E / K if all go to the same K
 #
-# f counts the choice *without* β: the loss teaches the scores to be balanced by themselves. It is a mean over
-# sequences, and a mean is over all of them, wherever they are: each rank divides its own sum by the global number.
+# β evens out whole batches, this loss each sequence. f counts the choice *without* β: the loss teaches the scores to
+# be balanced by themselves. It is a mean over sequences, and a mean is over all of them, wherever they are: each rank
+# divides its own sum by the global number.
 
 
 def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
@@ -389,7 +390,7 @@ class Layer(nn.Module):
 class MoELM(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V) and each sequence's balancing loss, (B,).
 
-    The balancing loss is the sum over layers. Its weights are `initial_weights(config)`. moe_layer makes the layers of
+    The balancing loss is the sum over layers. The model's first weights are `initial_weights(config)`. moe_layer makes the layers of
     experts, which may be parallel ones. Needs: part 1.
     """
 
@@ -415,7 +416,7 @@ class MoELM(nn.Module):
         return self.head(self.final_norm(x_BSH)), sum(balances)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and the second."""
+        """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and balance_B."""
         logits_BSV, balance_B = self(tokens_BS)
         logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
         logits_BVS = rearrange(logits_BSV, "B S V -> B V S")
@@ -774,10 +775,10 @@ class ParallelMoELM(MoELM):
 #     q = round(clip(x · scale))                         8 bits each
 #     x ≈ q · (1 / scale)                                the inverse is what a product is given: easily confused
 #
-# What can go wrong, each in its line below: amax = 0 (a scale of infinity, then 0 · ∞ is NaN); x · scale rounds up
-# past the largest number (E4M3 has no infinity: it may become NaN, so it is clipped); an amax so small that its scale
-# is no number any more. One thing is left as it is: if x is not finite, all of its tile becomes NaN, so that the norm
-# of the gradients sees it. And the arithmetic of scaling is fp32, whatever x is: that is part of the definition.
+# What can go wrong: amax = 0 (a scale of infinity, then 0 · ∞ is NaN); x · scale rounds up past the largest number
+# (E4M3 has no infinity: it may become NaN, so it is clipped); an amax so small that its scale is no number any more.
+# One thing is left as it is: if x is not finite, all that shares its scale becomes NaN, so that the norm of the
+# gradients sees it. And the arithmetic of scaling is fp32, whatever x is: that is part of the definition.
 #
 # One outlier makes everything else small: *blockwise* scaling gives each tile its own scale, 1 × 128 numbers of an
 # activation or gradient, 128 × 128 of a weight [Nano 2, after DeepSeek-V3]. Then E4M3's range is enough for gradients
@@ -820,7 +821,7 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
         amax_group: ranks that hold shares of one tensor, which then has one scale on all of them; every one must call
             it, also with an empty share. None: x is whole. Tiles need none: no tile may lie on two ranks.
 
-    Finite numbers never become NaN or infinite; where x is not finite its whole tile is NaN.
+    The code of a finite number is finite; where x is not finite its whole tile is NaN, on all ranks that share an amax.
     Raises: ValueError for an unknown format. Source: current scaling, Nemotron-H; tiles, Nemotron Nano 2.
     Needs: `Quantized`, `FP8_FORMATS`, `_amax`, `_spread`, and the block groups.
     """
@@ -829,13 +830,13 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
     dtype = FP8_FORMATS[format]
     most = torch.finfo(dtype).max
     x = x.to(torch.float32)
-    amax = _amax(x, block)
+    amax = _amax(x, block).nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop a NaN, and never an ∞
     if amax_group is not None and block is None:
         _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
     quotient = torch.full_like(amax, most) / amax  # most / amax would be computed as most · (1 / amax): rounded twice
     scale = torch.where(amax == 0, 1.0, quotient).clamp(max=2.0**126)  # so that its inverse is still a normal number
     if power_of_two:
-        scale = torch.ldexp(torch.ones_like(scale), torch.frexp(scale).exponent - 1)
+        scale = torch.ldexp(scale.sign(), torch.frexp(scale).exponent - 1)  # 0 stays 0: there x is not finite
     codes = (x * _spread(scale, block, x.shape)).clamp(-most, most).to(dtype).contiguous()
     return Quantized(codes, 1 / scale, block)
 
@@ -1228,7 +1229,8 @@ def train_step(
 
     Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
     gamma: step of the routers' biases. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
-    micro_batches: pieces in which the tokens are computed one after the other, to save memory; changes no number.
+    micro_batches: pieces in which the tokens are computed one after the other, to save memory;
+    changes no number, but in FP8, where each piece has scales of its own.
     Returns: the mean loss per token over all ranks, the norm before clipping, each expert's rows; the same on all.
     Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`, `update_expert_bias`.
     """
@@ -1307,7 +1309,7 @@ def parameters(config: MoEConfig) -> Parameters:
 
 
 def all_to_all_bytes(config: MoEConfig, ep: int, itemsize: int = 2) -> float:
-    """Bytes that a token sends to other ranks in one layer, forward and backward, if the load is even.
+    """Bytes that travel between ranks for one token in one layer, forward and backward, if the load is even.
 
     Each of its K rows travels there and back, and so do the gradients: four times; one in ep stays at home.
     """
@@ -1535,7 +1537,7 @@ def main(args, device: torch.device) -> None:
     default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
     name, ends = f"largest load with γ = {args.gamma:g}, {args.steps} steps", "{:.2f} × the mean, then {:.2f} ×"
     row(name, "even", ends.format(first, last), last < 1.5 if default and args.steps >= 60 else "needs the default run")
-    row("the same with the paper's γ = 0.001", "even", ends.format(first, slow), "made for thousands of steps")
+    row("the same with the paper's γ = 0.001", "even", ends.format(first, slow), "made for a million steps")
     gap = shown["losses"][2] / shown["losses"][0] - 1
     row("loss of FP8 over high precision, held out", "under 0.1 %, 56B", f"{gap:+.2%}", "a tiny model, a short run")
     for name, paper in PUBLISHED_COUNTS.items():

@@ -591,13 +591,25 @@ def test_numbers_at_the_edge():
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_visible(bad):
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("format", moe.FP8_FORMATS)
+def test_what_is_not_finite_stays_visible(bad, power_of_two, format):
     """A whole tile becomes NaN, so that a norm sees it, and no other tile does."""
     x = torch.ones(2, 4)
     x[1, 2] = bad
-    assert moe.dequantize_fp8(moe.quantize_fp8(x)).isnan().all()
-    back = moe.dequantize_fp8(moe.quantize_fp8(x, block=(1, 4)))
+    assert moe.dequantize_fp8(moe.quantize_fp8(x, format, None, power_of_two)).isnan().all()
+    back = moe.dequantize_fp8(moe.quantize_fp8(x, format, (1, 4), power_of_two))
     assert back[1].isnan().all() and torch.equal(back[0], x[0])
+
+
+@pytest.mark.ranks(2)
+def test_what_is_not_finite_on_one_rank_is_seen_on_all():
+    """Also NaN, which gloo's maximum over ranks would drop."""
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.ones(3, 4, device=ranks.device)
+        if dist.get_rank() == 1:
+            x[1, 2] = bad
+        assert moe.dequantize_fp8(moe.quantize_fp8(x, amax_group=dist.group.WORLD)).isnan().all()
 
 
 def test_an_unknown_format():
