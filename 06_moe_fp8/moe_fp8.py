@@ -390,8 +390,8 @@ class Layer(nn.Module):
 class MoELM(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V) and each sequence's balancing loss, (B,).
 
-    The balancing loss is the sum over layers. The model's first weights are `initial_weights(config)`. moe_layer makes the layers of
-    experts, which may be parallel ones. Needs: part 1.
+    The balancing loss is the sum over layers. The model's first weights are `initial_weights(config)`. moe_layer makes
+    the layers of experts, which may be parallel ones. Needs: part 1.
     """
 
     def __init__(self, config: MoEConfig, moe_layer: Callable[[MoEConfig], nn.Module] = MoELayer):
