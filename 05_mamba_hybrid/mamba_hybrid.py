@@ -6,11 +6,12 @@ Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024,
         and what they rest on: Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
 
 The problem. Attention keeps every key and value it has seen: at 64 thousand tokens that is 8 GiB a sequence for an 8B
-model, and all of it is read for each new token. A recurrence with a state of fixed size would need none of that, but a
-loop over tokens cannot use the hardware, and what a state has forgotten is gone.
+model (32 layers, 8 heads of keys, 16 bits), and all of it is read for each new token. A recurrence with a state of
+fixed size would need none of that, but a loop over tokens cannot use the hardware, and what a state has forgotten is
+gone.
 
 The idea. One recurrence, state ← exp(dt·A)·state + dt·x⊗B, y = state·C, seen three ways: as a loop it decodes with
-constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, three matrix
+constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, four matrix
 products a chunk and a state from chunk to chunk. Heads are independent, so ranks can divide them; and a stretch of
 tokens does to a state what one number and one matrix say, so ranks can divide the *sequence* and pass the state on:
 
@@ -52,9 +53,10 @@ of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what
 #     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
 #     V  words                          Q  length of a chunk               L  layers
 #
-# B and C are also the two projections that the papers call so: as tensors they are B_BSGZ and C_BSGZ. Matrices L and W
-# of a chunk, and vectors a, dt, A, are the papers' names as well. A digit is a literal size. tp is the number of ranks
-# that share one copy of the model, cp the number that share one sequence: world size = tp · cp.
+# B and C are also the two projections that the papers call so, as tensors B_BSGZ and C_BSGZ, and D is also the papers'
+# vector of the way around the state. L is the mask of a chunk, X = dt·x, s the running sum of a = dt·A. The K − 1 tokens
+# before are written _BKC as well; T counts the tokens that attention sees. A digit is a literal size. tp is the number
+# of ranks that share one copy of the model, cp the number that share one sequence: world size = tp · cp.
 
 from __future__ import annotations
 
@@ -143,9 +145,9 @@ class HybridConfig:
 # attention without a softmax, under a mask L whose entries are products of decays. So the same numbers can be had as
 #
 #     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
-#     a masked matrix  ssd_quadratic    three products, all tokens at once, S² work: for what is short
+#     a masked matrix  ssd_quadratic    four products, all tokens at once, S² work: for what is short
 #     chunks of both   ssd              the matrix inside chunks of Q tokens, the state from chunk to chunk:
-#                                       three products each, S·Q work: for training
+#                                       four products each, S·Q work: for training
 #
 #     ┌───────┐                          L of 3 chunks. On the diagonal ◣, the masked matrix of each chunk. Everything
 #     │ ◣     │                          below it, ■, has low rank: what a later chunk can know of an earlier one went
@@ -216,7 +218,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
         kept_BGJ11 = a_BGJS[..., t, None, None].exp().masked_fill(starts[..., t, None, None], 0)
         state_BGJDZ = kept_BGJ11 * state_BGJDZ + X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
         y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
-    return _lay_back(torch.stack(y, 3), state_BGJDZ, x, D)
+    return _lay_back(torch.stack(y, 3) if y else X_BGJSD, state_BGJDZ, x, D)
 
 
 def ssd_step(x, dt, A, B, C, state, D=None) -> tuple[Tensor, Tensor]:
@@ -260,10 +262,10 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # the states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the
 # last to the first, and hands on the *gradient* of the state as forward hands on the state.
 #
-# Three products were made in a chunk, and each is turned around once for each of its factors. The gradient of the
-# decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a. So what arrives there, M_ij = dL_ij·L_ij,
-# goes to s_i with plus and to s_j with minus: row sums minus column sums, and no chain of S × S matrices. The diagonal
-# cancels, and much of the rest nearly: hence float64 for these sums.
+# Four products were made in a chunk (C Bᵀ, its product with X, C stateᵀ, Xᵀ B), and each is turned around once for
+# each of its factors. The gradient of the decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a.
+# So what arrives there, M_ij = dL_ij·L_ij, goes to s_i with plus and to s_j with minus: row sums minus column sums,
+# and no chain of S × S matrices. The diagonal cancels, and much of the rest nearly: hence float64 for these sums.
 
 
 def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
@@ -324,7 +326,8 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Args:
         x: values, (B, S, N, D), any S. dt: step sizes, (B, S, N), positive. A: (N,), negative.
         B, C: (B, S, G, Z); heads [g·J, (g + 1)·J) with J = N / G read and write with those of group g.
-        chunk: Q; changes no number beyond rounding. Work is S·Q; what is kept is the inputs and S / Q states.
+        chunk: Q; changes no number beyond rounding. Work is S·(Q·(D + Z) + D·Z) a head; the inputs and S / Q
+            states are kept.
         D: (N,), the way around the state, or None. initial_state: (B, N, D, Z); None is zeros.
         starts: bool, (B, S), True where a document begins: there the state is forgotten.
 
@@ -343,7 +346,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
 #
 # Before the recurrence each channel of x, B and C takes a weighted sum of its last K = 4 tokens, its own and K − 1
-# earlier ones: it costs nothing, and lets a token know what stood right before it. The *last* tap belongs to the
+# earlier ones: it costs little, and lets a token know what stood right before it. The *last* tap belongs to the
 # newest token. What a later token needs of the past is the K − 1 inputs before it, and inputs they are: what went into
 # the convolution, not what came out of it.
 
@@ -577,6 +580,8 @@ class HybridLM(nn.Module):
 
     def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head is given, (B, S, H)."""
+        if cache and starts_BS is not None:
+            raise ValueError("starts_BS and a cache: decode one document a sequence")
         pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
         x_BSH = self.embedding(self.mine(tokens_BS))
         for layer, past in zip(self.layers, pasts):
@@ -611,19 +616,19 @@ class HybridLM(nn.Module):
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
     """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
     # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
-    kind, uniform = name.split(".")[-1], torch.rand(shape, generator=generator, device="cpu")
+    kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
     if kind == "A_log":
-        return torch.lerp(*torch.tensor(config.A_init), uniform).log()
+        return torch.lerp(*torch.tensor(config.A_init), torch.rand(**drawn)).log()
     if kind == "dt_bias":
-        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), uniform).exp().clamp(min=1e-4)
+        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn)).exp().clamp(min=1e-4)
         return dt_N + torch.log(-torch.expm1(-dt_N))
     if kind in ("conv_weight", "conv_bias"):
-        return (2 * uniform - 1) / math.sqrt(config.conv_kernel)
+        return (2 * torch.rand(**drawn) - 1) / math.sqrt(config.conv_kernel)
     if len(shape) < 2:  # D, and the norms' weights
         return torch.ones(shape, device="cpu")
     writes = name.split(".")[-2] in ("out_proj", "o_proj", "down_proj")
     std = config.init_std / math.sqrt(len(config.pattern)) if writes else config.init_std
-    return torch.randn(shape, generator=generator, device="cpu") * std
+    return torch.randn(**drawn) * std
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
@@ -695,9 +700,10 @@ class Cache:
 
     def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
         """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
-        first, self.tokens = self.tokens, self.tokens + tokens_BS.shape[1]
-        if self.tokens > self.capacity:
-            raise ValueError(f"{self.tokens} tokens, but the cache has room for {self.capacity}")
+        first, last = self.tokens, self.tokens + tokens_BS.shape[1]
+        if last > self.capacity:
+            raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
+        self.tokens = last
         return [CachedPast(first, None, kept) for kept in self.layers]
 
 
@@ -995,7 +1001,7 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
 
     there = lambda u_BsC, group: of_rank(rank - 1, u_BsC[:, rest:])  # noqa: E731
     back = lambda grad_BKC, group: F.pad(of_rank(rank + 1, grad_BKC), (0, 0, rest, 0))  # noqa: E731
-    return _Door.apply(u_BsC, group, there, back)
+    return _Door.apply(u_BsC, group, there, back) if size > 1 else u_BsC.new_zeros(len(u_BsC), width, u_BsC.shape[2])
 
 
 # ── 2.4 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
@@ -1032,7 +1038,7 @@ def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
         dist.reduce_scatter(mine := torch.empty_like(partial[rank]), partial, group=group)
         return mine[:, :, : lengths[rank]]
 
-    return _Door.apply(x_BGsD, group, there, back)
+    return _Door.apply(x_BGsD, group, there, back) if group_size(group) > 1 else x_BGsD
 
 
 @dataclass
@@ -1067,7 +1073,8 @@ class ParallelHybridLM(HybridLM):
     """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, V) of this rank's tokens.
 
     Its weights are those of HybridLM(config), whatever the grid, under the same names; one whole tensor at a time is in
-    memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1.
+    memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1. grid: of `make_grid`;
+    Grid() is for a process by itself.
 
     Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
     Needs: parts 1 and 2, `Grid`, `shard_tensor`.
@@ -1383,9 +1390,10 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
 
 
-# What follows from these bytes, and what does not. Nemotron-H-8B keeps 50 MiB of states and 16 KiB of keys and values a
-# token: from 3,192 tokens on the few attention layers hold more than all states. Against a Transformer of 32 layers
-# with as many shared keys it keeps an eighth of the keys: at 64K tokens 1.05 GiB in place of 8.
+# What follows from these bytes, and what does not. Nemotron-H-8B keeps 50 MiB of states and 16 KiB of keys and values
+# a token: at 3,192 tokens the few attention layers hold as much as all states, and from there on more. Against a
+# Transformer of 32 layers with as many shared keys it keeps an eighth of the keys: at 64K tokens 1.05 GiB in place of
+# 8.
 #
 # The study *predicts* "up to 8×" faster generation, and 32 / 4 layers is 8 as well. That is no derivation: the study's
 # own baseline shares no keys (32 heads with keys each), which would make it 32×; the prediction is a latency, in which

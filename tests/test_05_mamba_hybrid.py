@@ -843,6 +843,30 @@ def test_memory_is_that_of_a_cache():
     assert sum(t.nbytes for layer in cache.layers for t in layer.values()) == here.state + here.kv
 
 
+def test_without_ranks_and_without_tokens():
+    """What talks to other ranks works alone, and all forms take a sequence of no tokens."""
+    x = random(2, 5, 3, seed=4)
+    assert torch.equal(mh.halo(x, 3), torch.zeros(2, 3, 3, dtype=x.dtype))
+    assert torch.equal(mh.gather_tokens(x[None], [5]), x[None])
+    state, empty = random(2, 4, 3, 5, seed=5), dict(dtype=torch.float64)
+    tensors = torch.zeros(2, 0, 4, 3, **empty), torch.zeros(2, 0, 4, **empty), -torch.ones(4, **empty)
+    keys = torch.zeros(2, 0, 2, 5, **empty)
+    for form in (mh.ssd_recurrent, lambda *a, **k: mh.ssd(*a, 4, **k)):
+        y, after = form(*tensors, keys, keys, initial_state=state)
+        assert y.shape == (2, 0, 4, 3) and torch.equal(after, state)
+
+
+def test_a_cache_refuses_what_it_cannot_take_and_stays_as_it_was():
+    model = mh.HybridLM(config())
+    cache, tokens = model.new_cache(2, 8), tokens_of(2, 6)[0]
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="12 tokens, but the cache has room for 8"):
+        model(tokens, cache=cache)
+    assert cache.tokens == 6
+    with pytest.raises(ValueError, match="decode one document a sequence"):
+        model(tokens[:, :1], starts_BS=torch.ones(2, 1, dtype=torch.bool), cache=cache)
+
+
 # ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
 
 
