@@ -53,10 +53,11 @@ of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what
 #     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
 #     V  words                          Q  length of a chunk               L  layers
 #
-# B and C are also the two projections that the papers call so, as tensors B_BSGZ and C_BSGZ, and D is also the papers'
-# vector of the way around the state. L is the mask of a chunk, X = dt·x, s the running sum of a = dt·A. The K − 1
-# tokens before are written _BKC as well; T counts the tokens that attention sees. A digit is a literal size. tp is the number
-# of ranks that share one copy of the model, cp the number that share one sequence: world size = tp · cp.
+# B and C are also the two projections that the papers call so, as tensors B_BSGZ and C_BSGZ, and D is also the
+# papers' vector of the way around the state. L is the mask of a chunk, X = dt·x, s the running sum of a = dt·A. The K
+# − 1 tokens before are written _BKC as well; T counts the tokens that attention sees. A digit is a literal size. tp
+# is the number of ranks that share one copy of the model, cp the number that share one sequence: world size = tp ·
+# cp.
 
 from __future__ import annotations
 
