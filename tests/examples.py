@@ -257,6 +257,63 @@ def sp_step(m):
     return m.train_step(model, optimizer_of(model), *BATCHES[0])
 
 
+# ── Chapter 5 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def hybrid_config(**changes):
+    from mamba_hybrid import HybridConfig
+
+    sizes = dict(vocab_size=13, hidden_size=16, pattern="M*-", ffn_hidden_size=24, mamba_heads=4, mamba_head_size=4)
+    sizes |= dict(mamba_groups=2, state_size=5, attention_heads=4, attention_groups=2, attention_head_size=4)
+    return HybridConfig(**(sizes | changes))
+
+
+def scan_arguments():
+    """x, dt, A, B, C of seven tokens, four heads in two groups."""
+    return normal(2, 7, 4, 3), torch.rand(2, 7, 4).double(), -torch.rand(4).double(), *normal(2, 2, 7, 2, 5)
+
+
+def hybrid_model():
+    from mamba_hybrid import ParallelHybridLM
+
+    return ParallelHybridLM(hybrid_config()).double()
+
+
+def hybrid_weights():
+    return hybrid_model().state_dict()
+
+
+def hybrid_gradients():
+    model = hybrid_model()
+    model.loss(TOKENS, TOKENS).sum().backward()
+    return model
+
+
+def hybrid_reduced(m):
+    model = hybrid_gradients()
+    m.reduce_gradients(model)
+    return [p.grad for p in model.parameters()]
+
+
+def hybrid_step(m):
+    model = hybrid_model()
+    return m.train_step(model, optimizer_of(model), *BATCHES[0])
+
+
+def published_hybrid(m, folder):
+    from test_05_mamba_hybrid import published_folder
+
+    published_folder(folder, sharded=False)
+    return m.load_nemotron_h(folder)[1]
+
+
+def cached(m):
+    """What a lifted CachedPast keeps of a scan."""
+    kept = dict(state=torch.zeros(2, 4, 3, 5, dtype=torch.float64))
+    y = m.CachedPast(0, None, kept).scan(*scan_arguments(), 4, normal(4))
+    return y, kept["state"]
+
+
 # ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -328,10 +385,10 @@ def moe_run(m):
 
 
 def published_nemotron3(m, folder):
-    import transformers
-    from test_06_moe_fp8 import published
+    from test_06_moe_fp8 import publish
 
-    return published(m, folder) if transformers else None
+    publish(folder)
+    return m.load_nemotron3(folder)[1]
 
 
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
@@ -458,6 +515,48 @@ EXAMPLES = {
         "stage_output_bytes": lambda m, folder: m.stage_output_bytes(published_model()),
         "paper_scale": lambda m, folder: [cost.kept for cost in m.paper_scale("22B")],
         "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
+    },
+    "mamba_hybrid": {
+        "segsum": lambda m, folder: m.segsum(normal(3, 5)),
+        "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
+        "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
+        "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
+        "ssd_step": lambda m, folder: m.ssd_step(
+            normal(2, 4, 3), torch.rand(2, 4).double(), -torch.rand(4).double(), *normal(2, 2, 2, 5), normal(2, 4, 3, 5)
+        ),
+        "causal_conv1d": lambda m, folder: m.causal_conv1d(normal(2, 7, 3), normal(3, 4), normal(3)),
+        "Past": lambda m, folder: m.Past().scan(*scan_arguments(), 3, normal(4)),
+        "RMSNorm": lambda m, folder: through(m.RMSNorm(8, groups=2), normal(2, 5, 8)),
+        "Mamba2Mixer": lambda m, folder: through(m.Mamba2Mixer(hybrid_config()), normal(2, 5, 16)),
+        "rotate": lambda m, folder: m.rotate(normal(2, 4, 5, 8), 3, 0.5),
+        "Attention": lambda m, folder: through(m.Attention(hybrid_config()), normal(2, 5, 16)),
+        "SquaredReLUMLP": lambda m, folder: through(m.SquaredReLUMLP(hybrid_config()), normal(2, 5, 16)),
+        "HybridLM": lambda m, folder: through(m.HybridLM(hybrid_config()), TOKENS),
+        "initial_value": lambda m, folder: m.initial_value("A_log", torch.Size([4]), hybrid_config()),
+        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
+        "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
+        "CachedPast": lambda m, folder: cached(m),
+        "Cache": lambda m, folder: [list(kept.values()) for kept in m.Cache(hybrid_config(), 2, 8).layers],
+        "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
+        "ParallelRMSNorm": lambda m, folder: through(
+            m.ParallelRMSNorm(8, 1e-5, 2, __import__("mamba_hybrid").Grid()), normal(2, 5, 8)
+        ),
+        "ssd_sequence_parallel": lambda m, folder: m.ssd_sequence_parallel(*scan_arguments(), 3),
+        "halo": lambda m, folder: m.halo(normal(2, 5, 3), 3),
+        "gather_tokens": lambda m, folder: m.gather_tokens(normal(2, 2, 5, 3), [5]),
+        "RankPast": lambda m, folder: m.RankPast(lengths=[7]).scan(*scan_arguments(), 3, normal(4)),
+        "ParallelHybridLM": lambda m, folder: through(m.ParallelHybridLM(hybrid_config()), TOKENS),
+        "pieces_of": lambda m, folder: m.pieces_of("layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2),
+        "shard_tensor": lambda m, folder: m.shard_tensor("layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 2),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(hybrid_weights(), hybrid_config(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([hybrid_weights()], hybrid_config()),
+        "load_nemotron_h": published_hybrid,
+        "reduce_gradients": lambda m, folder: hybrid_reduced(m),
+        "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
+        "train_step": lambda m, folder: hybrid_step(m),
+        "train": lambda m, folder: losses(m.train(hybrid_model(), BATCHES, lambda step: 1e-3)),
+        "parameters": lambda m, folder: m.parameters(hybrid_config()),
+        "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
