@@ -505,7 +505,7 @@ class _ColumnParallelLinear(torch.autograd.Function):
         return F.linear(x_BSH, weight_fH, bias_f)
 
     @staticmethod
-    @once_differentiable  # autograd does not see the all-reduce below: a second derivative is refused
+    @once_differentiable  # autograd does not see the all-reduce, and a second derivative would be wrong
     def backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
         partial_grad_BSH = grad_fH = grad_f = reduction = None
