@@ -1698,9 +1698,15 @@ def flags() -> argparse.Namespace:
     args.tp = args.tp or args.world_size // (args.cp or 1)
     try:
         if args.tp < 1 or args.tp * (args.cp or args.world_size // args.tp) != args.world_size:
-            raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {args.world_size} ranks")
-        if args.batch < 1 or args.seq_length < 1:
-            raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
+            times = f" times --cp {args.cp} must be" if args.cp else " must divide"
+            raise ValueError(f"--tp {args.tp}{times} the {args.world_size} ranks")
+        cp, before = args.world_size // args.tp, HybridConfig.conv_kernel - 1
+        if args.batch < 1 or args.seq_length < 1 or not 0 < args.lr < math.inf:
+            text = f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1"
+            raise ValueError(f"{text}; --lr {args.lr}: above zero, and a number")
+        if cp > 1 and args.seq_length // cp < before:
+            text = f"--seq-length {args.seq_length} leaves {args.seq_length // cp} tokens to a rank"
+            raise ValueError(f"{text}, the convolution needs {before}: choose at least {cp * before}, or a smaller cp")
         if not args.check:
             local_config(config_of(args), args.tp)
         TextData(args.data, args.tokenizer, args.seq_length)

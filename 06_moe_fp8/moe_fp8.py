@@ -1569,7 +1569,8 @@ def config_of(args) -> MoEConfig:
 
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=60)
-    parser.add_argument("--ep", type=int, default=2, help="ranks that share one set of experts; must divide all ranks")
+    text = "ranks that share one set of experts; must divide all ranks (default: 2, on a single rank 1)"
+    parser.add_argument("--ep", type=int, default=argparse.SUPPRESS, help=text)
     for name, text in SIZES.items():
         default = getattr(MoEConfig, name)
         parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
@@ -1582,12 +1583,15 @@ def flags() -> argparse.Namespace:
     parser.add_argument("--recipe", choices=RECIPES, default="hybrid", help="one scale a tensor, or tiles")
     parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
-    args.ep = 1 if args.world_size == 1 else args.ep
+    args.ep = getattr(args, "ep", min(2, args.world_size))
     try:
-        if args.ep < 1 or args.world_size % args.ep or args.batch < 1:
-            raise ValueError(
-                f"--ep {args.ep} must divide the {args.world_size} ranks; --batch {args.batch} be at least 1"
-            )
+        if args.ep < 1 or args.world_size % args.ep:
+            raise ValueError(f"--ep {args.ep} must divide the {args.world_size} ranks")
+        if min(args.batch, args.seq_length) < 1:
+            raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
+        if not (0 < args.lr < math.inf and 0 <= args.alpha < math.inf and 0 <= args.gamma < math.inf):
+            text = f"--alpha {args.alpha} and --gamma {args.gamma} not below"
+            raise ValueError(f"--lr {args.lr} must be above zero, {text}, and all of them numbers")
         config = config_of(args)
         check_ep(config, args.ep)
         state_shapes(config)  # raises for layers that this model has not

@@ -1166,6 +1166,9 @@ def run(*flags, timeout=200) -> subprocess.CompletedProcess:
         (["--ranks", "3"], "does not divide over tp=3 ranks"),
         (["--ranks", "4", "--tp", "4", "--cp", "2"], "--tp 4 times --cp 2 must be the 4 ranks"),
         (["--batch", "0"], "--batch 0"),
+        (["--lr", "inf"], "--lr inf: above zero, and a number"),
+        (["--tp", "3"], "--tp 3 must divide the 2 ranks"),
+        (["--ranks", "4", "--tp", "1", "--seq-length", "5"], "choose at least 12, or a smaller cp"),
     ],
 )
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message):

@@ -1422,6 +1422,10 @@ def test_check(flags):
     [
         (("--fp8", "hardware", "--device", "cpu"), "FP8 units are asked for, but a cpu has none: use emulate, or auto"),
         (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
+        (("--ranks", "1", "--ep", "2"), "--ep 2 must divide the 1 ranks"),
+        (("--lr", "nan"), "--lr nan must be above zero"),
+        (("--gamma", "-1"), "--gamma -1.0 not below"),
+        (("--seq-length", "0"), "--seq-length 0: at least 1"),
         (("--num-experts", "7"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
         (("--top-k", "9"), "top_k=9, but there are 8 experts"),
         (("--pattern", "M*E"), "Mamba is chapter 5's"),
