@@ -1444,7 +1444,8 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `make_group` (at the end, launcher).
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`, and
+    `make_group` (at the end, in the block launcher).
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if tp < 1 or world % tp:

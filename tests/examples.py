@@ -6,7 +6,9 @@ block's functions stand under its home.
 """
 
 import contextlib
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -65,6 +67,15 @@ def ring_of(m):
     layer(normal(4, 3)).sum().backward()
     ring.finish()
     return [p.grad for p in layer.parameters()]
+
+
+def recorded(folder):
+    """A manifest of one recording."""
+    import soundfile
+
+    soundfile.write(folder / "a.wav", np.sin(np.arange(16_000)), 16_000)
+    (folder / "a.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}', "utf-8")
+    return str(folder / "a.jsonl")
 
 
 def loaded(m, folder):
@@ -136,8 +147,10 @@ def weights():
     return dict(initial_weights(small()))
 
 
-def gpt(m):
-    return (getattr(m, "ParallelGPT", None) or __import__("megatron_tp").ParallelGPT)(small()).double()
+def gpt():
+    from megatron_tp import ParallelGPT
+
+    return ParallelGPT(small()).double()
 
 
 def losses(steps) -> list:
@@ -152,10 +165,10 @@ def checkpoint(m, folder):
     """Saves with one of the two functions and loads with the other, whichever was lifted."""
     import megatron_tp
 
-    model, grid = gpt(megatron_tp), megatron_tp.Grid()
+    model, grid = gpt(), megatron_tp.Grid()
     optimizer = optimizer_of(model)
     (getattr(m, "save_checkpoint", None) or megatron_tp.save_checkpoint)(folder / "run", 3, model, optimizer, grid)
-    other = gpt(megatron_tp)
+    other = gpt()
     with torch.no_grad():
         [p.zero_() for p in other.parameters()]
     load = getattr(m, "load_checkpoint", None) or megatron_tp.load_checkpoint
@@ -420,6 +433,9 @@ EXAMPLES = {
         "clip_grad_norm_": lambda m, folder: m.clip_grad_norm_([*net().parameters()], 1.0),
         "train_step": lambda m, folder: speech_step(m),
         "train": lambda m, folder: losses(m.train(net(), speech_batches(), lambda step: 1e-3)),
+        "distort": lambda m, folder: m.distort(torch.randn(4000), speech(), np.random.default_rng(0)),
+        "read_manifest": lambda m, folder: [said.text for said in m.read_manifest(recorded(folder))],
+        "load_audio": lambda m, folder: m.load_audio(str(Path(recorded(folder)).parent / "a.wav"), 8000),
         "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
     },
     "megatron_tp": {
@@ -430,7 +446,7 @@ EXAMPLES = {
         "GPT": lambda m, folder: through(m.GPT(small()), TOKENS),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(small()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(small())),
-        "train_alone": lambda m, folder: losses(m.train_alone(gpt(m), BATCHES, lambda step: 1e-3)),
+        "train_alone": lambda m, folder: losses(m.train_alone(gpt(), BATCHES, lambda step: 1e-3)),
         "copy_to_tp": lambda m, folder: m.copy_to_tp(normal(3)),
         "reduce_from_tp": lambda m, folder: m.reduce_from_tp(normal(3)),
         "scatter_to_tp": lambda m, folder: m.scatter_to_tp(normal(3)),
@@ -443,7 +459,7 @@ EXAMPLES = {
         "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
         "ParallelGPT": lambda m, folder: through(m.ParallelGPT(small()), TOKENS),
-        "generate": lambda m, folder: m.generate(gpt(m).eval(), TOKENS[0], 4),
+        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
         "shard_dim": lambda m, folder: m.shard_dim("layers.0.attention.out.weight"),
         "shard_tensor": lambda m, folder: m.shard_tensor("embedding.weight", normal(13, 16), small(), 1, 2),
         "shard_state_dict": lambda m, folder: m.shard_state_dict(weights(), small(), 1, 2),
@@ -453,9 +469,9 @@ EXAMPLES = {
         "load_checkpoint": checkpoint,
         "load_gpt2": published,
         "make_grid": one_grid,
-        "sum_gradients": lambda m, folder: m.sum_gradients(gpt(m).parameters()) or "nothing to sum",
-        "train_step": lambda m, folder: m.train_step(model := gpt(m), optimizer_of(model), *BATCHES[0], m.Grid()),
-        "train": lambda m, folder: losses(m.train(gpt(m), BATCHES, lambda step: 1e-3, m.Grid())),
+        "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
+        "train_step": lambda m, folder: m.train_step(model := gpt(), optimizer_of(model), *BATCHES[0], m.Grid()),
+        "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },
     "pipeline": {
@@ -556,6 +572,8 @@ EXAMPLES = {
         "train_step": lambda m, folder: hybrid_step(m),
         "train": lambda m, folder: losses(m.train(hybrid_model(), BATCHES, lambda step: 1e-3)),
         "parameters": lambda m, folder: m.parameters(hybrid_config()),
+        "generate": lambda m, folder: m.generate(hybrid_model(), TOKENS, 4),
+        "make_grid": one_grid,
         "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {

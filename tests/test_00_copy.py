@@ -109,11 +109,12 @@ def home(path: Path, name: str) -> Path:
 
 
 def public(path: Path) -> list[str]:
-    """What one would copy: no underscore in front, and before part 6."""
+    """What one would copy: no underscore in front, and before part 6, or with a docstring that says what it needs."""
     _, definitions, _, sections = parse(path)
     defined = (node for node in definitions.values() if isinstance(node, ast.FunctionDef | ast.ClassDef))
     end = set().union(*(names for (part, _), names in sections.items() if part == 6))
-    return [node.name for node in defined if not node.name.startswith("_") and node.name not in end]
+    wanted = (node for node in defined if node.name not in end or "Needs:" in (ast.get_docstring(node) or ""))
+    return [node.name for node in wanted if not node.name.startswith("_")]
 
 
 CASES = [pytest.param(path, name, id=f"{path.stem}-{name}") for path in CHAPTERS for name in public(path)]
@@ -125,6 +126,7 @@ def test_it_works_in_an_empty_file(path, name, tmp_path):
     use, results = EXAMPLES[home(path, name).stem].get(name), []
     if home(path, name) != path or not (needs(path, name) or use):
         return  # used at its home already; or it is nothing but itself, and that it mentions nothing else is the proof
+    assert use, f"{name} needs something: show a use of it in examples.py"
     for module in (copied, chapter):
         torch.manual_seed(0)
         results.append(tree_leaves(use(module, tmp_path)))
