@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+from proof import Shows
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS: dict[int, ranks.Pool] = {}
@@ -36,43 +37,54 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
+    kwargs = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     if not (marker := pyfuncitem.get_closest_marker("ranks")):
+        if pyfuncitem.get_closest_marker("planted_bug"):
+            keep(pyfuncitem, pyfuncitem.obj(**kwargs))
+            return True
         return None
     world, option = pyfuncitem.callspec.params["world"], pyfuncitem.config.getoption
     if world > option("--ranks"):
         pytest.skip(f"needs {world} ranks; --ranks is {option('--ranks')}")
     pool = POOLS.setdefault(world, ranks.Pool(world, option("--device"), option("--backend")))
-    kwargs = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     try:
-        pool.run(pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, marker.kwargs.get("timeout", 60.0))
+        (seen, *_) = pool.run(
+            pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, marker.kwargs.get("timeout", 60.0)
+        )
     except ranks.RankSkipped as skipped:
         pytest.skip(str(skipped))
     except (ranks.RankFailed, TimeoutError) as error:
         pytest.fail(str(error), pytrace=False)
+    if pyfuncitem.get_closest_marker("planted_bug"):
+        keep(pyfuncitem, seen)
     return True
 
 
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if marker := item.get_closest_marker("planted_bug"):
-            item.user_properties.append(("planted bug", marker.kwargs))
+def keep(item, seen) -> None:
+    """What a planted bug's test has seen, for the table of `make bugs`."""
+    bug = item.get_closest_marker("planted_bug").kwargs
+    loss, gradients = seen.words() if isinstance(seen, Shows) else ("?", "?")
+    item.user_properties.append(("planted bug", {**bug, "loss": loss, "gradients": gradients}))
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """`make bugs` ends in a table: what was planted, what a user sees of it, whether the tests catch it, who had it."""
+    """`make bugs` ends in a table: what was planted, what the loss and what a check of gradients shows, who had it."""
     if config.option.markexpr != "planted_bug":
         return
-    rows = {}  # one for each bug, however many worlds it ran in
+    rows = {}  # one for each bug, however many worlds it ran in: the largest speaks
     for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
         file, name = report.nodeid.split("[")[0].split("::")
-        bug = dict(report.user_properties)["planted bug"]
+        bug = dict(report.user_properties).get("planted bug", dict(loss="", gradients="", symptom="", seen_in=None))
         caught = rows.get((file, name), (True,))[0] and report.passed
-        rows[file, name] = caught, bug["symptom"], bug["seen_in"]
-    for (file, name), (caught, symptom, seen_in) in sorted(rows.items()):
-        where = f"   {seen_in.removeprefix('https://github.com/')}" if seen_in else ""
+        rows[file, name] = caught, bug
+    line = terminalreporter.write_line
+    line(f"\n{'planted bug':58} {'the loss':28} {'a check of gradients':28} by our tests")
+    for (file, name), (caught, bug) in sorted(rows.items()):
         title = f"{Path(file).stem[5:7]} {name.removeprefix('test_').replace('_', ' ')}"
-        terminalreporter.write_line(f"{title:62} {'caught' if caught else 'MISSED'}{where}")
-        terminalreporter.write_line(f"   {symptom}")
+        line(f"{title:58} {bug['loss']:28} {bug['gradients']:28} {'caught' if caught else 'MISSED'}")
+        where = f" [{bug['seen_in'].removeprefix('https://github.com/')}]" if bug["seen_in"] else ""
+        line(f"     {bug['symptom']}{where}")
+    line(f"{sum(caught for caught, _ in rows.values())} of {len(rows)} planted bugs caught")
 
 
 def pytest_sessionfinish():

@@ -2,6 +2,7 @@
 """What every chapter proves with: one comparison, two recorders, and a way to plant a bug."""
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -69,6 +70,36 @@ def plant(target, name: str, replacement):
         yield original
     finally:
         setattr(target, name, original)
+
+
+@dataclass
+class Shows:
+    """What a planted bug's test returns: what a user sees of the bug in the loss, and in a check of gradients.
+
+    Each is a relative error measured in that test (max|Δ| over max|reference|; `assert_differs` and `worst_of` give
+    it), or a few words where a number would say less ("never comes: hangs"); None: it is not asked there.
+    """
+
+    loss: float | str | None
+    gradients: float | str | None
+
+    def words(self) -> list[str]:
+        """The two columns of `make bugs`."""
+        return [self._word(seen) for seen in (self.loss, self.gradients)]
+
+    @staticmethod
+    def _word(seen: float | str | None) -> str:
+        if seen is None or isinstance(seen, str):
+            return seen or "–"
+        if abs(seen) < 1e-9:
+            return f"right ({seen:.0e})" if seen else "right to the bit"
+        return f"off by {100 * seen:.2g} %" if abs(seen) < 10 else f"off {seen:.2g} times"
+
+
+def worst_of(here: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
+    """The largest max|Δ| / max|reference| of all tensors; infinite where the reference is zero and `here` is not."""
+    pairs = [((here[name] - y).abs().max().item(), y.abs().max().item()) for name, y in reference.items()]
+    return max((gap / size if size else torch.inf) if gap else 0.0 for gap, size in pairs)
 
 
 class SavedStorages:
