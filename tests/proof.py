@@ -93,7 +93,7 @@ class Shows:
             return seen or "–"
         if abs(seen) < 1e-9:
             return f"right ({seen:.0e})" if seen else "right to the bit"
-        return f"off by {100 * seen:.2g} %" if abs(seen) < 10 else f"off {seen:.2g} times"
+        return f"off by {100 * seen:.3g} %" if abs(seen) < 10 else f"off {seen:.2g} times"
 
 
 def worst_of(here: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
