@@ -1,4 +1,4 @@
-# make run · test · notebooks · bench · bugs · pictures · lint · shared · grade NOTEBOOK=mine.ipynb
+# make run · test · numbers · notebooks · bench · bugs · pictures · lint · shared · grade NOTEBOOK=mine.ipynb
 #
 #   CHAPTER=02     only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
@@ -16,7 +16,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 endif
 
-.PHONY: run test notebooks grade bench bugs pictures lint shared
+.PHONY: run test numbers notebooks grade bench bugs pictures lint shared
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -39,6 +39,9 @@ pictures: $(DEV)
 lint: $(DEV)
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --check --quiet .
+
+numbers: $(DEV)
+	$(PY) tests/front_door.py $(ARGS)
 
 notebooks: $(DEV)
 	$(PY) tests/notebooks.py $(if $(filter-out undefined file,$(origin CHAPTER)),--chapter $(CHAPTER)) $(if $(SAVE),--save)

@@ -8,7 +8,9 @@ that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and 
 """
 
 import argparse
+import ast
 import re
+import symtable
 from pathlib import Path
 
 import nbclient
@@ -22,11 +24,13 @@ def notebooks(chapter: str = "") -> list[Path]:
 
 
 def execute(path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False) -> nbformat.NotebookNode:
-    """The executed notebook, in memory; with `solutions` the exercises are solved first. Raises where a cell fails, or
-    goes on with the next. A copy elsewhere finds the chapters from the folder of the notebooks."""
+    """The executed notebook, in memory. With `solutions` the exercises are solved first, and no cell runs that they can
+    do without. Raises where a cell fails, or goes on with the next. A copy elsewhere finds the chapters from the folder
+    of the notebooks."""
     notebook, folder = nbformat.read(path, as_version=4), {"metadata": {"path": str(ROOT / "notebooks")}}
     if solutions:
         solve(notebook)
+        notebook.cells = needed(notebook)
     nbclient.NotebookClient(notebook, timeout=timeout, resources=folder, allow_errors=go_on).execute()
     return notebook
 
@@ -54,6 +58,55 @@ def solve(notebook) -> None:
             code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
             magic = cells[match[1]].source.split("\n")[0] if cells[match[1]].source.startswith("%%px") else ""
             cells[match[1]].source = f"{magic}\n{code}" if magic else code
+
+
+def needed(notebook) -> list[dict]:
+    """The cells that exercises need: themselves and their checks; the cells before the first heading and the last one,
+    which start and stop the ranks; and for each name that one of these mentions the cell that made it last."""
+    cells, wanted = notebook.cells, set()
+    code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
+    first = next(n for n, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith("## "))
+    tasks = [code.index(n) for n in code if cells[n] in exercises(notebook).values()]
+    open_ = {n for n in code if n < first} | {code[-1]} | {code[i + k] for i in tasks for k in (0, 1)}
+    on_ranks = {n: cells[n].source.startswith("%%px") for n in code}
+    while open_:
+        wanted.add(cell := open_.pop())
+        mentioned, fetched = _mentioned(cells[cell].source)
+        for name, side in [(n, on_ranks[cell]) for n in mentioned] + [(n, True) for n in fetched if not on_ranks[cell]]:
+            makers = [n for n in code if n < cell and on_ranks[n] == side and name in _made(cells[n].source)]
+            open_ |= set(makers[-1:]) - wanted
+    return [cells[n] for n in sorted(wanted)]
+
+
+def _statements(source: str) -> list[tuple[ast.stmt, symtable.SymbolTable]]:
+    """Each statement of a cell, and what Python's own compiler knows of its names."""
+    statements = ast.parse(re.sub(r"^%.*$", "", source, flags=re.MULTILINE)).body
+    return [(statement, symtable.symtable(ast.unparse(statement), "cell", "exec")) for statement in statements]
+
+
+def _assigned(table: symtable.SymbolTable) -> set[str]:
+    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+
+
+def _made(source: str) -> set[str]:
+    """The names that a cell makes."""
+    return set().union(*(_assigned(table) for _, table in _statements(source)))
+
+
+def _mentioned(source: str) -> tuple[set[str], set[str]]:
+    """The names that a cell needs from before, and the words in it, some of which may be fetched from the ranks:
+    engines[0]["losses"]."""
+    mentioned, made = set(), set()
+    for statement, table in _statements(source):
+        if isinstance(statement, ast.For | ast.With):  # what they assign comes before what they use
+            made |= _assigned(table)
+        scopes = [table]
+        for scope in scopes:
+            scopes += scope.get_children()
+            used = (s for s in scope.get_symbols() if s.is_referenced() and (scope is table or s.is_global()))
+            mentioned |= {s.get_name() for s in used} - made
+        made |= _assigned(table)
+    return mentioned, set(re.findall(r"""["'](\w+)["']""", source))
 
 
 def text_of(output) -> str:

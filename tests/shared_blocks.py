@@ -9,6 +9,7 @@ A block's home is the first chapter, in reading order, in which it stands. `make
 home to the other chapters; a chapter takes a block in by writing the two markers with nothing between them.
 """
 
+import ast
 import re
 from pathlib import Path
 
@@ -35,6 +36,21 @@ def homes() -> dict[str, str]:
             if body.strip():  # two markers with nothing between them ask for the block, they are not its home
                 found.setdefault(name, body)
     return found
+
+
+def own_code(path: Path) -> list[str]:
+    """The lines of parts 0 to 5 that are code; a block that is carried counts in its home alone."""
+    text, earlier = path.read_text("utf-8"), [blocks(other) for other in chapters() if other < path]
+    for name, body in blocks(path).items():
+        if any(name in other for other in earlier):
+            text = text.replace(body, "")
+    text = text[: text.index("\n# ── 6 ")]
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            for number in range(node.body[0].lineno - 1, node.body[0].end_lineno):
+                lines[number] = ""
+    return [line for line in lines if line.strip() and not line.strip().startswith("#")]
 
 
 def main() -> None:

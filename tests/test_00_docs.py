@@ -2,11 +2,24 @@
 """Docs that hold: what a public docstring must say, links that lead somewhere, commands that run."""
 
 import ast
+import importlib
+import json
 import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
+import front_door
+import numpy as np
 import pytest
 import shared_blocks
+import soundfile
+import tiktoken
+import torch
+import torch.distributed as dist
 from test_00_copy import home, parse, public
+from torch.distributed import run
 
 CHAPTERS = shared_blocks.chapters()
 CASES = [
@@ -55,3 +68,173 @@ def test_a_public_docstring_says_what_a_copier_must_know(path, name):
         for error in raises(function):
             assert error in own, f"{name}: {function.name} raises {error}, which no docstring says"
     assert part not in (2, 5) or "Source:" in doc, f"{name} stands in part {part} and names no source"
+
+
+# ── Links and references ─────────────────────────────────────────────────────────────────────────────────
+
+ROOT = shared_blocks.ROOT
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[0-9n]*/*.md"), *ROOT.glob("notebooks/*.ipynb")])
+SOURCES = sorted([*CHAPTERS, *ROOT.glob("tests/*.py"), *ROOT.glob("notebooks/results/*.py")])
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page: Path) -> str:
+    """A page's Markdown; of a notebook that of its cells."""
+    text = page.read_text("utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    return "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    """Every relative link names a file that is there, and a heading that it has; every arXiv link a number like one."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith("https://arxiv.org/abs/"):
+            assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", target), target
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        there = page if not path else page.parent / path
+        assert there.exists(), f"{target} is not there"
+        assert not anchor or anchor in anchors(there), f"{there.name} has no heading {anchor}"
+
+
+def test_what_the_text_refers_to_exists():
+    """Files, tests and sections that comments, docstrings and pages name."""
+    sections = {number: set(parse(path)[3]) for number, path in enumerate(CHAPTERS, 1)}
+    for page in [*PAGES, *SOURCES]:
+        text = re.sub(r"\n# *", " ", page.read_text("utf-8"))  # a reference may go on in the next line of a comment
+        for name, test in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", text):
+            assert (ROOT / name).exists(), f"{page.name} names {name}"
+            assert not test or f"def {test}(" in (ROOT / name).read_text("utf-8"), f"{page.name} names {name}::{test}"
+        for name in re.findall(r"\bresults/(\w+\.\w+)", text):
+            assert (ROOT / "notebooks/results" / name).exists(), f"{page.name} names results/{name}"
+        for chapter, part, section in re.findall(r"[Cc]hapter (\d),? (?:section|part)s? (\d)(?:\.(\d+))?", text):
+            if int(chapter) <= len(CHAPTERS):
+                there = sections[int(chapter)]
+                assert (int(part), int(section or 0)) in there, (
+                    f"{page.name}: chapter {chapter} has no {part}.{section}"
+                )
+
+
+# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────
+
+COMMAND = re.compile(r"^ *((?:python|torchrun|make|srun) .*?)(?: {2,}.*|  *#.*)?$", re.MULTILINE)
+STAND_INS = {"HOST:29500": "127.0.0.1:29500", "path/to/copy.ipynb": "notebooks/02_megatron_tp.ipynb"}
+
+
+def commands(path: Path) -> list[str]:
+    """The commands that a page or a chapter's docstring shows, without what is said of them; lines continued joined."""
+    text = prose(path) if path.suffix != ".py" else ast.get_docstring(ast.parse(path.read_text("utf-8")))
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"^```.*?\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    return [command.strip() for command in COMMAND.findall(re.sub(r"\\+\n\s*", "", text))]
+
+
+SHOWN = [(path, command) for path in [*PAGES, *CHAPTERS] for command in commands(path)]
+
+
+def put_files(folder: Path) -> None:
+    """What the commands speak of as the reader's own: a text, recordings, a trained model, published weights."""
+    import deepspeech as ds
+
+    (folder / "my.txt").write_text("It was a bright cold day in April. " * 500, "utf-8")
+    soundfile.write(folder / "me.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 8000)
+    line = json.dumps(dict(audio_filepath="me.wav", duration=1.0, text="one"))
+    for name in ("train.jsonl", "dev.jsonl"):
+        (folder / name).write_text(line, "utf-8")
+    ds.save_model(str(folder / "model.safetensors"), ds.parallel_model(ds.SpeechConfig()), ["one"])
+
+
+def put_published_weights(folder: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+
+
+def pretend_gpus(monkeypatch, gpus: int, world_size: int | None) -> None:
+    """A server of so many GPUs; with a world size, one of several on which torchrun has started a rank for each."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    if world_size:
+        for name, value in dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=gpus, WORLD_SIZE=world_size).items():
+            monkeypatch.setenv(name, str(value))
+
+
+def published_encoding(name: str) -> tiktoken.Encoding:
+    """In the place of one that would be downloaded: as many words, but only those of one byte are ever used."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding(name, pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256})
+
+
+@pytest.mark.parametrize("path, command", SHOWN, ids=lambda x: x if isinstance(x, str) else x.stem)
+def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
+    """make knows the target, torchrun its own flags, and the chapter the files and flags that are left."""
+    for word, stand_in in STAND_INS.items():
+        command = command.replace(word, stand_in)
+    words = shlex.split(command, comments=True)
+    if words[0] == "make":
+        subprocess.run(["make", "-n", "PY=python", *words[1:]], cwd=ROOT, check=True, capture_output=True, timeout=60)
+        return
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert (ROOT / words[script]).exists()
+    if "torchrun" in words[0] or words[0] == "srun":
+        launcher = words[words.index("srun") + 1 : script] if words[0] == "srun" else words[:script]
+        launcher = ["8" if word.startswith("$SLURM") else re.sub(r"\$\w+", "8", word) for word in launcher[1:]]
+        options = run.get_args_parser().parse_args([*launcher, words[script]])
+        pretend_gpus(monkeypatch, 8, 8 * int(options.nnodes.split(":")[-1]))
+    chapter = importlib.import_module(Path(words[script]).stem)
+    put_files(tmp_path)
+    if "FOLDER" in words:
+        put_published_weights(tmp_path / "FOLDER")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tiktoken, "get_encoding", published_encoding)
+    monkeypatch.setattr(sys, "argv", [Path(words[script]).name, *words[script + 1 :]])
+    try:
+        chapter.plan_command(sys.argv[2:]) if sys.argv[1:2] == ["plan"] else chapter.flags()
+    except SystemExit as end:
+        pytest.fail(f"{command}: {capsys.readouterr().err.splitlines()[-1:]}, exit {end.code}")
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("gpus", [1, 2, 4, 8])
+@pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
+def test_no_flag_is_needed_on_any_server(path, gpus, nodes, monkeypatch, capsys):
+    """Started plainly, or by torchrun on two servers, a chapter finds sizes that fit all of the GPUs."""
+    pretend_gpus(monkeypatch, gpus, gpus * nodes if nodes > 1 else None)
+    monkeypatch.setattr(sys, "argv", [path.name])
+    try:
+        args = importlib.import_module(path.stem).flags()
+    except SystemExit as end:
+        pytest.fail(f"{capsys.readouterr().err.splitlines()[-1:]}, exit {end.code}")
+    assert args.world_size % gpus == 0
+
+
+# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("page", front_door.pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_print_the_numbers_that_are_kept(page):
+    """What `make numbers` measured last is what the page says; and it says something."""
+    kept = json.loads(front_door.KEPT.read_text("utf-8"))
+    assert page.read_text("utf-8") == front_door.rendered(page, kept), "run make numbers ARGS=--render"
+    changed = json.loads(re.sub(r"\d", "7", json.dumps(kept)))
+    assert page.read_text("utf-8") != front_door.rendered(page, changed)
+
+
+def test_the_kept_numbers_are_of_this_book():
+    kept = json.loads(front_door.KEPT.read_text("utf-8"))
+    assert list(kept["chapters"]) == [path.parent.name for path in CHAPTERS]
+    for name, chapter in kept["chapters"].items():
+        assert chapter["seconds"] < 60, f"{name} takes a minute"
+        verdicts = [verdict for *_, verdict in chapter["claims"]]
+        assert "FAILED" not in verdicts and verdicts.count("ok") >= 5

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import nbformat
@@ -68,20 +69,8 @@ def test_a_chapter_imports_nothing_of_another(chapter):
 
 @each_chapter
 def test_length(chapter):
-    """Parts 0 to 5 hold at most 600 lines of code; a carried block counts in its home alone."""
-    text, home = chapter.read_text("utf-8"), shared_blocks.homes()
-    first = {name: next(path for path in CHAPTERS if name in shared_blocks.blocks(path)) for name in home}
-    for name, body in shared_blocks.blocks(chapter).items():
-        if first[name] != chapter:
-            text = text.replace(body, "")
-    text = text[: text.index("\n# ── 6 ")]
-    lines = text.splitlines()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            for number in range(node.body[0].lineno - 1, node.body[0].end_lineno):
-                lines[number] = ""
-    code = [line for line in lines if line.strip() and not line.strip().startswith("#")]
-    assert len(code) <= 600
+    """Parts 0 to 5 hold at most 600 lines of code."""
+    assert len(shared_blocks.own_code(chapter)) <= 600
 
 
 @each_chapter
@@ -227,11 +216,18 @@ def test_the_ranks_marker(value):
 # ── Notebooks ────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.fixture(scope="module")
+def solved():
+    """Every notebook with its exercises solved, executed two at a time: most of it is waiting for ranks to start."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {path: pool.submit(notebooks.execute, path, solutions=True) for path in notebooks.notebooks()}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem)
-def test_solutions_solve_their_exercises(path):
+def test_solutions_solve_their_exercises(path, solved):
     """`make notebooks` demands "not solved yet" of every exercise; with its solution it must print "ok"."""
-    text = notebooks.printed(notebooks.execute(path, solutions=True))
+    text = notebooks.printed(solved[path].result())
     numbers = list(notebooks.exercises(notebooks.nbformat.read(path, as_version=4)))
     assert len(numbers) >= 3
     for number in numbers:
