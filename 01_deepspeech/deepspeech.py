@@ -70,7 +70,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -93,9 +93,7 @@ class SpeechConfig:
 
     sample_rate: int = 8000  # samples a second; other recordings are resampled to it
     bins: int = 40  # F: mel bands; 0 for all frequencies of the spectrogram, as in the paper (161 at 16 kHz)
-    channels: tuple[int, ...] = (8,)  # of each 2-D convolution
-    kernels: tuple[tuple[int, int], ...] = ((11, 11),)  # its frames × bins, odd numbers
-    strides: tuple[tuple[int, int], ...] = ((2, 2),)  # the same
+    convolutions: tuple = ((8, (11, 11), (2, 2)),)  # channels, kernel, stride of each; the latter two frames × bins
     layers: int = 1  # recurrent ones
     hidden_size: int = 64  # H
     cell: str = "relu"  # "relu", clipped at 20, or "gru"
@@ -106,21 +104,19 @@ class SpeechConfig:
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
-        self.channels = tuple(self.channels)
-        self.kernels, self.strides = (tuple(map(tuple, pairs)) for pairs in (self.kernels, self.strides))
-        counts, sides = {len(self.channels), len(self.kernels), len(self.strides)}, itertools.chain(*self.kernels)
-        for names, good, remedy in (
-            ("sample_rate layers hidden_size", min(self.sample_rate, self.layers, self.hidden_size) > 0, "at least 1"),
-            ("bins lookahead", min(self.bins, self.lookahead) >= 0, "not below 0"),
-            ("dropout", 0 <= self.dropout < 1, "at least 0 and less than 1"),
-            ("channels kernels strides", len(counts) == 1 and 0 not in counts, "as many of each, and at least one"),
-            ("kernels", all(side % 2 for side in sides), "odd sizes only, so that a convolution has a middle"),
-            ("strides", min(itertools.chain(*self.strides), default=1) > 0, "at least 1"),
-            ("cell", self.cell in ("relu", "gru"), "'relu' or 'gru'"),
-        ):
-            if not good:
-                found = ", ".join(f"{name}={getattr(self, name)!r}" for name in names.split())
-                raise ValueError(f"{found}: {remedy}")
+        self.convolutions = tuple((channels, *map(tuple, sides)) for channels, *sides in self.convolutions)
+        sizes = [self.sample_rate, self.layers, self.hidden_size, len(self.convolutions)]
+        kernels = [side for _, kernel, _ in self.convolutions for side in kernel]
+        others = [size for channels, _, stride in self.convolutions for size in (channels, *stride)]
+        rules = {
+            "sizes of at least 1, and one convolution or more": min(sizes + kernels + others) > 0,
+            "kernels of odd sizes, which have a middle": all(side % 2 for side in kernels),
+            "bins and lookahead not below 0": min(self.bins, self.lookahead) >= 0,
+            "dropout at least 0 and less than 1": 0 <= self.dropout < 1,
+            "cell 'relu' or 'gru'": self.cell in ("relu", "gru"),
+        }
+        if broken := [rule for rule, kept in rules.items() if not kept]:
+            raise ValueError(f"{self}: it must have {'; '.join(broken)}")
 
     @property
     def features(self) -> int:
@@ -133,7 +129,7 @@ class SpeechConfig:
         Takes an int or a tensor of lengths. The one place for this arithmetic: masks, the CTC loss and the decoder must
         agree to the frame. With an odd kernel k and k // 2 zeros on either side, size becomes ⌈size / stride⌉.
         """
-        for stride in self.strides[:convolutions]:
+        for _, _, stride in self.convolutions[:convolutions]:
             size = (size - 1) // stride[axis] + 1
         return size
 
@@ -206,8 +202,7 @@ def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Te
     H = weight_DH3H.shape[1]
     h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
     for x_DB3H in x_TDB3H:
-        xz_DBH, xr_DBH, xn_DBH = x_DB3H.split(H, -1)
-        hz_DBH, hr_DBH, hn_DBH = (h_DBH @ weight_DH3H).split(H, -1)
+        (xz_DBH, xr_DBH, xn_DBH), (hz_DBH, hr_DBH, hn_DBH) = (y.chunk(3, -1) for y in (x_DB3H, h_DBH @ weight_DH3H))
         z_DBH, r_DBH = torch.sigmoid(xz_DBH + hz_DBH), torch.sigmoid(xr_DBH + hr_DBH)
         h_DBH = (1 - z_DBH) * h_DBH + z_DBH * activation(xn_DBH + r_DBH * hn_DBH)
         states.append(h_DBH)
@@ -275,14 +270,12 @@ class DeepSpeech2(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            pairs = itertools.pairwise((1, *config.channels))
-            self.convolutions = nn.ModuleList(
-                nn.Conv2d(*pair, kernel, stride, [k // 2 for k in kernel], bias=False)
-                for pair, kernel, stride in zip(pairs, config.kernels, config.strides)
-            )
-            self.norms = nn.ModuleList(norm(channels) for channels in config.channels)
+            self.convolutions, self.norms, C = nn.ModuleList(), nn.ModuleList(), 1
+            for channels, kernel, stride in config.convolutions:
+                self.convolutions.append(nn.Conv2d(C, channels, kernel, stride, [k // 2 for k in kernel], bias=False))
+                self.norms.append(norm(C := channels))
             H, cell = config.hidden_size, gru if config.cell == "gru" else recurrence
-            inputs = [config.channels[-1] * config.after(config.features, axis=1)] + [H] * (config.layers - 1)
+            inputs = [C * config.after(config.features, axis=1)] + [H] * (config.layers - 1)
             self.layers = nn.ModuleList(RecurrentLayer(config, size, norm, cell) for size in inputs)
             self.ahead = None if config.bidirectional else RowConvolution(H, config.lookahead)
             self.full, self.full_norm = nn.Linear(H, H, bias=False), norm(H)
@@ -334,27 +327,36 @@ def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
 
 
+def plain_gradients(model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None) -> Tensor:
+    """Leaves the gradient of the batch's mean loss, PyTorch's own CTC loss, in the parameters; returns it, a scalar.
+
+    autocast: the dtype of products, None for the parameters' own. Needs: `Batch`.
+    """
+    with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
+        log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
+    loss = F.ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B)  # section 2.3 says what its mean is
+    loss.backward()
+    return loss.detach()
+
+
 def train_alone(
     model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], max_norm: float = 400.0,
-    kind: str = "nesterov", autocast: torch.dtype | None = None,
+    kind: str = "nesterov", autocast: torch.dtype | None = None, gradients: Callable = plain_gradients,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Trains the plain model with PyTorch's own CTC loss; yields each step's loss and norm before clipping.
+    """Trains on one batch after the other; yields each step's loss and norm before clipping, scalars.
 
-    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
-    `make_optimizer`, `Batch`.
+    lr: the learning rate of step 0, 1, ...; autocast: as in `plain_gradients`; gradients: what takes its place in
+    section 4.1. Needs: `make_optimizer`, `plain_gradients`, `Batch`.
     """
     optimizer = make_optimizer(model, kind)
     for step, batch in enumerate(batches):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
-        with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
-            log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
-        loss = F.ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B)  # see 2.3 for what "mean" means
-        loss.backward()
+        loss = gradients(model, batch, autocast)
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
-        yield loss.detach(), norm
+        yield loss, norm
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -558,11 +560,12 @@ def ctc_loss(
 #
 # N ranks hold a vector of K numbers each, and all want the sum. If every rank sent its vector to one, that one's cable
 # would carry N·K numbers. In a ring each rank talks to its two neighbours alone, and all cables work at the same time.
-# The vector is cut in N segments, and a segment travels around once to be summed, and once more to be handed out:
+# The vector is cut in N segments, and each travels around twice. In step i rank r sends segment r − i to the right
+# (all numbers modulo N), and from the left comes segment r − i − 1:
 #
-#     reduce-scatter, N − 1 steps     in step i rank r sends segment r − i to the right; what comes from the left is
-#                                     added to segment r − i − 1. In the end rank r holds all of the sum of r + 1.
-#     all-gather, N − 1 steps         in step i rank r sends segment r + 1 − i, and replaces segment r − i.
+#     first lap, N − 1 steps      what comes is added. In the end rank r holds the whole sum of segment r + 1:
+#                                 that was a reduce-scatter
+#     second lap, N − 1 steps     what comes replaces: an all-gather
 #
 #          segment 0    1    2             after 2 steps     0    1    2            after 2 more
 #     rank 0      a0 → a1   a2                         .    Σ1    .                   Σ0  Σ1  Σ2
@@ -583,12 +586,10 @@ def _exchange(messages: list[tuple[Callable, Tensor, int]], group) -> None:
 
     gloo has no point-to-point messages for CUDA tensors: they go through the CPU.
     """
-    staged = [x.cpu() if x.is_cuda and dist.get_backend(group) == "gloo" else x for _, x, _ in messages]
-    peers = [peer if group is None else dist.get_global_rank(group, peer) for _, _, peer in messages]
-    steps = [(way, x, peer) for (way, _, _), x, peer in zip(messages, staged, peers) if x.numel()]
-    steps.sort(key=lambda step: step[0] is dist.isend)  # receives first
-    works = dist.batch_isend_irecv([dist.P2POp(*step, group) for step in steps]) if steps else []
-    for work in works:
+    messages = sorted((m for m in messages if m[1].numel()), key=lambda m: m[0] is dist.isend)  # receives first
+    staged = [x.cpu() if dist.get_backend(group) == "gloo" else x for _, x, _ in messages]  # itself, on the CPU
+    works = [dist.P2POp(way, x, group=group, group_peer=r) for (way, _, r), x in zip(messages, staged)]
+    for work in dist.batch_isend_irecv(works) if works else []:
         work.wait()
     for (way, x, _), copy in zip(messages, staged):
         if way is dist.irecv and copy is not x:
@@ -608,14 +609,12 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
     flat = tensor.detach().contiguous().view(-1)
     segments = flat.tensor_split(N)  # the first K mod N get one element more
     left, right, inbox = (r - 1) % N, (r + 1) % N, torch.empty_like(segments[0])
-    for step in range(N - 1):
-        mine = segments[(r - step - 1) % N]
-        arrived = inbox[: mine.numel()]
-        _exchange([(dist.irecv, arrived, left), (dist.isend, segments[(r - step) % N], right)], group)
-        mine += arrived
-    for step in range(N - 1):
-        sent, received = segments[(r + 1 - step) % N], segments[(r - step) % N]
-        _exchange([(dist.irecv, received, left), (dist.isend, sent, right)], group)
+    for step in range(2 * (N - 1)):
+        sent, mine, first_lap = segments[(r - step) % N], segments[(r - step - 1) % N], step < N - 1
+        arrived = inbox[: mine.numel()] if first_lap else mine
+        _exchange([(dist.irecv, arrived, left), (dist.isend, sent, right)], group)
+        if first_lap:
+            mine += arrived
     if not tensor.is_contiguous():
         tensor.detach().copy_(flat.view_as(tensor))
     return tensor
@@ -663,39 +662,31 @@ class GradientRing:
             if sum(q.nbytes for q in self.buckets[-1]) >= bucket_bytes:
                 self.buckets.append([])
             self.buckets[-1].append(p)
-        self.thread = ThreadPoolExecutor(1, "ring")
-        self.hooks = []
-        if group_size(group) > 1:
-            for number, bucket in enumerate(self.buckets):
-                hook = partial(self._arrived, number)
-                self.hooks += [p.register_post_accumulate_grad_hook(hook) for p in bucket]
-        self._begin()
+        self.thread, self.jobs, self.ready = ThreadPoolExecutor(1, "ring"), [], set()
+        several = itertools.chain(*self.buckets) if group_size(group) > 1 else ()
+        self.hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in several]
 
-    def _begin(self) -> None:
-        self.missing, self.jobs = [len(bucket) for bucket in self.buckets], []
-
-    def _arrived(self, number: int, _: nn.Parameter) -> None:
-        self.missing[number] -= 1
-        while len(self.jobs) < len(self.buckets) and self.missing[len(self.jobs)] == 0:
+    def _arrived(self, p: nn.Parameter) -> None:
+        self.ready.add(p)
+        while len(self.jobs) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.jobs)]):
             self.jobs.append(self.thread.submit(self._sum, self.buckets[len(self.jobs)]))
 
     def _sum(self, bucket: list[nn.Parameter]) -> None:
-        if bucket and bucket[0].is_cuda:
+        if bucket[0].is_cuda:
             torch.cuda.set_device(bucket[0].device)  # a thread's own setting
         flat = ring_all_reduce(torch.cat([p.grad.flatten() for p in bucket]), self.group)
         for p, total in zip(bucket, flat.split([p.numel() for p in bucket])):
             p.grad.copy_(total.view_as(p))
 
     def finish(self) -> None:
-        """Sends what has not left yet, and waits for all of it."""
-        if self.hooks:
-            for bucket in self.buckets[len(self.jobs) :]:
-                for p in bucket:
-                    p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                self.jobs.append(self.thread.submit(self._sum, bucket))
-            for job in self.jobs:
-                job.result()  # raises here what has been raised there
-        self._begin()
+        """Sends what has not left yet, and waits for all of it; zeros where this rank has no gradient."""
+        for p in itertools.chain(*self.buckets) if self.hooks else ():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            self._arrived(p)
+        for job in self.jobs:
+            job.result()  # raises here what has been raised there
+        self.jobs, self.ready = [], set()
 
     def close(self) -> None:
         """Takes the hooks off and ends the thread."""
@@ -782,54 +773,8 @@ class SequenceBatchNorm(nn.BatchNorm1d):
 #     a_t  = (dL/dh_t + a_{t+1} Uᵀ) · [0 < h_t < 20]          the gradient of what goes into the clip
 #     dL/dx_t = a_t              dL/dU = Σ_t h_{t−1}ᵀ a_t      and the sum is one product over all steps, after the loop
 #
-# Both directions go through the loop side by side, as a batch of D matrices.
-
-
-def _unroll(x_TDBH: Tensor, weight_DHH: Tensor, state_DBH: Tensor) -> Tensor:
-    """All states, from the one before the first."""
-    h_TDBH = torch.empty_like(x_TDBH)
-    for x_DBH, h_DBH in zip(x_TDBH, h_TDBH):
-        state_DBH = torch.baddbmm(x_DBH, state_DBH, weight_DHH, out=h_DBH).clamp_(0, 20)
-    return h_TDBH
-
-
-def _unroll_back(grad_TDBH: Tensor, h_TDBH: Tensor, weight_DHH: Tensor, carry_DBH: Tensor) -> tuple[Tensor, Tensor]:
-    """a of every step, and what arrives at the state before the first; carry_DBH arrives at the last from behind."""
-    a_TDBH, back_DHH = torch.empty_like(grad_TDBH), weight_DHH.mT
-    open_TDBH = ((h_TDBH > 0) & (h_TDBH < 20)).to(h_TDBH.dtype)
-    for t in reversed(range(len(a_TDBH))):
-        a_DBH = torch.add(grad_TDBH[t], carry_DBH, out=a_TDBH[t]).mul_(open_TDBH[t])
-        carry_DBH = torch.bmm(a_DBH, back_DHH)
-    return a_TDBH, carry_DBH
-
-
-def _weight_gradient(start_DBH: Tensor, h_TDBH: Tensor, a_TDBH: Tensor) -> Tensor:
-    before_TDBH = torch.cat([start_DBH[None], h_TDBH])[:-1]
-    return einsum(before_TDBH, a_TDBH, "T D B H, T D B J -> D H J")
-
-
-class _Recurrence(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TDBH, weight_DHH):
-        h_TDBH = _unroll(x_TDBH, weight_DHH, x_TDBH.new_zeros(x_TDBH.shape[1:]))
-        ctx.save_for_backward(h_TDBH, weight_DHH)
-        return h_TDBH
-
-    @staticmethod
-    @once_differentiable  # a formula that works in place, out of autograd's sight
-    def backward(ctx, grad_TDBH):
-        h_TDBH, weight_DHH = ctx.saved_tensors
-        rest_DBH = torch.zeros_like(h_TDBH[0]) if len(h_TDBH) else h_TDBH.sum(0)
-        a_TDBH, _ = _unroll_back(grad_TDBH, h_TDBH, weight_DHH, rest_DBH)
-        return a_TDBH, _weight_gradient(rest_DBH, h_TDBH, a_TDBH)
-
-
-def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """`plain_recurrence`, backward by formula: all states (T, D, B, H). Needs: `_Recurrence`, `_unroll`,
-    `_unroll_back`, `_weight_gradient`."""
-    return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH)
-
-
+# On one rank both directions go through the loop side by side, as a batch of D matrices.
+#
 # Deep Speech 1 put a second GPU to work inside one utterance: it cut the recordings in time. The layers without
 # recurrence need no other rank for that. The recurrence is a chain, and a rank cannot begin before the state arrives
 # from its neighbour. But there are two chains, and they start at opposite ends:
@@ -846,11 +791,17 @@ def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
 #
 # The gradient takes the same way back: what dL/dh of a rank's first state says belongs to the neighbour that has sent
 # it. Make the exchange with plain send and receive, and autograd sees a constant there: every gradient is wrong that
-# should have crossed the cut. Here forward and backward of the whole layer are one node of the graph, so no message can
-# be left out of it.
+# should have crossed the cut. Here forward and backward of the whole chain are one node of the graph, so no message can
+# be left out of it. On one rank or on many, a node is two runs of "compute these directions from the state that has
+# arrived, and return the state to hand on"; only the order differs in which the runs take place.
 
 
-def _wave(compute: Callable[[int, Tensor], Tensor], state_2BH: Tensor, up: int, group) -> None:
+def _side_by_side(compute: Callable[[slice, Tensor], Tensor], state_DBH: Tensor, up: int, group) -> None:
+    """On one rank: all directions at once."""
+    compute(slice(None), state_DBH)
+
+
+def _wave(compute: Callable[[slice, Tensor], Tensor], state_2BH: Tensor, up: int, group) -> None:
     """Runs compute(direction, state that arrives) on one rank after the other, and hands on what it returns.
 
     Direction `up` (0 or 1) goes from rank 0 upwards, the other one from the last rank downwards.
@@ -860,48 +811,60 @@ def _wave(compute: Callable[[int, Tensor], Tensor], state_2BH: Tensor, up: int, 
     for slot in range(N):
         messages = []
         for direction, place, way in chains:
+            own = slice(direction, direction + 1)
             if place == slot:
-                state_2BH[direction] = compute(direction, state_2BH[direction])
+                state_2BH[own] = compute(own, state_2BH[own])
                 if slot + 1 < N:
-                    messages.append((dist.isend, state_2BH[direction], r + way))
+                    messages.append((dist.isend, state_2BH[own], r + way))
             elif place == slot + 1:
-                messages.append((dist.irecv, state_2BH[direction], r - way))
+                messages.append((dist.irecv, state_2BH[own], r - way))
         _exchange(messages, group)
 
 
-class _TimeParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_tBH, weight_2HH, group):
-        x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1)  # each direction in its own order
-        h_t2BH, state_2BH = torch.empty_like(x_t2BH), x_tBH.new_zeros(2, *x_tBH.shape[1:])
-        start_2BH = torch.zeros_like(state_2BH)
-
-        def compute(d: int, state_BH: Tensor) -> Tensor:
-            start_2BH[d] = state_BH
-            h_t2BH[:, d : d + 1] = _unroll(x_t2BH[:, d : d + 1], weight_2HH[d : d + 1], state_BH[None])
-            return h_t2BH[-1, d] if len(h_t2BH) else state_BH
-
-        _wave(compute, state_2BH, 0, group)
-        ctx.save_for_backward(h_t2BH, start_2BH, weight_2HH)
-        ctx.group = group
-        return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
+class _Recurrence(torch.autograd.Function):
+    """Needs: `_side_by_side`, `_wave`, `_exchange`, the block groups."""
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_tBH):
-        h_t2BH, start_2BH, weight_2HH = ctx.saved_tensors
-        grad_t2BH = torch.stack([grad_tBH, grad_tBH.flip(0)], 1)
-        a_t2BH, carry_2BH = torch.empty_like(grad_t2BH), torch.zeros_like(start_2BH)
+    def forward(ctx, x_tDBH, weight_DHH, cut, group):
+        h_tDBH, start_DBH = torch.empty_like(x_tDBH), x_tDBH.new_zeros(x_tDBH.shape[1:])
 
-        def compute(d: int, carry_BH: Tensor) -> Tensor:
-            own = slice(d, d + 1)
-            a_t1BH, carry_1BH = _unroll_back(grad_t2BH[:, own], h_t2BH[:, own], weight_2HH[own], carry_BH[None])
-            a_t2BH[:, own] = a_t1BH
-            return carry_1BH[0]
+        def compute(own: slice, state_DBH: Tensor) -> Tensor:
+            start_DBH[own] = state_DBH
+            for x_DBH, h_DBH in zip(x_tDBH[:, own], h_tDBH[:, own]):
+                state_DBH = torch.baddbmm(x_DBH, state_DBH, weight_DHH[own], out=h_DBH).clamp_(0, 20)
+            return state_DBH
 
-        _wave(compute, carry_2BH, 1, ctx.group)  # the other way round: direction 0 ended on the last rank
-        partial_2HH = _weight_gradient(start_2BH, h_t2BH, a_t2BH)
-        return a_t2BH[:, 0] + a_t2BH[:, 1].flip(0), _all_reduce(partial_2HH, ctx.group), None
+        (_wave if cut else _side_by_side)(compute, torch.zeros_like(start_DBH), 0, group)
+        ctx.save_for_backward(h_tDBH, start_DBH, weight_DHH)
+        ctx.cut, ctx.group = cut, group
+        return h_tDBH
+
+    @staticmethod
+    @once_differentiable  # a formula that works in place, out of autograd's sight
+    def backward(ctx, grad_tDBH):
+        h_tDBH, start_DBH, weight_DHH = ctx.saved_tensors
+        a_tDBH, open_tDBH = torch.empty_like(h_tDBH), ((h_tDBH > 0) & (h_tDBH < 20)).to(h_tDBH.dtype)
+
+        def compute(own: slice, carry_DBH: Tensor) -> Tensor:
+            back_DHH = weight_DHH[own].mT
+            for t in reversed(range(len(a_tDBH))):
+                a_DBH = torch.add(grad_tDBH[t, own], carry_DBH, out=a_tDBH[t, own]).mul_(open_tDBH[t, own])
+                carry_DBH = torch.bmm(a_DBH, back_DHH)
+            return carry_DBH
+
+        # The waves run the other way round: direction 0 ended on the last rank.
+        (_wave if ctx.cut else _side_by_side)(compute, torch.zeros_like(start_DBH), 1, ctx.group)
+        before_tDBH = torch.cat([start_DBH[None], h_tDBH])[:-1]
+        partial_DHH = einsum(before_tDBH, a_tDBH, "t D B H, t D B J -> D H J")
+        return a_tDBH, _all_reduce(partial_DHH, ctx.group) if ctx.cut else partial_DHH, None, None
+
+
+def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
+    """`plain_recurrence`, backward by formula: all states, (T, D, B, H) in the weight's dtype.
+
+    Twice differentiated it raises RuntimeError. Source: ours. Needs: `_Recurrence` and what it needs.
+    """
+    return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH, False, None)
 
 
 def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor:
@@ -912,16 +875,18 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
             Utterances of unequal length: zero behind each end, as everywhere in this chapter.
         weight_2HH: U of either direction, the same on every rank. Its gradient is summed over `group` here.
 
-    Source: Deep Speech (2014), section 4.2. Needs: `_TimeParallel`, `_wave`, `_unroll`, `_unroll_back`,
-    `_weight_gradient`, `_exchange`, the block groups.
+    Every rank of the group must call it, and its backward. Source: Deep Speech (2014), section 4.2.
+    Needs: `_Recurrence` and what it needs.
     """
-    return _TimeParallel.apply(x_tBH.to(weight_2HH.dtype), weight_2HH, group)
+    x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1).to(weight_2HH.dtype)  # each direction in its own order
+    h_t2BH = _Recurrence.apply(x_t2BH, weight_2HH, True, group)
+    return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
 
 
 def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
     """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence.
 
-    Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
+    Source: Deep Speech 2, section 4. Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
     """
     return DeepSpeech2(config, partial(SequenceBatchNorm, group=group), clipped_recurrence)
 
@@ -947,7 +912,7 @@ def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
 
 
 def greedy(log_probs_TV: Tensor) -> str:
-    """The text of the most probable path. Needs: `ALPHABET`."""
+    """The text of the most probable path. Source: Deep Speech 2, section 3.8. Needs: `ALPHABET`."""
     path = torch.unique_consecutive(log_probs_TV.argmax(-1)).tolist() if len(log_probs_TV) else []
     return " ".join("".join(ALPHABET[symbol] for symbol in path if symbol).split())
 
@@ -970,45 +935,38 @@ def beam_search(
     """
     if beam < 1:
         raise ValueError(f"beam={beam}: at least 1")
-    none = -math.inf
-    heard = {"": (0.0, none)}  # prefix to log-probabilities of its paths that end in a blank, and that do not
-    spoken: dict[str, float] = {"": 0.0}  # prefix to what the language model says of its complete words
 
-    def language(prefix: str, at_the_end: bool = False) -> float:
-        """α log P + β of the complete words; a word is complete when a space follows it, or nothing more at all."""
-        if lm is None:
-            return 0.0
-        before, _, word = prefix.rpartition(" ")
-        if at_the_end:
-            history = before.split()
-            return language(prefix) + ((alpha * lm.score(tuple(history), word) + beta) if word else 0.0)
-        if prefix not in spoken:
-            spoken[prefix] = language(prefix[:-1], at_the_end=True) if prefix[-1] == " " else language(prefix[:-1])
-        return spoken[prefix]
+    @cache
+    def last_word(prefix: str) -> float:
+        """What the language model says of the last word, now that it is complete; 0 behind a space."""
+        *history, word = prefix.split(" ")
+        return alpha * lm.score(tuple(filter(None, history)), word) + beta if lm is not None and word else 0.0
 
+    heard = {"": (0.0, -math.inf)}  # prefix to log-probabilities of its paths that end in a blank, and that do not
+    spoken = {"": 0.0}  # prefix to α log P + β of its complete words: those that a space follows
     probs_TV, order_TV = log_probs_TV.to(torch.float64).sort(-1, descending=True)
     tried_T = ((probs_TV.exp().cumsum(-1) - probs_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
     for row, symbols, tried in zip(probs_TV.tolist(), order_TV.tolist(), tried_T):
-        arrived = defaultdict(lambda: [none, none])
-        for log_p, symbol in zip(row[:tried], symbols):
-            letter = ALPHABET[symbol]
-            for prefix, (blank, letters) in heard.items():
-                whole = _log_add(blank, letters)
+        arrived = defaultdict(lambda: [-math.inf, -math.inf])
+        for prefix, (blank, letter) in heard.items():
+            same, whole = arrived[prefix], _log_add(blank, letter)
+            for log_p, symbol in zip(row[:tried], symbols):
+                new = ALPHABET[symbol]
                 if symbol == 0:
-                    arrived[prefix][0] = _log_add(arrived[prefix][0], whole + log_p)
+                    same[0] = _log_add(same[0], whole + log_p)
                     continue
-                if prefix.endswith(letter):  # without a blank between them: the same letter, still
-                    arrived[prefix][1] = _log_add(arrived[prefix][1], letters + log_p)
-                    whole = blank
-                longer = arrived[prefix + letter]
-                longer[1] = _log_add(longer[1], whole + log_p)
-        reached = (item for item in arrived.items() if max(item[1]) > none)
-        best = sorted(reached, key=lambda item: _log_add(*item[1]) + language(item[0]), reverse=True)
+                if repeat := prefix.endswith(new):  # without a blank between them: the same letter, still
+                    same[1] = _log_add(same[1], letter + log_p)
+                longer = arrived[prefix + new]
+                longer[1] = _log_add(longer[1], (blank if repeat else whole) + log_p)
+                spoken[prefix + new] = spoken[prefix] + (last_word(prefix) if new == " " else 0.0)
+        reached = (item for item in arrived.items() if max(item[1]) > -math.inf)
+        best = sorted(reached, key=lambda item: _log_add(*item[1]) + spoken[item[0]], reverse=True)
         heard = {prefix: tuple(pair) for prefix, pair in best[:beam]}
-    texts: dict[str, float] = {}  # prefixes that differ in spaces alone are one text
+    texts: dict[str, float] = defaultdict(lambda: -math.inf)  # prefixes that differ in spaces alone are one text
     for prefix, pair in heard.items():
         text = " ".join(prefix.split())
-        texts[text] = _log_add(texts.get(text, none), _log_add(*pair) + language(prefix, at_the_end=True))
+        texts[text] = _log_add(texts[text], _log_add(*pair) + spoken[prefix] + last_word(prefix))
     return sorted(texts.items(), key=lambda item: item[1], reverse=True)
 
 
@@ -1065,93 +1023,51 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
 # What a step does, and in which order the utterances come. (Where they come from stands behind part 6: sound, words,
 # files.)
 #
-# ── 4.1 One step on many ranks ──────────────────────────────────────────────────────────────────────────
+# ── 4.1 The gradient on many ranks ──────────────────────────────────────────────────────────────────────
 #
-# Long utterances make gradients explode, in a network that multiplies by U hundreds of times, and an accelerated
-# gradient with a momentum of 0.99 remembers an explosion for hundreds of steps. Both papers clip: where the norm of the
-# whole gradient is above a bound (400), the gradient is scaled down to it. The norm is that of the *summed* gradient,
-# behind the ring. Each rank then finds the same norm by itself, and steps alike. Clipped before, each rank would scale
-# its summand by another factor, and the sum would point elsewhere.
+# The loop is part 1's, and one line of it changes: where the gradient comes from. All else is the same on each rank,
+# because it is a function of things that are: the weights, which began alike, and the summed gradient.
 #
-# The function below does more than this chapter needs: from chapter 2 on some gradients are divided over the ranks, and
-# each rank knows only its own part of their norm. It sums the squares of those over a group, and counts what is whole
-# on every rank once.
+# So is clipping. Long utterances make gradients explode, in a network that multiplies by U hundreds of times, and an
+# accelerated gradient with a momentum of 0.99 remembers an explosion for hundreds of steps. Both papers clip: where the
+# norm of the whole gradient is above a bound (400), the gradient is scaled down to it. The norm is that of the *summed*
+# gradient, behind the ring; each rank finds the same norm by itself, and steps alike. Clipped before, each rank would
+# scale its summand by another factor, and the sum would point elsewhere. (From chapter 2 on no rank holds the whole
+# gradient, and its norm takes a sum of its own.)
 
 
-# ── shared: clipping ──
-@torch.no_grad()
-def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+def parallel_gradients(
+    model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None, *, ring: GradientRing, group=None
 ) -> Tensor:
-    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+    """`plain_gradients` of the utterances of all ranks: the same gradients and the same loss, a scalar, on every rank.
 
-    Args:
-        parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
-        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
-        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
-
-    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless). Needs: nothing else.
+    batch: this rank's utterances, which may be none; every rank must call it. ring: of the model's parameters; group:
+    the data-parallel ranks, None for all. At least one of them has an utterance.
+    Needs: `ctc_loss`, `GradientRing`, and what they need; `Batch`.
     """
-    parameters = [p for p in parameters if p.grad is not None]
-    shares = {id(p) for p in sharded}  # by identity: == compares elements
-    device = parameters[0].grad.device if parameters else None
-
-    def squares(grads: list[Tensor]) -> Tensor:
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
-    if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
-    return norm
-
-
-# ── end of clipping ──
-
-
-def train_step(
-    model: DeepSpeech2, optimizer: torch.optim.Optimizer, batch: Batch, ring: GradientRing, group=None,
-    max_norm: float = 400.0, autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One optimiser step on this rank's utterances, which may be none; every rank must call it.
-
-    Returns: the mean loss over the utterances of all ranks, and the gradient's norm before clipping; the same on every
-    rank. Needs: `ctc_loss`, `GradientRing`, and what they need; `clip_grad_norm_`, `Batch`.
-    """
-    optimizer.zero_grad()
     utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
     loss_B = ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B, reduction="none")
-    loss = (loss_B / batch.sizes_B.clamp_min(1)).sum() / utterances  # this rank's part of the mean
-    loss.backward()
+    partial_loss = (loss_B / batch.sizes_B.clamp_min(1)).sum() / utterances
+    partial_loss.backward()
     ring.finish()
-    norm = clip_grad_norm_(model.parameters(), max_norm)
-    optimizer.step()
-    return _all_reduce(loss.detach(), group), norm
+    return _all_reduce(partial_loss.detach(), group)
 
 
 def train(
-    model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], group=None, ring_group=None,
-    max_norm: float = 400.0, kind: str = "nesterov", autocast: torch.dtype | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """`train_alone` on many ranks: the same losses and norms. Every rank must iterate it.
+    model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], group=None, ring_group=None, **options
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`train_alone` on many ranks: yields the same losses and norms, scalars. Every rank must iterate it.
 
     batches: this rank's share of each step's utterances. group: the data-parallel ranks, None for all; ring_group: the
-    same ranks once more, for the gradients alone. Needs: `make_optimizer`, and `train_step` with what it needs.
+    same ranks once more, for the gradients alone; options: of `train_alone`. Needs: `train_alone`, `parallel_gradients`
+    and what they need.
     """
-    optimizer, ring = make_optimizer(model, kind), GradientRing(model.parameters(), ring_group)
+    ring = GradientRing(model.parameters(), ring_group)
     try:
-        for step, batch in enumerate(batches):
-            for param_group in optimizer.param_groups:
-                param_group["lr"] = lr(step)
-            yield train_step(model, optimizer, batch, ring, group, max_norm, autocast)
+        gradients = partial(parallel_gradients, ring=ring, group=group)
+        yield from train_alone(model, batches, lr, gradients=gradients, **options)
     finally:
         ring.close()
 
@@ -1253,8 +1169,8 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
     max|reference|. Then CTC beside PyTorch's, and the layer that is cut in time beside the whole one.
     """
     N, r = group_size(), group_rank()
-    config = SpeechConfig(bins=12, channels=(3, 4), kernels=((5, 5), (3, 3)), strides=((2, 2), (1, 2)), layers=2,
-                          hidden_size=16)  # fmt: skip
+    small = ((3, (5, 5), (2, 2)), (4, (3, 3), (1, 2)))
+    config = SpeechConfig(bins=12, convolutions=small, layers=2, hidden_size=16)
     plain, parallel = DeepSpeech2(config).to(device, dtype), parallel_model(config).to(device, dtype)
     batches = [small_batch(2 * N + 1, config, seed).to(device, dtype) for seed in range(5)]
     options = dict(lr=lambda step: 0.01, max_norm=0.5, autocast=autocast)
@@ -1442,10 +1358,9 @@ def main(args, device: torch.device) -> None:
 # The recipe for half an hour of real speech, and the largest English network of the second paper.
 SIZES = {
     "small": {},
-    "digits": dict(channels=(16, 24), kernels=((11, 11), (5, 7)), strides=((2, 2), (1, 2)), layers=2, hidden_size=128,
-                   dropout=0.1),
-    "paper": dict(sample_rate=16_000, bins=0, channels=(32, 32, 96), kernels=((11, 41), (11, 21), (11, 21)),
-                  strides=((2, 2), (1, 2), (1, 2)), layers=7, hidden_size=1280),
+    "digits": dict(convolutions=((16, (11, 11), (2, 2)), (24, (5, 7), (1, 2))), layers=2, hidden_size=128, dropout=0.1),
+    "paper": dict(sample_rate=16_000, bins=0, layers=7, hidden_size=1280,
+                  convolutions=((32, (11, 41), (2, 2)), (32, (11, 21), (1, 2)), (96, (11, 21), (1, 2)))),
 }  # fmt: skip
 
 
