@@ -136,8 +136,10 @@ class SpeechConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# Deep Speech 2 on one device, in ordinary PyTorch: the thing to equal. Convolutions over time and frequency, recurrent
-# layers, one fully connected layer, and the probabilities of 29 symbols in each frame.
+# Deep Speech 2 on one device, in ordinary PyTorch: the thing to equal. It hears a *spectrogram*, the strength of F
+# frequencies in each frame, a hundred frames a second (how it is made stands behind part 6, under "Sound"). Then come
+# convolutions over time and frequency, recurrent layers, one fully connected layer, and the probabilities of 29 symbols
+# in each frame that is left: a stride of 2 makes one of two.
 #
 # Utterances of a batch are of unequal length, and padded with zeros at the end. Every result must be the one that the
 # utterance would have alone, so one rule holds from layer to layer: *what lies behind the end of an utterance is
@@ -149,7 +151,9 @@ class SpeechConfig:
 # because no layer here has a bias behind its BatchNorm that could wake it. Break the rule, and each utterance's text
 # depends on who else is in the batch.
 #
-# The norm and the recurrence are handed in, so that part 2 can hand in a parallel norm and a faster recurrence.
+# Between the layers stands a BatchNorm: each feature is brought to mean 0 and variance 1, over all valid frames of the
+# batch (section 2.4 says which, and why). Norm and recurrence are handed in, so that part 2 can hand in a parallel norm
+# and a faster recurrence.
 
 
 def valid_frames(lengths_B: Tensor, T: int) -> Tensor:
@@ -173,7 +177,7 @@ class PlainBatchNorm(nn.BatchNorm1d):
 
 
 class Bias(nn.Module):
-    """What stands in place of a BatchNorm in a network without."""
+    """What stands in place of a BatchNorm in a network without: x (..., H), valid (...); x's shape, zero elsewhere."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -386,12 +390,12 @@ def train_alone(
 
 # ── shared: groups ──
 def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
@@ -434,12 +438,13 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # In logarithms, because (1/29)^T is zero in float64 from T = 222 on. "Impossible" is −1e30 there and not −∞, which
 # would make ∞ − ∞ = NaN where alpha and beta are put together.
 #
-# Half of the sums are made twice that way. Write the states in S = U + 1 pairs, each blank below the label before it:
+# One sum is made twice that way: to the blank behind c come c and that blank, and to a, where a skip is allowed, come
+# the same two, and a. So write the states in S = U + 1 pairs, each blank below the label before it:
 #
 #     pair       0     1     2
 #     label      ·     c     a        · is no label, and impossible
-#     blank      _     _     _        what comes to blank 1, from itself and from c, is also what comes to a, where a
-#                                     skip is allowed; where it is not, blank 1 alone comes. Two sums a pair, not four
+#     blank      _     _     _        blank 1 comes from c and blank 1; a from a and, where a skip is allowed, from that
+#                                     very sum, else from blank 1 alone. Two sums a pair, and by the rule above four
 #
 # beta needs no code of its own. Read labels and frames backwards, and beta is alpha: the reversed problem is stacked
 # on the batch, P = 2B problems, so one loop over time serves both, and it is the only loop.
@@ -476,14 +481,13 @@ class _CTC(torch.autograd.Function):
         (T, B, V), U = log_probs_TBV.shape, labels_BU.shape[1]
         over_T1B = ~valid_frames(frames_B, T)[:, None]
         log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)
-        log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank]
-        log_y_T2SB[:, 1, 1:] = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT
         # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
         # comes first, and so does the padding of the labels: a path waits in the last true blank.
-        log_y_T2SB[:, 0].masked_fill_(over_T1B, 0)
-        log_y_T2SB[:, 1].masked_fill_(over_T1B, IMPOSSIBLE)
+        log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank].masked_fill(over_T1B, 0)
+        log_y_T2SB[:, 1, 1:] = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT.masked_fill(over_T1B, IMPOSSIBLE)
         skip_SB = torch.zeros(U + 1, B, dtype=torch.bool, device=frames_B.device)
         skip_SB[1:-1] = (labels_BU[:, 1:] != labels_BU[:, :-1]).T
+        # Forwards a problem begins in blank 0. Backwards it begins in its last true blank, U − size pairs from there.
         problems = [(log_y_T2SB.clamp_(min=IMPOSSIBLE), skip_SB, torch.zeros_like(sizes_B))]
         if ctx.needs_input_grad[0]:
             problems.append((_turned(log_y_T2SB), skip_SB.flip(0), U - sizes_B))
@@ -649,9 +653,11 @@ class GradientRing:
         group: for this ring alone, made by `make_group`; None: a single rank, and nothing to do.
         bucket_bytes: a bucket is closed when it holds that much.
 
-    Every rank must call finish() once for every step; a rank without an utterance sends zeros. Gradients are complete
-    when it returns. Do not call backward twice between two of them: the first sum would be on its way already.
-    Source: Deep Speech 2, section 4.1. Needs: `ring_all_reduce` and what it needs.
+    Every rank must list the same parameters in the same order, and call finish() once for every step; a rank without an
+    utterance sends zeros. Gradients are complete when it returns. Do not call backward twice between two of them: the
+    first sum would be on its way already. Its hooks stay on the parameters until close().
+    Raises: ValueError where several ranks get no group. Source: Deep Speech 2, section 4.1.
+    Needs: `ring_all_reduce` and what it needs.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
@@ -727,13 +733,14 @@ class _SumOverRanks(torch.autograd.Function):
 def sum_over_ranks(partial_x: Tensor, group=None) -> Tensor:
     """The sum over `group`, on every rank; its gradient is summed as well, since each rank's loss depends on all x.
 
-    Right where each rank computes a loss of its own, and these add up. Needs: `_SumOverRanks`, the block groups.
+    partial_x: of any shape, the same on every rank; what is returned has it too. Right where each rank computes a loss
+    of its own, and these add up. Source: ours. Needs: `_SumOverRanks`, the block groups.
     """
     return _SumOverRanks.apply(partial_x, group) if group_size(group) > 1 else partial_x
 
 
 class SequenceBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over all valid frames of all ranks of `group`; other arguments and the state dict: nn.BatchNorm1d's.
+    """BatchNorm over all valid frames of all ranks of `group`; eps, momentum and the state dict are nn.BatchNorm1d's.
 
     forward: x (..., H); valid (...), bool, or broadcastable to it. Returns x's shape, zero where not valid, at least
     fp32. The running averages are the same on every rank. Every rank must call it in training, with frames or without.
@@ -741,8 +748,8 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_SumOverRanks`, the block groups.
     """
 
-    def __init__(self, num_features: int, group=None, **options):
-        super().__init__(num_features, **options)
+    def __init__(self, num_features: int, group=None, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__(num_features, eps, momentum)
         self.group = group
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
@@ -1112,13 +1119,11 @@ def learning_rate(step: int, epoch_steps: int, epochs: int, peak: float, kind: s
 
 
 def ring_elements(K: int, N: int) -> int:
-    """Elements that all ranks together send: N − 1 segments pass each of N cables twice, K elements in N segments."""
+    """Elements that N ranks send together to sum K: each of N segments of K / N makes N − 1 steps in either lap.
+
+    Source: Deep Speech 2, section 4.1 (the algorithm; the count is ours).
+    """
     return 2 * K * (N - 1)
-
-
-def time_split_speedup(N: int) -> float:
-    """Of `time_parallel_birnn` on N ranks over one: 2T steps become N slots of T / N, and no exchange is free."""
-    return 2.0 if N > 1 else 1.0
 
 
 def parameter_count(layers: int, recurrent: int, hidden: int) -> int:
@@ -1126,7 +1131,7 @@ def parameter_count(layers: int, recurrent: int, hidden: int) -> int:
 
     161·11·H in the convolution; H² for W, which both directions share, and H² for each direction's U; H² for each full
     layer that is left; 29·H at the end. (With a W for each direction the four nets would have 45 to 51 million, and not
-    the 38 that the paper gives to all.)
+    the 38 that the paper gives to all.) Source: Deep Speech 2, section 3.2 (sizes of its table; the formula is ours).
     """
     return 161 * 11 * hidden + (3 * recurrent + layers - recurrent - 1) * hidden**2 + 29 * hidden
 
@@ -1142,8 +1147,20 @@ NOISY_SPEECH = {
 
 
 def noisy_share(clean: float, noisy: float, together: float) -> float:
-    """The share of words that are in the noisy recordings, from three error rates: one number for all systems."""
+    """The share of words that are in the noisy recordings, from three error rates: one number for all systems.
+
+    Source: Deep Speech, section 5.2 (its table of five systems; the formula is ours).
+    """
     return (together - clean) / (noisy - clean)
+
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# More speech is now a matter of more GPUs. A larger *network* is not: every rank keeps all weights, all gradients and
+# the optimiser's moments, 12 to 16 bytes a parameter, and what does not fit on one device does not fit on a thousand.
+# The cut in time does not help: it divides what a layer keeps of the utterance, not the weights, and a chain has only
+# two ends to start from. Chapter 2 cuts the layers themselves. (That all ranks repeat the same optimiser step, on
+# moments that all of them keep, is left to later chapters.)
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
@@ -1168,52 +1185,46 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
     Utterances are of unequal length and the ranks' shares unequal in number. Errors are per tensor, max|Δ| over
     max|reference|. Then CTC beside PyTorch's, and the layer that is cut in time beside the whole one.
     """
-    N, r = group_size(), group_rank()
-    small = ((3, (5, 5), (2, 2)), (4, (3, 3), (1, 2)))
-    config = SpeechConfig(bins=12, convolutions=small, layers=2, hidden_size=16)
+    N, r, errors = group_size(), group_rank(), {}
+
+    def compare(name: str, here: Tensor, reference: Tensor) -> None:
+        errors[name] = ((here - reference).abs().max() / reference.abs().max()).item()
+
+    convolutions = (3, (5, 5), (2, 2)), (4, (3, 3), (1, 2))
+    config = SpeechConfig(bins=12, convolutions=convolutions, layers=2, hidden_size=16)
     plain, parallel = DeepSpeech2(config).to(device, dtype), parallel_model(config).to(device, dtype)
     batches = [small_batch(2 * N + 1, config, seed).to(device, dtype) for seed in range(5)]
     options = dict(lr=lambda step: 0.01, max_norm=0.5, autocast=autocast)
-
-    def gap(here: Tensor, reference: Tensor) -> float:
-        return ((here - reference).abs().max() / reference.abs().max()).item()
-
-    errors = {}
     mine = (batch.rows(range(r, 2 * N + 1, N)) for batch in batches)
     runs = zip(train_alone(plain, batches, **options), train(parallel, mine, ring_group=ring_group, **options))
     for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
-        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
-        if step == 0:
-            pairs = zip(parallel.named_parameters(), plain.parameters())
-            errors |= {f"gradient of {name}": gap(p.grad, q.grad) for (name, p), q in pairs}
-    if dtype == torch.float64:  # after five steps in narrower types rounding has grown
-        pairs = ((name, x, plain.state_dict()[name]) for name, x in parallel.state_dict().items())
-        errors |= {f"after Nesterov {name}": gap(x, y) for name, x, y in pairs if x.is_floating_point()}
+        compare(f"loss {step}", loss_here, loss)
+        compare(f"norm {step}", norm_here, norm)
+        for (name, p), q in zip(parallel.named_parameters(), plain.parameters()) if step == 0 else ():
+            compare(f"gradient of {name}", p.grad, q.grad)
+    for (name, x), y in zip(parallel.state_dict().items(), plain.state_dict().values()):
+        if x.dtype == torch.float64:  # in narrower types rounding has grown after five steps
+            compare(f"after Nesterov {name}", x, y)
 
     batch = small_batch(9, config, 7)
-    logits_TBV = torch.randn(40, 9, len(ALPHABET), dtype=dtype, generator=torch.Generator().manual_seed(8)).to(device)
-    results = []
-    for loss_function in (ctc_loss, F.ctc_loss):
-        x_TBV = logits_TBV.clone().requires_grad_()
-        loss = loss_function(x_TBV.log_softmax(-1), batch.labels_BU, batch.frames_B, batch.sizes_B, zero_infinity=True)
-        results.append((loss, *torch.autograd.grad(loss, x_TBV)))
-    errors |= {f"CTC {what}": gap(*pair) for what, pair in zip(("loss", "gradient"), zip(*results))}
-
-    x_TBH = logits_TBV[..., :8] * valid_frames(batch.frames_B.to(device), 40)[..., None]
-    inputs, upstream_TBH = (x_TBH.requires_grad_(), plain.layers[0].weight[:, :8, :8]), logits_TBV[..., 8:16]
+    x_TBV = torch.randn(40, 9, len(ALPHABET), dtype=dtype, generator=torch.Generator().manual_seed(8)).to(device)
+    args = x_TBV.requires_grad_().log_softmax(-1), batch.labels_BU, batch.frames_B, batch.sizes_B
+    losses = [loss(*args, zero_infinity=True) for loss in (ctc_loss, F.ctc_loss)]
+    compare("CTC loss", *losses)
+    compare("CTC gradient", *(torch.autograd.grad(loss, x_TBV, retain_graph=True)[0] for loss in losses))
 
     def own(x_TBH: Tensor) -> Tensor:
         return x_TBH.tensor_split(N)[r]
 
-    h_T2BH = plain_recurrence(torch.stack([x_TBH, x_TBH.flip(0)], 1), inputs[1])
-    whole_TBH, cut_tBH = h_T2BH[:, 0] + h_T2BH[:, 1].flip(0), time_parallel_birnn(own(x_TBH), inputs[1])
-    reference_TBH, reference_2HH = torch.autograd.grad(whole_TBH, inputs, upstream_TBH)
-    grad_TBH, grad_2HH = torch.autograd.grad(cut_tBH, inputs, own(upstream_TBH))
-    errors |= {
-        "cut in time: output": gap(cut_tBH, own(whole_TBH)),
-        "cut in time: input's gradient": gap(own(grad_TBH), own(reference_TBH)),
-        "cut in time: weight's gradient": gap(grad_2HH, reference_2HH),
-    }
+    x_TBH = (x_TBV[..., :8] * valid_frames(batch.frames_B.to(device), 40)[..., None]).detach().requires_grad_()
+    leaves, upstream_TBH = (x_TBH, plain.layers[0].weight[:, :8, :8]), x_TBV[..., 8:16].detach()
+    h_T2BH = plain_recurrence(torch.stack([x_TBH, x_TBH.flip(0)], 1), leaves[1])
+    whole_TBH, cut_tBH = h_T2BH[:, 0] + h_T2BH[:, 1].flip(0), time_parallel_birnn(own(x_TBH), leaves[1])
+    reference_TBH, reference_2HH = torch.autograd.grad(whole_TBH, leaves, upstream_TBH)
+    grad_TBH, grad_2HH = torch.autograd.grad(cut_tBH, leaves, own(upstream_TBH))
+    compare("cut in time: output", cut_tBH, own(whole_TBH))
+    compare("cut in time: input's gradient", own(grad_TBH), own(reference_TBH))
+    compare("cut in time: weight's gradient", grad_2HH, reference_2HH)
     worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
     return dict(zip(errors, _all_reduce(worst, None, dist.ReduceOp.MAX).tolist()))
 
@@ -1240,8 +1251,8 @@ def transcribe(model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args
     for i in rows:
         batch = speech.batch([i], model.config).to(weight.device, weight.dtype)
         log_probs_TV = model(batch.features_BTF, batch.frames_B)[0][:, 0].cpu()
-        texts = beam_search(log_probs_TV, args.beam, lm, args.alpha, args.beta)
-        found.append((speech.texts[i], greedy(log_probs_TV), texts[0][0]))
+        best, *_ = beam_search(log_probs_TV, args.beam, lm, args.alpha, args.beta)
+        found.append((speech.texts[i], greedy(log_probs_TV), best[0]))
     return found
 
 
@@ -1254,11 +1265,10 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
         heard, unheard = (Speech.from_manifest(path, config, say) for path in (args.data, args.dev or args.data))
     else:
         heard, unheard = Speech.synthetic(320, config, args.seed), Speech.synthetic(60, config, args.seed + 1)
-    model = parallel_model(config).to(device, dtype)
+    model, lengths = parallel_model(config).to(device, dtype), [len(wave_W) for wave_W in heard.waves]
     torch.manual_seed(args.seed + r)  # dropout: every rank has utterances, and masks, of its own
-    epoch_steps = math.ceil(len(heard.texts) / args.batch)
+    epoch_steps = math.ceil(len(lengths) / args.batch)
     total = min(args.steps or math.inf, args.epochs * epoch_steps)
-    lengths = [len(wave_W) for wave_W in heard.waves]
 
     def batches() -> Iterator[Batch]:
         for epoch in range(args.epochs):
@@ -1267,14 +1277,11 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
                 yield heard.batch(mine, config, (args.seed, epoch) if args.distort else None).to(device, dtype)
 
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(lengths)} utterances to learn from, "
-        f"{sum(lengths) / config.sample_rate / 60:.1f} minutes, {len(unheard.texts)} to try\n")  # fmt: skip
-    say("epoch   step     loss      norm")
-    steps = train(
-        model, itertools.islice(batches(), total), partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs,
-        peak=args.lr, kind=args.optimizer), ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer,
-        autocast=autocast,
-    )  # fmt: skip
-    losses, sums = [], []
+        f"{sum(lengths) / config.sample_rate / 60:.1f} minutes, {len(unheard.texts)} to try\n\n"
+        "epoch   step     loss      norm")  # fmt: skip
+    rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
+    options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
+    steps, losses, sums = train(model, itertools.islice(batches(), total), rate, **options), [], []
     for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
         sums.append(loss)
         if step % epoch_steps == 0 or step == total:
@@ -1292,67 +1299,70 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
 
 def report(found: list[tuple]) -> tuple[float, float]:
     """Prints what was heard, and the word error rates: greedy, and with beam search."""
-    references, plain, searched = zip(*found)
+    references, *heard = zip(*found)
     say("\nsaid                               heard, greedy                      with the language model")
     for row in found[:6]:
         say("".join(f"{text[:33]:35}" for text in row).rstrip())
-    rates = word_error_rate(references, plain), word_error_rate(references, searched)
-    letters = word_error_rate(*([" ".join(text.replace(" ", "|")) for text in texts] for texts in (references, plain)))
-    say(f"\nword error rate {rates[0]:.1%} greedy, {rates[1]:.1%} with beam search; letters {letters:.1%} greedy\n")
+    rates = [word_error_rate(references, texts) for texts in heard]
+    say(f"\nword error rate {rates[0]:.1%} greedy, {rates[1]:.1%} with beam search\n")
     return rates
 
 
 def main(args, device: torch.device) -> None:
     torch.set_flush_denormal(True)
-    ranks = list(range(group_size()))
-    ring_group = make_group([ranks], device, args.timeout) if len(ranks) > 1 else None
-    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {len(ranks)} ranks, {args.dtype}, "
-        f"seed {args.seed}\n")  # fmt: skip
+    N, dtype = group_size(), args.dtype
+    ring_group = make_group([list(range(N))], device, args.timeout) if N > 1 else None
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {N} ranks, {dtype}, seed {args.seed}\n")
     if args.check:
         errors = equivalence(device, ring_group, *precision(args))
-        worst, good = within(errors.values(), BOUNDS[args.dtype])
+        worst, good = within(errors.values(), BOUNDS[dtype])
         say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
-        say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; {len(ranks)} ranks, {args.dtype}")
+        say(f"\nworst {worst:.1e} relative, bound {BOUNDS[dtype]:.0e}; {N} ranks, {dtype}")
         sys.exit(0 if good else 1)
     errors = equivalence(device, ring_group, torch.float64)
     with Counter() as counter:
         ring_all_reduce(torch.ones(1001, device=device), ring_group)
-    sent = sum(m.bytes // 4 for m in counter.messages if m.op == "send")
-    sent = int(_all_reduce(torch.tensor(sent, device=device)))
-    losses, plain, searched = demonstrate(args, device, ring_group)
-    if group_rank() > 0:
-        return
-
-    rows = []
-
-    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
-        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
-
-    for claim, kind in (("gradient equals", "gradient"), ("norm before clipping equals", "norm"),
-                        ("weight after 5 steps equals", "after"), ("number of CTC equals PyTorch's,", "CTC"),
-                        ("number of the layer cut in time equals", "cut")):  # fmt: skip
-        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        whose = "" if kind == "CTC" else " the single device's,"
-        row(f"every {claim}{whose} float64", "exact", f"worst {worst:.1e} relative", good)
-    row(f"ring: elements sent to sum 1,001 on {len(ranks)} ranks", f"{ring_elements(1001, len(ranks)):,}", f"{sent:,}")
-    if len(losses) > 1:
-        row("the CTC loss falls", "falls", f"{losses[0]:.2f} to {losses[-1]:.2f}", losses[-1] < losses[0])
-    aim = "below 5 %" if not args.data and not args.steps else ""
-    row("words wrong in speech not heard before, greedy", aim or "–", f"{plain:.1%}", plain < 0.05 if aim else "–")
-    row("the same with beam search and language model", aim or "–", f"{searched:.1%}", searched < 0.05 if aim else "–")
-    for layers, recurrent, hidden in SAME_SIZE:
-        count = parameter_count(layers, recurrent, hidden) / 1e6
-        claim = f"parameters of {layers} layers, {recurrent} recurrent, of {hidden}"
-        row(claim, "38 M", f"{count:.1f} M", abs(count / 38 - 1) < 0.04)
-    row("hours of English speech, summed over its sources", "11,940", f"{sum(ENGLISH_HOURS.values()):,}")
-    shares = [noisy_share(*rates) for rates in NOISY_SPEECH.values()]
-    here = f"{min(shares):.3f} to {max(shares):.3f}"
-    row("share of noisy words, from each system's three rates", "one share", here, max(shares) - min(shares) < 0.001)
-    first, second = OWN_TEST_SET
-    row("words wrong of Deep Speech 2, fewer than Deep Speech's by", "43.4%", f"{1 - second / first:.1%}")
-    row("epoch time halves when the GPUs are doubled", "8 to 16 GPUs", "–", "needs 16 GPUs")
-    if not print_claims(rows):
+    sent = torch.tensor(sum(m.bytes // 4 for m in counter.messages if m.op == "send"), device=device)
+    claims = claims_of(args, errors, int(_all_reduce(sent)), *demonstrate(args, device, ring_group))
+    if group_rank() == 0 and not print_claims(claims):
         sys.exit(1)
+
+
+def claims_of(args, errors: dict, sent: int, losses: list[float], plain: float, searched: float) -> list[tuple]:
+    """The rows of the claims table."""
+
+    def exact(claim: str, start: str) -> tuple:
+        worst, good = within((error for name, error in errors.items() if name.startswith(start)), BOUNDS["fp64"])
+        return f"every {claim}, float64", "exact", f"worst {worst:.1e} relative", good
+
+    def same(claim: str, paper: str, here: str) -> tuple:
+        return claim, paper, here, here == paper
+
+    def rate(claim: str, here: float) -> tuple:
+        known = not args.data and not args.steps  # of the default run we know what to expect
+        return claim, "below 5 %" if known else "–", f"{here:.1%}", here < 0.05 if known else "–"
+
+    N, shares, (first, second) = group_size(), [noisy_share(*rates) for rates in NOISY_SPEECH.values()], OWN_TEST_SET
+    sizes = {net: parameter_count(*net) / 1e6 for net in SAME_SIZE}
+    return [
+        exact("gradient equals the single device's", "gradient"),
+        exact("norm before clipping equals the single device's", "norm"),
+        exact("weight after 5 steps equals the single device's", "after"),
+        exact("number of CTC equals PyTorch's", "CTC"),
+        exact("number of the layer cut in time equals the single device's", "cut"),
+        same(f"ring: elements sent to sum 1,001 on {N} ranks", f"{ring_elements(1001, N):,}", f"{sent:,}"),
+        ("the CTC loss falls", "falls", f"{losses[0]:.2f} to {losses[-1]:.2f}",
+         losses[-1] < losses[0] if losses[1:] else "more than one epoch"),
+        rate("words wrong in speech not heard before, greedy", plain),
+        rate("the same with beam search and language model", searched),
+        *((f"parameters of {layers} layers, {recurrent} recurrent, of {hidden}", "38 M", f"{count:.1f} M",
+           abs(count / 38 - 1) < 0.04) for (layers, recurrent, hidden), count in sizes.items()),
+        same("hours of English speech, summed over its sources", "11,940", f"{sum(ENGLISH_HOURS.values()):,}"),
+        ("share of noisy words, from each system's three rates", "one share",
+         f"{min(shares):.3f} to {max(shares):.3f}", max(shares) - min(shares) < 0.001),
+        same("words wrong of Deep Speech 2, fewer than Deep Speech's by", "43.4%", f"{1 - second / first:.1%}"),
+        ("epoch time halves when the GPUs are doubled", "8 to 16 GPUs", "–", "needs 16 GPUs"),
+    ]  # fmt: skip
 
 
 # The recipe for half an hour of real speech, and the largest English network of the second paper.
@@ -1365,22 +1375,18 @@ SIZES = {
 
 
 def config_of(args) -> SpeechConfig:
-    changes = dict(layers=args.layers, hidden_size=args.hidden_size, cell=args.cell, dropout=args.dropout)
-    sizes = SIZES[args.size] | {name: value for name, value in changes.items() if value is not None}
-    return SpeechConfig(**sizes, bidirectional=not args.one_way, batch_norm=not args.no_batch_norm, seed=args.seed)
+    try:
+        return SpeechConfig(**(SIZES[args.size] | dict(seed=args.seed) | json.loads(args.model)))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"--model {args.model}: {error}") from error
 
 
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=0)
     flag = parser.add_argument
     flag("--dev", default="", metavar="FILE", help="the manifest to try it on; --data takes one to learn from")
-    flag("--size", choices=SIZES, default="small", help="of the network; what follows overrides it")
-    flag("--layers", type=int, help="recurrent layers")
-    flag("--hidden-size", type=int, help="H")
-    flag("--cell", choices=("relu", "gru"), help="of the recurrent layers")
-    flag("--dropout", type=float, help="probability, between layers")
-    flag("--one-way", action="store_true", help="forward recurrence alone, with a row convolution on top")
-    flag("--no-batch-norm", action="store_true", help="a bias in place of each BatchNorm")
+    flag("--size", choices=SIZES, default="small", help="of the network")
+    flag("--model", default="{}", metavar="JSON", help='change SpeechConfig: {"layers": 3, "bidirectional": false}')
     flag("--no-sortagrad", action="store_true", help="the first epoch in random order")
     flag("--distort", action="store_true", help="other pitch, tempo, noise, in each epoch anew")
     flag("--epochs", type=int, default=8, help="times through the data; --steps above 0 stops earlier")
@@ -1397,7 +1403,7 @@ def flags() -> argparse.Namespace:
     flag("--transcribe", metavar="FILE", help="print what is said in an audio file, and stop")
     args = parse_flags(parser, ranks=2)
     try:
-        if args.epochs < 1 or args.batch < 1 or args.beam < 1:
+        if min(args.epochs, args.batch, args.beam) < 1:
             raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
         if not (0 < args.lr < math.inf and args.max_norm > 0 and math.isfinite(args.alpha + args.beta)):
             numbers = f"--lr {args.lr}, --max-norm {args.max_norm}, --alpha {args.alpha}, --beta {args.beta}"
@@ -1677,21 +1683,23 @@ class Speech:
 
         Raises: ValueError that names manifest and line for audio that cannot be used, as `read_manifest` for the rest.
         """
-        utterances, waves = read_manifest(path), []
-        for utterance in utterances:
+        speech, short, utterances = cls([], []), [], read_manifest(path)
+        for audio, text, line in utterances:
             try:
-                waves.append(load_audio(utterance.path, config.sample_rate))
+                wave_W = load_audio(audio, config.sample_rate)
             except ValueError as error:
-                raise ValueError(f"{path}, line {utterance.line}: {error}") from error
-        frames = [config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) for wave_W in waves]
-        long = [there >= frames_needed(utterance.text) for there, utterance in zip(frames, utterances)]
-        if not all(long):
-            first = utterances[long.index(False)]
-            tell(f"{path}: left out {long.count(False)} of {len(long)} utterances, whose text has more letters than "
-                 f"there are frames; the first is {first.path}, line {first.line}")  # fmt: skip
-        if not any(long):
+                raise ValueError(f"{path}, line {line}: {error}") from error
+            if config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) < frames_needed(text):
+                short.append(f"{audio}, line {line}")
+                continue
+            speech.waves.append(wave_W)
+            speech.texts.append(text)
+        if short:
+            tell(f"{path}: left out {len(short)} of {len(utterances)} utterances, whose text has more letters than "
+                 f"there are frames; the first is {short[0]}")  # fmt: skip
+        if not speech.texts:
             raise ValueError(f"{path} holds no utterance that is long enough for its text")
-        return cls(list(itertools.compress(waves, long)), [u.text for u in itertools.compress(utterances, long)])
+        return speech
 
     def batch(self, rows: list[int], config: SpeechConfig, key: tuple[int, int] | None = None) -> Batch:
         """Spectrograms and labels of some utterances, distorted as (seed, epoch) says or as they are (None)."""

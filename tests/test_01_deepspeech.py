@@ -730,21 +730,22 @@ def test_tables_that_must_agree_with_themselves():
     assert abs((12.6 + 19.3) / 2 - 16.0) < 0.051 and (20.0 + 31.8) / 2 == 25.9  # Switchboard and CallHome: full
 
 
-def test_the_speed_up_of_the_time_split():
-    """Slots of T / N steps, counted in the schedule itself: no rank starts its last part before slot N − 1."""
-    for N in (1, 2, 3, 4, 7):
-        with plant(ds, "group_size", lambda group=None, N=N: N), plant(ds, "_exchange", lambda messages, group: None):
-            last = 0
-            for r in range(N):
-                done = []
-                with plant(ds, "group_rank", lambda group=None, r=r: r):
-                    ds._wave(
-                        lambda d, state, done=done: (done.append(d.start), state)[1], torch.zeros(2, 1, 1), 0, None
-                    )
-                assert sorted(done) == [0, 1]
-                last = max(last, N - 1 - r, r)
-        assert ds.time_split_speedup(N) == (2 * N / (last + 1) if N > 1 else 1)
-    assert ds.time_split_speedup(8) == 2
+def test_the_cut_in_time_takes_as_many_slots_as_ranks():
+    """N slots of T / N steps: T steps, where one rank has 2T to do. A slot ends with an exchange."""
+    for N, r in ((world, rank) for world in (1, 2, 3, 4, 7) for rank in range(world)):
+        slots, ended = {}, []
+
+        def compute(direction, state, slots=slots, ended=ended):
+            slots[direction.start] = len(ended)
+            return state
+
+        with (
+            plant(ds, "group_size", lambda group=None, N=N: N),
+            plant(ds, "group_rank", lambda group=None, r=r: r),
+            plant(ds, "_exchange", lambda messages, group, ended=ended: ended.append(messages)),
+        ):
+            ds._wave(compute, torch.zeros(2, 1, 1), 0, None)
+        assert slots == {0: r, 1: N - 1 - r} and len(ended) == N
 
 
 # ── Planted bugs: what a missing safeguard looks like ───────────────────────────────────────────────────
@@ -1216,9 +1217,10 @@ run = partial(scripts.run, SCRIPT)
 
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
-    (["--data", "/nowhere/at/all"], "No such file"), (["--layers", "0"], "layers=0"), (["--beam", "0"], "--beam 0"),
+    (["--data", "/nowhere/at/all"], "No such file"), (["--beam", "0"], "--beam 0"),
     (["--lr", "nan"], "--lr nan"), (["--max-norm", "0"], "--max-norm 0.0"), (["--beta", "inf"], "--beta inf"),
     (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
+    (["--model", '{"layers": 0}'], "layers=0"), (["--model", '{"u": 3}'], "'u'"), (["--model", "{"], "--model {: "),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
@@ -1238,7 +1240,7 @@ def test_train_save_evaluate_and_transcribe(tmp_path):
         lines.append(json.dumps(dict(audio_filepath=f"{i}.wav", duration=1.0, text=words)))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
-    trained = run("--data", manifest, "--epochs", "2", "--distort", "--hidden-size", "8", "--save", model)
+    trained = run("--data", manifest, "--epochs", "2", "--distort", "--model", '{"hidden_size": 8}', "--save", model)
     assert trained.returncode == 0, trained.stderr
     rate = next(line for line in trained.stdout.splitlines() if line.startswith("word error rate"))
     evaluated = run("--load", model, "--evaluate", manifest)
