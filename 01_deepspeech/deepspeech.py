@@ -325,7 +325,7 @@ class Batch:
 
 
 def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
-    """The papers' accelerated gradient (theirs has a momentum of 0.99), or "adamw"; the caller sets "lr"."""
+    """The papers' accelerated gradient (Nesterov, theirs with a momentum of 0.99), or "adamw"; the caller sets "lr"."""
     if kind == "nesterov":
         return torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9, nesterov=True)
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
@@ -480,7 +480,7 @@ class _CTC(torch.autograd.Function):
     def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
         (T, B, V), U = log_probs_TBV.shape, labels_BU.shape[1]
         over_T1B = ~valid_frames(frames_B, T)[:, None]
-        log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)
+        log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)  # [:, 0] of the blanks, [:, 1] of the labels
         # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
         # comes first, and so does the padding of the labels: a path waits in the last true blank.
         log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank].masked_fill(over_T1B, 0)
@@ -643,7 +643,8 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
 #
 # Three rules keep the ranks in step. One thread sends, so buckets never overtake each other. Buckets leave in a fixed
 # order, since a rank could finish gradients in another order than its neighbour. And the ring has a group of its own:
-# BatchNorm's messages (2.4) travel at the same time, and must not meet those of the ring.
+# BatchNorm's messages (2.4) travel at the same time, and must not meet those of the ring. Break a rule, and the loss
+# stays right while gradients of different parameters are added up, or the ranks wait for each other for ever.
 
 
 class GradientRing:
@@ -893,7 +894,7 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
 def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
     """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence.
 
-    Source: Deep Speech 2, section 4. Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
+    Source: ours. Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
     """
     return DeepSpeech2(config, partial(SequenceBatchNorm, group=group), clipped_recurrence)
 
@@ -915,11 +916,12 @@ def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
 #     without a blank       is a repeat          "l" + "l"         says "l"
 #
 # The language model (`NGram`, beside the data, or any other) speaks when a space completes a word, and at the end. With
-# a beam that is wide enough to hold every prefix, the sum over paths is exact.
+# a beam that is wide enough to hold every prefix, the sum over paths is exact. A narrow one may lose the best text,
+# since it judges a prefix by the frames that it has seen.
 
 
 def greedy(log_probs_TV: Tensor) -> str:
-    """The text of the most probable path. Source: Deep Speech 2, section 3.8. Needs: `ALPHABET`."""
+    """The text of the most probable path. Source: Graves et al., 2006, best path decoding. Needs: `ALPHABET`."""
     path = torch.unique_consecutive(log_probs_TV.argmax(-1)).tolist() if len(log_probs_TV) else []
     return " ".join("".join(ALPHABET[symbol] for symbol in path if symbol).split())
 
@@ -951,9 +953,9 @@ def beam_search(
 
     heard = {"": (0.0, -math.inf)}  # prefix to log-probabilities of its paths that end in a blank, and that do not
     spoken = {"": 0.0}  # prefix to α log P + β of its complete words: those that a space follows
-    probs_TV, order_TV = log_probs_TV.to(torch.float64).sort(-1, descending=True)
-    tried_T = ((probs_TV.exp().cumsum(-1) - probs_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
-    for row, symbols, tried in zip(probs_TV.tolist(), order_TV.tolist(), tried_T):
+    falling_TV, order_TV = log_probs_TV.to(torch.float64).sort(-1, descending=True)
+    tried_T = ((falling_TV.exp().cumsum(-1) - falling_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
+    for row, symbols, tried in zip(falling_TV.tolist(), order_TV.tolist(), tried_T):
         arrived = defaultdict(lambda: [-math.inf, -math.inf])
         for prefix, (blank, letter) in heard.items():
             same, whole = arrived[prefix], _log_add(blank, letter)
