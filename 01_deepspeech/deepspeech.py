@@ -386,6 +386,9 @@ def train_alone(
 #
 # Every function here takes a group; None is all ranks. Where no process group exists there is one rank, and nothing to
 # communicate: so each piece also works in a plain program.
+#
+# What follows says of many a line what breaks without it. `make bugs CHAPTER=01` takes such lines away, one by one, and
+# prints what the loss shows of that, and what a comparison of gradients shows. The loss often shows nothing.
 
 
 # ── shared: groups ──
@@ -483,8 +486,9 @@ class _CTC(torch.autograd.Function):
         log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)  # [:, 0] of the blanks, [:, 1] of the labels
         # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
         # comes first, and so does the padding of the labels: a path waits in the last true blank.
+        label_y_TUB = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT
         log_y_T2SB[:, 0] = log_probs_TBV[:, None, :, blank].masked_fill(over_T1B, 0)
-        log_y_T2SB[:, 1, 1:] = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT.masked_fill(over_T1B, IMPOSSIBLE)
+        log_y_T2SB[:, 1, 1:] = label_y_TUB.masked_fill_(over_T1B, IMPOSSIBLE)
         skip_SB = torch.zeros(U + 1, B, dtype=torch.bool, device=frames_B.device)
         skip_SB[1:-1] = (labels_BU[:, 1:] != labels_BU[:, :-1]).T
         # Forwards a problem begins in blank 0. Backwards it begins in its last true blank, U − size pairs from there.
@@ -837,9 +841,9 @@ class _Recurrence(torch.autograd.Function):
         h_tDBH, start_DBH = torch.empty_like(x_tDBH), x_tDBH.new_zeros(x_tDBH.shape[1:])
 
         def compute(own: slice, state_DBH: Tensor) -> Tensor:
-            start_DBH[own] = state_DBH
+            start_DBH[own], forth_DHH = state_DBH, weight_DHH[own]
             for x_DBH, h_DBH in zip(x_tDBH[:, own], h_tDBH[:, own]):
-                state_DBH = torch.baddbmm(x_DBH, state_DBH, weight_DHH[own], out=h_DBH).clamp_(0, 20)
+                state_DBH = torch.baddbmm(x_DBH, state_DBH, forth_DHH, out=h_DBH).clamp_(0, 20)
             return state_DBH
 
         (_wave if cut else _side_by_side)(compute, torch.zeros_like(start_DBH), 0, group)
@@ -854,9 +858,9 @@ class _Recurrence(torch.autograd.Function):
         a_tDBH, open_tDBH = torch.empty_like(h_tDBH), ((h_tDBH > 0) & (h_tDBH < 20)).to(h_tDBH.dtype)
 
         def compute(own: slice, carry_DBH: Tensor) -> Tensor:
-            back_DHH = weight_DHH[own].mT
-            for t in reversed(range(len(a_tDBH))):
-                a_DBH = torch.add(grad_tDBH[t, own], carry_DBH, out=a_tDBH[t, own]).mul_(open_tDBH[t, own])
+            steps, back_DHH = zip(grad_tDBH[:, own], open_tDBH[:, own], a_tDBH[:, own]), weight_DHH[own].mT
+            for grad_DBH, open_DBH, a_DBH in reversed(list(steps)):
+                torch.add(grad_DBH, carry_DBH, out=a_DBH).mul_(open_DBH)
                 carry_DBH = torch.bmm(a_DBH, back_DHH)
             return carry_DBH
 
