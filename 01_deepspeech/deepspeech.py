@@ -106,11 +106,10 @@ class SpeechConfig:
     def __post_init__(self):
         self.convolutions = tuple((channels, *map(tuple, sides)) for channels, *sides in self.convolutions)
         sizes = [self.sample_rate, self.layers, self.hidden_size, len(self.convolutions)]
-        kernels = [side for _, kernel, _ in self.convolutions for side in kernel]
-        others = [size for channels, _, stride in self.convolutions for size in (channels, *stride)]
+        sizes += itertools.chain(*((channels, *kernel, *stride) for channels, kernel, stride in self.convolutions))
         rules = {
-            "sizes of at least 1, and one convolution or more": min(sizes + kernels + others) > 0,
-            "kernels of odd sizes, which have a middle": all(side % 2 for side in kernels),
+            "sizes of at least 1, and one convolution or more": min(sizes) > 0,
+            "kernels of odd sizes": all(side % 2 for _, kernel, _ in self.convolutions for side in kernel),
             "bins and lookahead not below 0": min(self.bins, self.lookahead) >= 0,
             "dropout at least 0 and less than 1": 0 <= self.dropout < 1,
             "cell 'relu' or 'gru'": self.cell in ("relu", "gru"),
@@ -349,8 +348,8 @@ def train_alone(
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Trains on one batch after the other; yields each step's loss and norm before clipping, scalars.
 
-    lr: the learning rate of step 0, 1, ...; autocast: as in `plain_gradients`; gradients: what takes its place in
-    section 4.1. Needs: `make_optimizer`, `plain_gradients`, `Batch`.
+    lr: the learning rate of step 0, 1, ...; autocast: as in `plain_gradients`; gradients: that, or what section 4.1
+    puts in its place. Needs: `make_optimizer`, `plain_gradients`, `Batch`.
     """
     optimizer = make_optimizer(model, kind)
     for step, batch in enumerate(batches):

@@ -979,6 +979,19 @@ def test_a_ring_that_sends_before_it_receives():
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the last, short batch of an epoch: who has no utterance goes on, and the others wait for it", seen_in=None
+)
+def test_a_rank_that_skips_an_empty_batch():
+    group = ds.make_group([[0, 1]], ranks.device, 1.0)
+    model, batch = ds.parallel_model(config(), group).to(ranks.device, torch.float64), mine(batch_of().rows([3]))
+    if len(batch.frames_B):  # the safeguard is not to ask
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
+            model(batch.features_BTF, batch.frames_B)
+    return Shows("hangs, then times out", "hangs, then times out")
+
+
+@pytest.mark.ranks(2)
 @pytest.mark.planted_bug(symptom="ranks learn, each something else; no error where sizes happen to fit", seen_in=None)
 def test_buckets_in_another_order_on_one_rank():
     """Rank 1 sends the gradient of `b` while rank 0 sends that of `a`, of the same size: both are summed."""
