@@ -40,7 +40,7 @@ def alone():
 def speech(**changes):
     from deepspeech import SpeechConfig
 
-    return SpeechConfig(**(dict(bins=8, channels=(2,), kernels=((3, 3),), strides=((1, 2),), hidden_size=6) | changes))
+    return SpeechConfig(**(dict(bins=8, convolutions=((2, (3, 3), (1, 2)),), hidden_size=6) | changes))
 
 
 def utterances():
@@ -86,12 +86,13 @@ def loaded(m, folder):
     return model.state_dict(), texts
 
 
-def speech_step(m):
+def speech_gradients(m):
     import deepspeech
 
     model = net()
     ring = deepspeech.GradientRing(model.parameters())
-    return m.train_step(model, optimizer_of(model), deepspeech.Batch(*utterances()), ring)
+    loss = m.parallel_gradients(model, deepspeech.Batch(*utterances()), ring=ring)
+    return [loss, *(p.grad for p in model.parameters())]
 
 
 def speech_batches():
@@ -413,6 +414,7 @@ EXAMPLES = {
             m.RecurrentLayer(speech(), 5, Normless, sum_so_far), normal(4, 2, 5), torch.ones(4, 2, dtype=torch.bool)
         ),
         "DeepSpeech2": lambda m, folder: m.DeepSpeech2(speech()).double()(*utterances()[:2]),
+        "plain_gradients": lambda m, folder: m.plain_gradients(net(), speech_batches()[0]),
         "train_alone": lambda m, folder: losses(m.train_alone(net(), speech_batches(), lambda step: 1e-3)),
         "plain_recurrence": lambda m, folder: m.plain_recurrence(normal(5, 2, 3, 4), normal(2, 4, 4)),
         "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
@@ -430,8 +432,7 @@ EXAMPLES = {
         "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
         "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
         "check_replicas": lambda m, folder: m.check_replicas(net()) or "no other rank",
-        "clip_grad_norm_": lambda m, folder: m.clip_grad_norm_([*net().parameters()], 1.0),
-        "train_step": lambda m, folder: speech_step(m),
+        "parallel_gradients": lambda m, folder: speech_gradients(m),
         "train": lambda m, folder: losses(m.train(net(), speech_batches(), lambda step: 1e-3)),
         "distort": lambda m, folder: m.distort(torch.randn(4000), speech(), np.random.default_rng(0)),
         "read_manifest": lambda m, folder: [said.text for said in m.read_manifest(recorded(folder))],

@@ -5,6 +5,9 @@ A test marked `ranks` is what every rank of that world executes. References are 
 functions, or a sum over everything that is possible.
 """
 
+import argparse
+import contextlib
+import io
 import itertools
 import json
 import math
@@ -23,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import assert_differs, assert_equal, plant
+from proof import Shows, assert_differs, assert_equal, plant, worst_of
 from torch import nn
 
 SCRIPT = Path(ds.__file__)
@@ -34,8 +37,8 @@ EVERY_WORLD = pytest.mark.ranks(1, 2, 3, 4)
 
 
 def config(**changes) -> ds.SpeechConfig:
-    sizes = dict(bins=12, channels=(3, 4), kernels=((5, 5), (3, 3)), strides=((2, 2), (1, 2)), layers=2, hidden_size=10)
-    return ds.SpeechConfig(**(sizes | changes))
+    convolutions = ((3, (5, 5), (2, 2)), (4, (3, 3), (1, 2)))
+    return ds.SpeechConfig(**(dict(bins=12, convolutions=convolutions, layers=2, hidden_size=10) | changes))
 
 
 def random(*shape, seed=1):
@@ -181,8 +184,11 @@ def test_ctc_of_anything(data):
     B, T, V = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)), data.draw(st.integers(2, 5))
     sizes = [data.draw(st.integers(0, 5)) for _ in range(B)]
     frames = [data.draw(st.integers(1, T)) for _ in range(B)]
-    labels = torch.tensor([[data.draw(st.integers(1, V - 1)) for _ in range(5)] for _ in range(B)])
-    logits, results = random(T, B, V, seed=data.draw(st.integers(0, 99))), []
+    seed, results = data.draw(st.integers(0, 999)), []
+    logits, labels = (
+        random(T, B, V, seed=seed),
+        torch.randint(1, V, (B, 5), generator=torch.Generator().manual_seed(seed)),
+    )
     for function in (ds.ctc_loss, F.ctc_loss):
         x = logits.clone().requires_grad_()
         loss = function(x.log_softmax(-1), labels, tuple(frames), tuple(sizes), reduction="sum", zero_infinity=True)
@@ -329,19 +335,16 @@ def test_buckets_leave_while_backward_runs():
 def test_messages_of_a_step():
     """In the ring's group the gradients, 2·K·(N − 1)/N elements a rank; in the other BatchNorm's sums and scalars."""
     cfg = config()
-    model, ring = models(cfg)[1], None
+    model = models(cfg)[1]
     ring = ds.GradientRing(model.parameters(), ring_group())
-    optimizer = ds.make_optimizer(model)
-    optimizer.param_groups[0]["lr"] = 0.0
-    sent = []
-    exchange = ds._exchange
+    sent, exchange = [], ds._exchange
 
     def watched(messages, group):
         sent.extend((x.nbytes, group) for way, x, _ in messages if way is dist.isend)
         return exchange(messages, group)
 
     with plant(ds, "_exchange", watched), ds.Counter() as counter:  # the ring's thread is not this one: it is watched
-        ds.train_step(model, optimizer, mine(batch_of(7, cfg)), ring)
+        ds.parallel_gradients(model, mine(batch_of(7, cfg)), ring=ring)
     ring.close()
     K = sum(p.numel() for p in model.parameters())
     assert sum(size for size, _ in sent) == K * 8 and {group for _, group in sent} == {ring_group()}
@@ -432,7 +435,7 @@ def test_the_recurrences_are_pytorchs():
 
 LAYOUTS = [
     {}, {"bidirectional": False}, {"cell": "gru"}, {"cell": "gru", "bidirectional": False}, {"batch_norm": False},
-    {"layers": 7, "hidden_size": 4}, {"channels": (2,), "kernels": ((11, 7),), "strides": ((3, 2),)},
+    {"layers": 7, "hidden_size": 4}, {"convolutions": ((2, (11, 7), (3, 2)),)},
 ]  # fmt: skip
 
 
@@ -466,7 +469,7 @@ def test_the_two_recurrences_make_the_same_network():
 @given(size=st.integers(1, 60), kernel=st.sampled_from([1, 3, 5, 11]), stride=st.integers(1, 4))
 def test_the_arithmetic_of_lengths(size, kernel, stride):
     """Every length comes out of a convolution as the one function says."""
-    cfg = config(channels=(1,), kernels=((kernel, 1),), strides=((stride, 1),), hidden_size=2, layers=1)
+    cfg = config(convolutions=((1, (kernel, 1), (stride, 1)),), hidden_size=2, layers=1)
     convolution = ds.DeepSpeech2(cfg).convolutions[0]
     assert convolution(torch.zeros(1, 1, size, 12)).shape[2] == cfg.after(size, 0)
     assert torch.equal(cfg.after(torch.tensor([size]), 0), torch.tensor([cfg.after(size, 0)]))
@@ -733,28 +736,42 @@ def test_tables_that_must_agree_with_themselves():
     assert abs((12.6 + 19.3) / 2 - 16.0) < 0.051 and (20.0 + 31.8) / 2 == 25.9  # Switchboard and CallHome: full
 
 
-def test_the_speed_up_of_the_time_split():
-    """Slots of T / N steps, counted in the schedule itself: no rank starts its last part before slot N − 1."""
-    for N in (1, 2, 3, 4, 7):
-        with plant(ds, "group_size", lambda group=None, N=N: N), plant(ds, "_exchange", lambda messages, group: None):
-            last = 0
-            for r in range(N):
-                done = []
-                with plant(ds, "group_rank", lambda group=None, r=r: r):
-                    ds._wave(lambda d, state, done=done: (done.append(d), state)[1], torch.zeros(2, 1, 1), 0, None)
-                assert sorted(done) == [0, 1]
-                last = max(last, N - 1 - r, r)
-        assert ds.time_split_speedup(N) == (2 * N / (last + 1) if N > 1 else 1)
-    assert ds.time_split_speedup(8) == 2
+def test_the_cut_in_time_takes_as_many_slots_as_ranks():
+    """N slots of T / N steps: T steps, where one rank has 2T to do. A slot ends with an exchange."""
+    for N, r in ((world, rank) for world in (1, 2, 3, 4, 7) for rank in range(world)):
+        slots, ended = {}, []
+
+        def compute(direction, state, slots=slots, ended=ended):
+            slots[direction.start] = len(ended)
+            return state
+
+        with (
+            plant(ds, "group_size", lambda group=None, N=N: N),
+            plant(ds, "group_rank", lambda group=None, r=r: r),
+            plant(ds, "_exchange", lambda messages, group, ended=ended: ended.append(messages)),
+        ):
+            ds._wave(compute, torch.zeros(2, 1, 1), 0, None)
+        assert slots == {0: r, 1: N - 1 - r} and len(ended) == N
 
 
 # ── Planted bugs: what a missing safeguard looks like ───────────────────────────────────────────────────
 
 
-@pytest.mark.planted_bug(
-    symptom="texts with double letters get too high a probability; all others are right", seen_in=None
-)
-def test_without_the_repeat_rule():
+def off(here, reference) -> float:
+    """A loss's relative error."""
+    return abs(here / reference - 1).item()
+
+
+def logits_gradient(loss_function, logits, *args) -> tuple[torch.Tensor, torch.Tensor]:
+    """A CTC loss of each utterance, and the gradient of their sum at the logits."""
+    x = logits.clone().requires_grad_()
+    loss = loss_function(x.log_softmax(-1), *args, reduction="none")
+    loss.sum().backward()
+    return loss.detach(), x.grad
+
+
+@pytest.mark.planted_bug(symptom="texts with double letters seem too probable; all others are right", seen_in=None)
+def test_a_skip_between_equal_letters():
     """A skip over the blank between equal labels lets "l" + "l" say "ll"."""
     original = ds._lattice
 
@@ -763,34 +780,55 @@ def test_without_the_repeat_rule():
         skip[1:-1] = True
         return original(log_y, skip, first)
 
-    x = random(6, 2, 4).log_softmax(-1)
-    labels, lengths = torch.tensor([[1, 2, 3], [1, 1, 2]]), ([6, 6], [3, 3])
-    right = F.ctc_loss(x, labels, *lengths, reduction="none")
+    args = torch.tensor([[1, 2, 3], [1, 1, 2]]), [6, 6], [3, 3]
+    right, grad = logits_gradient(F.ctc_loss, random(6, 2, 4), *args)
     with plant(ds, "_lattice", lattice):
-        wrong = ds.ctc_loss(x, labels, *lengths, reduction="none")
+        wrong, wrong_grad = logits_gradient(ds.ctc_loss, random(6, 2, 4), *args)
     assert math.isclose(wrong[0], right[0], rel_tol=1e-12) and wrong[1] < right[1] - 0.1
+    assert_equal({"no repeat": wrong_grad[:, 0]}, {"no repeat": grad[:, 0]})
+    return Shows(off(wrong[1], right[1]), worst_of({"repeat": wrong_grad[:, 1]}, {"repeat": grad[:, 1]}))
+
+
+@pytest.mark.planted_bug(
+    symptom="the loss is right; after the step every weight is NaN", seen_in="https://github.com/pytorch/pytorch/issues/14335"
+)  # fmt: skip
+def test_minus_infinity_for_the_impossible():
+    """A letter of probability 0 in one frame: where alpha and beta are put together, ∞ − ∞ is NaN."""
+    logits, args = random(4, 1, 4), (torch.tensor([[1, 2]]), [4], [2])
+    logits[1, 0, 1] = -1e4  # as good as 0, and finite
+    right, grad = logits_gradient(ds.ctc_loss, logits, *args)
+    assert_equal({"loss": right}, {"loss": loss_over_all_paths(logits[:, 0].log_softmax(-1), (1, 2))[None]})
+    logits[1, 0, 1] = -math.inf
+    assert_equal({"grad": logits_gradient(ds.ctc_loss, logits, *args)[1]}, {"grad": grad})
+    with plant(ds, "IMPOSSIBLE", -math.inf):
+        loss, wrong = logits_gradient(ds.ctc_loss, logits, *args)
+    assert_equal({"loss": loss}, {"loss": right})
+    assert wrong[1].isnan().all()
+    return Shows(off(loss, right), "NaN")
 
 
 @pytest.mark.planted_bug(
     symptom="short utterances are right; from some 200 frames on the loss is infinite", seen_in="https://github.com/pytorch/pytorch/issues/14401"
 )  # fmt: skip
-def test_in_linear_space():
+def test_ctc_in_linear_space():
     def loss(log_probs_TV, labels):
         y, symbols = log_probs_TV.exp(), [0, *(s for label in labels for s in (label, 0))]
-        alpha = torch.zeros(len(symbols), dtype=torch.float64)
-        alpha[0] = 1
+        alpha = F.one_hot(torch.tensor(0), len(symbols)).to(y.dtype)
+        skip = torch.tensor([s > 1 and symbols[s] not in (0, symbols[s - 2]) for s in range(len(symbols))])
         for y_V in y:
             step, two = (F.pad(alpha, (n, 0))[: len(alpha)] for n in (1, 2))
-            skip = torch.tensor([s > 1 and symbols[s] not in (0, symbols[s - 2]) for s in range(len(symbols))])
             alpha = (alpha + step + two * skip) * y_V[symbols]
         return -alpha[-2:].sum().log()
 
-    x = torch.full((300, 29), 1 / 29, dtype=torch.float64).log()
-    for T, label in ((60, (3, 3, 4)), (300, (3, 3, 4))):
-        right = ds.ctc_loss(x[:T, None], torch.tensor([label]), [T], [3], reduction="sum")
-        assert torch.isfinite(right)
-        assert (loss(x[:T], label) == torch.inf) == (T == 300)
-        assert T == 300 or math.isclose(loss(x[:T], label), right, rel_tol=1e-10)
+    for T in (60, 300):
+        a, b = (torch.full((T, 29), 1 / 29, dtype=torch.float64).log().requires_grad_() for _ in range(2))
+        right, wrong = ds.ctc_loss(a[:, None], torch.tensor([[3, 3, 4]]), [T], [3], reduction="sum"), loss(b, (3, 3, 4))
+        right.backward(), wrong.backward()
+        assert torch.isfinite(right) and torch.isfinite(a.grad).all()
+        if T == 60:
+            assert_equal({"loss": wrong, "grad": b.grad}, {"loss": right, "grad": a.grad})
+    assert wrong == torch.inf and b.grad.isnan().any()
+    return Shows("infinite", "NaN")
 
 
 @pytest.mark.ranks(2)
@@ -800,19 +838,41 @@ def test_in_linear_space():
 def test_batch_norm_that_counts_padding():
     cfg = config()
     plain, parallel = models(cfg)
-    batch = batch_of(7, cfg)
-    right = loss_of(plain, batch, F.ctc_loss)
-    original = ds.SequenceBatchNorm.forward
+    batch, original = batch_of(7, cfg), ds.SequenceBatchNorm.forward
 
     def forward(self, x, valid):
         everything = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
         return torch.where(valid.expand(x.shape[:-1])[..., None], original(self, x, everything), 0)
 
     with plant(ds.SequenceBatchNorm, "forward", forward):
-        wrong = loss_of(parallel, batch)
-    assert abs(wrong / right - 1) > 0.01 and torch.isfinite(wrong)  # a loss like any other
-    parallel = models(cfg)[1]
-    assert_equal({"loss": loss_of(parallel, batch)}, {"loss": right})
+        losses, found = step_of(plain, parallel, batch)
+    assert off(*losses) > 0.01 and torch.isfinite(losses[0])  # a loss like any other
+    return Shows(off(*losses), worst_of(*found))
+
+
+@pytest.mark.planted_bug(symptom="in bf16, running averages and outputs off by a percent", seen_in=None)
+def test_batch_norm_in_bf16():
+    """Its squares and sums have 8 bits; the output need not have more, but what it is made of must."""
+    x, valid = random(40, 5, 6) + 3, torch.ones(40, 5, dtype=torch.bool)
+    layers = [ds.SequenceBatchNorm(6).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    rounded, results = x.bfloat16(), []
+    for layer, planted in zip(layers, (False, False, True)):
+        leaf = (rounded if layer.weight.dtype != torch.float64 else rounded.double()).clone().requires_grad_()
+        with plant(torch, "promote_types", (lambda a, b: a) if planted else torch.promote_types):
+            y = layer(leaf, valid)
+        (y.to(torch.float64) * random(40, 5, 6, seed=2)).sum().backward()
+        results.append(({"y": y.double(), "mean": layer.running_mean.double()}, {"x": leaf.grad.double()}))
+    (right, grad), (wide, _), (narrow, wrong_grad) = results
+    assert worst_of(wide, right) < 1e-5 and worst_of(narrow, right) > 3e-3
+    return Shows(worst_of(narrow, right), worst_of(wrong_grad, grad))
+
+
+def step_of(plain, parallel, batch) -> tuple[tuple, tuple]:
+    """One step on these ranks and on one device, nothing clipped: the two losses, and the two sets of gradients."""
+    options = dict(lr=lambda step: 0.01, max_norm=1e9)
+    ((loss, _),) = ds.train(parallel, [mine(batch)], ring_group=ring_group(), **options)
+    ((expected, _),) = ds.train_alone(plain, [batch], **options)
+    return (loss, expected), (grads_of(parallel), grads_of(plain))
 
 
 @pytest.mark.ranks(2, 4)
@@ -820,40 +880,33 @@ def test_batch_norm_that_counts_padding():
     symptom="the loss is right to the last digit, gradients below every BatchNorm are not", seen_in=None
 )
 def test_statistics_that_are_reduced_forward_only():
-    cfg = config()
-    plain, parallel = models(cfg)
-    batch = batch_of(8, cfg)
+    plain, parallel = models(config())
     with plant(ds._SumOverRanks, "backward", staticmethod(lambda ctx, grad: (grad, None))):
-        ((loss, _),) = ds.train(parallel, [mine(batch)], lambda step: 0.01, ring_group=ring_group(), max_norm=1e9)
-    ((expected, _),) = ds.train_alone(plain, [batch], lambda step: 0.01, max_norm=1e9)
+        (loss, expected), found = step_of(plain, parallel, batch_of(8))
     assert_equal({"loss": loss}, {"loss": expected})
-    wrong = assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
+    wrong = assert_differs(*found)
     assert "convolutions.0.weight" in wrong and "out.weight" not in wrong and "full_norm.weight" not in wrong
+    return Shows(off(loss, expected), worst_of(*found))
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="loss and gradients are close to right; utterances of small shares count more", seen_in="https://github.com/huggingface/transformers/issues/34191"
+    symptom="nearly right: the utterances of a rank that has fewer count for more", seen_in="https://github.com/huggingface/transformers/issues/34191"
 )  # fmt: skip
 def test_the_average_of_unequal_shares():
-    cfg, N = config(batch_norm=False), dist.get_world_size()
-    plain, parallel = models(cfg)
-    batch = batch_of(7, cfg)
-    expected = loss_of(plain, batch, F.ctc_loss)
-    expected.backward()
-    loss_of(parallel, mine(batch)).backward()  # the mean of the rank's own utterances: 4 on one, 3 on the other
-    for p in parallel.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= N
-    assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
-    equal = batch.rows(range(6))  # with equal shares nobody would have noticed
-    for model, part in ((plain, equal), (parallel, mine(equal))):
-        model.zero_grad()
-        loss_of(model, part).backward()
-    for p in parallel.parameters():
-        dist.all_reduce(p.grad)
-        p.grad /= N
-    assert_equal(grads_of(parallel), grads_of(plain))
+    cfg = config(batch_norm=False)
+    for utterances in (6, 7):  # with equal shares nobody would notice
+        plain, parallel = models(cfg)
+        batch = batch_of(7, cfg).rows(range(utterances))
+        expected, loss = loss_of(plain, batch, F.ctc_loss), loss_of(parallel, mine(batch))
+        expected.backward(), loss.backward()
+        for x in (loss.detach(), *(p.grad for p in parallel.parameters())):
+            dist.all_reduce(x)
+            x /= dist.get_world_size()
+        if utterances == 6:
+            assert_equal(grads_of(parallel) | {"loss": loss}, grads_of(plain) | {"loss": expected})
+    assert_differs(grads_of(parallel), grads_of(plain))
+    return Shows(off(loss, expected), worst_of(grads_of(parallel), grads_of(plain)))
 
 
 @pytest.mark.planted_bug(
@@ -861,24 +914,28 @@ def test_the_average_of_unequal_shares():
 )
 def test_a_backward_direction_that_starts_in_the_padding():
     """Padding that is not zero behind the norm wakes the backward direction before the utterance's true end."""
-    cfg = config()
-    model = models(cfg)[1].eval()
+    model, batch = models(config())[1].eval(), batch_of(6)
     for module in model.modules():
         if isinstance(module, ds.SequenceBatchNorm):
             nn.init.normal_(module.bias, 0.5)
-    batch = batch_of(6, cfg)
     shortest = batch.frames_B.argmin().item()
-    one = batch.rows([shortest])
-    alone, (length,) = model(one.features_BTF, one.frames_B)
-    assert_equal({"y": model(batch.features_BTF, batch.frames_B)[0][:length, shortest]}, {"y": alone[:, 0]})
+
+    def heard(rows, place):
+        """The loss of the shortest utterance in such a batch, and every gradient of that."""
+        model.zero_grad()
+        part = batch.rows(rows)
+        log_probs, frames = model(part.features_BTF, part.frames_B)
+        loss = ds.ctc_loss(log_probs, part.labels_BU, frames, part.sizes_B, reduction="none")[place]
+        loss.backward()
+        return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    (loss, grads), (expected, right) = heard(range(6), shortest), heard([shortest], 0)
+    assert_equal(grads | {"loss": loss}, right | {"loss": expected})
     original = ds.SequenceBatchNorm.forward
-
-    def forward(self, x, valid):
-        return original(self, x, torch.ones_like(valid))
-
-    with plant(ds.SequenceBatchNorm, "forward", forward):
-        wrong, right = model(batch.features_BTF, batch.frames_B)[0], model(one.features_BTF, one.frames_B)[0]
-    assert_differs({"y": wrong[:length, shortest]}, {"y": right[:, 0]}, at_least=1e-3)
+    with plant(ds.SequenceBatchNorm, "forward", lambda self, x, valid: original(self, x, torch.ones_like(valid))):
+        (loss, grads), (expected, right) = heard(range(6), shortest), heard([shortest], 0)
+    assert_differs(grads, right)
+    return Shows(off(loss, expected), worst_of(grads, right))
 
 
 @pytest.mark.ranks(2, 4)
@@ -891,16 +948,15 @@ def test_an_exchange_outside_the_graph():
     def wave(compute, state, up, group):
         if up == 0:
             return original(compute, state, up, group)
-        for direction in (0, 1):
+        for direction in (slice(0, 1), slice(1, 2)):
             compute(direction, state[direction])  # nothing arrives, as if the state had been a constant
 
     with plant(ds, "_wave", wave):
         here, there = time_parallel_case(16)
-    assert_equal({"y": here["y"]}, {"y": there["y"]})
-    wrong = [
-        name for name in ("x", "weight") if (here[name] - there[name]).abs().max() > 1e-2 * there[name].abs().max()
-    ]
-    assert "weight" in wrong
+    output, expected = ({"y": part.pop("y")} for part in (here, there))
+    assert_equal(output, expected)
+    assert "weight" in assert_differs(here, there, at_least=1e-2)
+    return Shows(worst_of(output, expected), worst_of(here, there))
 
 
 @pytest.mark.ranks(2)
@@ -908,7 +964,7 @@ def test_an_exchange_outside_the_graph():
     symptom="nothing, for ever; then, on every rank, an error that names the send and the timeout", seen_in=None
 )
 def test_a_ring_that_sends_before_it_receives():
-    group = ds.make_group([[0, 1]], ranks.device, 2.0)  # a group of its own: what times out is lost
+    group = ds.make_group([[0, 1]], ranks.device, 1.0)  # a group of its own: what times out is lost
 
     def exchange(messages, group):
         for way, x, peer in sorted(messages, key=lambda message: message[0] is dist.irecv):
@@ -917,55 +973,109 @@ def test_a_ring_that_sends_before_it_receives():
     begin = time.monotonic()
     with plant(ds, "_exchange", exchange), pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
         ds.ring_all_reduce(torch.ones(1000), group)
-    assert 1 < time.monotonic() - begin < 20
+    assert 0.5 < time.monotonic() - begin < 20
     assert ds.ring_all_reduce(torch.ones(1000)).sum() == 2000
+    return Shows("hangs, then times out", "hangs, then times out")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the last, short batch of an epoch: who has no utterance goes on, and the others wait for it", seen_in=None
+)
+def test_a_rank_that_skips_an_empty_batch():
+    group = ds.make_group([[0, 1]], ranks.device, 1.0)
+    model, batch = ds.parallel_model(config(), group).to(ranks.device, torch.float64), mine(batch_of().rows([3]))
+    if len(batch.frames_B):  # the safeguard is not to ask
+        with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
+            model(batch.features_BTF, batch.frames_B)
+    return Shows("hangs, then times out", "hangs, then times out")
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(symptom="ranks learn, each something else; no error where sizes happen to fit", seen_in=None)
+def test_buckets_in_another_order_on_one_rank():
+    """Rank 1 sends the gradient of `b` while rank 0 sends that of `a`, of the same size: both are summed."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    net = nn.ParameterDict({name: random(4, 4, seed=seed) for seed, name in enumerate("ab")})
+    x, results = random(N, 3, 4, seed=5), []
+    for planted in (False, True):
+        net.zero_grad()
+        ring = ds.GradientRing(list(net.values())[:: -1 if planted and r == 1 else 1], ring_group(), bucket_bytes=1)
+        partial_loss = (x[r] @ net["a"] @ net["b"]).square().sum()
+        partial_loss.backward()
+        ring.finish()
+        ring.close()
+        loss = partial_loss.detach().clone()
+        dist.all_reduce(loss)
+        results.append((loss, {name: p.grad.clone() for name, p in net.items()}))
+    net.zero_grad()
+    expected = (x @ net["a"] @ net["b"]).square().sum()
+    expected.backward()
+    assert_equal(results[0][1], grads_of(net))
+    assert assert_differs(results[1][1], grads_of(net)) == ["a", "b"]
+    return Shows(off(results[1][0], expected), worst_of(results[1][1], grads_of(net)))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="with two micro-batches a step, ranks drift apart: of one of them the sum is lost",
+    seen_in="https://github.com/deepspeedai/DeepSpeed/issues/7985",
+)
+def test_two_backward_passes_before_finish():
+    plain, parallel = models(config(batch_norm=False))
+    ring, halves = ds.GradientRing(parallel.parameters(), ring_group()), [batch_of(4, seed=seed) for seed in (1, 2)]
+    loss, expected = (torch.zeros((), dtype=torch.float64, device=ranks.device) for _ in range(2))
+    for half in halves:
+        here, alone = loss_of(parallel, mine(half)) / dist.get_world_size(), loss_of(plain, half, F.ctc_loss)
+        here.backward(), alone.backward()
+        loss += here.detach()
+        expected += alone.detach()
+        [job.result() for job in ring.jobs]  # the first sum is on its way already
+    dist.all_reduce(loss)
+    ring.finish()
+    ring.close()
+    assert_differs(grads_of(parallel), grads_of(plain))
+    return Shows(off(loss, expected), worst_of(grads_of(parallel), grads_of(plain)))
 
 
 @pytest.mark.planted_bug(
     symptom="the net trains; but what it writes at t uses the past and not the future", seen_in=None
 )
 def test_a_row_convolution_padded_on_the_wrong_side():
-    layer = ds.RowConvolution(3, 2).double()
-    x = random(7, 1, 3).requires_grad_()
-    original = F.pad
-
-    def left(y, pad):
-        return original(y, pad[::-1])
-
-    with plant(F, "pad", left):
-        (grad,) = torch.autograd.grad(layer(x)[4, 0, 0], x)
-    assert grad[:, 0, 0].nonzero().flatten().tolist() == [2, 3, 4]
-    (grad,) = torch.autograd.grad(layer(x)[4, 0, 0], x)
-    assert grad[:, 0, 0].nonzero().flatten().tolist() == [4, 5, 6]
+    layer, original, results = ds.RowConvolution(3, 2).double(), F.pad, []
+    nn.init.normal_(layer.weight)
+    for pad in (original, lambda y, sides: original(y, sides[::-1])):
+        x = random(7, 1, 3).requires_grad_()
+        with plant(F, "pad", pad):
+            y = layer(x)
+        (grad,) = torch.autograd.grad(y[4, 0, 0], x, retain_graph=True)
+        layer.zero_grad()
+        loss = y.square().mean()
+        loss.backward()
+        results.append((grad[:, 0, 0].nonzero().flatten().tolist(), loss, {"weight": layer.weight.grad.clone()}))
+    (reach, expected, right), (wrong_reach, loss, wrong) = results
+    assert reach == [4, 5, 6] and wrong_reach == [2, 3, 4]
+    assert_differs(wrong, right)
+    return Shows(off(loss, expected), worst_of(wrong, right))
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(symptom="ranks scale by different factors, and then drift apart", seen_in=None)
+@pytest.mark.planted_bug(symptom="the sum points elsewhere; hidden wherever nothing is clipped", seen_in=None)
 def test_clipping_before_the_sum():
-    cfg = config()
-    plain, parallel = models(cfg)
-    batch = batch_of(7, cfg)
-    ((_, norm),) = ds.train_alone(plain, [batch], lambda step: 0.01, max_norm=0.1)
-    original = ds.GradientRing.finish
+    plain, parallel = models(config())
+    batch, options, original = batch_of(7), dict(lr=lambda step: 0.01, max_norm=0.1), ds.GradientRing._sum
 
-    def finish(self):
-        for bucket in self.buckets:
-            for p in bucket:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        ds.clip_grad_norm_(itertools.chain(*self.buckets), 0.1)
-        original(self)
+    def clipped_sum(self, bucket):  # the network fits into one bucket
+        assert len(self.buckets) == 1
+        nn.utils.clip_grad_norm_(bucket, 0.1)
+        original(self, bucket)
 
-    huge = 1 << 40  # one bucket, which must not leave before it is clipped
-    ring = ds.GradientRing(parallel.parameters(), ring_group(), huge)
-    for hook in ring.hooks:
-        hook.remove()
-    optimizer = ds.make_optimizer(parallel)
-    optimizer.param_groups[0]["lr"] = 0.01
-    with plant(ds.GradientRing, "finish", finish):
-        ds.train_step(parallel, optimizer, mine(batch), ring, max_norm=0.1)
-    ring.close()
+    ((expected, norm),) = ds.train_alone(plain, [batch], **options)
+    with plant(ds.GradientRing, "_sum", clipped_sum):
+        ((loss, _),) = ds.train(parallel, [mine(batch)], ring_group=ring_group(), **options)
     assert norm > 0.1
-    assert_differs(grads_of(parallel), grads_of(plain), at_least=1e-3)
+    assert_differs(grads_of(parallel), grads_of(plain))
+    return Shows(off(loss, expected), worst_of(grads_of(parallel), grads_of(plain)))
 
 
 # ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
@@ -973,8 +1083,8 @@ def test_clipping_before_the_sum():
 
 @pytest.mark.parametrize("change, message", [
     (dict(layers=0), "layers=0"), (dict(cell="lstm"), "cell='lstm'"), (dict(dropout=1.0), "dropout=1.0"),
-    (dict(kernels=((4, 5), (3, 3))), "odd sizes only"), (dict(strides=((0, 1), (1, 1))), "strides"),
-    (dict(channels=(1,)), "as many of each"), (dict(bins=-1), "bins=-1"),
+    (dict(convolutions=((3, (4, 5), (1, 1)),)), "odd sizes"), (dict(convolutions=((3, (5, 5), (0, 1)),)), "at least 1"),
+    (dict(convolutions=()), "one convolution or more"), (dict(bins=-1), "bins=-1"),
 ])  # fmt: skip
 def test_configurations_that_contradict_themselves(change, message):
     with pytest.raises(ValueError, match=message):
@@ -1121,14 +1231,12 @@ def test_recordings_of_people():
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-run = partial(scripts.run, SCRIPT)
-
-
 @pytest.mark.parametrize("flags, message", [
     (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
-    (["--data", "/nowhere/at/all"], "No such file"), (["--layers", "0"], "layers=0"), (["--beam", "0"], "--beam 0"),
+    (["--data", "/nowhere/at/all"], "No such file"), (["--beam", "0"], "--beam 0"),
     (["--lr", "nan"], "--lr nan"), (["--max-norm", "0"], "--max-norm 0.0"), (["--beta", "inf"], "--beta inf"),
     (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
+    (["--model", '{"layers": 0}'], "layers=0"), (["--model", '{"u": 3}'], "'u'"), (["--model", "{"], "--model {: "),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
@@ -1137,8 +1245,19 @@ def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys,
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.ranks(3)
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_the_check(dtype):
+    """What --check runs on every rank: every tensor's error, and an exit code of 0 where all are within the bound."""
+    args = dict(check=True, dtype=dtype, device=ranks.device.type, backend=dist.get_backend(), seed=0, timeout=60.0)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
+        ds.main(argparse.Namespace(**args), ranks.device)
+    assert stop.value.code == 0, printed.getvalue()
+    assert dist.get_rank() > 0 or f"bound {ds.BOUNDS[dtype]:.0e}; 3 ranks, {dtype}" in printed.getvalue()
+
+
 @pytest.mark.slow
-def test_train_save_evaluate_and_transcribe(tmp_path):
+def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
     """Two ranks learn from files; one process reads the model, names its error rate, and writes what it hears."""
     import soundfile
 
@@ -1148,22 +1267,24 @@ def test_train_save_evaluate_and_transcribe(tmp_path):
         lines.append(json.dumps(dict(audio_filepath=f"{i}.wav", duration=1.0, text=words)))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
-    trained = run("--data", manifest, "--epochs", "2", "--distort", "--hidden-size", "8", "--save", model)
+    small = '{"hidden_size": 8}'
+    trained = scripts.run(SCRIPT, "--data", manifest, "--epochs", "2", "--distort", "--model", small, "--save", model)
     assert trained.returncode == 0, trained.stderr
     rate = next(line for line in trained.stdout.splitlines() if line.startswith("word error rate"))
-    evaluated = run("--load", model, "--evaluate", manifest)
-    assert evaluated.returncode == 0 and rate in evaluated.stdout, (rate, evaluated.stdout, evaluated.stderr)
-    heard = run("--load", model, "--transcribe", str(tmp_path / "3.wav"))
-    assert heard.returncode == 0 and "greedy" in heard.stdout, heard.stderr
+    use = ["--load", model, "--evaluate", manifest, "--transcribe", str(tmp_path / "3.wav")]
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *use])
+    ds.use_model(ds.flags())
+    printed = capsys.readouterr().out
+    assert rate in printed and "greedy  " in printed and "with beam search  " in printed
     (tmp_path / "0.wav").write_bytes(b"no audio")
-    broken = run("--data", manifest)
-    message = broken.stderr.splitlines()[-1]
-    assert broken.returncode == 2 and "m.jsonl, line 1: " in message and "0.wav cannot be read as audio" in message
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--data", manifest])
+    with pytest.raises(SystemExit, match="2"):
+        ds.flags()
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "m.jsonl, line 1: " in message and "0.wav cannot be read as audio" in message
 
 
 @pytest.mark.slow
-def test_the_default_run_and_the_check():
-    result = run(timeout=180)
+def test_the_default_run():
+    result = scripts.run(SCRIPT, timeout=180)
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout + result.stderr
-    check = run("--check", "--dtype", "fp64", "--ranks", "3")
-    assert check.returncode == 0 and "bound 1e-10; 3 ranks, fp64" in check.stdout
