@@ -808,7 +808,17 @@ def test_operations_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == pl.flops(2, 32, 3, vocab=96, seq=16, recompute=False)
 
 
-@pytest.mark.parametrize("row", pl.TABLE_2, ids=str)
+# The paper's table 2, days for 300 B tokens: (layers, hidden), GPUs, TFLOP/s per GPU, days. The first six are ZeRO-3's,
+# without model parallelism; the last six the paper's own.
+TABLE_2 = [
+    ((96, 12288), 384, 144, 90), ((96, 12288), 768, 88, 74), ((96, 12288), 1536, 44, 74),
+    ((105, 20480), 640, 138, 169), ((105, 20480), 1120, 98, 137), ((105, 20480), 2240, 48, 140),
+    ((96, 12288), 384, 153, 84), ((96, 12288), 768, 149, 43), ((96, 12288), 1536, 141, 23),
+    ((105, 20480), 560, 171, 156), ((105, 20480), 1120, 167, 80), ((105, 20480), 2240, 159, 42),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TABLE_2, ids=str)
 def test_table_2(row):
     """Days from the exact count of operations, within the rounding of the printed TFLOP/s and of the days."""
     (layers, hidden), gpus, tflops, days = row
@@ -820,7 +830,7 @@ def test_the_rule_of_thumb():
     """34 and 84 days; table 2 is not the rule's, which is too short in every row."""
     assert round(pl.training_days_rule(300e9, 1024, 140e12, 175e9)) == 34
     assert round(pl.training_days_rule(450e9, 3072, 163e12, 1008e9)) == 84
-    for (layers, hidden), gpus, tflops, _ in pl.TABLE_2:
+    for (layers, hidden), gpus, tflops, _ in TABLE_2:
         rule = pl.training_days_rule(300e9, gpus, tflops * 1e12, pl.parameters(layers, hidden))
         assert 0.97 < rule / pl.training_days(300e9, gpus, tflops * 1e12, layers, hidden) < 0.99
 
@@ -973,7 +983,10 @@ def test_received_activation_without_requires_grad():
             value.requires_grad_ = lambda: value
         return value
 
-    with plant(pl.Mailbox, "take", take) as original, pytest.raises(RuntimeError, match="Mismatch in shape"):
+    with (
+        plant(pl.Mailbox, "take", take) as original,
+        pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar"),
+    ):
         loss_and_grads(pl.Grid(), "interleaved", 2, 2)
 
 
@@ -1092,10 +1105,11 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name():
     cfg = config()
     full = dict(pl.initial_weights(cfg))
     cases = {
-        "lacks .'final_norm.weight'": {name: x for name, x in full.items() if name != "final_norm.weight"},
-        "has .'head.weight'": full | {"head.weight": torch.zeros(1)},
-        r"positions.weight has shape \(4, 16\); this configuration needs \(16, 16\)": full
-        | {"positions.weight": torch.zeros(4, 16)},
+        r"final_norm.weight is missing, not \(16,\)": {
+            name: x for name, x in full.items() if name != "final_norm.weight"
+        },
+        r"head.weight is \(1,\), not known": full | {"head.weight": torch.zeros(1)},
+        r"positions.weight is \(4, 16\), not \(16, 16\)": full | {"positions.weight": torch.zeros(4, 16)},
     }
     for message, state in cases.items():
         with pytest.raises(ValueError, match=message):
