@@ -688,20 +688,20 @@ def verify_programs(all_programs: list[Program]) -> None:
             if sent != received:
                 raise ValueError(f"rank {source} to {target}: one end lists {sent} where the other has {received}")
 
-    has, posted = set(), set()  # (rank, what it has made or received) and (rank, hop)
+    has, posted = defaultdict(set), defaultdict(set)  # of each rank: made or received; posted
 
     def go(rank: int, step: Step) -> bool:
-        if step.op:
-            if lacking := [key for key in needs(step.op, rank, p, v) if (rank, key) not in has]:
-                raise ValueError(f"rank {rank} does {step.op} without {lacking}")
-            has.add((rank, (rank, step.op)))
-        for hop in step.batch:
-            if hop.source == rank and (rank, (rank, hop.op)) not in has:
-                raise ValueError(f"rank {rank} sends {hop} before it is made")
-        posted.update((rank, hop) for hop in step.batch)
-        if any((end, hop) not in posted for hop in step.batch for end in (hop.source, hop.target)):
-            return False  # a peer is not there yet
-        has.update((rank, (hop.source, hop.op)) for hop in step.batch)
+        op, batch = step
+        if op and (rank, op) not in has[rank]:
+            if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
+                raise ValueError(f"rank {rank} does {op} without {lacking}")
+            has[rank].add((rank, op))
+        if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
+            raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
+        posted[rank].update(batch)
+        if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
+            return False  # the other end, source + target − rank, is not there yet
+        has[rank].update((hop.source, hop.op) for hop in batch)
         return True
 
     if stuck := take_turns(all_programs, go):
@@ -886,8 +886,8 @@ class Mailbox:
         messages = []
         for hop in batch:
             sends, shape = hop.source == self.grid.pp_rank, self.shape_of(hop)
-            # What is sent leaves the mailbox: from here on the message alone holds it.
             buffer = dict(size=shape, dtype=self.dtype, device=self.wire)
+            # What is sent leaves the mailbox: from here on the message alone holds it.
             x = self.values.pop((hop.source, hop.op)) if sends else torch.empty(**buffer)
             if x.shape != shape or x.dtype != self.dtype:
                 found = f"{tuple(x.shape)} {x.dtype}"
@@ -912,11 +912,6 @@ class Mailbox:
             if hop.target == self.grid.pp_rank:
                 x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
                 self.put(hop.source, hop.op, x.to(self.device))
-
-    def land_all(self) -> None:
-        """Waits for everything: what is sent must live until the peer has it."""
-        while self.batches:
-            self.land(*self.batches.popleft())
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -1042,15 +1037,15 @@ def run_step(
                 if recompute:
                     with replayed(generator, state):
                         edge = get_gradient_edge(compute(op, x))
-                # Adds to every parameter's grad, and leaves the input's in x.grad. At the loss the gradient is 1.
-                torch.autograd.backward(edge, None if received is None else received)
+                # Adds to every parameter's grad, and leaves the input's in x.grad. At the loss it starts from 1 (None).
+                torch.autograd.backward(edge, received)
                 if x.is_floating_point():  # tokens have no gradient, and nobody waits for one
                     mailbox.put(rank, op, x.grad)
                 del x, edge  # the last holders of this micro-batch's activations
             if bars is not None:
                 bars.append(Bar(op, begin, time.perf_counter()))
         mailbox.post(batch)
-    mailbox.land_all()
+    mailbox.land(*mailbox.flying)  # the last sends: their tensors must live until the peer has them
 
     # Replicas first: then each of the tied weight's two parts is the whole batch's, and their sum is the gradient.
     if learning:
@@ -1083,8 +1078,8 @@ def shard_state_dict(
     found = {name: tuple(x.shape) for name, x in full.items()}
     expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
-        needs = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
-        raise ValueError("the state dict does not fit this configuration: " + "; ".join(needs))
+        lines = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
+        raise ValueError("the state dict does not fit this configuration: " + "; ".join(lines))
     return {name: full[name].clone() for name in PipelineStage(config, rank, world_size, chunks).state_dict()}
 
 
@@ -1461,9 +1456,8 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
         plain = GPT(config).to(device, dtype)
         stage = PipelineStage(config, grid.pp_rank, grid.pp, chunks).to(device, dtype)
         here = train(stage, schedule(kind, grid.pp, m, chunks), batches, grid=grid, recompute=chunks > 1, **options)
-        for step, ((loss, norm), (loss_here, norm_here)) in enumerate(
-            zip(train_alone(plain, batches, **options), here)
-        ):
+        runs = zip(train_alone(plain, batches, **options), here)
+        for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
             errors[f"loss {step}, {kind}"] = abs(loss_here / loss - 1).item()
             errors[f"norm {step}, {kind}"] = abs(norm_here / norm - 1).item()
             if step == 0:
@@ -1504,22 +1498,25 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
 
     config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
     dtype, autocast = precision(args)
-    batches = ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+
+    def batches() -> Batches:
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     stage = PipelineStage(config, grid.pp_rank, grid.pp, args.chunks).to(device, dtype)
     streams = random_streams(args.seed, grid.pp_rank, grid.dp_rank, device)
     table, bars = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), []
     alone, differences = iter(()), []
     if dist.get_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
-        first = [[x.to(device) for x in data.batch(step, args.batch, args.seed)] for step in range(min(5, args.steps))]
-        alone = train_alone(GPT(config).to(device, dtype), first, **options)
+        alone = train_alone(GPT(config).to(device, dtype), islice(batches(), 5), **options)
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
     say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
     say("step      loss    on one device      norm")
-    training = train(stage, table, batches, grid=grid, streams=streams, recompute=args.recompute, bars=bars, **options)
     quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
-    for step, (loss, norm) in enumerate(tqdm(training, total=args.steps, disable=quiet)):
+    options |= dict(streams=streams, recompute=args.recompute, bars=bars)
+    steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
+    for step, (loss, norm) in enumerate(steps):
         beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
         differences += [abs(loss.item() - other) for other in beside]
         if step < 5 or step % 10 == 9:
@@ -1603,9 +1600,7 @@ def config_of(args) -> GPTConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
-    flag(
-        "--pp", type=int, help="ranks of one pipeline, must divide all ranks (default: 4, or all where there are fewer)"
-    )
+    flag("--pp", type=int, help="ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)")
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
     flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")
