@@ -759,9 +759,10 @@ class PipelineStage(nn.Module):
         self.layers = nn.ModuleDict({str(layer): whole.layers[layer] for layer in mine})
         self.final_norm = whole.final_norm if last else None
         self.head = whole.head if last else None
-        names = self.state_dict().keys()
-        weights = {name: x for name, x in initial_weights(config) if name in names}
-        self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
+        if torch.get_default_device().type != "meta":  # there nobody asks for more than shapes
+            names = self.state_dict().keys()
+            weights = {name: x for name, x in initial_weights(config) if name in names}
+            self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
 
     def stage(self, chunk: int) -> int:
         return chunk * self.stages + self.rank
@@ -1080,7 +1081,9 @@ def shard_state_dict(
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
         lines = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
         raise ValueError("the state dict does not fit this configuration: " + "; ".join(lines))
-    return {name: full[name].clone() for name in PipelineStage(config, rank, world_size, chunks).state_dict()}
+    with torch.device("meta"):
+        names = PipelineStage(config, rank, world_size, chunks).state_dict()
+    return {name: full[name].clone() for name in names}
 
 
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
