@@ -896,7 +896,8 @@ class Mailbox:
             part = cut_for_wire(x, self.grid.tp_group).to(self.wire)  # a receiver's buffer is cut as the tensor is
             kind, peer = (dist.isend, hop.target) if sends else (dist.irecv, hop.source)
             messages.append(dist.P2POp(kind, part, group=self.grid.pp_group, group_peer=peer))
-        works = dist.batch_isend_irecv(messages)
+        with self.named_errors(*batch):
+            works = dist.batch_isend_irecv(messages)
         works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
         self.flying |= zip(batch, zip(messages, works))
         self.batches.append(batch)
@@ -905,14 +906,21 @@ class Mailbox:
         """Waits for those of `hops` that fly, and keeps what they bring."""
         for hop in [hop for hop in hops if hop in self.flying]:
             message, work = self.flying.pop(hop)
-            try:
+            with self.named_errors(hop):
                 work.wait()  # on a GPU this stops the stream and not the CPU
-            except RuntimeError as error:
-                lost = f"pipeline rank {self.grid.pp_rank} lost rank {message.group_peer} in {hop}"
-                raise RuntimeError(f"{lost}: {error}") from error
             if hop.target == self.grid.pp_rank:
                 x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
                 self.put(hop.source, hop.op, x.to(self.device))
+
+    @contextlib.contextmanager
+    def named_errors(self, *hops: Hop):
+        """A peer that is lost shows in the message that was posted, or at once in the next one: says who it was."""
+        try:
+            yield
+        except RuntimeError as error:
+            rank, what = self.grid.pp_rank, ", ".join(map(str, hops))
+            peers = " or ".join(sorted({str(hop.source + hop.target - rank) for hop in hops}))
+            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {what}: {error}") from error
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────

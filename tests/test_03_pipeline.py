@@ -1157,6 +1157,20 @@ def test_a_boundary_of_another_type_is_refused_by_the_sender():
             mailbox.post((hop,))
 
 
+@pytest.mark.ranks(2)
+def test_a_peer_that_is_lost_before_the_next_message_is_named():
+    """gloo may notice it while a message is posted, and not where one is waited for."""
+    grid = grid_of(2)
+    mailbox = pl.Mailbox(grid, torch.float32, ranks.device, lambda hop: (2, 3))
+
+    def broken(messages):
+        raise RuntimeError("Connection closed by peer")
+
+    with plant(dist, "batch_isend_irecv", broken):
+        with pytest.raises(RuntimeError, match=r"rank (0 lost rank 1|1 lost rank 0) in Hop\(.*Connection closed"):
+            mailbox.post((pl.Hop(1 - grid.pp_rank, grid.pp_rank, Op("F", 0)),))
+
+
 def test_state_dicts_that_do_not_fit_are_refused_by_name():
     cfg = config()
     full = dict(pl.initial_weights(cfg))
