@@ -403,9 +403,12 @@ def halves(program: list, rank: int) -> list:
 @pytest.mark.parametrize("tied", [True, False])
 @each_shape
 def test_gradients(kind, chunks, tied):
-    """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter."""
+    """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter.
+
+    An untied head is one more weight of the last stage, whatever m is: two of them do.
+    """
     grid = grid_of(dist.get_world_size())
-    for m in range(1, 9):
+    for m in range(1, 9) if tied else (3, 8):
         if kind != "interleaved" or m % grid.pp == 0:
             check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
@@ -417,7 +420,7 @@ def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
     """2 stages × 2 replicas, which get unequal rows and unequal numbers of tokens that count."""
     grid = grid_of(2)
     assert (grid.pp, grid.dp) == (2, 2)
-    for m in (1, 2, 3, 4):
+    for m in (1, 2, 3, 4) if tied else (3, 4):
         if kind != "interleaved" or m % 2 == 0:
             check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
