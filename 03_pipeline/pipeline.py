@@ -4,9 +4,9 @@
 Paper: Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM,
        Narayanan et al., 2021, arXiv 2104.04473 (its schedules: GPipe, arXiv 1811.06965; PipeDream-Flush, 2006.09503)
 
-The problem. Tensor parallelism (chapter 2) talks in every layer, so it ends at the walls of one server, and a model of
-a trillion parameters needs hundreds of servers. Cut *between* layers, a rank has one short message to send, but must
-wait for the one that it gets.
+The problem. Tensor parallelism (chapter 2) cuts every layer, and so its ranks talk in every layer, four times: that
+ends at the walls of one server, whose GPUs are eight. A model of a trillion parameters needs sixty-four such servers.
+Cut *between* layers, a rank sends one tensor a micro-batch and no more, but must wait for the one that it gets.
 
 The idea. Cut the stack of layers into p stages and the batch into m micro-batches, which follow each other through the
 stages like cars through a factory. Here p = 4, m = 8; a digit is a micro-batch, ─ its forward, ═ its backward:
@@ -64,14 +64,14 @@ import sys
 import sysconfig
 import time
 import zlib
-from collections import defaultdict, namedtuple
+from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from itertools import islice, zip_longest
+from itertools import accumulate, islice, zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tiktoken
 import torch
@@ -349,21 +349,26 @@ def train_alone(
 #
 # Each rank has its forwards in one fixed order and its backwards in another. All that a schedule still decides is how
 # the two are shuffled, and for all of the paper's that is one number: how many forwards go ahead before the first
-# backward. From then on forward and backward alternate, until the forwards are used up.
+# backward. Write the two streams below each other, the backwards so many places to the right, and read the columns from
+# left to right. Rank 2 of 4 under 1f1b, where one forward goes ahead:
+#
+#     forwards      F0  │  F1   F2   F3   F4   F5   F6   F7  │
+#     backwards         │  B0   B1   B2   B3   B4   B5   B6  │  B7
+#                warm-up│            steady state            │cool-down       F0, F1 B0, F2 B1, ... F7 B6, B7
+#
+# How many go ahead:
 #
 #     gpipe          all m                      simple; the activations of all micro-batches wait in memory
 #     1f1b           p − rank − 1               as few as keep everybody busy: p of them wait at most, whatever m is
 #     interleaved    2(p − rank − 1) + (v−1)p   1f1b for v chunks: micro-batches go in groups of p, each group through
 #                                               chunk 0, then through chunk 1, ...; backward through the last one first
 #     zb-h1          p − rank − 1               1f1b with backward cut in two: B, the gradient of the input, for which
-#                                               the next rank waits, and W, of the weights, for which nobody waits.
-#                                               Rank r lets r of its W's wait; they fill what was bubble.
+#                                               the next rank waits, and W, of the weights, for which nobody waits:
+#                                               a third stream, `rank` places right of the second, fills the bubble
 #
 # Why p − rank − 1: in the steady state every rank below must have a micro-batch to work on, while this one waits for a
 # gradient; below rank r are p − r − 1. With one less the ranks wait for each other at every micro-batch (p = 4, m = 8:
-# a bubble of 5/4 instead of 3/8); with more, activations pile up and nobody is faster. Rank 2 of 4:
-#
-#     F0  │  F1 B0   F2 B1   F3 B2   F4 B3   F5 B4   F6 B5   F7 B6  │  B7           warm-up │ steady state │ cool-down
+# a bubble of 5/4 instead of 3/8); with more, activations pile up and nobody is faster.
 #
 # Why interleaving's is twice that: by the same count p − rank − 1 would do, with less memory and the same bubble, if
 # messages took no time. The second p − rank − 1 put a micro-batch on the way between any two ranks, so that a message
@@ -377,13 +382,13 @@ def train_alone(
 #
 # Megatron-LM runs all forwards first where m = p. The rule without exception takes as long, and keeps less in memory.
 #
-# [section 2.2; zb-h1: Zero Bubble Pipeline Parallelism, Qi et al., arXiv 2401.10241, section 2]
+# [the paper's section 2.2; ZB-H1: Zero Bubble Pipeline Parallelism, Qi et al., arXiv 2401.10241, section 2]
 
 KINDS = ("gpipe", "1f1b", "interleaved", "zb-h1")
 
 
 class Op(NamedTuple):
-    """One operation of one rank: kind "F", "B" or "W" on one micro-batch, in one of the rank's chunks."""
+    """One operation of one rank: kind "F", "B" or "W" on one micro-batch, in one of its chunks. Source: ours."""
 
     kind: str
     microbatch: int
@@ -398,7 +403,7 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 
     Args: stages: p, ranks of the pipeline. microbatches: m; fewer than stages work, except interleaved. chunks: v,
     pieces of the model for each rank; only "interleaved" takes more than one.
-    Raises: ValueError with the reason for what cannot be scheduled. Source: section 2.2 of the paper.
+    Raises: ValueError with the reason for what cannot be scheduled. Source: the paper's section 2.2; zb-h1: ZB-H1.
     Needs: `KINDS`, `Op`.
     """
     p, m, v = stages, microbatches, chunks
@@ -413,22 +418,17 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
         why = f"interleaving sends groups of {p}, and a shorter one costs more than chunks gain"
         raise ValueError(f"microbatches={m} is no multiple of stages={p}: {why}; choose {fits}")
 
-    # All forwards in order, all backwards in order: the same on every rank. With one chunk that is 0, 1, 2, ...
-    def order(kind: str, chunk_order: Iterable[int]) -> list[Op]:
-        groups = (range(first, min(first + p, m)) for first in range(0, m, p))
-        return [Op(kind, i, chunk) for group in groups for chunk in chunk_order for i in group]
+    # The streams: the same on every rank. With one chunk they are 0, 1, 2, ... (a slice of range(m) ends at m.)
+    def order(kind: str, chunk_order: range) -> list[Op]:
+        return [Op(kind, i, c) for first in range(0, m, p) for c in chunk_order for i in range(m)[first : first + p]]
 
     forwards, backwards = order("F", range(v)), order("B", range(v)[::-1])
+    weights = [op._replace(kind="W") for op in backwards] if kind == "zb-h1" else []
     table = []
     for rank in range(p):
         ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(kind, p - rank - 1)
-        ops, waiting = forwards[:ahead], []  # waiting: W's whose time has not come
-        for k, backward in enumerate(backwards):
-            ops += [*forwards[ahead + k : ahead + k + 1], backward]  # the slice is empty once forwards are used up
-            if kind == "zb-h1":
-                waiting.append(backward._replace(kind="W"))
-                ops += [waiting.pop(0)] if len(waiting) > rank else []
-        table.append(ops + waiting)
+        columns = zip_longest(forwards, [None] * ahead + backwards, [None] * (ahead + rank) + weights)
+        table.append([op for column in columns for op in column if op])
     return table
 
 
@@ -441,8 +441,9 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 #     weights  need   their own backward
 #
 # With them a table can be played through on paper: an operation starts when its rank is free and what it needs is
-# there. `play` asks one rank after the other to go on as far as it can. When a whole round has moved nobody, either all
-# are done, and every operation has its time, or all wait, and that is a deadlock.
+# there. We ask one rank after the other to go on as far as it can (`take_turns`). When a whole round has moved nobody,
+# either all are done, and every operation has its time, or some wait for each other, and that is a deadlock. The order
+# in which ranks are asked does not matter: what a rank can do now it can still do when it is asked later.
 #
 # Times are fractions, so that a bubble can be held against a formula exactly: (p − 1)/m, (p − 1)/(v·m). Mind the
 # convention: the paper divides the bubble by the *ideal* time, not by the whole; (p − 1)/(m + p − 1) is the other.
@@ -451,7 +452,7 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | None:
     """(rank, op) of the neighbouring stage whose result `op` takes; None at the model's two ends, and for W.
 
-    Needs: `Op`.
+    Source: ours. Needs: `Op`.
     """
     stage = op.chunk * stages + rank + (1 if op.kind == "B" else -1)
     if op.kind == "W" or not 0 <= stage < stages * chunks:
@@ -460,47 +461,56 @@ def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | No
 
 
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
-    """(rank, op) of all that must be done before `op` of `rank`. Needs: `input_of`, `Op`."""
+    """(rank, op) of all that must be done before `op` of `rank`. Source: ours. Needs: `input_of`, `Op`."""
     earlier, source = {"B": "F", "W": "B"}.get(op.kind), input_of(op, rank, stages, chunks)
     own = [(rank, Op(earlier, op.microbatch, op.chunk))] if earlier else []
     return [*own, source] if source else own
 
 
 def chunks_of(schedule: Schedule) -> int:
-    """Chunks of a rank; the first rank has all of them, as every rank has."""
+    """How many chunks a rank has: v, on every rank the same. Source: ours."""
     return 1 + max((op.chunk for ops in schedule for op in ops), default=0)
+
+
+def take_turns(lists: list[list], go: Callable[[int, Any], bool]) -> list[tuple[int, Any]]:
+    """Each rank goes through its own list, an item whenever go(rank, item) is true, until nobody can go on.
+
+    Returns: (rank, item) of all ranks that are stuck; an empty list when all have come to their end. Source: ours.
+    """
+    at, moved = [0] * len(lists), True  # at: of each rank, its next item
+    while moved:
+        moved = False
+        for rank, items in enumerate(lists):
+            while at[rank] < len(items) and go(rank, items[at[rank]]):
+                at[rank], moved = at[rank] + 1, True
+    return [(rank, items[k]) for rank, (items, k) in enumerate(zip(lists, at)) if k < len(items)]
 
 
 def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0) -> dict:
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
-    Needs: `needs`, `input_of`, `chunks_of`, `Op`.
+    Source: ours. Needs: `take_turns`, `needs`, `input_of`, `chunks_of`, `Op`.
     """
     p, v = len(schedule), chunks_of(schedule)
-    # done: when each operation ended. Of each rank, free: since when it has nothing to do; at: its next operation.
-    done, free, at, moved = {}, [0] * p, [0] * p, True
-    while moved:
-        moved = False
-        for rank, ops in enumerate(schedule):
-            while at[rank] < len(ops):
-                op = ops[at[rank]]
-                needed = needs(op, rank, p, v)
-                if any(key not in done for key in needed):
-                    break  # this rank waits; the next round asks it again
-                arrival = [done[key] + (t_send if key[0] != rank else 0) for key in needed]
-                done[rank, op] = free[rank] = max([free[rank], *arrival]) + duration[op.kind]
-                at[rank], moved = at[rank] + 1, True
-    waiting = [(rank, ops[at[rank]]) for rank, ops in enumerate(schedule) if at[rank] < len(ops)]
-    if waiting:
-        lacking = {(r, op): [key for key in needs(op, r, p, v) if key not in done] for r, op in waiting}
-        stuck = [f"rank {rank} cannot do {op} without {keys}" for (rank, op), keys in lacking.items()]
-        raise ValueError("deadlock: " + "; ".join(stuck))
+    done, free = {}, [0] * p  # when each operation ended; since when each rank has had nothing to do
+
+    def go(rank: int, op: Op) -> bool:
+        needed = needs(op, rank, p, v)
+        if any(key not in done for key in needed):
+            return False
+        arrivals = [done[key] + (t_send if key[0] != rank else 0) for key in needed]
+        done[rank, op] = free[rank] = max([free[rank], *arrivals]) + duration[op.kind]
+        return True
+
+    if waiting := take_turns(schedule, go):
+        lacking = [(rank, op, [key for key in needs(op, rank, p, v) if key not in done]) for rank, op in waiting]
+        raise ValueError("deadlock: " + "; ".join(f"rank {r} cannot do {op} without {keys}" for r, op, keys in lacking))
     return done
 
 
 class Bar(NamedTuple):
-    """One operation on a timeline."""
+    """One operation on a timeline, in any unit of time. Source: ours."""
 
     op: Op
     start: float | Fraction
@@ -508,7 +518,7 @@ class Bar(NamedTuple):
 
 
 class Timeline(NamedTuple):
-    """When each rank does what: simulated, or measured."""
+    """When each rank does what: simulated, or measured. Source: ours; the bubble: the paper's section 2.2."""
 
     ranks: list[list[Bar]]
 
@@ -530,7 +540,8 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
     Args: t_forward, t_backward: of one micro-batch through all layers of a rank (so a chunk takes 1/v of it), any unit.
     t_backward is the whole backward and t_weight its part for the weights, which matters where the schedule has W's.
     t_send: of a message between ranks.
-    Raises: ValueError where the schedule deadlocks. Needs: `play`, `Bar`, `Timeline`.
+    Raises: ValueError where the schedule deadlocks.
+    Source: ours. Needs: `play`, `chunks_of`, `Bar`, `Timeline`.
     """
     # Where backward is cut in two, B and W share its time. A chunk has 1/v of a rank's layers, and takes 1/v of it.
     v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
@@ -544,7 +555,8 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
 def draw(timeline: Timeline, width: int = 100) -> str:
     """A timeline as text, a line for each rank: a micro-batch's number, then ─ for F, ═ for B, ┄ for W.
 
-    Of several chunks the second is lettered b, the third c, and so on; a number that does not fit is cut.
+    Where ranks have several chunks the first is lettered a, the second b; a number that does not fit is cut.
+    Source: ours, after the paper's figures 3 and 4.
     """
     first = min(bars[0].start for bars in timeline.ranks)
     several = any(bar.op.chunk for bars in timeline.ranks for bar in bars)
@@ -561,16 +573,20 @@ def draw(timeline: Timeline, width: int = 100) -> str:
 
 # ── 2.3 Messages: one clock for all ranks ───────────────────────────────────────────────────────────────
 #
-# Where an operation needs one of another rank, a tensor must travel; so the table implies the messages. Their *order*
-# is the hard part. A receive waits for its send, a send may wait for its receive (on GPUs, and for gloo's blocking
-# send), and between two ranks the k-th send meets the k-th receive, whatever the two mean by it. In the steady state of
-# 1f1b two neighbours have something for each other at the same time, and if both send first, both wait forever:
+# Where an operation needs one of another rank, a tensor must travel; so the table implies the messages. In chapters 1
+# and 2 all ranks of a group met in each collective. A message has two ends only: one rank calls `isend` with a tensor,
+# the other `irecv` with an empty one of the same shape and dtype. Both return at once, with something to wait for.
+#
+# Their *order* is the hard part. A receive waits for its send, a send may wait for its receive (on GPUs, and for gloo's
+# blocking `send`), and between two ranks the k-th send meets the k-th receive, whatever the two mean by it. In the
+# steady state of 1f1b two neighbours have something for each other at the same time, and if both send first, both wait
+# forever:
 #
 #     rank 1   send activation ──► ?         rank 2   send gradient ──► ?         each waits for the other's receive
 #
-# The cure is to post the two as one batch, which completes as a whole. Which messages form a batch? Play the table on a
-# clock on which every operation takes one tick. All that is made in a tick is sent at its end, and both ends know the
-# tick: so let each rank post what it sends and receives at the end of a tick as one batch.
+# The cure is to post the two as one batch (`batch_isend_irecv`), which completes as a whole. Which messages form a
+# batch? Play the table on a clock on which every operation takes one tick. All that is made in a tick is sent at its
+# end, and both ends know the tick: so let each rank post what it sends and receives at the end of a tick as one batch.
 #
 #     tick 5    rank 1: forward of 3   rank 2: backward of 0      then both:  [1 ─► 2 activation 3,  2 ─► 1 gradient 0]
 #
@@ -579,7 +595,7 @@ def draw(timeline: Timeline, width: int = 100) -> str:
 
 
 class Hop(NamedTuple):
-    """A message between two ranks: the activation (or gradient) that `op` of rank `source` makes."""
+    """A message between two ranks: the activation (or gradient) that `op` of rank `source` makes. Source: ours."""
 
     source: int
     target: int
@@ -587,7 +603,7 @@ class Hop(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A tick of one rank: an operation (or a pause, None), then one batch of messages."""
+    """A tick of one rank: an operation (or a pause, None), then one batch of messages. Source: ours."""
 
     op: Op | None
     batch: tuple[Hop, ...]
@@ -599,7 +615,8 @@ Program = list[Step]  # of one rank
 def programs(schedule: Schedule) -> list[Program]:
     """Each rank's program: the schedule's operations with the messages between them.
 
-    Raises: ValueError where the schedule deadlocks. Needs: `play`, `input_of`, `Hop`, `Step`.
+    Raises: ValueError where the schedule deadlocks.
+    Source: ours. Needs: `play`, `input_of`, `chunks_of`, `Hop`, `Step`.
     """
     p, v = len(schedule), chunks_of(schedule)
     ticks = play(schedule, dict(F=1, B=1, W=1))
@@ -620,84 +637,76 @@ def programs(schedule: Schedule) -> list[Program]:
 # ── 2.4 Proof without a process ─────────────────────────────────────────────────────────────────────────
 #
 # `verify` looks at the table: each operation once, forward before backward, nothing that waits in a circle. Then
-# `verify_programs` plays the messages in the strictest way that a network could have: a batch ends only when every
-# peer stands at the batch that has the other end of each of its messages, and until then its rank does nothing. What
-# passes here cannot deadlock on any network that is kinder, as gloo and NCCL are.
+# `verify_programs` looks at the messages, in the strictest way that a network could have. Three things must hold:
+#
+#     order     both ends of a channel list the same messages in the same order, since they are matched by order alone
+#     cause     nobody uses, or sends, what it has not yet made or received
+#     progress  a batch ends only when, of each of its messages, the other end stands at its own batch; until then its
+#               rank does nothing. Nobody may wait in a circle even so.
+#
+# What passes here cannot deadlock on any network that is kinder, as gloo and NCCL are.
 
 
 def verify(schedule: Schedule) -> list[int]:
     """Proves a schedule; returns, of each rank, the most activations that it holds at once (in chunks of its model).
 
     Raises: ValueError that says what is wrong: an operation missing or done twice, an order that cannot be, a deadlock.
-    Needs: sections 2.1 to 2.4.
+    Source: ours. Needs: sections 2.1 to 2.4.
     """
     if not schedule or not all(schedule):
         raise ValueError("a schedule has at least one rank, and each rank at least one operation")
     m, v = 1 + max(op.microbatch for ops in schedule for op in ops), chunks_of(schedule)
-    kinds = sorted({"F", "B"} | {op.kind for ops in schedule for op in ops})
-    if unknown := set(kinds) - set("FBW"):
+    kinds = {"F", "B"} | {op.kind for ops in schedule for op in ops}
+    if unknown := kinds - set("FBW"):
         raise ValueError(f"operations are F, B or W, not {sorted(unknown)}")
     every = {Op(kind, i, chunk) for kind in kinds for i in range(m) for chunk in range(v)}
-    # Each once: nothing is missing, and there are no more operations than that. Then the peak is a matter of counting:
-    # a forward adds an activation, and the last operation that needs it takes it away.
-    peaks = []
-    for rank, ops in enumerate(schedule):
+    for rank, ops in enumerate(schedule):  # each once: nothing is missing, and there are no more than that
         if missing := every - set(ops):
             raise ValueError(f"rank {rank} never does {min(missing)}")
         if len(ops) > len(every):
             raise ValueError(f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has")
-        releases, held = "W" if "W" in kinds else "B", [0]
-        for op in ops:
-            held.append(held[-1] + (op.kind == "F") - (op.kind == releases))
-        peaks.append(max(held))
     verify_programs(programs(schedule))
-    return peaks
+    # A forward adds an activation, and the last operation that needs it takes it away: its W, or else its B.
+    last = max(kinds - {"F"})
+    return [max(accumulate((op.kind == "F") - (op.kind == last) for op in ops)) for ops in schedule]
 
 
 def verify_programs(all_programs: list[Program]) -> None:
     """Proves that the ranks' programs match and end, under rendezvous of whole batches.
 
     Raises: ValueError where two ends list messages in different orders, a rank uses or sends what it does not have, or
-    all wait for each other. Needs: `needs`, `chunks_of`.
+    some wait for each other. Source: ours. Needs: `take_turns`, `needs`, `chunks_of`.
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
-    listed = defaultdict(list)  # by end, source and target: the messages in the order in which this end posts them
+    channels = defaultdict(lambda: ([], []))  # source and target to what the sender lists, and what the receiver
     for rank, program in enumerate(all_programs):
         for hop in (hop for step in program for hop in step.batch):
-            if rank not in (hop.source, hop.target):
-                raise ValueError(f"rank {rank} takes part in {hop}, which is not its own")
-            listed[rank, hop.source, hop.target].append(hop)
-    # Order first: two ranks' messages are matched by their order alone, and a receive takes what comes.
-    for (rank, source, target), hops in listed.items():
-        there = listed.get((source + target - rank, source, target), [])  # source + target − rank is the other end
-        for mine, theirs in zip_longest(hops, there):
-            if mine != theirs:
-                raise ValueError(f"from rank {source} to {target}: one end lists {mine} where the other has {theirs}")
+            channels[hop.source, hop.target][rank == hop.target].append(hop)
+    for (source, target), ends in channels.items():
+        for sent, received in zip_longest(*ends):
+            if sent != received:
+                raise ValueError(f"rank {source} to {target}: one end lists {sent} where the other has {received}")
 
-    # Then the play: a rank goes on from a batch when the other end of each of its messages has been posted.
-    has: list[set] = [set() for _ in all_programs]  # what each rank has made or received
-    posted: list[set] = [set() for _ in all_programs]
-    at, moved = [0] * p, True
-    while moved:
-        moved = False
-        for rank, program in enumerate(all_programs):
-            while at[rank] < len(program):
-                op, batch = program[at[rank]]
-                if op and (rank, op) not in has[rank]:
-                    if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
-                        raise ValueError(f"rank {rank} does {op} without {lacking}")
-                    has[rank].add((rank, op))
-                if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
-                    raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
-                posted[rank] |= set(batch)
-                if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
-                    break  # a peer is not there yet
-                has[rank] |= {(hop.source, hop.op) for hop in batch}
-                at[rank], moved = at[rank] + 1, True
-    stuck = [f"rank {r} in {all_programs[r][at[r]].batch}" for r in range(p) if at[r] < len(all_programs[r])]
-    if stuck:
-        raise ValueError("deadlock: all wait for each other's batches: " + "; ".join(stuck))
+    has, posted = defaultdict(set), defaultdict(set)  # of each rank: made or received; posted
+
+    def go(rank: int, step: Step) -> bool:
+        op, batch = step
+        if op and (rank, op) not in has[rank]:
+            if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
+                raise ValueError(f"rank {rank} does {op} without {lacking}")
+            has[rank].add((rank, op))
+        if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
+            raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
+        posted[rank].update(batch)
+        if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
+            return False  # the other end, source + target − rank, is not there yet
+        has[rank].update((hop.source, hop.op) for hop in batch)
+        return True
+
+    if stuck := take_turns(all_programs, go):
+        batches = "; ".join(f"rank {rank} in {step.batch}" for rank, step in stuck)
+        raise ValueError(f"deadlock: all wait for each other's batches: {batches}")
 
 
 # ── 2.5 A stage ─────────────────────────────────────────────────────────────────────────────────────────
@@ -709,11 +718,14 @@ def verify_programs(all_programs: list[Program]) -> None:
 # 1, 2, ..., then to the first, whose embedding weighs in, and never to the last, whose head and loss weigh most.
 #
 # With a tied head the first rank and the last have the same weight, each its own copy, which start equal and get the
-# same gradient: the sum of both parts (section 4.1). With p = 1 it is one tensor, and nothing has to be summed.
+# same gradient: the sum of both parts (4.1 below). With p = 1 it is one tensor, and nothing has to be summed.
 
 
 def place_layers(layers: int, stages: int) -> list[range]:
-    """The layers of each of `stages` stages (p·v of them). Raises: ValueError for fewer layers than stages."""
+    """The layers of each of `stages` stages (p·v of them). Raises: ValueError for fewer layers than stages.
+
+    Source: ours; the paper's layers always divide.
+    """
     if layers < stages:
         raise ValueError(f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages")
     rest = [*range(1, stages - 1), 0][: layers % stages]
@@ -724,37 +736,33 @@ def place_layers(layers: int, stages: int) -> list[range]:
 class PipelineStage(nn.Module):
     """Rank `rank`'s chunks of GPT(config), cut into stages · chunks pieces; a chunk is called by its number.
 
-    Its weights are those that GPT(config) has, and so are their names. No more than one whole tensor of another rank is
-    in memory at a time.
-    Raises: ValueError where layers are fewer than stages. Needs: the plain GPT, `place_layers`.
+    Its weights are those that GPT(config) has, and so are their names. They are made on the CPU in fp32 (.to moves
+    them), the whole model's numbers on every rank, but no more than one tensor of another rank is in memory at a time.
+    Raises: ValueError where layers are fewer than stages, or rank is not one of them.
+    Source: the paper's section 2.2. Needs: the plain GPT, `place_layers`.
     """
 
     def __init__(self, config: GPTConfig, rank: int = 0, stages: int = 1, chunks: int = 1):
         super().__init__()
         if not 0 <= rank < stages or chunks < 1:
-            raise ValueError(
-                f"rank={rank}, stages={stages}, chunks={chunks}: ranks are 0 to stages - 1, chunks at least 1"
-            )
+            sizes = f"rank={rank}, stages={stages}, chunks={chunks}"
+            raise ValueError(f"{sizes}: ranks are 0 to stages - 1, chunks at least 1")
         self.config, self.rank, self.stages, self.chunks = config, rank, stages, chunks
         self.layers_of = place_layers(config.num_layers, stages * chunks)
+        with torch.device("meta"):  # the plain model as shapes without memory; this rank takes its parts of it
+            whole = GPT(config)
         first, last = rank == 0, rank == stages - 1
-        # Shapes first, without memory: the weights come from `initial_weights`, and PyTorch's own would be in vain.
-        with torch.device("meta"):
-            if first or (last and config.tied_head):
-                self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-            if first:
-                self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            # A dictionary and no list: its keys, and so the weights' names, are the layers' numbers in the whole model.
-            mine = [layer for chunk in range(chunks) for layer in self.layers_of[chunk * stages + rank]]
-            blocks = {str(layer): Block(config, Attention(config), MLP(config)) for layer in mine}
-            self.layers = nn.ModuleDict(blocks)
-            if last:
-                self.final_norm = nn.LayerNorm(config.hidden_size)
-            if last and not config.tied_head:
-                self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        names = self.state_dict().keys()
-        weights = {name: whole for name, whole in initial_weights(config) if name in names}
-        self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
+        self.embedding = whole.embedding if first or (last and config.tied_head) else None
+        self.positions = whole.positions if first else None
+        # A dictionary and no list: its keys, and so the weights' names, are the layers' numbers in the whole model.
+        mine = [layer for chunk in range(chunks) for layer in self.layers_of[self.stage(chunk)]]
+        self.layers = nn.ModuleDict({str(layer): whole.layers[layer] for layer in mine})
+        self.final_norm = whole.final_norm if last else None
+        self.head = whole.head if last else None
+        if torch.get_default_device().type != "meta":  # there nobody asks for more than shapes
+            names = self.state_dict().keys()
+            weights = {name: x for name, x in initial_weights(config) if name in names}
+            self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
 
     def stage(self, chunk: int) -> int:
         return chunk * self.stages + self.rank
@@ -763,14 +771,14 @@ class PipelineStage(nn.Module):
         return self.stage(chunk) == self.stages * self.chunks - 1
 
     def forward(self, chunk: int, x: Tensor, streams: RandomStreams) -> Tensor:
-        """tokens_BS for the first stage, else x_BSH; to x_BSH, for the last stage to logits (B, S, V)."""
+        """x is tokens_BS for the first stage, else x_BSH; to (B, S, H), for the last stage to logits (B, S, V)."""
         if self.stage(chunk) == 0:
             x = embed(self.embedding, self.positions, x)
             x = dropout(x, self.config.dropout if self.training else 0.0, streams.outside)
         for layer in self.layers_of[self.stage(chunk)]:
             x = self.layers[str(layer)](x, streams)
         if self.is_last(chunk):
-            x = F.linear(self.final_norm(x), (self.embedding if self.config.tied_head else self.head).weight)
+            x = F.linear(self.final_norm(x), (self.head or self.embedding).weight)
         return x
 
     def loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
@@ -780,12 +788,15 @@ class PipelineStage(nn.Module):
 
     def tied_copies(self) -> list[nn.Parameter]:
         """The tied weight, where another rank has a copy of it."""
-        copied = self.stages > 1 and self.config.tied_head and hasattr(self, "embedding")
+        copied = self.stages > 1 and self.config.tied_head and self.embedding is not None
         return [self.embedding.weight] if copied else []
 
 
 def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
-    """Dropout's generator for one rank; equal on no two, since no two hold the same tensor. Needs: `RandomStreams`."""
+    """Dropout's generator for one rank; equal on no two, since no two hold the same tensor.
+
+    Source: ours. Needs: `RandomStreams`.
+    """
     generator = torch.Generator(device).manual_seed(zlib.crc32(repr((seed, pp_rank, dp_rank)).encode()))
     return RandomStreams(outside=generator, inside=generator)
 
@@ -801,13 +812,14 @@ def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.
 #     rank 1 of 2   x ─► second half  ═══ network ═══►  rank 1  ─┴─ all-gather ─►  x on both
 #
 # It is right only where the tensor is the same on all t ranks; chapter 4's sequence parallelism cuts it beforehand.
-# [section 4.1]
+# [the paper's section 4.1]
 
 
 def cut_for_wire(x: Tensor, group=None) -> Tensor:
-    """This rank's part of x, flat, for its peer; x is the same on every rank of `group`. group None: all of x.
+    """This rank's part of x, flat, for its peer: (n,) with n = x.numel() / t, rounded up; the last parts are padded.
 
-    A number of elements that does not divide is padded. Needs: nothing.
+    Args: x of any shape, the same on every rank of `group`. group: the t ranks; None: there is one, and n is all of x.
+    Source: the paper's section 4.1.
     """
     flat = x.detach().reshape(-1)
     if group is None:
@@ -817,7 +829,11 @@ def cut_for_wire(x: Tensor, group=None) -> Tensor:
 
 
 def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
-    """The whole tensor of `shape` from the parts that the ranks of `group` have received. Undoes `cut_for_wire`."""
+    """The whole tensor of `shape`, from the parts that the ranks of `group` have received. Undoes `cut_for_wire`.
+
+    Args: part: (n,), as `cut_for_wire` returns it. Every rank of `group` must call it.
+    Source: the paper's section 4.1.
+    """
     if group is None:
         return part.view(shape)
     parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
@@ -836,70 +852,75 @@ def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
 
 
 class Mailbox:
-    """Values by (pipeline rank, op) that made them; `post` sends and receives those that a batch names.
+    """Tensors by the (pipeline rank, op) that made them; `post` sends and receives those that a batch names.
 
-    shape_of: a hop to the shape of its tensor. Needs: `cut_for_wire`, `join_from_wire`, `Grid` (part 4).
+    Args: shape_of: from a hop to the shape of its tensor, the same on both ends. Raises: ValueError for a tensor that
+    is not what the receiver waits for, RuntimeError that names a peer that is lost.
+    Source: ours. Needs: `cut_for_wire`, `join_from_wire`, `Hop`, `Grid` (part 4).
     """
 
     AIRBORNE = 4  # batches at once
 
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
-        self.values, self.flights = {}, []  # a flight: each hop of a batch with its message and what to wait for
+        self.values = {}  # (pipeline rank, op) to what is here: made, or received
+        self.flying, self.batches = {}, deque()  # a hop to its message and what to wait for; the batches, oldest first
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
 
     def put(self, rank: int, op: Op, value: Tensor) -> None:
+        """Keeps `value`, of any shape, until it is sent or taken."""
         self.values[rank, op] = value
 
     def take(self, rank: int, op: Op) -> Tensor:
-        hop = Hop(rank, self.grid.pp_rank, op)
-        for flight in self.flights:
-            if hop in flight:
-                self.land(flight, [hop])
+        """What `op` of `rank` made, in shape_of's shape; waits where it is still on its way. The mailbox forgets it."""
+        self.land(Hop(rank, self.grid.pp_rank, op))
         return self.values.pop((rank, op))
 
     def post(self, batch: tuple[Hop, ...]) -> None:
+        """Starts all messages of a batch, and returns at once."""
         if not batch:
             return
-        if len(self.flights) == self.AIRBORNE:
-            self.land_oldest()
-        messages, grid = [], self.grid
+        if len(self.batches) == self.AIRBORNE:
+            self.land(*self.batches.popleft())
+        messages = []
         for hop in batch:
-            shape = self.shape_of(hop)
-            if hop.source == grid.pp_rank:
-                x = self.values.pop((hop.source, hop.op))  # from here on the message alone holds it
-                if x.shape != shape or x.dtype != self.dtype:
-                    found = f"{tuple(x.shape)} {x.dtype}"
-                    raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
-                part = cut_for_wire(x, grid.tp_group).to(self.wire)
-                messages.append(dist.P2POp(dist.isend, part, group=grid.pp_group, group_peer=hop.target))
-            else:
-                t = 1 if grid.tp_group is None else dist.get_world_size(grid.tp_group)
-                # the t-th part, rounded up as `cut_for_wire` pads it
-                part = torch.empty(-(-math.prod(shape) // t), dtype=self.dtype, device=self.wire)
-                messages.append(dist.P2POp(dist.irecv, part, group=grid.pp_group, group_peer=hop.source))
-        works = dist.batch_isend_irecv(messages)
+            sends, shape = hop.source == self.grid.pp_rank, self.shape_of(hop)
+            buffer = dict(size=shape, dtype=self.dtype, device=self.wire)
+            # What is sent leaves the mailbox: from here on the message alone holds it.
+            x = self.values.pop((hop.source, hop.op)) if sends else torch.empty(**buffer)
+            if x.shape != shape or x.dtype != self.dtype:
+                found = f"{tuple(x.shape)} {x.dtype}"
+                raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
+            part = cut_for_wire(x, self.grid.tp_group).to(self.wire)  # a receiver's buffer is cut as the tensor is
+            kind, peer = (dist.isend, hop.target) if sends else (dist.irecv, hop.source)
+            messages.append(dist.P2POp(kind, part, group=self.grid.pp_group, group_peer=peer))
+        with self.named_errors(*batch):
+            works = dist.batch_isend_irecv(messages)
         works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
-        self.flights.append(dict(zip(batch, zip(messages, works))))
+        self.flying |= zip(batch, zip(messages, works))
+        self.batches.append(batch)
 
-    def land(self, flight: dict, hops: Iterable[Hop]) -> None:
-        """Waits for `hops` of a flight. Raises: RuntimeError that names the peer when it is lost."""
-        for hop in hops:
-            message, work = flight.pop(hop)
-            try:
+    def land(self, *hops: Hop) -> None:
+        """Waits for those of `hops` that fly, and keeps what they bring."""
+        for hop in [hop for hop in hops if hop in self.flying]:
+            message, work = self.flying.pop(hop)
+            with self.named_errors(hop):
                 work.wait()  # on a GPU this stops the stream and not the CPU
-            except RuntimeError as error:
-                rank, peer = self.grid.pp_rank, message.group_peer
-                raise RuntimeError(f"pipeline rank {rank} lost rank {peer} in {hop}: {error}") from error
             if hop.target == self.grid.pp_rank:
                 x = join_from_wire(message.tensor, self.shape_of(hop), self.grid.tp_group)
-                self.values[hop.source, hop.op] = x.to(self.device)
+                self.put(hop.source, hop.op, x.to(self.device))
 
-    def land_oldest(self) -> None:
-        flight = self.flights.pop(0)
-        self.land(flight, list(flight))
+    @contextlib.contextmanager
+    def named_errors(self, *hops: Hop):
+        """A peer that is lost shows in the message that was posted, or at once in the next one: says who it was."""
+        try:
+            yield
+        except RuntimeError as error:
+            rank, what = self.grid.pp_rank, ", ".join(map(str, hops))
+            peers = " or ".join(sorted({str(hop.source + hop.target - rank) for hop in hops}))
+            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {what}: {error}") from error
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -928,18 +949,21 @@ class Mailbox:
 
 
 def count_targets(targets_BS: Tensor, group=None) -> Tensor:
-    """How many targets count, over all replicas; a tensor, so that nobody waits for a GPU. Needs: `sum_over`."""
+    """How many targets count, over all replicas of `group`: a scalar tensor, so that nobody waits for a GPU.
+
+    Source: ours. Needs: `sum_over`.
+    """
     count = (targets_BS != -100).sum()
     sum_over(group, [count])
     return count
 
 
 @contextlib.contextmanager
-def replayed(generator: torch.Generator | None, state: Tensor | None):
-    """Inside, the generator draws once more what it drew after `state`; afterwards it is where it was."""
-    if generator is None:
-        yield
-        return
+def replayed(generator: torch.Generator, state: Tensor):
+    """Inside, the generator draws once more what it drew after `state` (of its get_state); afterwards it is as before.
+
+    Source: ours.
+    """
     now = generator.get_state()
     generator.set_state(state)
     try:
@@ -956,7 +980,8 @@ def run_step(
     """Runs a program on this replica's batch, forward and backward; every rank of the grid must call it.
 
     Afterwards p.grad of every parameter is the gradient of the mean loss per token, over all micro-batches and
-    replicas; before, it must be None. A program without backwards, under torch.no_grad(), evaluates.
+    replicas; before, it must be None. A program without backwards, under torch.no_grad(), evaluates. Parameters have
+    one dtype and are where the tokens are. An error on one rank reaches the others as a message that never comes.
 
     Args:
         program: programs(schedule)[pp rank]; its m micro-batches are the rows in order, sizes differ by one at most.
@@ -966,35 +991,34 @@ def run_step(
         recompute: keep a micro-batch's input and not its activations. autocast: dtype of products, or None.
         bars: a list that gets each operation with its times in seconds, as the CPU saw them.
 
-    Returns: the mean loss per token, the same on every rank.
+    Returns: the mean loss per token, a scalar, the same on every rank.
     Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams,
     gradients of an earlier step (the sums over the grid would count them again); RuntimeError that names a lost peer.
+    Source: ours; the paper's section 2.2 has the schedules that it runs.
     Needs: `PipelineStage`, `Mailbox`, `input_of`, `count_targets`, `replayed`, `Grid`, `sum_over`.
     """
     grid, streams = grid or Grid(), streams or RandomStreams()
     p, v, rank, H = stage.stages, stage.chunks, stage.rank, stage.config.hidden_size
     ops = [step.op for step in program if step.op]
-    m = 1 + max(op.microbatch for op in ops)
+    m, chunks, rate = 1 + max(op.microbatch for op in ops), chunks_of([ops]), stage.config.dropout
     if len(tokens_BS) < m:
         raise ValueError(f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least")
     if any(op.kind == "W" for op in ops):
         raise ValueError("zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved")
-    if (chunks := chunks_of([ops])) != v or (p, rank) != (grid.pp, grid.pp_rank):
-        raise ValueError(
-            f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, "
-            f"but the stage was built with {v} chunks for rank {rank} of {p}"
-        )
+    if (v, p, rank) != (chunks, grid.pp, grid.pp_rank):
+        built = f"the stage was built with {v} chunks for rank {rank} of {p}"
+        raise ValueError(f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, but {built}")
     if torch.is_grad_enabled() and any(p.grad is not None for p in stage.parameters()):
         raise ValueError("gradients of an earlier step are still there: call zero_grad(set_to_none=True) before")
-    if stage.training and stage.config.dropout and streams.outside is None:
-        raise ValueError(f"dropout={stage.config.dropout} needs streams=random_streams(seed, pp_rank, dp_rank)")
+    if stage.training and rate and streams.outside is None:
+        raise ValueError(f"dropout={rate} needs streams=random_streams(seed, pp_rank, dp_rank)")
 
     # Every rank cuts the same batch in the same way: so it knows the shape of whatever a neighbour will send.
     tokens, targets = tokens_BS.tensor_split(m), targets_BS.tensor_split(m)
     count, dtype = count_targets(targets_BS, grid.dp_group), next(stage.parameters()).dtype
-    total = torch.zeros((), device=tokens_BS.device, dtype=torch.promote_types(dtype, torch.float32))
     mailbox = Mailbox(grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H))
-    saved = {}  # (micro-batch, chunk) to the input, the edge of the output, and the generator's state before it
+    learning, generator = torch.is_grad_enabled(), streams.outside or torch.default_generator
+    saved = {}  # (micro-batch, chunk) to the input, the generator's state before it, and the edge of the output
 
     def compute(op: Op, x: Tensor) -> Tensor:
         """This piece's output: an activation, or of the last stage the micro-batch's part of the loss."""
@@ -1010,37 +1034,35 @@ def run_step(
             begin = time.perf_counter()
             if op.kind == "F":
                 x = tokens[op.microbatch] if received is None else received.requires_grad_()
-                state = streams.outside.get_state() if streams.outside is not None and recompute else None
-                # What is to be recomputed keeps no graph now; in an evaluation nothing does.
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not recompute):
+                state = generator.get_state() if recompute else None
+                with torch.set_grad_enabled(learning and not recompute):  # what is to be recomputed keeps no graph now
                     y = compute(op, x)
-                if torch.is_grad_enabled():
-                    saved[key] = x, None if recompute else get_gradient_edge(y), state
-                if stage.is_last(op.chunk):
-                    total += y.detach()
-                else:
-                    mailbox.put(rank, op, y.detach())  # without its graph, which stays here
+                if learning:
+                    saved[key] = x, state, None if recompute else get_gradient_edge(y)
+                mailbox.put(rank, op, y.detach())  # without its graph, which stays here
                 del y  # or this frame would hold the output until the next forward
             else:
-                x, edge, state = saved.pop(key)
+                x, state, edge = saved.pop(key)
                 if recompute:
-                    with replayed(streams.outside, state):
+                    with replayed(generator, state):
                         edge = get_gradient_edge(compute(op, x))
-                # Adds to every parameter's grad, and leaves the input's in x.grad. At the loss the gradient is 1.
-                torch.autograd.backward(edge, torch.ones_like(total) if received is None else received)
+                # Adds to every parameter's grad, and leaves the input's in x.grad. At the loss it starts from 1 (None).
+                torch.autograd.backward(edge, received)
                 if x.is_floating_point():  # tokens have no gradient, and nobody waits for one
                     mailbox.put(rank, op, x.grad)
                 del x, edge  # the last holders of this micro-batch's activations
             if bars is not None:
                 bars.append(Bar(op, begin, time.perf_counter()))
         mailbox.post(batch)
-    while mailbox.flights:  # the last sends: their tensors must live until the peer has them
-        mailbox.land_oldest()
+    mailbox.land(*mailbox.flying)  # the last sends: their tensors must live until the peer has them
 
     # Replicas first: then each of the tied weight's two parts is the whole batch's, and their sum is the gradient.
-    if torch.is_grad_enabled():
+    if learning:
         sum_over(grid.dp_group, [p.grad for p in stage.parameters()])
         sum_over(grid.tied_group, [p.grad for p in stage.tied_copies()])
+    # All that nobody took is the last stage's output: the parts of the loss. Elsewhere there are none.
+    wide = torch.promote_types(dtype, torch.float32)
+    total = sum(mailbox.values.values(), torch.zeros((), dtype=wide, device=tokens_BS.device))
     for group in (grid.pp_group, grid.dp_group):
         sum_over(group, [total])
     return total
@@ -1057,24 +1079,23 @@ def run_step(
 def shard_state_dict(
     full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int, chunks: int = 1
 ) -> dict[str, Tensor]:
-    """The plain model's state dict to that of pipeline rank `rank` of `world_size`, copies.
+    """The plain model's state dict, `full`, to that of pipeline rank `rank` of `world_size`, copies.
 
-    Raises: ValueError that names what is missing, unknown or of another shape. Needs: `PipelineStage`,
+    Raises: ValueError that names all that is missing, unknown or of another shape. Needs: `PipelineStage`,
     `parameter_shapes`.
     """
-    expected = parameter_shapes(config)
-    if missing := expected.keys() - full.keys():
-        raise ValueError(f"the state dict lacks {sorted(missing)}")
-    if unknown := full.keys() - expected.keys():
-        raise ValueError(f"the state dict has {sorted(unknown)}, which this model does not know")
-    for name, shape in expected.items():
-        if full[name].shape != shape:
-            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
-    return {name: full[name].clone() for name in PipelineStage(config, rank, world_size, chunks).state_dict()}
+    found = {name: tuple(x.shape) for name, x in full.items()}
+    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
+    if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
+        lines = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
+        raise ValueError("the state dict does not fit this configuration: " + "; ".join(lines))
+    with torch.device("meta"):
+        names = PipelineStage(config, rank, world_size, chunks).state_dict()
+    return {name: full[name].clone() for name in names}
 
 
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
-    """All ranks' state dicts to the plain model's: `shard_state_dict` undone, to the bit. Works for gradients as well.
+    """All ranks' state dicts, `shards`, to the plain model's: `shard_state_dict` undone to the bit; gradients as well.
 
     Raises: ValueError where something is missing, or the copies of a tied weight have drifted apart.
     Needs: `parameter_shapes`.
@@ -1082,11 +1103,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     full = {}
     for shard in shards:
         for name, x in shard.items():
-            if name in full and not torch.equal(full[name], x):
-                raise ValueError(
-                    f"the copies of {name} differ by {(full[name] - x).abs().max():.1e}: they have drifted apart"
-                )
-            full[name] = x.clone()
+            if not torch.equal(full.setdefault(name, x.clone()), x):
+                gap = (full[name] - x).abs().max()
+                raise ValueError(f"the copies of {name} differ by {gap:.1e}: they have drifted apart")
     names = parameter_shapes(config)
     if missing := names.keys() - full.keys():
         raise ValueError(f"no rank has {sorted(missing)}")
@@ -1110,7 +1129,8 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 class Grid:
     """This rank's place in the pipeline × data grid. In each group None is for a direction with this rank alone.
 
-    tied_group: the first and the last rank of a pipeline. tp_group: ranks that hold the same boundary tensors.
+    tied_group: the first and the last rank of a pipeline. tp_group: ranks that hold the same boundary tensors; who has
+    tensor parallelism inside the stages sets it, `make_grid` does not.
     """
 
     pp: int = 1
@@ -1133,8 +1153,8 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     if world % pp:
         raise ValueError(f"pp={pp} does not divide the {world} ranks")
     dp = world // pp
-    pipelines = [list(range(replica, world, dp)) for replica in range(dp)]
-    replicas = [list(range(first, first + dp)) for first in range(0, world, dp)]
+    ranks = torch.arange(world).view(pp, dp)  # ranks[stage, replica]
+    pipelines, replicas = ranks.T.tolist(), ranks.tolist()
     # Who holds the tied weight: first and last of each pipeline. All ranks must make a group together, so each of those
     # between is in a list as well, alone.
     ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
@@ -1152,9 +1172,9 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 
 
 def sum_over(group, tensors: list[Tensor]) -> None:
-    """Sums each of `tensors` over `group`, in place, in one message. group None: this rank is alone.
+    """Sums each of `tensors`, of any shapes and one dtype, over `group`, in place. group None: this rank is alone.
 
-    One large message is faster than many small ones, and costs a copy of them. All must have one dtype.
+    One large message is faster than many small ones, and costs a copy of them.
     """
     if group is not None and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
@@ -1164,10 +1184,11 @@ def sum_over(group, tensors: list[Tensor]) -> None:
 
 
 def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor:
-    """Scales all gradients so that their norm over the stages of `group` is at most max_norm; returns what it was.
+    """Scales all gradients so that their norm over the stages of `group` is at most max_norm.
 
-    Returns: a scalar tensor, the same on every rank; what torch.nn.utils.clip_grad_norm_ returns for the plain model.
-    Needs: `sum_over`.
+    Gradients are whole, as `run_step` leaves them: summed over replicas, and of no tensor-parallel share.
+    Returns: the norm before clipping, a scalar, the same on every rank: torch.nn.utils.clip_grad_norm_'s of the plain
+    model. Needs: `sum_over`.
     """
     copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
     square = nn.utils.get_total_norm([p.grad for p in stage.parameters() if id(p) not in copies]).square()
@@ -1178,13 +1199,12 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor
 
 def train(
     stage: PipelineStage, schedule: Schedule, batches: Batches, lr: Callable[[int], float], grid: Grid | None = None,
-    streams: RandomStreams | None = None, max_norm: float = 1.0, recompute: bool = False,
-    autocast: torch.dtype | None = None, bars: list[Bar] | None = None,
+    max_norm: float = 1.0, bars: list[Bar] | None = None, **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """`train_alone` on a grid: the same losses and norms. Every rank must iterate it; arguments as `run_step`'s.
+    """`train_alone` on a grid: the same losses and norms before clipping, scalars. Every rank must iterate it.
 
     batches: the global ones. Each replica takes its rows, where dp does not divide them an unequal number.
-    bars: gets the operations of the latest step alone.
+    bars: gets the operations of the latest step alone. options: `run_step`'s streams, recompute and autocast.
     Raises: ValueError for a schedule that is none, or a batch with too few rows.
     Needs: `make_optimizer`, `run_step`, `clip_grad_norm_`, `verify`, `programs`.
     """
@@ -1200,7 +1220,7 @@ def train(
         if bars is not None:
             bars.clear()
         tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
-        loss = run_step(stage, program, tokens_BS, targets_BS, grid, streams, recompute, autocast, bars)
+        loss = run_step(stage, program, tokens_BS, targets_BS, grid, bars=bars, **options)
         norm = clip_grad_norm_(stage, max_norm, grid.pp_group)
         optimizer.step()
         yield loss, norm
@@ -1223,7 +1243,7 @@ def train(
 def bubble(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Fraction:
     """Time lost over ideal time, as the paper gives it; for zb-h1 where F, B and W take as long and m ≥ p.
 
-    zb-h1 in general: (p − 1)(F + B − W), with B and W the two parts of backward. Source: section 2.2.
+    zb-h1 in general: (p − 1)(F + B − W), with B and W the two parts of backward. Source: the paper's section 2.2.
     """
     return Fraction(stages - 1, microbatches * (3 if kind == "zb-h1" else chunks))
 
@@ -1232,7 +1252,7 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
     """The most activations that `rank` holds at once, in chunks of its model (each 1/v of its layers).
 
     1f1b: p on the first rank and 1 on the last. interleaved: p·v + p − 1 on the first, so 1 + (p − 1)/(p·v) times
-    1f1b's memory. zb-h1: p on every rank, since an activation is kept until its W.
+    1f1b's memory. zb-h1: p on every rank, since an activation is kept until its W. Source: the paper's section 2.2.
     """
     p, m, v = stages, microbatches, chunks
     most = {"gpipe": m, "1f1b": p - rank, "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1, "zb-h1": p}[kind]
@@ -1255,14 +1275,12 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
 
 
 def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:
-    """Parameters of a GPT with a tied head, without the final norm's 2H, as the paper counts. Source: section 5.1."""
+    """Parameters of a GPT with a tied head, without the final norm's 2H. Source: the paper's section 5.1."""
     return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
 
 
-def flops(
-    layers: int, hidden: int, batch: int, vocab: int = 51_200, seq: int = 2048, recompute: bool = True
-) -> int:  # fmt: skip
-    """Floating-point operations of one step of `batch` sequences. Source: section 5.1 (with recomputation)."""
+def flops(layers: int, hidden: int, batch: int, vocab: int = 51_200, seq: int = 2048, recompute: bool = True) -> int:
+    """Floating-point operations of one step of `batch` sequences. Source: the paper's section 5.1 (recomputed)."""
     per_layer = 24 * batch * seq * hidden**2 + 4 * batch * seq**2 * hidden
     return (4 if recompute else 3) * layers * per_layer + 6 * batch * seq * hidden * vocab
 
@@ -1270,12 +1288,15 @@ def flops(
 def training_days(
     tokens: float, gpus: int, flops_per_gpu: float, layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048
 ) -> float:  # fmt: skip
-    """Days to train on `tokens`, from the exact count of operations, recomputation included. Needs: `flops`."""
+    """Days to train on `tokens`, from the exact count of operations, recomputation included.
+
+    Source: the paper's section 5.1. Needs: `flops`.
+    """
     return flops(layers, hidden, 1, vocab, seq) / seq * tokens / (gpus * flops_per_gpu) / 86_400
 
 
 def training_days_rule(tokens: float, gpus: int, flops_per_gpu: float, parameters: float) -> float:
-    """Days to train on `tokens` by the rule 8·T·P/(n·X). Source: section 5.1."""
+    """Days to train on `tokens` by the rule 8·T·P/(n·X). Source: the paper's section 5.1."""
     return 8 * tokens * parameters / (gpus * flops_per_gpu) / 86_400
 
 
@@ -1295,15 +1316,6 @@ TABLE_1 = [
     Published(529.6, 128, 20480, 105, 8, 35, 2520, 2520, 1, 3, 163, 52, 410.2),
     Published(1008.0, 160, 25600, 128, 8, 64, 3072, 3072, 1, 1, 163, 52, 502.0),
 ]
-
-# Table 2, days for 300 B tokens: (layers, hidden), GPUs, TFLOP/s per GPU, days. The first six are ZeRO-3's, without
-# model parallelism; the last six the paper's own.
-TABLE_2 = [
-    ((96, 12288), 384, 144, 90), ((96, 12288), 768, 88, 74), ((96, 12288), 1536, 44, 74),
-    ((105, 20480), 640, 138, 169), ((105, 20480), 1120, 98, 137), ((105, 20480), 2240, 48, 140),
-    ((96, 12288), 384, 153, 84), ((96, 12288), 768, 149, 43), ((96, 12288), 1536, 141, 23),
-    ((105, 20480), 560, 171, 156), ((105, 20480), 1120, 167, 80), ((105, 20480), 2240, 159, 42),
-]  # fmt: skip
 
 # ── 5.3 A plan for a cluster ────────────────────────────────────────────────────────────────────────────
 #
@@ -1340,7 +1352,7 @@ TABLE_2 = [
 
 
 class Machine(NamedTuple):
-    """What a cluster's GPUs and networks can do."""
+    """What a cluster's GPUs and networks can do. Source: an A100's data sheet; efficiency and overhead: ours."""
 
     gpu_memory: float = 80.0  # GB of one GPU
     gpus_per_node: int = 8  # GPUs of one server
@@ -1351,30 +1363,23 @@ class Machine(NamedTuple):
     overhead: float = 2e-3  # seconds a layer and micro-batch, whatever its size
 
 
-class Layout(NamedTuple):
-    """One way to lay a model out, with its predicted seconds a step and gigabytes on the fullest GPU."""
+A100 = Machine()
 
-    t: int
-    p: int
-    d: int
-    v: int
-    b: int
-    m: int
-    seconds: float
-    bubble: float  # of the ideal time
-    tensor: float  # seconds a step in all-reduces inside layers
-    network: float  # seconds a step in messages between stages and sums over replicas
-    memory: float
-    tflops: float  # per GPU
+# One way to lay a model out: its seconds a step, of which `tensor` in all-reduces inside layers and `network` in
+# messages between stages and sums over replicas; bubble over ideal time; GB on the fullest GPU; TFLOP/s per GPU.
+Layout = namedtuple("Layout", "t p d v b m seconds bubble tensor network memory tflops")
 
 
 def predict(
     layers: int, hidden: int, heads: int, batch: int, t: int, p: int, d: int, v: int, b: int,
-    vocab: int = 51_200, seq: int = 2048, machine: Machine | None = None,
+    vocab: int = 51_200, seq: int = 2048, machine: Machine = A100,
 ) -> Layout:  # fmt: skip
-    """One layout's step, by section 5.3; what must divide, does. Needs: `Machine`, `Layout`, `flops`,
-    `in_flight`, `bubble`."""
-    on, m, kind = machine or Machine(), batch // d // b, "interleaved" if v > 1 else "1f1b"
+    """One layout's step, as this section's head has it; what must divide, does.
+
+    Source: volumes: the paper's section 3; their sum: ours. Needs: `A100`, `Machine`, `Layout`, `flops`, `in_flight`,
+    `bubble`.
+    """
+    m, kind = batch // d // b, "interleaved" if v > 1 else "1f1b"
     micro = b * seq * hidden  # elements of one boundary tensor
 
     # The fullest rank holds its layers and an embedding table: the first rank its own, the last the head.
@@ -1385,11 +1390,11 @@ def predict(
     # A pipeline is as fast as its slowest stage, the one with the head.
     head = 6 * b * seq * hidden * vocab
     slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head
-    compute = slowest / t / (on.peak * on.efficiency) + on.overhead * layers / p
-    tensor = 12 * micro * (t - 1) / t * 2 / on.nvlink * layers / p  # 2 bytes an element, here and below
-    hop = micro / t * 2 / on.network + micro * (t - 1) / t * 2 / on.nvlink
+    compute = slowest / t / (machine.peak * machine.efficiency) + machine.overhead * layers / p
+    tensor = 12 * micro * (t - 1) / t * 2 / machine.nvlink * layers / p  # 2 bytes an element, here and below
+    hop = micro / t * 2 / machine.network + micro * (t - 1) / t * 2 / machine.nvlink
     messages = 2 * v * hop if p > 1 else 0.0
-    lost, sums = float(bubble(kind, p, m, v)), 2 * (d - 1) / d * held * 2 / on.network
+    lost, sums = float(bubble(kind, p, m, v)), 2 * (d - 1) / d * held * 2 / machine.network
     rounds = m * (1 + lost)
     seconds = rounds * (compute + tensor + messages) + sums
     speed = flops(layers, hidden, batch, vocab, seq) / (t * p * d * seconds) / 1e12
@@ -1399,35 +1404,39 @@ def predict(
 
 def plan(
     layers: int, hidden: int, heads: int, gpus: int, batch: int, vocab: int = 51_200, seq: int = 2048,
-    machine: Machine | None = None,
+    machine: Machine = A100,
 ) -> list[Layout]:  # fmt: skip
     """The layouts that fit, fastest first, for each (t, p) the best (v, b).
 
     t stays inside a server. All must divide: t the heads and the hidden size, p·v the layers, b·d the batch, and m by
     p where v > 1. b is at most 16, the paper's largest.
-    Raises: ValueError where nothing fits. Needs: `predict`, `Machine`.
+    Raises: ValueError where nothing fits. Source: ours. Needs: `predict`, `A100`, `Machine`.
     """
-    machine = machine or Machine()
-    divisors = lambda n, most: [i for i in range(1, min(n, most) + 1) if n % i == 0]  # noqa: E731
+    divisors = lambda n, most=math.inf: [i for i in range(1, n + 1) if n % i == 0 and i <= most]  # noqa: E731
+    layouts = [
+        predict(layers, hidden, heads, batch, t, p, d, v, b, vocab, seq, machine)
+        for t in divisors(math.gcd(gpus, machine.gpus_per_node, heads, hidden))
+        for p in divisors(math.gcd(gpus // t, layers))
+        for d in divisors(math.gcd(gpus // (t * p), batch)) if t * p * d == gpus
+        for b in divisors(batch // d, most=16)
+        for v in (divisors(layers // p) if p > 1 and batch // d // b % p == 0 else [1])
+    ]  # fmt: skip
     best: dict[tuple[int, int], Layout] = {}
-    for t in divisors(gpus, machine.gpus_per_node):
-        for p in divisors(gpus // t, layers):
-            d = gpus // (t * p)
-            if machine.gpus_per_node % t or heads % t or hidden % t or layers % p or batch % d:
-                continue
-            for b in divisors(batch // d, 16):
-                for v in divisors(layers // p, layers) if p > 1 and batch // d // b % p == 0 else [1]:
-                    x = predict(layers, hidden, heads, batch, t, p, d, v, b, vocab, seq, machine)
-                    fits = x.memory <= 0.9 * machine.gpu_memory
-                    if fits and ((t, p) not in best or x.seconds < best[t, p].seconds):
-                        best[t, p] = x
+    for x in sorted(layouts, key=lambda x: x.seconds):
+        if x.memory <= 0.9 * machine.gpu_memory:
+            best.setdefault((x.t, x.p), x)  # the first that fits is the fastest
     if not best:
-        raise ValueError(
-            f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs of "
-            f"{machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors"
-        )
-    return sorted(best.values(), key=lambda layout: layout.seconds)
+        what = f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs"
+        raise ValueError(f"{what} of {machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors")
+    return list(best.values())
 
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# Memory, in two places. p micro-batches are under way on the first rank, each with all its activations; and inside a
+# stage every tensor-parallel rank keeps the whole input of each norm and each dropout, the same on all t of them. Here
+# the cure is to recompute everything, which costs a third more time. Chapter 4 finds out what is kept, byte by byte,
+# and hardly recomputes at all. The bubble stays: (p − 1)/m wants many micro-batches, and the batch is only so large.
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
@@ -1458,9 +1467,8 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
         plain = GPT(config).to(device, dtype)
         stage = PipelineStage(config, grid.pp_rank, grid.pp, chunks).to(device, dtype)
         here = train(stage, schedule(kind, grid.pp, m, chunks), batches, grid=grid, recompute=chunks > 1, **options)
-        for step, ((loss, norm), (loss_here, norm_here)) in enumerate(
-            zip(train_alone(plain, batches, **options), here)
-        ):
+        runs = zip(train_alone(plain, batches, **options), here)
+        for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
             errors[f"loss {step}, {kind}"] = abs(loss_here / loss - 1).item()
             errors[f"norm {step}, {kind}"] = abs(norm_here / norm - 1).item()
             if step == 0:
@@ -1501,22 +1509,25 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
 
     config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
     dtype, autocast = precision(args)
-    batches = ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+
+    def batches() -> Batches:
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     stage = PipelineStage(config, grid.pp_rank, grid.pp, args.chunks).to(device, dtype)
     streams = random_streams(args.seed, grid.pp_rank, grid.dp_rank, device)
     table, bars = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), []
     alone, differences = iter(()), []
     if dist.get_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
-        first = [[x.to(device) for x in data.batch(step, args.batch, args.seed)] for step in range(min(5, args.steps))]
-        alone = train_alone(GPT(config).to(device, dtype), first, **options)
+        alone = train_alone(GPT(config).to(device, dtype), islice(batches(), 5), **options)
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
     say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
     say("step      loss    on one device      norm")
-    training = train(stage, table, batches, grid=grid, streams=streams, recompute=args.recompute, bars=bars, **options)
     quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
-    for step, (loss, norm) in enumerate(tqdm(training, total=args.steps, disable=quiet)):
+    options |= dict(streams=streams, recompute=args.recompute, bars=bars)
+    steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
+    for step, (loss, norm) in enumerate(steps):
         beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
         differences += [abs(loss.item() - other) for other in beside]
         if step < 5 or step % 10 == 9:
@@ -1600,9 +1611,7 @@ def config_of(args) -> GPTConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
-    flag(
-        "--pp", type=int, help="ranks of one pipeline, must divide all ranks (default: 4, or all where there are fewer)"
-    )
+    flag("--pp", type=int, help="ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)")
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
     flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")

@@ -11,9 +11,7 @@ import math
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 import weakref
 from datetime import timedelta
@@ -32,7 +30,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pipeline import Op
-from proof import assert_differs, assert_equal, plant
+from proof import Shows, assert_differs, assert_equal, plant, worst_of
 from torch import nn
 
 SCRIPT = Path(pl.__file__)
@@ -43,7 +41,7 @@ EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
 
 
 def config(**changes) -> pl.GPTConfig:
-    sizes = dict(vocab_size=61, seq_length=16, hidden_size=16, num_layers=8, num_heads=2)
+    sizes = dict(vocab_size=61, seq_length=16, hidden_size=16, num_layers=4, num_heads=2)
     return pl.GPTConfig(**(sizes | changes))
 
 
@@ -95,12 +93,20 @@ def reference_of(changes: tuple):
     return plain_loss_and_grads(config(**dict(changes)), *batch_of())
 
 
+@lru_cache
+def stage_of(grid: pl.Grid, chunks: int, changes: tuple) -> pl.PipelineStage:
+    """This rank's chunks, built once in each process: no test that takes them changes a weight."""
+    stage = pl.PipelineStage(config(**dict(changes)), grid.pp_rank, grid.pp, chunks)
+    return stage.to(ranks.device, torch.float64)
+
+
 def loss_and_grads(grid: pl.Grid, kind="1f1b", m=4, chunks=1, batch=None, program=None, **changes):
     """Loss and merged gradients of one step here, and of the plain model of config(**changes)."""
-    changes = dict(num_layers=4 * chunks + 1) | changes  # unevenly placed wherever there are two stages
-    cfg, (tokens, targets) = config(**changes), batch or batch_of()
-    stage = pl.PipelineStage(cfg, grid.pp_rank, grid.pp, chunks).to(ranks.device, torch.float64)
-    expected = plain_loss_and_grads(cfg, *batch) if batch else reference_of(tuple(changes.items()))
+    changes = tuple((dict(num_layers=grid.pp * chunks + 1) | changes).items())  # unevenly placed
+    cfg, (tokens, targets) = config(**dict(changes)), batch or batch_of()
+    stage = stage_of(grid, chunks, changes)
+    stage.zero_grad()
+    expected = plain_loss_and_grads(cfg, *batch) if batch else reference_of(changes)
     mine = [x.tensor_split(grid.dp)[grid.dp_rank] for x in (tokens, targets)]
     loss = pl.run_step(stage, program or program_of(kind, grid, m, chunks), *mine, grid)
     return loss, joined(grads_of(stage), cfg, grid), *expected
@@ -245,7 +251,7 @@ def test_four_batches_in_the_air_cost_nothing():
 
 def executed_length(programs: list, duration: dict, airborne: int) -> int:
     p, v = len(programs), pl.chunks_of([[s.op for s in program if s.op] for program in programs])
-    posted, at, free, place = [[] for _ in programs], [0] * p, [0] * p, {}
+    posted, free, place = [[] for _ in programs], [0] * p, {}
     for rank, program in enumerate(programs):
         place |= {(rank, hop): k for k, step in enumerate(program) for hop in step.batch}
 
@@ -254,23 +260,20 @@ def executed_length(programs: list, duration: dict, airborne: int) -> int:
         ends = [(r, place[r, hop]) for hop in hops for r in (hop.source, hop.target)]
         return max(posted[r][k] for r, k in ends) if all(k < len(posted[r]) for r, k in ends) else None
 
-    moved = True
-    while moved:
-        moved = False
-        for rank, program in enumerate(programs):
-            while at[rank] < len(program):
-                op, batch = program[at[rank]]
-                needed = [key for key in pl.needs(op, rank, p, v) if key[0] != rank] if op else []
-                waits = [landed(rank, [pl.Hop(source, rank, o)]) for source, o in needed]
-                earlier = [k for k in range(at[rank]) if program[k].batch][-airborne:][:1] if batch else []
-                before = [landed(rank, program[k].batch) for k in earlier]
-                if None in waits + before:
-                    break
-                end = max([free[rank], *waits]) + (duration[op.kind] if op else 0)
-                free[rank] = max([end, *before])
-                posted[rank].append(free[rank])
-                at[rank], moved = at[rank] + 1, True
-    assert all(at[rank] == len(program) for rank, program in enumerate(programs))
+    def go(rank: int, step: pl.Step) -> bool:
+        op, batch = step
+        needed = [key for key in pl.needs(op, rank, p, v) if key[0] != rank] if op else []
+        waits = [landed(rank, [pl.Hop(source, rank, o)]) for source, o in needed]
+        earlier = [s.batch for s in programs[rank][: len(posted[rank])] if s.batch][-airborne:][:1] if batch else []
+        before = [landed(rank, hops) for hops in earlier]
+        if None in waits + before:
+            return False
+        end = max([free[rank], *waits]) + (duration[op.kind] if op else 0)
+        free[rank] = max([end, *before])
+        posted[rank].append(free[rank])
+        return True
+
+    assert not pl.take_turns(programs, go)
     return max(free)
 
 
@@ -400,9 +403,12 @@ def halves(program: list, rank: int) -> list:
 @pytest.mark.parametrize("tied", [True, False])
 @each_shape
 def test_gradients(kind, chunks, tied):
-    """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter."""
+    """m from 1 to 8; the nine rows do not divide into micro-batches, so the last ones are shorter.
+
+    An untied head is one more weight of the last stage, whatever m is: two of them do.
+    """
     grid = grid_of(dist.get_world_size())
-    for m in range(1, 9):
+    for m in range(1, 9) if tied else (3, 8):
         if kind != "interleaved" or m % grid.pp == 0:
             check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
@@ -414,7 +420,7 @@ def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
     """2 stages × 2 replicas, which get unequal rows and unequal numbers of tokens that count."""
     grid = grid_of(2)
     assert (grid.pp, grid.dp) == (2, 2)
-    for m in (1, 2, 3, 4):
+    for m in (1, 2, 3, 4) if tied else (3, 4):
         if kind != "interleaved" or m % 2 == 0:
             check_equal(*loss_and_grads(grid, kind, m, chunks, tied_head=tied))
 
@@ -424,7 +430,8 @@ def test_pipeline_and_data_parallel_gradients(kind, chunks, tied):
 @each_shape
 def test_five_steps(kind, chunks, optimizer):
     """Weights after five steps, and the norm before clipping, which AdamW and clipping would both hide."""
-    grid, cfg = grid_of(dist.get_world_size()), config(num_layers=4 * chunks)
+    grid = grid_of(dist.get_world_size())
+    cfg = config(num_layers=grid.pp * chunks)
     plain, stage = models(cfg, grid, chunks)
 
     def make(model):
@@ -482,7 +489,7 @@ def test_without_a_process_group_there_is_one_rank():
 def test_gradients_do_not_depend_on_the_schedule(kind, chunks):
     """Where one chunk's micro-batches come in one order, gradients are equal to the bit; losses always."""
     grid = grid_of(dist.get_world_size())
-    first, here = (loss_and_grads(grid, k, 4, c, num_layers=9) for k, c in (("gpipe", 1), (kind, chunks)))
+    first, here = (loss_and_grads(grid, k, 4, c, num_layers=5) for k, c in (("gpipe", 1), (kind, chunks)))
     assert torch.equal(first[0], here[0])
     tied = {"embedding.weight"}  # head and embedding add into one tensor in an order that is the schedule's
     assert all(torch.equal(first[1][name], here[1][name]) for name in first[1].keys() - tied)
@@ -491,7 +498,7 @@ def test_gradients_do_not_depend_on_the_schedule(kind, chunks):
 @pytest.mark.ranks(2, 4)
 @each_shape
 def test_evaluation_runs_the_forwards_alone(kind, chunks):
-    grid, cfg = grid_of(dist.get_world_size()), config()
+    grid, cfg = grid_of(dist.get_world_size()), config(num_layers=4 * chunks)
     plain, stage = models(cfg, grid, chunks)
     tokens, targets = batch_of()
     forwards = [[op for op in ops if op.kind == "F"] for ops in pl.schedule(kind, grid.pp, 4, chunks)]
@@ -541,7 +548,7 @@ def test_compiled_layers():
 @pytest.mark.parametrize("kind, chunks", [("1f1b", 1), ("interleaved", 2)])
 def test_dropout_equals_the_plain_model_under_the_same_masks(kind, chunks, recompute):
     """The masks that the stages drew, put in order, are the plain model's; with and without recomputation."""
-    cfg, grid = config(dropout=0.3), grid_of(dist.get_world_size())
+    cfg, grid = config(dropout=0.3, num_layers=4 * chunks), grid_of(dist.get_world_size())
     plain, stage = models(cfg, grid, chunks)
     tokens, targets = batch_of()
     masks, original, where = {}, pl.keep_mask, []
@@ -607,7 +614,7 @@ class Token:
 @pytest.mark.parametrize("kind, chunks", [("gpipe", 1), ("1f1b", 1), ("interleaved", 2)])
 def test_what_is_held_at_once(kind, chunks, recompute):
     """As many graphs as the formula says, recomputed just one; and no output outlives its message."""
-    grid, cfg = grid_of(4), config()
+    grid, cfg = grid_of(4), config(num_layers=4 * chunks)
     _, stage = models(cfg, grid, chunks)
     graphs, outputs, most_graphs, most_outputs = [], [], [], []
 
@@ -632,7 +639,7 @@ def test_what_is_held_at_once(kind, chunks, recompute):
 @each_shape
 def test_messages(kind, chunks):
     """B·S·H of a micro-batch, once each way over each boundary between two ranks; interleaving v times as many."""
-    grid, cfg, m = grid_of(dist.get_world_size()), config(), 4
+    grid, cfg, m = grid_of(dist.get_world_size()), config(num_layers=4 * chunks), 4
     _, stage = models(cfg, grid, chunks)
     tokens, targets = batch_of()
     with pl.Counter() as counter:
@@ -711,7 +718,7 @@ def test_blocking_sends(kind, chunks):
 @each_shape
 def test_the_trace_is_the_schedule(kind, chunks):
     """What ran, in order, is what was planned; nothing ran before what it needs."""
-    grid, cfg = grid_of(4), config()
+    grid, cfg = grid_of(4), config(num_layers=4 * chunks)
     _, stage = models(cfg, grid, chunks)
     bars = []
     pl.run_step(stage, program_of(kind, grid, 4, chunks), *batch_of(), grid, bars=bars)
@@ -729,9 +736,9 @@ def test_the_trace_is_the_schedule(kind, chunks):
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    layers=st.integers(1, 9), tied=st.booleans(),
+    layers=st.integers(1, 6), tied=st.booleans(),
     first=st.sampled_from([(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 1)]),
     second=st.sampled_from([(1, 1), (2, 1), (4, 1), (2, 2), (1, 3)]),
 )  # fmt: skip
@@ -748,7 +755,7 @@ def test_weights_survive_any_resharding(layers, tied, first, second):
 
 def test_weights_are_the_plain_models_whatever_the_cut():
     for tied in (True, False):
-        cfg = config(tied_head=tied)
+        cfg = config(tied_head=tied, num_layers=8)
         whole = pl.GPT(cfg).state_dict()
         for p, v in ((1, 1), (2, 1), (2, 2), (4, 2), (8, 1)):
             stages = [pl.PipelineStage(cfg, rank, p, v).state_dict() for rank in range(p)]
@@ -808,7 +815,17 @@ def test_operations_are_those_that_pytorch_counts():
     assert counter.get_total_flops() == pl.flops(2, 32, 3, vocab=96, seq=16, recompute=False)
 
 
-@pytest.mark.parametrize("row", pl.TABLE_2, ids=str)
+# The paper's table 2, days for 300 B tokens: (layers, hidden), GPUs, TFLOP/s per GPU, days. The first six are ZeRO-3's,
+# without model parallelism; the last six the paper's own.
+TABLE_2 = [
+    ((96, 12288), 384, 144, 90), ((96, 12288), 768, 88, 74), ((96, 12288), 1536, 44, 74),
+    ((105, 20480), 640, 138, 169), ((105, 20480), 1120, 98, 137), ((105, 20480), 2240, 48, 140),
+    ((96, 12288), 384, 153, 84), ((96, 12288), 768, 149, 43), ((96, 12288), 1536, 141, 23),
+    ((105, 20480), 560, 171, 156), ((105, 20480), 1120, 167, 80), ((105, 20480), 2240, 159, 42),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TABLE_2, ids=str)
 def test_table_2(row):
     """Days from the exact count of operations, within the rounding of the printed TFLOP/s and of the days."""
     (layers, hidden), gpus, tflops, days = row
@@ -820,7 +837,7 @@ def test_the_rule_of_thumb():
     """34 and 84 days; table 2 is not the rule's, which is too short in every row."""
     assert round(pl.training_days_rule(300e9, 1024, 140e12, 175e9)) == 34
     assert round(pl.training_days_rule(450e9, 3072, 163e12, 1008e9)) == 84
-    for (layers, hidden), gpus, tflops, _ in pl.TABLE_2:
+    for (layers, hidden), gpus, tflops, _ in TABLE_2:
         rule = pl.training_days_rule(300e9, gpus, tflops * 1e12, pl.parameters(layers, hidden))
         assert 0.97 < rule / pl.training_days(300e9, gpus, tflops * 1e12, layers, hidden) < 0.99
 
@@ -888,8 +905,9 @@ def test_loss_not_divided_by_the_micro_batches():
     batch[1].clamp_(min=0)  # every token counts
     with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() // m):
         loss, grads, expected, reference = loss_and_grads(grid, m=m, batch=batch)
-    assert_equal({"loss": loss / m}, {"loss": expected})  # what the screen shows
-    assert_equal({name: grad / m for name, grad in grads.items()}, reference)  # and what it hides
+    assert_equal({name: grad / m for name, grad in grads.items()}, reference)
+    on_screen = assert_equal({"loss": loss / m}, {"loss": expected})
+    return Shows(loss=on_screen, gradients=worst_of(grads, reference))
 
 
 @pytest.mark.ranks(2)
@@ -898,10 +916,26 @@ def test_loss_not_divided_by_the_micro_batches():
     seen_in="https://github.com/areal-project/AReaL/pull/1273",
 )
 def test_loss_divided_twice():
+    """The printed loss is that before the second division."""
     grid, m = grid_of(2), 4
     with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() * m):
-        _, grads, _, reference = loss_and_grads(grid, m=m)
+        loss, grads, expected, reference = loss_and_grads(grid, m=m)
     assert_equal({name: grad * m for name, grad in grads.items()}, reference)
+    on_screen = assert_equal({"loss": loss * m}, {"loss": expected})
+    return Shows(loss=on_screen, gradients=worst_of(grads, reference))
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="a mean of means: tokens of the replica that has fewer of them weigh more",
+    seen_in="https://github.com/huggingface/transformers/issues/34191",
+)
+def test_each_replica_divides_by_its_own_count():
+    grid = grid_of(2)
+    with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() * grid.dp):
+        loss, grads, expected, reference = loss_and_grads(grid)
+    assert_differs(grads, reference, at_least=0.01)
+    return Shows(loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
 
 
 @pytest.mark.ranks(2, 4)
@@ -910,71 +944,106 @@ def test_loss_divided_twice():
     seen_in="https://github.com/NVIDIA/Megatron-LM/issues/299",
 )
 def test_tied_gradient_not_summed():
+    """The loss after five steps beside the single device's; the gradient of the first copy in the first step."""
     grid, cfg = grid_of(dist.get_world_size()), config()
-    _, stage = models(cfg, grid)
+    plain, stage = models(cfg, grid)
     tokens, targets = batch_of()
+    rate, batches, table = lambda step: 1e-2, [(tokens, targets)] * 5, pl.schedule("1f1b", grid.pp, 4)
     with plant(pl.PipelineStage, "tied_copies", lambda self: []):
-        losses = [loss.item() for loss, _ in pl.train(stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)] * 5,
-                                                      lambda step: 1e-2, grid)]  # fmt: skip
+        pl.run_step(stage, pl.programs(table)[grid.pp_rank], tokens, targets, grid)
+        wrong = {name: grad.clone() for name, grad in grads_of(stage).items() if name == "embedding.weight"}
+        stage.zero_grad()
+        losses = [loss for loss, _ in pl.train(stage, table, batches, rate, grid)]
     assert losses[-1] < losses[0]  # looks well
     with pytest.raises(ValueError, match="the copies of embedding.weight differ by"):
         joined(stage.state_dict(), cfg, grid)
+    reference = {name: plain_loss_and_grads(cfg, tokens, targets)[1][name] for name in wrong}
+    *_, (alone, _) = pl.train_alone(plain, batches, rate)
+    seen = worst_of(wrong, reference) if wrong else None  # ranks between the ends have no copy
+    assert seen is None or seen > 0.1
+    return Shows(loss=worst_of({"loss": losses[-1]}, {"loss": alone}), gradients=seen)
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(
-    symptom="the norm is too large: the tied weight counts twice, and clipping bites too early", seen_in=None
-)
+@pytest.mark.planted_bug(symptom="the tied weight counts twice in the norm, and clipping bites too early", seen_in=None)
 def test_norm_that_counts_the_tied_weight_twice():
-    grid, cfg = grid_of(2), config()
-    plain, stage = models(cfg, grid)
-    tokens, targets = batch_of()
-    (plain.loss(tokens, targets).sum() / (targets != -100).sum()).backward()
-    norm = nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
-    pl.run_step(stage, program_of("1f1b", grid, 4), tokens, targets, grid)
+    grid = grid_of(2)
+    loss, grads, expected, reference = loss_and_grads(grid)
+    norm = nn.utils.get_total_norm(list(reference.values()))
+    stage = stage_of(grid, 1, (("num_layers", 3),))  # which has these gradients now
     assert_equal({"norm": pl.clip_grad_norm_(stage, 1e9, grid.pp_group)}, {"norm": norm})
     with plant(pl.PipelineStage, "tied_copies", lambda self: []):
         wrong = pl.clip_grad_norm_(stage, 1e9, grid.pp_group)
-    tied = plain.embedding.weight.grad.square().sum()
-    assert_equal({"n": wrong.square()}, {"n": norm.square() + tied}) and wrong > 1.01 * norm
+    assert_equal({"n": wrong.square()}, {"n": norm.square() + reference["embedding.weight"].square().sum()})
+    assert wrong > 1.01 * norm
+    assert_equal(grads, reference)
+    seen = f"right; the norm is {100 * (wrong / norm - 1):.0f} % off"
+    return Shows(loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=seen)
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="the loss is right; what was summed once is summed again at each later micro-batch",
+    symptom="what was summed over replicas once is summed again at each later micro-batch",
     seen_in=None,
 )
 def test_replicas_summed_at_every_micro_batch():
-    grid, cfg = grid_of(2), config()
-    plain, stage = models(cfg, grid)
-    tokens, targets = batch_of()
-    expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
-    expected.backward()
+    grid = grid_of(2)
 
     def eager(edge, grad):
         original(edge, grad)
+        stage = stage_of(grid, 1, (("num_layers", 3),))
         pl.sum_over(grid.dp_group, [p.grad for p in stage.parameters() if p.grad is not None])
 
-    mine = [x.tensor_split(2)[grid.dp_rank] for x in (tokens, targets)]
     with plant(torch.autograd, "backward", eager) as original:
-        loss = pl.run_step(stage, program_of("1f1b", grid, 2), *mine, grid)
-    assert_equal({"loss": loss}, {"loss": expected})
-    assert_differs(joined(grads_of(stage), cfg, grid), grads_of(plain), at_least=0.1)
+        loss, grads, expected, reference = loss_and_grads(grid, m=2)
+    assert_differs(grads, reference, at_least=0.1)
+    return Shows(loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
 
 
 @pytest.mark.planted_bug(
-    symptom="there is no gradient to send back: a shape error here, and silence where zeros are sent instead",
+    symptom="no gradient to send back: an error here; where zeros are sent instead, earlier stages never learn",
     seen_in=None,
 )
 def test_received_activation_without_requires_grad():
     def take(self, rank, op):
-        value = original(self, rank, op)
+        value = take_of(self, rank, op)
         if value is not None:
             value.requires_grad_ = lambda: value
         return value
 
-    with plant(pl.Mailbox, "take", take) as original, pytest.raises(RuntimeError, match="Mismatch in shape"):
-        loss_and_grads(pl.Grid(), "interleaved", 2, 2)
+    def put(self, rank, op, value):
+        missing = torch.zeros(self.shape_of(pl.Hop(rank, rank, op)), dtype=self.dtype)
+        put_of(self, rank, op, missing if value is None else value)
+
+    with plant(pl.Mailbox, "take", take) as take_of:
+        with pytest.raises(RuntimeError, match="grad can be implicitly created only for scalar"):
+            loss_and_grads(pl.Grid(), "interleaved", 2, 2)
+        with plant(pl.Mailbox, "put", put) as put_of:
+            loss, grads, expected, reference = loss_and_grads(pl.Grid(), "interleaved", 2, 2)
+    assert not grads["positions.weight"].any() and grads["final_norm.weight"].any()
+    return Shows(loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="messages are matched by order alone: two ranks that count micro-batches differently mix them up",
+    seen_in=None,
+)
+def test_two_ranks_disagree_about_the_order_of_micro_batches():
+    """Rank 1 calls 0 what rank 0 calls 1. Nothing hangs, shapes fit, and `verify_programs` says what is wrong."""
+
+    def renamed(program: list) -> list:
+        other = lambda op: op._replace(microbatch=(1, 0, 2, 3)[op.microbatch])  # noqa: E731
+        batches = (tuple(sorted(hop._replace(op=other(hop.op)) for hop in step.batch)) for step in program)
+        return [pl.Step(step.op and other(step.op), batch) for step, batch in zip(program, batches)]
+
+    programs, grid = pl.programs(pl.schedule("1f1b", 2, 4)), grid_of(2)
+    wrong = [programs[0], renamed(programs[1])]
+    with pytest.raises(ValueError, match="rank 0 to 1: one end lists"):
+        pl.verify_programs(wrong)
+    loss, grads, expected, reference = loss_and_grads(grid, batch=batch_of(rows=8), program=wrong[grid.pp_rank])
+    assert_differs(grads, reference, at_least=0.1)
+    return Shows(loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
 
 
 @pytest.mark.planted_bug(symptom="a deadlock, which verify finds without a process", seen_in=None)
@@ -983,11 +1052,12 @@ def test_backward_through_the_first_chunk_first():
     wrong = [[op._replace(chunk=1 - op.chunk) if op.kind == "B" else op for op in ops] for ops in table]
     with pytest.raises(ValueError, match="deadlock: rank 0 cannot do"):
         pl.verify(wrong)
+    return Shows(loss="never comes: all wait", gradients=None)
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the loss is right; gradients belong to another network than the one that made it",
+    symptom="gradients belong to another network than the one that made the loss",
     seen_in="https://github.com/allenai/OLMo-core/issues/828",
 )
 def test_recomputation_with_another_mask():
@@ -1000,12 +1070,13 @@ def test_recomputation_with_another_mask():
         found.append((loss, joined(grads_of(stage), cfg, grid)))
     assert torch.equal(found[0][0], found[1][0])
     assert_differs(found[1][1], found[0][1], at_least=0.1)
+    return Shows(loss=0.0, gradients=worst_of(found[1][1], found[0][1]))
 
 
 def sends_first(path: str) -> None:
-    """On each of two ranks: 1f1b in which each batch sends, and then receives; after two seconds the stacks."""
+    """On each of two ranks: 1f1b in which each batch sends, and then receives; after a second the stacks."""
     with open(f"{path}/{dist.get_rank()}", "w") as file:
-        faulthandler.dump_traceback_later(2, file=file)
+        faulthandler.dump_traceback_later(1, file=file)
         programs = pl.programs(pl.schedule("1f1b", 2, 4))
         program = halves(programs[dist.get_rank()], dist.get_rank())
         with plant(dist, "batch_isend_irecv", rendezvous):
@@ -1025,11 +1096,12 @@ def test_each_send_before_the_receive_of_its_pair(tmp_path):
     try:
         pool.run(__name__, "reference_of", dict(changes=()))  # the ranks are there, and have imported all they need
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] silent"):
-            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=3)
+            pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=2)
     finally:
         pool.close()
     for rank in (0, 1):
         assert "in send\n" in (tmp_path / str(rank)).read_text()
+    return Shows(loss="never comes: hangs", gradients=None)
 
 
 # ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
@@ -1068,8 +1140,8 @@ def test_what_does_not_fit_is_refused_on_every_rank():
     _, wet = models(config(dropout=0.1), grid)
     with pytest.raises(ValueError, match=r"dropout=0.1 needs streams=random_streams"):
         pl.run_step(wet, program, *batch_of(), grid)
-    with pytest.raises(ValueError, match="8 layers on 9 stages: a stage needs a layer, choose at most 8"):
-        pl.PipelineStage(cfg, 0, 9)
+    with pytest.raises(ValueError, match="4 layers on 5 stages: a stage needs a layer, choose at most 4"):
+        pl.PipelineStage(cfg, 0, 5)
     with pytest.raises(ValueError, match="rank=2, stages=2"):
         pl.PipelineStage(cfg, 2, 2)
     with pytest.raises(ValueError, match="a sequence of 17 tokens, but the model has 16 positions"):
@@ -1088,14 +1160,29 @@ def test_a_boundary_of_another_type_is_refused_by_the_sender():
             mailbox.post((hop,))
 
 
+@pytest.mark.ranks(2)
+def test_a_peer_that_is_lost_before_the_next_message_is_named():
+    """gloo may notice it while a message is posted, and not where one is waited for."""
+    grid = grid_of(2)
+    mailbox = pl.Mailbox(grid, torch.float32, ranks.device, lambda hop: (2, 3))
+
+    def broken(messages):
+        raise RuntimeError("Connection closed by peer")
+
+    with plant(dist, "batch_isend_irecv", broken):
+        with pytest.raises(RuntimeError, match=r"rank (0 lost rank 1|1 lost rank 0) in Hop\(.*Connection closed"):
+            mailbox.post((pl.Hop(1 - grid.pp_rank, grid.pp_rank, Op("F", 0)),))
+
+
 def test_state_dicts_that_do_not_fit_are_refused_by_name():
     cfg = config()
     full = dict(pl.initial_weights(cfg))
     cases = {
-        "lacks .'final_norm.weight'": {name: x for name, x in full.items() if name != "final_norm.weight"},
-        "has .'head.weight'": full | {"head.weight": torch.zeros(1)},
-        r"positions.weight has shape \(4, 16\); this configuration needs \(16, 16\)": full
-        | {"positions.weight": torch.zeros(4, 16)},
+        r"final_norm.weight is missing, not \(16,\)": {
+            name: x for name, x in full.items() if name != "final_norm.weight"
+        },
+        r"head.weight is \(1,\), not known": full | {"head.weight": torch.zeros(1)},
+        r"positions.weight is \(4, 16\), not \(16, 16\)": full | {"positions.weight": torch.zeros(4, 16)},
     }
     for message, state in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -1181,7 +1268,7 @@ def test_a_wrong_flag_starts_nothing():
 
 
 def test_the_plan_command(capsys):
-    """The layout of the 1T model, its schedule proven, on a laptop."""
+    """The layout of the 1T model, its schedule proven."""
     pl.plan_command("--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split())
     printed = capsys.readouterr().out
     assert "1008.0 B parameters" in printed
@@ -1199,20 +1286,34 @@ def test_a_run_that_is_given_up_leaves_no_rank_behind():
         lines = (path / "cmdline" for path in Path("/proc").iterdir() if path.name.isdigit())
         return sum(marker in line.read_text() for line in lines if line.exists())
 
-    seen = []
-    threading.Timer(20, lambda: seen.append(alive())).start()
-    with pytest.raises(subprocess.TimeoutExpired):
-        run(marker, "--steps", "100000", timeout=25)
-    assert seen == [5] and alive() == 0  # torchrun and four ranks; nobody
+    with scripts.started(str(SCRIPT), marker, "--steps", "100000") as process:
+        assert process.stdout.readline().startswith("torch ")  # every rank is there, and works
+        assert alive() == 5  # torchrun and four ranks
+    assert alive() == 0
+
+
+TINY = ["--steps", "3", "--hidden-size", "32", "--seq-length", "32"]
 
 
 @pytest.mark.slow
 def test_a_whole_run():
-    """Two stages × two replicas, interleaved, recomputed, with dropout: every flag together; and one rank alone."""
-    tiny = ["--steps", "3", "--hidden-size", "32", "--seq-length", "32"]
+    """Two stages × two replicas, interleaved, recomputed, with dropout: every flag together."""
     flags = ["--pp", "2", "--schedule", "interleaved", "--chunks", "2", "--recompute", "--untied", "--dropout", "0.1"]
-    result = run(*tiny, *flags)
+    result = run(*TINY, *flags)
     assert result.returncode == 0, result.stderr
     assert "pp 2 × dp 2" in result.stdout and "FAILED" not in result.stdout and result.stdout.count("rank 1 ") == 2
-    result = run(*tiny, "--ranks", "1", "--schedule", "interleaved", "--chunks", "2")
-    assert result.returncode == 0 and "FAILED" not in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has taken stderr
+def test_a_whole_run_on_one_rank_stays_in_its_process(monkeypatch, capsys):
+    """As under a debugger: nothing is started, and no process group is left behind."""
+    flags, threads = [*TINY, "--ranks", "1", "--schedule", "interleaved", "--chunks", "2"], torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    try:
+        pl.launch(pl.main, pl.flags())
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "1 ranks: pp 1 × dp 1" in printed and "verdict" in printed and "FAILED" not in printed
+    assert not dist.is_initialized()
