@@ -141,9 +141,10 @@ class GPTConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# A GPT on one device, in ordinary PyTorch and in the usual layout x_BSH: the thing to equal. It is explained in chapter
-# 2. Look at `Block`: it takes a layer's two halves as arguments, and what it does itself (norm, dropout, residual sum)
-# it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as it is.
+# A GPT on a single device, in ordinary PyTorch and in the usual layout x_BSH: the thing to equal. It is explained in
+# chapter 2. Look at `Block`: it takes a layer's two halves as arguments, and what it does itself (norm, dropout,
+# residual sum) it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as
+# it is.
 
 
 # ── shared: plain GPT ──
@@ -364,7 +365,7 @@ class TransformerLayer(Block):
 # input, softmax its output, dropout its mask, a sum nothing. Go through a layer with that in mind, in units of s·b·h
 # bytes (a number in bf16 is 2, a mask's 1; 5·a·s²·b bytes are 5·a·s/h units), and this chapter's plan lies before you:
 #
-#                                         one device    t ranks, TP      TP and SP
+#                                     single device    t ranks, TP      TP and SP
 #     norm 1             its input             2               2              2/t       ← 2.2: each rank its own tokens
 #     attention          qkv's input           2               2              2/t       ← 2.3: keep the share
 #                        q, k, v               6               6/t            6/t
@@ -651,8 +652,8 @@ def _start_all_reduce(partial_x: Tensor, group) -> tuple[Tensor, dist.Work]:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_fH, bias_f, group, sequence_parallel):
-        f, g = (_start_nothing, _start_all_reduce), (_start_gather, _start_reduce_scatter)
-        ctx.group, (ctx.start_gather, ctx.start_sum) = group, g if sequence_parallel else f
+        door = (_start_gather, _start_reduce_scatter) if sequence_parallel else (_start_nothing, _start_all_reduce)
+        ctx.group, (ctx.start_gather, ctx.start_sum) = group, door  # g or f, there and back
         ctx.save_for_backward(x, weight_fH)  # the share, and not what is gathered here
         x_SBH, gathering = ctx.start_gather(x, group)
         gathering.wait()
@@ -1000,8 +1001,8 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
     kept; Kept.line the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works
     with fake tensors. Source: ours. Needs: `Kept`.
     """
-    here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")
-    known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []
+    here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")  # their callers say more
+    known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []  # a fake tensor has no data_ptr()
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in known:
@@ -1536,7 +1537,7 @@ def mode_name(sequence_parallel: bool, recompute: str) -> str:
 
 
 def equivalence(mode: tuple[bool, str], device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small odd model in one mode beside the same on one device: name to relative error, of every tensor.
+    """A small odd model in one mode beside the same on a single device: name to relative error, of every tensor.
 
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
@@ -1606,7 +1607,7 @@ def print_costs(costs: list[LayerCost], sbh: int) -> None:
 
 
 def demonstrate(args, device: torch.device) -> list[float]:
-    """Trains on real text; returns the differences in loss of the first steps from one device."""
+    """Trains on real text; returns the differences in loss of the first steps from the single device."""
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), precision(args)
@@ -1622,7 +1623,7 @@ def demonstrate(args, device: torch.device) -> list[float]:
     if group_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
         alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
     say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {data.source}")
-    say("step      loss    on one device      norm")
+    say("step      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(), streams=streams, **options), total=args.steps, disable=quiet)
     for step, (loss, norm) in enumerate(steps):
@@ -1648,7 +1649,7 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
     for layer, ranks, shape, what in (
         (fused, t, (64 // t, 2, 128), "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks"),
-        (TransformerLayer(config), 1, (2, 64, 128), "by the plain layer on one device, whose softmax hands out fp32"),
+        (TransformerLayer(config), 1, (2, 64, 128), "by the plain layer on a single device: its softmax is wide"),
     ):
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
@@ -1665,11 +1666,13 @@ def main(args, device: torch.device) -> None:
     if args.check:
         sys.exit(0 if check(args, device) else 1)
     errors = [item for mode in MODES for item in equivalence(mode, device, torch.float64).items()]
-    (costs, sbh), differences = show_layer(t, device), demonstrate(args, device)
-    if group_rank() > 0:
-        return
+    layer, differences = show_layer(t, device), demonstrate(args, device)
+    if group_rank() == 0 and not print_claims(claims(args, errors, differences, *layer)):
+        sys.exit(1)
 
-    rows = []
+
+def claims(args, errors: list[tuple], differences: list[float], costs: list[LayerCost], sbh: int) -> list[tuple]:
+    rows, t = [], args.world_size
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
@@ -1680,11 +1683,11 @@ def main(args, device: torch.device) -> None:
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
-    found = {f"this run, t = {t},": [(cost.kept, cost.formula, cost.flops) for cost in costs]}
     published = dry_run()
-    found |= {"22B to 1T on pretended ranks,": [mode for modes in published.values() for mode in modes]}
+    found = {f"this run, t = {t},": [(cost.kept, cost.formula) for cost in costs]}
+    found["22B to 1T on pretended ranks,"] = [mode[:2] for modes in published.values() for mode in modes]
     for what, modes in found.items():
-        worst, good = within((kept / formula - 1 for kept, formula, _ in modes), 0.01)
+        worst, good = within((kept / formula - 1 for kept, formula in modes), 0.01)
         row(f"bytes kept of a layer, {what} six modes", "table 2", f"within {100 * worst:.3f} %", good)
     unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
@@ -1703,7 +1706,7 @@ def main(args, device: torch.device) -> None:
     row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.5")
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
-    row("memory that it saves on one device, 175B, 530B", "70 %, 65 %", here)
+    row("memory that it saves on a single device, 175B, 530B", "70 %, 65 %", here)
     models = PAPER_MODELS.values()
     shares = [first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none") for m in models]
     here = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
@@ -1713,8 +1716,7 @@ def main(args, device: torch.device) -> None:
     verdict = extra < 1e-4 or "its own formula says so"
     row("what the ends of the network add, 22B", "under 0.01 %", f"{100 * extra:.2f} %", verdict)
     row("time added by full, selective, sequence parallelism", "39, 7, −3 %", "–", "needs 8 A100s; see make bench")
-    if not print_claims(rows):
-        sys.exit(1)
+    return rows
 
 
 def dry_run() -> dict[str, list[tuple[int, float, int]]]:
@@ -1744,9 +1746,7 @@ def config_of(args) -> GPTConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
-    flag(
-        "--sequence-parallel", action=argparse.BooleanOptionalAction, default=True, help="off: tensor parallelism alone"
-    )
+    flag("--sequence-parallel", action=argparse.BooleanOptionalAction, default=True, help="or tensor parallelism alone")
     flag("--recompute", choices=RECOMPUTE, default="selective", help="what backward computes again")
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
@@ -1754,9 +1754,7 @@ def flags() -> argparse.Namespace:
     flag("--batch", type=int, default=8, help="sequences of a step")
     flag("--lr", type=float, default=1e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    flag(
-        "--paper-scale", choices=PAPER_MODELS, help="count one layer of a published model on pretended ranks, and stop"
-    )
+    flag("--paper-scale", choices=PAPER_MODELS, help="count a layer of that model on pretended ranks, and stop")
     parser.set_defaults(num_layers=2)
     args = parse_flags(parser, ranks=4)
     try:
