@@ -1025,7 +1025,8 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 # added behind it, each rank its own tokens'.
 #
 # Head: the final norm still on s tokens, and then g and a product with this rank's words, which is column-parallel
-# like any other. The loss sees all tokens, and this rank's words: it is chapter 2's, and is not divided by t.
+# like any other. The loss sees all tokens, and this rank's words: it is chapter 2's, whole on every rank, and nobody
+# divides it by t.
 
 
 # ── shared: vocabulary loss ──
@@ -1362,9 +1363,9 @@ def train(
 # The last line of part 2's table, and its row "core", are the paper's table 2. A whole model is more than layers times
 # that: a pipeline's first stage has several micro-batches on their way, and the ends of the network keep something too.
 #
-# The paper's text is rounder than its formulas. Each of the two is said to halve what tensor parallelism keeps, nearly:
-# for its four models sequence parallelism leaves 58 to 67 %, selective recomputation 49 to 62 %. Both together are said
-# to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
+# The paper's text is rounder than its formulas. Sequence parallelism and selective recomputation are each said to halve
+# what tensor parallelism keeps, nearly: for its four models the first leaves 58 to 67 %, the second 49 to 62 %. Both
+# together are said to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
 
 
 def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
