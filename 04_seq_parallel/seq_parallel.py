@@ -1537,8 +1537,8 @@ def mode_name(sequence_parallel: bool, recompute: str) -> str:
     return ("TP + SP" if sequence_parallel else "TP") + ("" if recompute == "none" else f" + {recompute}")
 
 
-def equivalence(mode: tuple[bool, str], device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small odd model in one mode beside the same on a single device: name to relative error, of every tensor.
+def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterator[tuple[tuple, dict]]:
+    """A small odd model in each mode beside the same on a single device: the mode, and every tensor's relative error.
 
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
@@ -1547,26 +1547,30 @@ def equivalence(mode: tuple[bool, str], device, dtype: torch.dtype, autocast: to
     generator = torch.Generator().manual_seed(1)
     tokens_BS, targets_BS = torch.randint(61, (2, 3, 3 * t), generator=generator).to(device)
     targets_BS[0, t:] = -100
-    plain, parallel = (model.to(device, dtype) for model in (GPT(config), SequenceParallelGPT(config, None, *mode)))
     batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
 
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards, errors = [None] * t, {}
-        dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()})
-        for name, x in merge_state_dicts(shards, config).items():
-            y = reference[name].detach().cpu()
-            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
-        return errors
+    def trained(model: nn.Module, training: Callable) -> tuple[dict, dict, dict]:
+        """Losses and norms of five steps, the gradients of the first one, the weights after the last one."""
+        numbers, grads = {}, {}
+        for step, (loss, norm) in enumerate(training(model.to(device, dtype), batches, **options)):
+            numbers |= {f"loss {step}": loss, f"norm {step}": norm}
+            grads = grads or {name: p.grad for name, p in model.named_parameters()}
+        return numbers, grads, model.state_dict()
 
-    errors = {}
-    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, **options))
-    for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
-        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
-        if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
-        return errors
-    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards = [None] * t
+        dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()})
+        pairs = ((name, x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items())
+        return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
+
+    expected, first_grads, weights = trained(GPT(config), train_alone)
+    for mode in MODES:
+        numbers, grads, weights_here = trained(SequenceParallelGPT(config, None, *mode), train)
+        errors = {name: abs(x / expected[name] - 1).item() for name, x in numbers.items()}
+        errors |= gaps("gradient of", grads, first_grads)
+        if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself
+            errors |= gaps("after AdamW", weights_here, weights, floor=5 * 1e-3)
+        yield mode, errors
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1587,8 +1591,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
 def check(args, device: torch.device) -> bool:
     """--check: every tensor's error in all modes, on the ranks, backend and dtype that are there."""
     good = True
-    for mode in MODES:
-        errors = equivalence(mode, device, *precision(args))
+    for mode, errors in equivalence(device, *precision(args)):
         worst, here_good = within(errors.values(), BOUNDS[args.dtype])
         say("\n".join(f"{mode_name(*mode):20} {name:50} {error:.1e}" for name, error in errors.items()))
         say(f"{mode_name(*mode)}: worst {worst:.1e}, bound {BOUNDS[args.dtype]:.0e}; tp {group_size()}, {args.dtype}\n")
@@ -1666,7 +1669,7 @@ def main(args, device: torch.device) -> None:
     say(f"torch {torch.__version__}, {args.device}, {args.backend}, tp {t}, {args.dtype}, seed {args.seed}\n")
     if args.check:
         sys.exit(0 if check(args, device) else 1)
-    errors = [item for mode in MODES for item in equivalence(mode, device, torch.float64).items()]
+    errors = [item for _, errors in equivalence(device, torch.float64) for item in errors.items()]
     layer, differences = show_layer(t, device), demonstrate(args, device)
     if group_rank() == 0 and not print_claims(claims(args, errors, differences, *layer)):
         sys.exit(1)

@@ -151,11 +151,11 @@ def test_without_a_process_group_there_is_one_rank():
     for door in (sp.gather_from_sp, sp.reduce_scatter_to_sp, sp.scatter_to_sp):
         assert door(x) is x
     cfg = config(num_layers=1)
+    plain, batches = sp.GPT(cfg).to(ranks.device, torch.float64), [batch_of()] * 2
+    alone = {step: loss for step, (loss, _) in enumerate(sp.train_alone(plain, batches, lambda step: 1e-3))}
     for mode in MODES:
-        plain, parallel = models(cfg, *mode)
-        alone = sp.train_alone(plain, [batch_of()] * 2, lambda step: 1e-3)
-        together = sp.train(parallel, [batch_of()] * 2, lambda step: 1e-3)
-        assert_equal(*({i: loss for i, (loss, _) in enumerate(run)} for run in (together, alone)))
+        here = enumerate(sp.train(parallel_model(cfg, *mode), batches, lambda step: 1e-3))
+        assert_equal({step: loss for step, (loss, _) in here}, alone)
 
 
 # ── 2.3 Keep the share ──────────────────────────────────────────────────────────────────────────────────
@@ -1278,8 +1278,8 @@ def test_five_steps_without_dropout():
     world = dist.get_world_size()
     text, good = printed(sp.check, "--dtype", "fp64")
     assert good and text.count(f"bound 1e-10; tp {world}, fp64") == 6
-    shown = [line.split()[-1] for line in text.splitlines() if "after AdamW" in line or "norm 4" in line]
-    assert len(shown) == 6 * (len(sp.parameter_shapes(config())) + 1) and max(map(float, shown)) < 1e-10
+    errors = [line.split()[-1] for line in text.splitlines() if "after AdamW" in line or "norm 4" in line]
+    assert len(errors) == 6 * (len(sp.parameter_shapes(config())) + 1) and max(map(float, errors)) < 1e-10
 
 
 @pytest.mark.ranks(1, 2)
