@@ -488,12 +488,12 @@ def train_alone(
 
 # ── shared: groups ──
 def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists."""
+    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists."""
+    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
     return dist.get_rank(group) if dist.is_initialized() else 0
 
 
