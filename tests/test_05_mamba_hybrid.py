@@ -508,7 +508,7 @@ def test_the_scan_over_ranks_of_any_lengths(documents):
 
 @pytest.mark.ranks(2, 4)
 def test_state_passing_sends_the_same_whatever_the_length():
-    """Counted: N·D·(Z + 1) numbers a rank forward, N·D·Z backward, at 8 tokens a rank and at 800; as many messages."""
+    """Counted: N·D·(Z + 1) numbers a rank, forward and backward, at 8 tokens a rank and at 800; as many messages."""
     world, found = dist.get_world_size(), []
     for S in (8, 800):
         inputs = {
@@ -519,8 +519,8 @@ def test_state_passing_sends_the_same_whatever_the_length():
         with mh.Counter() as backward:
             y.sum().backward()
         found.append([[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)])
-    numbers = 2 * 4 * 3 * world * 8  # B, N, D; gathered from all ranks; float64
-    assert found[0] == found[1] == [[("all_gather", numbers * (5 + 1))], [("all_gather", numbers * 5)]]
+    numbers = 2 * 4 * 3 * (5 + 1) * world * 8  # B, N, D, Z + 1; of all ranks; float64
+    assert found[0] == found[1] == [[("all_gather", numbers)], [("reduce_scatter", numbers)]]
 
 
 @pytest.mark.ranks(2, 4)
@@ -847,7 +847,7 @@ def test_without_ranks_and_without_tokens():
     """What talks to other ranks works alone, and all forms take a sequence of no tokens."""
     x = random(2, 5, 3, seed=4)
     assert torch.equal(mh.halo(x, 3), torch.zeros(2, 3, 3, dtype=x.dtype))
-    assert torch.equal(mh.gather_tokens(x[None], [5]), x[None])
+    assert torch.equal(mh.from_earlier_ranks(x), torch.zeros(1, 2, 5, 3, dtype=x.dtype))
     state, empty = random(2, 4, 3, 5, seed=5), dict(dtype=torch.float64)
     tensors = torch.zeros(2, 0, 4, 3, **empty), torch.zeros(2, 0, 4, **empty), -torch.ones(4, **empty)
     keys = torch.zeros(2, 0, 2, 5, **empty)
