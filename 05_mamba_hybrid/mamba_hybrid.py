@@ -175,7 +175,7 @@ class HybridConfig:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in at least fp32: decays, states and means are too delicate for less. float64 stays float64."""
+    """x in at least fp32, of the same shape: decays, states and means are too delicate for less. float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -250,13 +250,14 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # new is needed: the last row of L says how much of token j is left behind the last one.
 
 
-def _kept(a: Tensor, starts: Tensor, dim: int) -> Tensor:
+def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
     """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
     return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
 
 
 def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0], starts[..., 0]).exp(), _kept(a_BGJS1, starts, -2)
+    of_tokens = a_BGJS1[..., 0], starts[..., 0]
+    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
     y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
     left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
     return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
@@ -294,7 +295,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 
 
 def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0], starts[..., 0]).exp(), _kept(a_BGJS1, starts, -2)
+    of_tokens = a_BGJS1[..., 0], starts[..., 0]
+    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
@@ -514,7 +516,8 @@ class Mamba2Mixer(nn.Module):
 def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
     """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
 
-    Element i turns with element i + R/2. Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
+    Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
+    Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
     """
     S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
@@ -633,7 +636,10 @@ class HybridLM(nn.Module):
 
 
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
-    """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
+    """A parameter's first value by its name, of that shape, fp32, on the CPU.
+
+    Source: Mamba-2. Needs: `HybridConfig`.
+    """
     # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
     kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
     if kind == "A_log":
@@ -676,7 +682,11 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class CachedPast(Past):
-    """The past of one layer out of a cache's `kept`; what is asked with goes into it. Needs: `Past`, section 1.1."""
+    """The past of one layer out of a cache's `kept`; what is asked with goes into it.
+
+    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. Source: ours.
+    Needs: `Past`, section 1.1.
+    """
 
     kept: dict[str, Tensor] | None = None
 
@@ -895,14 +905,18 @@ Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1
 
 
 def held(units: int, rank: int, tp: int) -> range:
-    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in."""
+    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in.
+
+    Source: ours.
+    """
     return range(rank * units // tp, -(-(rank + 1) * units // tp))
 
 
 def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     """The sizes of what one of `tp` ranks holds.
 
-    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat. Needs: `held`.
+    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
+    Source: Megatron-LM's layer; copies of groups: ours. Needs: `held`.
     """
     names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
     sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
@@ -915,6 +929,7 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
 class ParallelRMSNorm(RMSNorm):
     """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
 
+    mean_square: of x_BSgC, the groups that this rank has a part of, to (B, S, g, 1). Source: ours.
     Needs: `RMSNorm`, `held`, and the blocks groups and tensor-parallel operators.
     """
 
@@ -1060,7 +1075,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
 class RankPast(Past):
     """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
 
-    Arguments and shapes as `Past`'s, s tokens in place of S. Source: ours.
+    Arguments and shapes as `Past`'s, with s tokens in place of S; D is the (N,) of `ssd`. Source: ours.
     Needs: `Past`, `halo`, `ssd_sequence_parallel`, `from_earlier_ranks`.
     """
 
@@ -1095,8 +1110,8 @@ class ParallelHybridLM(HybridLM):
     memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1. grid: of `make_grid`;
     Grid() is for a process by itself.
 
-    Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
-    Needs: parts 1 and 2, `Grid`, `shard_tensor`.
+    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, or for a cache where
+    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours. Needs: parts 1 and 2, `Grid`, `shard_tensor`.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
@@ -1118,12 +1133,13 @@ class ParallelHybridLM(HybridLM):
 
     def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
         cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
+        if cp == 1:
+            return past
         lengths = [x.shape[1] for x in tokens_BS.tensor_split(cp, 1)]
-        if cp > 1 and lengths[-1] < K - 1:
+        if lengths[-1] < K - 1:
             text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
-        ranks = RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
-        return ranks if cp > 1 else past
+        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         if self.grid.cp > 1:
@@ -1177,6 +1193,7 @@ def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: 
 def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
 
+    full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
     Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
     Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
     """
@@ -1190,8 +1207,9 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> dict[str, Tensor]:
     """All tp ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
 
-    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be the same on
-    each, such as the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
+    `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
+    the copies of a group: they have drifted apart. Needs: `pieces_of`, `shard_tensor`, `parameter_shapes`.
     """
     full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
@@ -1349,6 +1367,7 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
 def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
+    batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
     Needs: `make_optimizer`, `train_step`, whose options it takes.
     """
     optimizer = make_optimizer(model)
@@ -1365,7 +1384,11 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
 # The study gives two shares, of attention and of feed-forward layers, and spreads them: attention so that the layers
 # between fall into equal sections, beginning and ending with another kind; then feed-forward layers over what is left.
 # Its rule, for a share of n layers: with a section's length as credit, walk along; place one when less than half a
-# layer of credit is left, and take a section's length on; otherwise pay one.
+# layer of credit is left, and take a section's length on; otherwise pay one. Two attention layers among ten leave three
+# sections of 8/3:
+#
+#     credit   2.7  1.7  0.7  −0.3  2.3  1.3  0.3  3.0  2.0  1.0
+#     layer     M    M    M    *     M    M    *    M    M    M
 
 
 def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
@@ -1385,10 +1408,18 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 
 
 # ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
+#
+# A Mamba layer, with I = N·D its inner width and 2·G·Z what B and C take: in_proj H·(2·I + 2·G·Z + N); the convolution,
+# K taps and a bias for each of I + 2·G·Z channels; three numbers a head; the norm I; out_proj I·H. Attention has two
+# matrices for queries and outputs and two narrower ones for keys and values; the feed-forward layer two. Each layer has
+# a norm of H in front, and the ends of the model are not tied.
+#
+# While it writes, a sequence keeps I·Z numbers of state and K inputs of each channel in a Mamba layer, however long it
+# is; and 2·G·D a token in an attention layer.
 
 
 def parameters(config: HybridConfig) -> int:
-    """Parameters of a `HybridLM`, by a formula for each kind of layer. Needs: nothing else."""
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours. Needs: nothing else."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
     inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
@@ -1404,7 +1435,7 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
-    Needs: `DecodeMemory`.
+    Source: ours. Needs: `DecodeMemory`.
     """
     inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
     state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
@@ -1422,6 +1453,14 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
 # weights, products and batch count; and the paper says "up to". Nemotron-H's "up to 3×" is a throughput of 56B against
 # 70B-class models with 65,536 tokens in and 1,024 out, measured on H100s. Bytes alone explain neither, and say only
 # which way it goes: how many sequences fit on a GPU, and how much is read for a token.
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# With a state in the place of most keys and values, the past has become cheap: to keep, to read, to hand to the next
+# rank. The token itself has not. Each is still multiplied with every parameter, two operations for each of 8 or 56
+# billion, most of them in layers that no chapter has touched so far: the feed-forward ones. And each operation is one
+# on numbers of 16 bits. Chapter 6 takes up both: many feed-forward networks in a layer, of which a token takes a few,
+# and products of eight-bit numbers.
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
@@ -1489,10 +1528,9 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
     are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
-    sizes = dict(mamba_heads=2 * grid.tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
-    sizes |= dict(
-        attention_heads=2 * grid.tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * grid.tp
-    )
+    tp = grid.tp
+    sizes = dict(mamba_heads=2 * tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
+    sizes |= dict(attention_heads=2 * tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * tp)
     # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
     config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
     generator = torch.Generator().manual_seed(1)
@@ -1502,15 +1540,16 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
     batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
 
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards, errors = [None] * grid.tp, {}
-        here = {name: x.detach().cpu() for name, x in here.items()}
+    def everyones(x, group=None) -> list:
+        found = [x] * group_size(group)
         if dist.is_initialized():
-            dist.all_gather_object(shards, here, grid.tp_group)
-        for name, x in merge_state_dicts(shards if grid.tp > 1 else [here], config).items():
-            y = reference[name].detach().cpu()
-            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
-        return errors
+            dist.all_gather_object(found, x, group)
+        return found
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards = everyones({name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)[:tp]
+        pairs = {name: (x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items()}
+        return {f"{kind} {n}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for n, (x, y) in pairs.items()}
 
     errors = {}
     runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
@@ -1520,10 +1559,8 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
             errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
     if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    everywhere = [errors] * group_size()
-    if dist.is_initialized():
-        dist.all_gather_object(everywhere, errors)
-    return {name: worst([found[name] for found in everywhere]) for name in errors}
+    everywhere = everyones(errors)
+    return {name: worst(found[name] for found in everywhere) for name in errors}
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1621,10 +1658,8 @@ def demonstrate(args, device: torch.device) -> list[float]:
 
 
 def main(args, device: torch.device) -> None:
-    say(
-        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, "
-        f"seed {args.seed}\n"
-    )
+    ranks = group_size()
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {ranks} ranks, {args.dtype}, seed {args.seed}\n")
     if args.check:
         bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
         say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
@@ -1637,48 +1672,42 @@ def main(args, device: torch.device) -> None:
     config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
     models = {"Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")), "hybrid": config,
               "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5)}  # fmt: skip
-    times = {name: decode_times(cfg, contexts, device) for name, cfg in models.items()}
+    times = {name: decode_times(of_model, contexts, device) for name, of_model in models.items()}
     say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
-    for name, row in times.items():
-        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in row))
+    for name, of_model in times.items():
+        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model))
     say()
 
-    rows = []
+    rows, alone = [], ranks == 1 and "needs ranks"
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
     for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
         off = worst(error for name, error in errors.items() if name.startswith(kind))
-        row(f"every {claim} equals one device's, all layouts, fp64", "exact", f"worst {off:.1e} relative", off <= 1e-10)
-    off = worst(differences)
-    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+        text = f"every {claim} equals the single device's, all layouts, fp64"
+        row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
+    off, text = worst(differences), f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
-    alone = group_size() == 1 and "needs ranks"
     reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
     row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
     short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
-    row(
-        "bytes that state passing sends, at 1 and 4 times the tokens",
-        "equal",
-        f"{short:,}, {long:,}",
-        alone or short == long,
-    )
-    study = PUBLISHED["study hybrid"]
-    given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    same = study.pattern == given
-    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study.pattern, same)
-    shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
+    text = "bytes that state passing sends, at 1 and 4 times the tokens"
+    row(text, "equal", f"{short:,}, {long:,}", alone or short == long)
+    study, eight = PUBLISHED["study hybrid"].pattern, PUBLISHED["Nemotron-H-8B"]
+    same = study == "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study, same)
+    shares = ", ".join(f"{study.count(kind) / 56:.0%}" for kind in "M*-")
     row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
-    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(PUBLISHED['Nemotron-H-8B']):,}")
-    for name, paper in (("Nemotron-H-47B", "47B"), ("Nemotron-H-56B", "56B")):
-        row(f"parameters of {name}", paper, f"{parameters(PUBLISHED[name]) / 1e9:.0f}B")
-    eight, baseline = PUBLISHED["Nemotron-H-8B"], replace(PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
-    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, baseline))
+    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(eight):,}")
+    for paper in ("47B", "56B"):
+        billions = parameters(PUBLISHED[f"Nemotron-H-{paper}"]) / 1e9
+        row(f"parameters of Nemotron-H-{paper}", paper, f"{billions:.0f}B")
+    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-")))
     row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
     row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
     row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
-    growth = ", ".join(f"{row[-1] / row[0]:.1f}" for row in times.values())
+    growth = ", ".join(f"{of_model[-1] / of_model[0]:.1f}" for of_model in times.values())
     row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
     if not print_claims(rows):
         sys.exit(1)
@@ -1706,9 +1735,7 @@ def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=120)
     flag = parser.add_argument
     flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
-    flag(
-        "--cp", type=int, help="ranks that share a sequence, by tokens: the others (Megatron-LM's context parallelism)"
-    )
+    flag("--cp", type=int, help="ranks that share a sequence, by tokens: all others (context parallelism)")
     for name, text in SIZES.items():
         default = getattr(HybridConfig, name)
         flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
