@@ -283,8 +283,9 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # gradient of each factor is one more product: of what arrives, with the other factor.
 #
 # The decays are worth a closer look. Every one of them is the exponential of a difference of running sums: L_ij =
-# exp(s_i − s_j), with s_i = a_0 + … + a_i. Its derivative by s_i is L_ij itself, and by s_j it is −L_ij. So where dL_ij
-# arrives at L_ij, the number M_ij = dL_ij · L_ij goes to s_i with plus and to s_j with minus, and altogether
+# exp(s_i − s_j), with s_i = a_0 + … + a_i. Raise s_i by a little, and L_ij grows by L_ij times that; raise s_j, and it
+# shrinks by as much. So of the gradient dL_ij the number M_ij = dL_ij · L_ij goes to s_i with plus and to s_j with
+# minus, and altogether
 #
 #     ds_i = Σ_j M_ij − Σ_j M_ji                  row sums minus column sums
 #     da_t = ds_t + ds_{t+1} + …                  a_t is a part of every s_i from t on: a running sum from the end
@@ -321,9 +322,7 @@ def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, gra
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, chunk, state_BGJDZ, *tensors
-    ):  # X, a, B, C and starts: the tokens are their last but one dimension
+    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B, C and starts; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         y_BGJSD, states = torch.empty_like(tensors[0]), []
         ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
@@ -606,9 +605,7 @@ class HybridLM(nn.Module):
         """One layer of any kind, with its norm and its residual connection."""
         return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
 
-    def forward(
-        self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None, last: bool = False
-    ) -> Tensor:
+    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None, last=False):
         if cache and starts_BS is not None:
             raise ValueError("starts_BS and a cache: decode one document a sequence")
         pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
@@ -901,7 +898,8 @@ Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1
 #   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
 #   the door in, one behind the other, are exactly that.
 # · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
-#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies.
+#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies. No copy
+#   would drift, no loss would tell; tests/test_05_mamba_hybrid.py::test_copies_summed_at_the_activations does.
 
 
 def held(units: int, rank: int, tp: int) -> range:
@@ -1026,8 +1024,8 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
 #       in = 0                  in = own₀               in = decay₁·own₀ + own₁
 #       y += exp(a_0+…+a_i) · C_i·in                                            alone
 #
-# The decay is the one of the whole stretch and not of its last chunk: a mistake that two ranks cannot show, for nobody
-# needs rank 0's. And nothing need be said about backward: it is the same composition, differentiated.
+# The decay is the one of the whole stretch and not of its last chunk: a mistake that two ranks cannot show, for nothing
+# enters rank 0 that could decay there. And nothing need be said about backward: autograd goes through the composition.
 
 
 def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
