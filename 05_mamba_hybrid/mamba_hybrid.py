@@ -5,10 +5,10 @@ Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024,
         Nemotron-H, NVIDIA, 2025, arXiv 2504.03624;  Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444
         and what they rest on: Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
 
-The problem. Attention keeps every key and value it has seen: at 64 thousand tokens that is 8 GiB a sequence for an 8B
-model (32 layers, 8 heads of keys, 16 bits), and all of it is read for each new token. A recurrence with a state of
-fixed size would need none of that, but a loop over tokens cannot use the hardware, and what a state has forgotten is
-gone.
+The problem. Chapter 4 divided everything around attention, and left attention as it is: its work grows with the square
+of the sequence, and writing one more token reads every key and value so far. At 64 thousand tokens these are 8 GiB a
+sequence for an 8B model (32 layers, 8 heads of keys, 16 bits). A recurrence with a state of fixed size needs none of
+that; but a loop over tokens cannot use the hardware, and what a state has forgotten is gone.
 
 The idea. One recurrence, state ← exp(dt·A)·state + dt·x⊗B, y = state·C, seen three ways: as a loop it decodes with
 constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, four matrix
@@ -38,8 +38,9 @@ It proves in float64 that every gradient equals the single device's however the 
 hybrid on real text, writes a line, times a token behind 1 to 32 thousand others, and ends in a table of the papers'
 claims.
 
-Left out: fused kernels; dividing the vocabulary (chapter 2) and norms (chapter 4); balancing attention over cp; prompts
-of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what Nano 2 does after training.
+Left out: fused kernels; replicas of the whole (data parallelism: chapters 1 and 2); dividing the vocabulary (chapter 2)
+and norms (chapter 4); balancing attention over cp; prompts of unequal length in one batch; mixture-of-experts layers
+and FP8 (chapter 6); what Nano 2 does after training.
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
@@ -53,11 +54,11 @@ of unequal length in one batch; mixture-of-experts layers (chapter 6); FP8; what
 #     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
 #     V  words                          Q  length of a chunk               L  layers
 #
-# B and C are also the two projections that the papers call so, as tensors B_BSGZ and C_BSGZ, and D is also the
-# papers' vector of the way around the state. L is the mask of a chunk, X = dt·x, s the running sum of a = dt·A. The K
-# − 1 tokens before are written _BKC as well; T counts the tokens that attention sees. A digit is a literal size. tp
-# is the number of ranks that share one copy of the model, cp the number that share one sequence: world size = tp ·
-# cp.
+# Where letters meet. B and C are also the two projections that the papers call so (tensors B_BSGZ and C_BSGZ); D is
+# also the papers' vector of the way around the state. X is dt·x, a is dt·A, s_i the running sum a_0 + … + a_i, and L
+# the mask of decays. The K − 1 tokens before are written _BKC as well, and T counts the tokens that attention sees. A
+# digit is a literal size. tp is the number of ranks that share one copy of the model's weights, cp the number that
+# share one sequence: world size = tp · cp.
 
 from __future__ import annotations
 
@@ -134,16 +135,32 @@ class HybridConfig:
 # A head of Mamba-2 has a memory of fixed size, a matrix state_DZ. At each token it forgets a little, writes once, and
 # reads once:
 #
-#     state ← exp(dt·A) · state  +  dt · x_D ⊗ B_Z          forget, write the value x under the key B
+#     state ← exp(dt·A) · state  +  dt · x_D ⊗ B_Z          forget, then write the value x under the key B
 #     y_D   = state_DZ · C_Z  (+ D · x_D)                   read with the query C; D is a way around the memory
 #
-# dt > 0 and the vectors x, B, C come from the token itself, A < 0 is one learned number a head. So a = dt·A ≤ 0 is the
+# dt > 0 and the vectors x, B, C come from the token itself; A < 0 is one learned number a head. So a = dt·A ≤ 0 is the
 # logarithm of what is kept: with a large dt the head forgets what was and writes this token; with dt near 0 it lets the
-# token pass. Write the sum out, and the state is gone:
+# token pass.
 #
-#     y_i = Σ_{j ≤ i}  exp(a_{j+1} + … + a_i) · (C_i·B_j) · dt_j·x_j        that is   y = (L ∘ C Bᵀ) (dt·x)
+# Follow what three tokens write, with X for dt·x. When token 2 reads, what token 1 wrote has faded once, what token 0
+# wrote twice, and its own not at all:
 #
-# attention without a softmax, under a mask L whose entries are products of decays. So the same numbers can be had as
+#     state = X_2 ⊗ B_2  +  exp(a_2) X_1 ⊗ B_1  +  exp(a_1 + a_2) X_0 ⊗ B_0
+#     y_2   = (C_2·B_2) X_2  +  exp(a_2) (C_2·B_1) X_1  +  exp(a_1 + a_2) (C_2·B_0) X_0
+#
+# From the first line to the second the matrix is gone: (X ⊗ B)·C is the vector X times the number C·B, query times key.
+# That is attention, without a softmax, and with a mask L of decays in the place of ones:
+#
+#     y_i = Σ_{j ≤ i}  L_ij · (C_i·B_j) · X_j           L_ij = exp(a_{j+1} + … + a_i): all a behind j, up to i
+#     y   = (L ∘ C Bᵀ) X
+#
+# And the two can be mixed. Let e be the last token of some chunk with j in it, and i a token of a later one. Then the
+# way from j to i is a way to e and a way from e, and the exponential of their sum is a product:
+#
+#     L_ij · (C_i·B_j) · X_j   =   exp(a_{e+1} + … + a_i) C_i  ·  [ exp(a_{j+1} + … + a_e) X_j ⊗ B_j ]
+#
+# The bracket knows nothing of i. Added up over the j of a chunk, once, it is the state that leaves the chunk, and
+# serves all later tokens. So the same numbers can be had as
 #
 #     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
 #     a masked matrix  ssd_quadratic    four products, all tokens at once, S² work: for what is short
@@ -158,11 +175,11 @@ class HybridConfig:
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in at least fp32: decays, states and means are too delicate for less. float64 stays float64."""
+    """x in at least fp32, of the same shape: decays, states and means are too delicate for less. float64 stays."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-# Decays multiply over thousands of tokens, so all is done with their logarithms, and exp comes last. Two traps:
+# L first. Decays multiply over thousands of tokens, so all is done with their logarithms, and exp comes last. Traps:
 #
 # · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
 #   afterwards makes NaN of it, at the latest in backward, where the gradient 0 meets inf. So −inf goes in *before* exp.
@@ -171,11 +188,14 @@ def wide(x: Tensor) -> Tensor:
 
 
 def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
-    """Sums over stretches, (..., S) to (..., S, S): [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
+    """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
 
-    The diagonal is 0: a token does not decay on the way to itself. starts: True where a document begins, (..., S) or
-    what broadcasts to it; a stretch that runs into another document is −inf as well. Source: Mamba-2, section 6 of
-    arXiv 2405.21060. Needs: nothing else.
+    Args:
+        a: logarithms of decays, (..., S). The diagonal of the result is 0: a token does not decay on the way to itself.
+        starts: True where a document begins, (..., S) or what broadcasts to it; a stretch that runs into another
+            document is −inf as well.
+
+    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: nothing else.
     """
     S, sums = a.shape[-1], a.to(torch.float64).cumsum(-1)
     cut = torch.ones(S, S, dtype=torch.bool, device=a.device).triu(1)
@@ -187,19 +207,20 @@ def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
 
 # Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
 # the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
-# (B, G, J, S, ·), in at least fp32; dt has gone into X = dt·x and a = dt·A there, once each.
+# (B, G, J, S, ·), in at least fp32; dt goes into X = dt·x and a = dt·A here, once each. (Not into B as well: then the
+# write would be scaled by dt².)
 
 
 def _lay_out(x, dt, A, B, C, state, starts=None):
     G, J = B.shape[2], x.shape[2] // B.shape[2]
     X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
-    a_BGJS = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S", G=G)
+    a_BGJS1 = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S 1", G=G)
     B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
     zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
     state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
     # Without documents no token is a start: one mask of a sequence serves all heads, so it costs next to nothing.
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
-    return X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts[:, None, None]
+    return state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, rearrange(starts, "B S -> B 1 1 S 1")
 
 
 def _lay_back(y_BGJSD, state_BGJDZ, x, D):
@@ -209,31 +230,24 @@ def _lay_back(y_BGJSD, state_BGJDZ, x, D):
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The loop. Arguments and results as `ssd`'s; S steps, one after the other.
+    """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
 
-    Needs: `_lay_out`, `_lay_back`, `wide`.
+    Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
+    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `wide`.
     """
-    X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
+    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
+    kept_BGJS1 = a_BGJS1.exp().masked_fill(starts, 0)
     y = []
     for t in range(x.shape[1]):
-        kept_BGJ11 = a_BGJS[..., t, None, None].exp().masked_fill(starts[..., t, None, None], 0)
-        state_BGJDZ = kept_BGJ11 * state_BGJDZ + X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
+        written_BGJDZ = X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
+        state_BGJDZ = kept_BGJS1[..., t, :, None] * state_BGJDZ + written_BGJDZ
         y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
     return _lay_back(torch.stack(y, 3) if y else X_BGJSD, state_BGJDZ, x, D)
 
 
-def ssd_step(x, dt, A, B, C, state, D=None) -> tuple[Tensor, Tensor]:
-    """The recurrence for one token: x (B, N, D), dt (B, N), A (N), B and C (B, G, Z), state (B, N, D, Z).
-
-    Returns: y (B, N, D) in x's dtype, and the next state, a new tensor. Source: Mamba-2. Needs: `ssd_recurrent`.
-    """
-    y, state = ssd_recurrent(x[:, None], dt[:, None], A, B[:, None], C[:, None], D, state)
-    return y[:, 0], state
-
-
-# The masked matrix needs two more things to serve as a chunk: what the state that enters adds to each y, and what each
-# token leaves in the state that goes out. Both are products with the same decays: the last row of L says how much of
-# token j is left behind the last one.
+# The masked matrix. To serve as a chunk it needs two things more: what the state that enters adds to each y, which
+# fades by all a from the first token on; and what each token leaves in the state that goes out. For the second nothing
+# new is needed: the last row of L says how much of token j is left behind the last one.
 
 
 def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
@@ -241,17 +255,19 @@ def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
     return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
 
 
-def _chunk(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
+def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts):
+    of_tokens = a_BGJS1[..., 0], starts[..., 0]
+    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
     y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
     left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
     return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
 
 
 def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The masked matrix. Arguments and results as `ssd`'s; work and memory grow with S².
+    """The masked matrix; work and memory grow with S².
 
-    Needs: `_lay_out`, `_lay_back`, `_chunk`, `_kept`, `segsum`, `wide`.
+    Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
+    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `_chunk`, `_kept`, `segsum`, `wide`.
     """
     # Autocast is off, here and below: it would make the products of wide numbers narrow again.
     with torch.autocast(x.device.type, enabled=False):
@@ -259,18 +275,29 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 
 
 # Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
-# nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep
-# the states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the
-# last to the first, and hands on the *gradient* of the state as forward hands on the state.
+# nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep the
+# states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the last to
+# the first, and hands on the *gradient* of the state as forward hands on the state.
 #
-# Four products were made in a chunk (C Bᵀ, its product with X, C stateᵀ, Xᵀ B), and each is turned around once for
-# each of its factors. The gradient of the decays is worth a look. L_ij = exp(s_i − s_j), with s the running sum of a.
-# So what arrives there, M_ij = dL_ij·L_ij, goes to s_i with plus and to s_j with minus: row sums minus column sums,
-# and no chain of S × S matrices. The diagonal cancels, and much of the rest nearly: hence float64 for these sums.
+# In a chunk forward made four products, C Bᵀ, its product with X, C stateᵀ and Xᵀ B. Each has two factors, and the
+# gradient of each factor is one more product: of what arrives, with the other factor.
+#
+# The decays are worth a closer look. Every one of them is the exponential of a difference of running sums: L_ij =
+# exp(s_i − s_j), with s_i = a_0 + … + a_i. Raise s_i by a little, and L_ij grows by L_ij times that; raise s_j, and it
+# shrinks by as much. So of the gradient dL_ij the number M_ij = dL_ij · L_ij goes to s_i with plus and to s_j with
+# minus, and altogether
+#
+#     ds_i = Σ_j M_ij − Σ_j M_ji                  row sums minus column sums
+#     da_t = ds_t + ds_{t+1} + …                  a_t is a part of every s_i from t on: a running sum from the end
+#
+# The diagonal of M cancels in the first line, and much of the rest nearly: hence float64 for these sums. What fades on
+# the way in (kept_i = exp(s_i)) adds to s_i; what fades on the way out (end_j = exp(s_last − s_j)) adds to s_last, and
+# takes from s_j.
 
 
-def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS, starts).exp(), _kept(a_BGJS, starts)[..., None]
+def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
+    of_tokens = a_BGJS1[..., 0], starts[..., 0]
+    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
@@ -283,42 +310,40 @@ def _chunk_backward(X_BGJSD, a_BGJS, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts, grad
     grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
     grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
 
-    # At last the decays, by way of their running sums s: what L, the reading of the state and the writing into it tell.
+    # At last the decays, by way of s: what L, the reading of the state and the writing into it tell.
     M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
     grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
     grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
     grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum((-1, -2), **exact)
-    grad_a_BGJS = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)  # a_t is in every s_i from t on
+    grad_a_BGJS1 = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)[..., None]
     grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
-    return grad_X_BGJSD, grad_a_BGJS[..., None], grad_B_BG1SZ, grad_C_BG1SZ, grad_state_BGJDZ
+    return grad_state_BGJDZ, grad_X_BGJSD, grad_a_BGJS1, grad_B_BG1SZ, grad_C_BG1SZ
 
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, state_BGJDZ, starts):
+    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B, C and starts; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
-        ctx.pieces, states = [slice(t, t + chunk) for t in range(0, X_BGJSD.shape[3], chunk)], []
-        y_BGJSD = torch.empty_like(X_BGJSD)
-        for at in ctx.pieces:
+        y_BGJSD, states = torch.empty_like(tensors[0]), []
+        ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
+        for at in ctx.chunks:
             states.append(state_BGJDZ)
-            X, a, B, C = (t[..., at, :] for t in (X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ))
-            y_BGJSD[..., at, :], state_BGJDZ = _chunk(X, a[..., 0], B, C, state_BGJDZ, starts[..., at])
-        ctx.save_for_backward(X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, *states)
+            y_BGJSD[..., at, :], state_BGJDZ = _chunk(state_BGJDZ, *(t[..., at, :] for t in tensors))
+        ctx.save_for_backward(*tensors, *states)
         return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
-        *tensors, starts = ctx.saved_tensors[:5]
-        grads = [torch.empty_like(t) for t in tensors]
+        tensors, states = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        grads = [torch.empty_like(t) for t in tensors[:4]]
         with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
-            for at, state_BGJDZ in zip(reversed(ctx.pieces), reversed(ctx.saved_tensors[5:])):
-                X, a, B, C, grad_y = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
-                chunk = X, a[..., 0], B, C, state_BGJDZ, starts[..., at], grad_y, grad_state_BGJDZ
-                *of_chunk, grad_state_BGJDZ = _chunk_backward(*chunk)
-                for grad, part in zip(grads, of_chunk):
+            for at, state_BGJDZ in zip(reversed(ctx.chunks), reversed(states)):
+                of_chunk = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
+                grad_state_BGJDZ, *parts = _chunk_backward(state_BGJDZ, *of_chunk, grad_state_BGJDZ)
+                for grad, part in zip(grads, parts):
                     grad[..., at, :] = part
-        return None, *grads, grad_state_BGJDZ, None
+        return None, grad_state_BGJDZ, *grads, None
 
 
 def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
@@ -334,14 +359,13 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
 
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
-    Raises: ValueError where heads do not divide into groups.
-    Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: section 1.1.
+    Raises: ValueError where heads do not divide into groups, or chunk < 1.
+    Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours. Needs: section 1.1.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
-    X_BGJSD, a_BGJS, *others = _lay_out(x, dt, A, B, C, initial_state, starts)
     with torch.autocast(x.device.type, enabled=False):
-        return _lay_back(*_ChunkedSSD.apply(chunk, X_BGJSD, a_BGJS[..., None], *others), x, D)
+        return _lay_back(*_ChunkedSSD.apply(chunk, *_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -361,13 +385,12 @@ def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) ->
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     zeros_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
-    padded_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1)
-    y_BSC = torch.addcmul(bias_C, u_BSC, weight_CK[:, -1])
-    for tap in range(K - 1):
-        earlier_BSC = padded_BSC[:, tap : tap + S]
+    padded_BSC, y_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1), bias_C
+    for tap in range(K):
+        of_tap_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
-            earlier_BSC = earlier_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
-        y_BSC = torch.addcmul(y_BSC, earlier_BSC, weight_CK[:, tap])
+            of_tap_BSC = of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+        y_BSC = torch.addcmul(y_BSC, of_tap_BSC, weight_CK[:, tap])
     return y_BSC.to(u_BSC.dtype)
 
 
@@ -390,8 +413,8 @@ class Past:
     """Where tokens stand in their sequence, and what the layers see of those before: here nothing, x is the beginning.
 
     Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
-    and `RankPast` (section 2.4), where it is on other ranks. No layer knows which one it has. Needs:
-    `ssd`.
+    and `RankPast` (section 2.5), where it is on other ranks. No layer knows which one it has. x (B, S, N, D) and its
+    companions are those of `ssd`. Source: ours. Needs: `ssd`.
     """
 
     first: int = 0  # the number of tokens before
@@ -414,11 +437,11 @@ class Past:
         return None
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        """`ssd`'s y."""
+        """`ssd`'s y, (B, S, N, D)."""
         return ssd(x, dt, A, B, C, chunk, D, None, self.starts(x.shape[1]))[0]
 
     def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values from the first token of the sequence to the last of x."""
+        """Keys and values from the first token of the sequence to the last of x, (B, G, T, D) each."""
         return k_BGSD, v_BGSD
 
 
@@ -492,7 +515,8 @@ class Mamba2Mixer(nn.Module):
 def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
     """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
 
-    Element i turns with element i + R/2. Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
+    Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
+    Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
     """
     S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
@@ -552,17 +576,19 @@ class HybridLM(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
     starts_BS: bool, True where a document begins, for documents packed into one sequence: nothing passes from one to
-    the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens.
-    Needs: part 1.
+    the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens. last: logits
+    of the last token alone, (B, 1, V).
+
+    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H. Needs: part 1.
     """
 
     def __init__(self, config: HybridConfig):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        norm = lambda: RMSNorm(config.hidden_size, config.norm_eps)  # noqa: E731
-        layers = [dict(norm=norm(), mixer=KINDS[kind](config)) for kind in config.pattern]
-        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norm()
+        norms = [RMSNorm(config.hidden_size, config.norm_eps) for _ in range(len(config.pattern) + 1)]
+        layers = [dict(norm=norm, mixer=KINDS[kind](config)) for norm, kind in zip(norms, config.pattern)]
+        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norms[-1]
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
@@ -579,27 +605,19 @@ class HybridLM(nn.Module):
         """One layer of any kind, with its norm and its residual connection."""
         return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
 
-    def hidden(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """What the head is given, (B, S, H)."""
+    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None, last=False):
         if cache and starts_BS is not None:
             raise ValueError("starts_BS and a cache: decode one document a sequence")
         pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
         x_BSH = self.embedding(self.mine(tokens_BS))
         for layer, past in zip(self.layers, pasts):
             x_BSH = self.run(layer, x_BSH, past)
-        return self.final_norm(x_BSH)
-
-    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        return self.head(self.hidden(tokens_BS, starts_BS, cache))
+        return self.head(self.final_norm(x_BSH[:, -1:] if last else x_BSH))
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
         return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
-
-    def next_logits(self, tokens_BS: Tensor, cache: Cache) -> Tensor:
-        """Of the token that follows, (B, V)."""
-        return self.head(self.hidden(tokens_BS, cache=cache)[:, -1])
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
@@ -615,7 +633,10 @@ class HybridLM(nn.Module):
 
 
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
-    """A parameter's first value by its name, fp32, on the CPU. Source: Mamba-2. Needs: `HybridConfig`."""
+    """A parameter's first value by its name, of that shape, fp32, on the CPU.
+
+    Source: Mamba-2. Needs: `HybridConfig`.
+    """
     # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
     kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
     if kind == "A_log":
@@ -658,7 +679,11 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 
 @dataclass
 class CachedPast(Past):
-    """The past of one layer out of a cache's `kept`; what is asked with goes into it. Needs: `Past`, section 1.1."""
+    """The past of one layer out of a cache's `kept`; what is asked with goes into it.
+
+    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. Source: ours.
+    Needs: `Past`, section 1.1.
+    """
 
     kept: dict[str, Tensor] | None = None
 
@@ -694,9 +719,9 @@ class Cache:
         keys = config.attention_groups, capacity, config.attention_head_size
         mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
         shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
-        exact = torch.promote_types(dtype, torch.float32)
-        make = lambda n, x: torch.zeros(batch, *x, dtype=exact if n == "state" else dtype, device=device)  # noqa: E731
-        self.layers = [{name: make(name, x) for name, x in shapes[kind].items()} for kind in config.pattern]
+        dtypes = dict(state=torch.promote_types(dtype, torch.float32))
+        make = lambda name, shape: torch.zeros(batch, *shape, dtype=dtypes.get(name, dtype), device=device)  # noqa: E731
+        self.layers = [{name: make(name, shape) for name, shape in shapes[kind].items()} for kind in config.pattern]
         self.tokens, self.capacity = 0, capacity
 
     def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
@@ -873,18 +898,23 @@ Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1
 #   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
 #   the door in, one behind the other, are exactly that.
 # · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
-#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies.
+#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies. No copy
+#   would drift, no loss would tell; tests/test_05_mamba_hybrid.py::test_copies_summed_at_the_activations does.
 
 
 def held(units: int, rank: int, tp: int) -> range:
-    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in."""
+    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in.
+
+    Source: ours.
+    """
     return range(rank * units // tp, -(-(rank + 1) * units // tp))
 
 
 def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     """The sizes of what one of `tp` ranks holds.
 
-    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat. Needs: `held`.
+    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
+    Source: Megatron-LM's layer; copies of groups: ours. Needs: `held`.
     """
     names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
     sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
@@ -897,6 +927,7 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
 class ParallelRMSNorm(RMSNorm):
     """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
 
+    mean_square: of x_BSgC, the groups that this rank has a part of, to (B, S, g, 1). Source: ours.
     Needs: `RMSNorm`, `held`, and the blocks groups and tensor-parallel operators.
     """
 
@@ -915,56 +946,95 @@ class ParallelRMSNorm(RMSNorm):
         return mean_BSG1[:, :, group : group + 1]
 
 
-# ── 2.3 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
+# ── 2.3 What the ranks before have ──────────────────────────────────────────────────────────────────────
 #
-# Each rank scans its own tokens as if nothing had been before, and finds what any stretch of tokens does to a state:
+# Now the tokens. Whatever a layer does with tokens that other ranks hold, it looks back: a convolution at the last K −
+# 1 inputs, a recurrence at a state, attention at all keys. So one function is enough, and the layers differ in what
+# they give it:
 #
-#     state ← decay · state + own            decay_BN: exp of all its a;  own: the state at its end, from zero
+#     forward     every rank sends its x to all;           what came from ranks behind it, and its own, counts as zero
+#     backward    the gradients travel the other way, and add up: all ranks behind me have used my x
 #
-# Two stretches behind each other do decay₂·decay₁ and decay₂·own₁ + own₂, which is of the same kind: so ranks can be
-# composed, and the state that enters rank r is the composition of all before it, an *exclusive scan* over ranks. Every
-# rank sends decay and own, N·D·(Z + 1) numbers a sequence however many tokens it has, and everything that the past
+# The first is an all-gather, the second a reduce-scatter, with the same half put to zero in both. (Half of it is sent
+# for nothing. Sends to each later rank would save that, and would be as many messages as there are ranks.)
+#
+# Why zeros, and not just a shorter list? On rank 0 a shorter list would be empty, and nothing would depend on it: then
+# autograd has nothing to do there, rank 0 never comes to the reduce-scatter, and all others wait for it. A collective
+# in backward is safe only where every rank's graph leads to it.
+
+
+def _from_earlier(x: Tensor, group) -> Tensor:
+    x_of_ranks = torch.stack(_gather(x, group).chunk(group_size(group), -1))
+    x_of_ranks[group_rank(group) :] = 0
+    return x_of_ranks
+
+
+def _to_earlier(partial_of_ranks: Tensor, group) -> Tensor:
+    rank, partial = group_rank(group), list(partial_of_ranks.contiguous())
+    partial[rank:] = [torch.zeros_like(x) for x in partial[rank:]]
+    dist.reduce_scatter(mine := torch.empty_like(partial[0]), partial, group=group)
+    return mine
+
+
+def from_earlier_ranks(x: Tensor, group=None) -> Tensor:
+    """x of the ranks before this one, (ranks, *x.shape), with zeros in the places of this rank and of those behind it.
+
+    x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
+    go back through it where one does. Source: ours. Needs: `_from_earlier`, `_to_earlier`, `_Door`, `_gather`,
+    `group_size`, `group_rank`.
+    """
+    return _Door.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
+
+
+# The convolution first: each rank but the first needs the last K − 1 inputs of the one before, a *halo*. Two neighbours
+# could send it to each other; it is small beside the state, which travels the same way.
+
+
+def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
+    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
+
+    Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
+    Source: ours. Needs: `from_earlier_ranks`, `group_rank`.
+    """
+    if u_BsC.shape[1] < width:
+        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
+    last_BKC = u_BsC[:, u_BsC.shape[1] - width :]
+    return from_earlier_ranks(last_BKC, group)[group_rank(group) - 1]  # rank 0 takes [-1]: the last rank's place, zeros
+
+
+# ── 2.4 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
+#
+# What does a stretch of tokens do to the state that enters it? One token makes exp(a)·state + X ⊗ B of it: a number
+# times the state, plus a matrix. Two tokens do so twice,
+#
+#     a₂·(a₁·state + b₁) + b₂   =   a₂a₁·state + (a₂b₁ + b₂)           a for exp(a), b for X ⊗ B
+#
+# which is a number times the state, plus a matrix, again. So a million tokens are summed up by one number and one
+# matrix:
+#
+#     state ← decay · state + own            decay_BN: exp of all its a;  own_BNDZ: the state at its end, from zero
+#
+# Each rank finds both alone, by a scan from zero. Then all ranks hear of all, N·D·(Z + 1) numbers a sequence however
+# many tokens there are, and each composes those before it: an *exclusive scan* over ranks. What the state that enters
 # adds to the outputs is then added at once, for all tokens:
 #
 #       rank 0                  rank 1                  rank 2
 #       scan from zero          scan from zero          scan from zero         alone
-#       decay, own ────────────────────────────────────────────── all-gather
+#       decay, own ────────────────────────────────────────────── to all
 #       in = 0                  in = own₀               in = decay₁·own₀ + own₁
 #       y += exp(a_0+…+a_i) · C_i·in                                            alone
 #
-# Backward is the same scan from the other end: gradients of `in` go to all ranks *before*. With T_r the gradient of
-# what leaves rank r, T_r = grad_in_{r+1} + decay_{r+1}·T_{r+1}; own_r gets T_r, decay_r gets T_r·in_r.
-
-
-class _ExclusiveScan(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, decay_BN11, own_BNDZ, group):
-        message = torch.cat([own_BNDZ, decay_BN11.expand(*own_BNDZ.shape[:3], 1)], -1)  # decay as one column more
-        ranks, ctx.group = _gather(message, group).chunk(group_size(group), -1), group
-        in_BNDZ = torch.zeros_like(own_BNDZ)
-        # Every rank composes those before it by itself: a few products, cheaper than a second message.
-        for rank in range(group_rank(group)):
-            in_BNDZ = ranks[rank][..., -1:] * in_BNDZ + ranks[rank][..., :-1]
-        ctx.save_for_backward(in_BNDZ, *(of_rank[..., -1:] for of_rank in ranks))
-        return in_BNDZ
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_in_BNDZ):
-        in_BNDZ, *decays = ctx.saved_tensors
-        grads, total_BNDZ = _gather(grad_in_BNDZ, ctx.group).chunk(len(decays), -1), torch.zeros_like(in_BNDZ)
-        for rank in reversed(range(group_rank(ctx.group) + 1, len(decays))):
-            total_BNDZ = grads[rank] + decays[rank] * total_BNDZ
-        return (total_BNDZ * in_BNDZ).sum((-1, -2), keepdim=True), total_BNDZ, None
+# The decay is the one of the whole stretch and not of its last chunk: a mistake that two ranks cannot show, for nothing
+# enters rank 0 that could decay there. And nothing need be said about backward: autograd goes through the composition.
 
 
 def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
-    """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths.
+    """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths but 0.
 
-    Arguments and results are `ssd`'s, of this rank's tokens: the state is the one behind its last token, so the last
-    rank has the whole sequence's. Every rank must call it, and differentiate it if one does. Messages, whatever the
-    length: N·D·(Z + 1) numbers a sequence and rank forward, N·D·Z backward.
-    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: section 1.1, `_ExclusiveScan`,
+    Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
+    token, so the last rank has the whole sequence's. Every rank must call it, and differentiate it if one does.
+    Messages, whatever the length: N·D·(Z + 1) numbers a sequence and rank, forward and backward.
+    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: section 1.1, `from_earlier_ranks`,
     and the blocks groups and tensor-parallel operators.
     """
     if group_size(group) == 1:
@@ -972,47 +1042,25 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
     starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
     kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
-    decay_BN11 = kept_BsN[:, -1, :, None, None]
-    in_BNDZ = _ExclusiveScan.apply(decay_BN11, own_BNDZ, group)
+    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(*own_BNDZ.shape[:3], 1)  # travels as one column more
+    messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
+    in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done
+    for message in messages[1 : group_rank(group)]:
+        in_BNDZ = message[..., -1:] * in_BNDZ + message[..., :-1]
     with torch.autocast(x.device.type, enabled=False):
         in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
         read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
-    y_BsND = (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype)
-    return y_BsND, own_BNDZ + decay_BN11 * in_BNDZ
+    return (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype), own_BNDZ + decay_BND1 * in_BNDZ
 
 
-# The convolution looks K − 1 tokens back, so each rank but the first needs as many inputs of the one before: a *halo*.
-# It goes one rank to the right in forward, its gradient one rank to the left in backward. Two neighbours could send it
-# to each other; we let it travel by the all-gather that the state takes as well, where it is small beside it.
-
-
-def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
-    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
-
-    Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
-    Needs: `_Door`, `_gather`, `group_size`, `group_rank`.
-    """
-    rank, size, rest = group_rank(group), group_size(group), u_BsC.shape[1] - width
-    if rest < 0:
-        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
-
-    def of_rank(other: int, x_BKC: Tensor) -> Tensor:
-        everyones = _gather(x_BKC, group).chunk(size, -1)
-        return everyones[other] if 0 <= other < size else torch.zeros_like(x_BKC)
-
-    there = lambda u_BsC, group: of_rank(rank - 1, u_BsC[:, rest:])  # noqa: E731
-    back = lambda grad_BKC, group: F.pad(of_rank(rank + 1, grad_BKC), (0, 0, rest, 0))  # noqa: E731
-    return _Door.apply(u_BsC, group, there, back) if size > 1 else u_BsC.new_zeros(len(u_BsC), width, u_BsC.shape[2])
-
-
-# ── 2.4 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
+# ── 2.5 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
 #
-# Attention has no small summary of the past: each query needs every earlier key. So keys and values are gathered, two
-# tensors of a few groups, and each rank attends with its own queries. Backward sums what all ranks found for a key and
-# gives it to the rank whose token it is. Ranks may hold unequal numbers of tokens, and the collectives want equal
-# sizes: so each pads to the longest. This message does grow with the sequence: it is a few layers' price for exact
-# recall. (Later ranks have more to attend to. Balancing that means to give each rank an early and a late piece, and to
-# undo it around each recurrence; ring attention would hide the messages behind the products.)
+# Attention has no small summary of the past: each query needs every earlier key. So keys and values are what the ranks
+# before have to send, two tensors of a few groups; and backward brings each token what all ranks found for its key.
+# Ranks may hold unequal numbers of tokens, and the collectives want equal sizes: so each pads to the longest, and what
+# pads is cut off again before anybody sees it. This message does grow with the sequence: it is a few layers' price for
+# exact recall. (Later ranks have more to attend to. Balancing that means to give each rank an early and a late piece,
+# and to undo it around each recurrence; ring attention would hide the messages behind the products.)
 #
 # Megatron-LM takes another way for Mamba as well: before the convolution an all-to-all exchanges (tokens of mine, all
 # heads) for (all tokens, heads of mine), the plain layer runs on whole sequences, and another all-to-all exchanges
@@ -1021,32 +1069,12 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
 # in_proj.
 
 
-def gather_tokens(x_BGsD: Tensor, lengths: list[int], group=None) -> Tensor:
-    """All ranks' tokens side by side, (B, G, s, D) to (B, G, S, D); of the gradient each rank gets the sum for its own.
-
-    lengths: how many tokens each rank of the group has. Needs: the blocks groups and tensor-parallel
-    operators.
-    """
-    # What pads is cut off again before anybody sees it, and its gradient is zero.
-    rank, pad = group_rank(group), lambda x: F.pad(x, (0, 0, 0, max(lengths) - x.shape[2])).contiguous()
-
-    def there(x_BGsD: Tensor, group) -> Tensor:
-        pieces = _gather(pad(x_BGsD), group).chunk(len(lengths), -1)
-        return torch.cat([piece[:, :, :length] for piece, length in zip(pieces, lengths)], 2)
-
-    def back(partial_BGSD: Tensor, group) -> Tensor:
-        partial = [pad(piece) for piece in partial_BGSD.split(lengths, 2)]
-        dist.reduce_scatter(mine := torch.empty_like(partial[rank]), partial, group=group)
-        return mine[:, :, : lengths[rank]]
-
-    return _Door.apply(x_BGsD, group, there, back) if group_size(group) > 1 else x_BGsD
-
-
 @dataclass
 class RankPast(Past):
     """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
 
-    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `gather_tokens`.
+    Arguments and shapes as `Past`'s, with s tokens in place of S; D is the (N,) of `ssd`. Source: ours.
+    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `from_earlier_ranks`.
     """
 
     lengths: list[int] | None = None
@@ -1059,11 +1087,14 @@ class RankPast(Past):
         return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[0]
 
     def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
-        both_BGSD = gather_tokens(torch.cat([k_BGsD, v_BGsD], -1), self.lengths, self.group)
-        return both_BGSD[:, :, : self.first + k_BGsD.shape[2]].chunk(2, -1)  # what comes later is not looked at
+        mine = torch.cat([k_BGsD, v_BGsD], -1)  # one message for both
+        padded = F.pad(mine, (0, 0, 0, max(self.lengths) - mine.shape[2]))
+        of_ranks = zip(from_earlier_ranks(padded, self.group), self.lengths)
+        before = torch.cat([x[:, :, :length] for x, length in of_ranks], 2)[:, :, : self.first]
+        return torch.cat([before, mine], 2).chunk(2, -1)
 
 
-# ── 2.5 The model ───────────────────────────────────────────────────────────────────────────────────────
+# ── 2.6 The model ───────────────────────────────────────────────────────────────────────────────────────
 #
 # Every rank is given the whole sequence of token numbers, which is small, and works on its own. The embedding and the
 # head are whole on each rank, and so are the logits of its tokens: to divide them by words is chapter 2's sections 2.4
@@ -1077,8 +1108,8 @@ class ParallelHybridLM(HybridLM):
     memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1. grid: of `make_grid`;
     Grid() is for a process by itself.
 
-    Raises: ValueError where sizes do not divide, or where a rank would get fewer than K − 1 tokens.
-    Needs: parts 1 and 2, `Grid`, `shard_tensor`.
+    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, or for a cache where
+    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours. Needs: parts 1 and 2, `Grid`, `shard_tensor`.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
@@ -1100,12 +1131,13 @@ class ParallelHybridLM(HybridLM):
 
     def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
         cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
+        if cp == 1:
+            return past
         lengths = [x.shape[1] for x in tokens_BS.tensor_split(cp, 1)]
-        if cp > 1 and lengths[-1] < K - 1:
+        if lengths[-1] < K - 1:
             text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
-        ranks = RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
-        return ranks if cp > 1 else past
+        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         if self.grid.cp > 1:
@@ -1117,8 +1149,8 @@ class ParallelHybridLM(HybridLM):
 #
 # One table says how each parameter is cut: into which components its rows fall, and each component into how many
 # units, of how many rows. A rank gets its units of each component. A cut of in_proj into equal halves would run just as
-# well, with z where x should be. What is not in the table (norms in front of layers, the final one) is whole on each
-# rank.
+# well, with z where x should be. What every rank holds whole (embedding, head, the norms in front of layers) is one
+# unit, of which each rank has a copy.
 #
 #     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt×4
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
@@ -1128,10 +1160,7 @@ Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, 
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
-    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces; none where each rank holds all.
-
-    Needs: `Piece`, `held`.
-    """
+    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it. Needs: `Piece`, `held`."""
     N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
     inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
     queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
@@ -1139,10 +1168,11 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
         "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
         "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
         "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
+        "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
     }  # fmt: skip
     columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
     kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
-    for units, width in (rows | columns).get(kind, []):
+    for units, width in (rows | columns).get(kind, [(1, config.hidden_size)]):  # the norms in front of layers, the last
         mine = held(units, rank, tp)
         pieces.append(Piece(here, there + mine.start * width, len(mine) * width, max(1, tp // units)))
         here, there = here + len(mine) * width, there + units * width
@@ -1150,14 +1180,18 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
 
 
 def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
-    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`."""
+    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`.
+
+    whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
+    """
     dim, pieces = pieces_of(name, config, rank, tp)
-    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim) if pieces else whole.clone()
+    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim)
 
 
 def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
 
+    full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
     Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
     Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
     """
@@ -1171,19 +1205,19 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> dict[str, Tensor]:
     """All tp ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
 
-    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be the same on
-    each, such as the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
+    `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
+    the copies of a group: they have drifted apart. Needs: `pieces_of`, `shard_tensor`, `parameter_shapes`.
     """
-    full = {}
+    full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
-        full[name], spots = shards[0][name].new_empty(shape), []
+        full[name] = shards[0][name].new_empty(shape)
         for rank, shard in enumerate(shards):
-            dim, pieces = pieces_of(name, config, rank, len(shards))
-            for p in pieces or [Piece(0, 0, shape[0], len(shards))]:
-                spots.append((full[name].narrow(dim, p.there, p.size), shard[name].narrow(dim, p.here, p.size), rank))
-                spots[-1][0].copy_(spots[-1][1])
-        for whole, mine, rank in spots:  # what several ranks hold was written several times
-            if not torch.equal(whole, mine):
+            dim, pieces = pieces_of(name, config, rank, tp)
+            for p in pieces:
+                full[name].narrow(dim, p.there, p.size).copy_(shard[name].narrow(dim, p.here, p.size))
+        for rank, shard in enumerate(shards):  # what several ranks hold was written several times: was it the same?
+            if not torch.equal(shard_tensor(name, full[name], config, rank, tp), shard[name]):
                 raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
     return full
 
@@ -1208,30 +1242,32 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     from safetensors import safe_open
 
     folder = Path(folder)
-    theirs, index = json.loads((folder / "config.json").read_text("utf-8")), folder / "model.safetensors.index.json"
+    theirs = json.loads((folder / "config.json").read_text("utf-8"))
     ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
                 use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
     if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
-    # Two ages of the format have two names for each kind.
+    # Two ages of the format have two names for each kind of layer, and for the size of a head.
     letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
     kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or []
-    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
     names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size",
                  mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
                  state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size",
-                 attention_heads="num_attention_heads", attention_groups="num_key_value_heads")  # fmt: skip
-    sizes = {name: theirs[published] for name, published in (names | dict(norm_eps="layer_norm_epsilon")).items()}
-    head_size = theirs.get("head_dim") or theirs["attention_head_dim"]
-    config = HybridConfig(pattern=pattern, attention_head_size=head_size, **sizes)
+                 attention_heads="num_attention_heads", attention_groups="num_key_value_heads",
+                 attention_head_size="head_dim" if theirs.get("head_dim") else "attention_head_dim",
+                 norm_eps="layer_norm_epsilon")  # fmt: skip
+    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
+    config = HybridConfig(pattern=pattern, **{name: theirs[published] for name, published in names.items()})
+    local_config(config, tp)  # for what it raises
+    index = folder / "model.safetensors.index.json"
     files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
     opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
     found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
-    local_config(config, tp)  # for what it raises
-    full = {}
+    full, renamed = {}, {"conv_": "conv1d.", "head.": "lm_head.", "final_norm": "norm_f", "embedding": "embeddings"}
     for name, shape in parameter_shapes(config).items():
-        published = name.replace("conv_", "conv1d.").replace("head.", "lm_head.").replace("final_norm", "norm_f")
-        published = published.replace("embedding", "embeddings")
+        published = name
+        for here, there in renamed.items():
+            published = published.replace(here, there)
         if published not in found:
             raise ValueError(f"{folder} lacks the tensor {published}")
         x = found[published][0].get_tensor(found[published][1])
@@ -1250,9 +1286,9 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
 #     copies of a group's weights    every tp rank has its own heads' part: the copies are summed, one message over tp
 #     everything else                complete, thanks to the doors
 #
-# Then the norm, in which the shares' squares are summed over tp, what is whole counts once, and of p copies each counts
-# 1/p. Left out, the second sum trains B and C with a part of their gradient, the copies drift apart, and the loss
-# falls all the same.
+# Then the norm before clipping, in which the shares' squares are summed over tp, and of p copies each counts 1/p. Left
+# out, the second sum trains B and C with a part of their gradient, the copies drift apart, and the loss falls all the
+# same.
 
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
@@ -1276,28 +1312,29 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
     Needs: `pieces_of`, `_sum_over`, and the block groups.
     """
     grid, copies = model.grid, []
-    _sum_over([p.grad for p in model.parameters()], grid.cp_group)
-    for name, p in model.named_parameters():
-        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1]:
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}  # frozen ones have none
+    _sum_over(list(grads.values()), grid.cp_group)
+    for name, grad in grads.items():
+        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1] if "mixer" in name else []:
             if piece.copies > 1:  # a slot for each group, so that one message over all tp ranks serves every group
-                mine, slot = p.grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
+                mine, slot = grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
                 slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
                 slots[slot] = mine
-                copies.append((mine, slots, slots[slot]))
+                copies.append((mine, slots, slot))
     _sum_over([slots for _, slots, _ in copies], grid.tp_group)
-    for mine, _, total in copies:
-        mine.copy_(total)
+    for mine, slots, slot in copies:
+        mine.copy_(slots[slot])
 
 
 def grad_norm(model: HybridLM) -> Tensor:
-    """The norm of the whole gradient, the same on every rank.
+    """The norm of the whole gradient before clipping, a scalar, the same on every rank.
 
     Needs: `pieces_of`, `Grid`, `wide`, and the block groups.
     """
     grid, squares = getattr(model, "grid", Grid()), []
     for name, p in model.named_parameters():
         dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-        for q in pieces or [Piece(0, 0, p.shape[0], grid.tp)]:  # what several ranks hold counts once
+        for q in pieces if p.grad is not None else []:  # what several ranks hold counts once
             squares.append(wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies)
     total = torch.stack(squares).sum()
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
@@ -1328,6 +1365,7 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
 def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
+    batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
     Needs: `make_optimizer`, `train_step`, whose options it takes.
     """
     optimizer = make_optimizer(model)
@@ -1344,7 +1382,11 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
 # The study gives two shares, of attention and of feed-forward layers, and spreads them: attention so that the layers
 # between fall into equal sections, beginning and ending with another kind; then feed-forward layers over what is left.
 # Its rule, for a share of n layers: with a section's length as credit, walk along; place one when less than half a
-# layer of credit is left, and take a section's length on; otherwise pay one.
+# layer of credit is left, and take a section's length on; otherwise pay one. Two attention layers among ten leave three
+# sections of 8/3:
+#
+#     credit   2.7  1.7  0.7  −0.3  2.3  1.3  0.3  3.0  2.0  1.0
+#     layer     M    M    M    *     M    M    *    M    M    M
 
 
 def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
@@ -1364,10 +1406,18 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 
 
 # ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
+#
+# A Mamba layer, with I = N·D its inner width and 2·G·Z what B and C take: in_proj H·(2·I + 2·G·Z + N); the convolution,
+# K taps and a bias for each of I + 2·G·Z channels; three numbers a head; the norm I; out_proj I·H. Attention has two
+# matrices for queries and outputs and two narrower ones for keys and values; the feed-forward layer two. Each layer has
+# a norm of H in front, and the ends of the model are not tied.
+#
+# While it writes, a sequence keeps I·Z numbers of state and K inputs of each channel in a Mamba layer, however long it
+# is; and 2·G·D a token in an attention layer.
 
 
 def parameters(config: HybridConfig) -> int:
-    """Parameters of a `HybridLM`, by a formula for each kind of layer. Needs: nothing else."""
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours. Needs: nothing else."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
     inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
@@ -1383,7 +1433,7 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
-    Needs: `DecodeMemory`.
+    Source: ours. Needs: `DecodeMemory`.
     """
     inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
     state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
@@ -1401,6 +1451,14 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
 # weights, products and batch count; and the paper says "up to". Nemotron-H's "up to 3×" is a throughput of 56B against
 # 70B-class models with 65,536 tokens in and 1,024 out, measured on H100s. Bytes alone explain neither, and say only
 # which way it goes: how many sequences fit on a GPU, and how much is read for a token.
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# With a state in the place of most keys and values, the past has become cheap: to keep, to read, to hand to the next
+# rank. The token itself has not. Each is still multiplied with every parameter, two operations for each of 8 or 56
+# billion, most of them in layers that no chapter has touched so far: the feed-forward ones. And each operation is one
+# on numbers of 16 bits. Chapter 6 takes up both: many feed-forward networks in a layer, of which a token takes a few,
+# and products of eight-bit numbers.
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
@@ -1433,7 +1491,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
         raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
     cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
     for _ in range(new_tokens):
-        logits_BV = model.next_logits(new_BS, cache)
+        logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
         new_BS = logits_BV.argmax(-1, keepdim=True)
         if temperature:
             new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
@@ -1468,10 +1526,9 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
     are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
-    sizes = dict(mamba_heads=2 * grid.tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
-    sizes |= dict(
-        attention_heads=2 * grid.tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * grid.tp
-    )
+    tp = grid.tp
+    sizes = dict(mamba_heads=2 * tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
+    sizes |= dict(attention_heads=2 * tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * tp)
     # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
     config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
     generator = torch.Generator().manual_seed(1)
@@ -1481,15 +1538,16 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
     batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
 
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards, errors = [None] * grid.tp, {}
-        here = {name: x.detach().cpu() for name, x in here.items()}
+    def everyones(x, group=None) -> list:
+        found = [x] * group_size(group)
         if dist.is_initialized():
-            dist.all_gather_object(shards, here, grid.tp_group)
-        for name, x in merge_state_dicts(shards if grid.tp > 1 else [here], config).items():
-            y = reference[name].detach().cpu()
-            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
-        return errors
+            dist.all_gather_object(found, x, group)
+        return found
+
+    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
+        shards = everyones({name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)[:tp]
+        pairs = {name: (x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items()}
+        return {f"{kind} {n}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for n, (x, y) in pairs.items()}
 
     errors = {}
     runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
@@ -1499,10 +1557,8 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
             errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
     if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    everywhere = [errors] * group_size()
-    if dist.is_initialized():
-        dist.all_gather_object(everywhere, errors)
-    return {name: worst([found[name] for found in everywhere]) for name in errors}
+    everywhere = everyones(errors)
+    return {name: worst(found[name] for found in everywhere) for name in errors}
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1562,7 +1618,7 @@ def decode_times(config: HybridConfig, contexts: list[int], device: torch.device
         cache.tokens, of_token = context, []
         for _ in range(repeats + 3):
             begin = time.perf_counter()
-            model.next_logits(token_BS, cache).argmax().item()  # the last word waits for a GPU to finish
+            model(token_BS, cache=cache).argmax().item()  # the last word waits for a GPU to finish
             of_token.append(1e3 * (time.perf_counter() - begin))
         times.append(sorted(of_token[3:])[repeats // 2])
     return times
@@ -1600,10 +1656,8 @@ def demonstrate(args, device: torch.device) -> list[float]:
 
 
 def main(args, device: torch.device) -> None:
-    say(
-        f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks, {args.dtype}, "
-        f"seed {args.seed}\n"
-    )
+    ranks = group_size()
+    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {ranks} ranks, {args.dtype}, seed {args.seed}\n")
     if args.check:
         bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
         say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
@@ -1616,48 +1670,42 @@ def main(args, device: torch.device) -> None:
     config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
     models = {"Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")), "hybrid": config,
               "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5)}  # fmt: skip
-    times = {name: decode_times(cfg, contexts, device) for name, cfg in models.items()}
+    times = {name: decode_times(of_model, contexts, device) for name, of_model in models.items()}
     say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
-    for name, row in times.items():
-        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in row))
+    for name, of_model in times.items():
+        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model))
     say()
 
-    rows = []
+    rows, alone = [], ranks == 1 and "needs ranks"
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
     for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
         off = worst(error for name, error in errors.items() if name.startswith(kind))
-        row(f"every {claim} equals one device's, all layouts, fp64", "exact", f"worst {off:.1e} relative", off <= 1e-10)
-    off = worst(differences)
-    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+        text = f"every {claim} equals the single device's, all layouts, fp64"
+        row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
+    off, text = worst(differences), f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
-    alone = group_size() == 1 and "needs ranks"
     reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
     row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
     short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
-    row(
-        "bytes that state passing sends, at 1 and 4 times the tokens",
-        "equal",
-        f"{short:,}, {long:,}",
-        alone or short == long,
-    )
-    study = PUBLISHED["study hybrid"]
-    given = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    same = study.pattern == given
-    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study.pattern, same)
-    shares = ", ".join(f"{study.pattern.count(kind) / 56:.0%}" for kind in "M*-")
+    text = "bytes that state passing sends, at 1 and 4 times the tokens"
+    row(text, "equal", f"{short:,}, {long:,}", alone or short == long)
+    study, eight = PUBLISHED["study hybrid"].pattern, PUBLISHED["Nemotron-H-8B"]
+    same = study == "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
+    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study, same)
+    shares = ", ".join(f"{study.count(kind) / 56:.0%}" for kind in "M*-")
     row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
-    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(PUBLISHED['Nemotron-H-8B']):,}")
-    for name, paper in (("Nemotron-H-47B", "47B"), ("Nemotron-H-56B", "56B")):
-        row(f"parameters of {name}", paper, f"{parameters(PUBLISHED[name]) / 1e9:.0f}B")
-    eight, baseline = PUBLISHED["Nemotron-H-8B"], replace(PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
-    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, baseline))
+    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(eight):,}")
+    for paper in ("47B", "56B"):
+        billions = parameters(PUBLISHED[f"Nemotron-H-{paper}"]) / 1e9
+        row(f"parameters of Nemotron-H-{paper}", paper, f"{billions:.0f}B")
+    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-")))
     row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
     row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
     row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
-    growth = ", ".join(f"{row[-1] / row[0]:.1f}" for row in times.values())
+    growth = ", ".join(f"{of_model[-1] / of_model[0]:.1f}" for of_model in times.values())
     row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
     if not print_claims(rows):
         sys.exit(1)
@@ -1685,9 +1733,7 @@ def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=120)
     flag = parser.add_argument
     flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
-    flag(
-        "--cp", type=int, help="ranks that share a sequence, by tokens: the others (Megatron-LM's context parallelism)"
-    )
+    flag("--cp", type=int, help="ranks that share a sequence, by tokens: all others (context parallelism)")
     for name, text in SIZES.items():
         default = getattr(HybridConfig, name)
         flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)

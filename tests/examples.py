@@ -538,9 +538,6 @@ EXAMPLES = {
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
-        "ssd_step": lambda m, folder: m.ssd_step(
-            normal(2, 4, 3), torch.rand(2, 4).double(), -torch.rand(4).double(), *normal(2, 2, 2, 5), normal(2, 4, 3, 5)
-        ),
         "causal_conv1d": lambda m, folder: m.causal_conv1d(normal(2, 7, 3), normal(3, 4), normal(3)),
         "Past": lambda m, folder: m.Past().scan(*scan_arguments(), 3, normal(4)),
         "RMSNorm": lambda m, folder: through(m.RMSNorm(8, groups=2), normal(2, 5, 8)),
@@ -560,7 +557,7 @@ EXAMPLES = {
         ),
         "ssd_sequence_parallel": lambda m, folder: m.ssd_sequence_parallel(*scan_arguments(), 3),
         "halo": lambda m, folder: m.halo(normal(2, 5, 3), 3),
-        "gather_tokens": lambda m, folder: m.gather_tokens(normal(2, 2, 5, 3), [5]),
+        "from_earlier_ranks": lambda m, folder: m.from_earlier_ranks(normal(2, 5, 3)),
         "RankPast": lambda m, folder: m.RankPast(lengths=[7]).scan(*scan_arguments(), 3, normal(4)),
         "ParallelHybridLM": lambda m, folder: through(m.ParallelHybridLM(hybrid_config()), TOKENS),
         "pieces_of": lambda m, folder: m.pieces_of("layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2),
