@@ -675,7 +675,8 @@ def test_torchs_scaled_product_within_the_stated_bound(formats):
 def test_fp8_linear_takes_the_hardwares_line():
     """Forward and backward through torch._scaled_mm, rows that are no multiple of 16: the emulation's numbers."""
     torch.manual_seed(0)
-    hard, x = moe.FP8Linear(32, 48, hardware=True), torch.randn(37, 32, requires_grad=True)
+    recipe = moe.HYBRID._replace(hardware=True)
+    hard, x = moe.FP8Linear(32, 48, recipe), torch.randn(37, 32, requires_grad=True)
     soft = moe.FP8Linear(32, 48)
     soft.load_state_dict(hard.state_dict())
     upstream = torch.randn(37, 48)
@@ -683,7 +684,7 @@ def test_fp8_linear_takes_the_hardwares_line():
     there = torch.autograd.grad(soft(x), [x, soft.weight], upstream)
     assert_equal(dict(enumerate(here)), dict(enumerate(there)), bound=1e-5)  # fp32 sums in another order
     with pytest.raises(ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"):
-        moe.FP8Linear(32, 8, hardware=True)(x)
+        moe.FP8Linear(32, 8, recipe)(x)
 
 
 @pytest.mark.parametrize("hardware", [False, True])
@@ -691,7 +692,7 @@ def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
     """Each expert's rows by themselves, experts without rows among them: the numbers of one FP8Linear each."""
     torch.manual_seed(0)
     counts, x, w = [5, 0, 16, 1], torch.randn(22, 32, requires_grad=True), torch.randn(4, 48, 32, requires_grad=True)
-    y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID, hardware)
+    y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID._replace(hardware=hardware))
     upstream = torch.randn(22, 48)
     grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
     assert y.shape == (22, 48) and not grad_w[1].any()
@@ -1214,7 +1215,7 @@ def test_splits_not_swapped_in_backward():
     rank = dist.get_rank()
 
     def buggy(ctx, grad_rH):
-        ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
+        ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
         return grad_rH, None
 
     def gradient(pieces):
@@ -1233,7 +1234,7 @@ def test_splits_not_swapped_in_backward():
 
 
 def skips_where_there_are_no_rows(trip, rows, send, receive):
-    there = rows.new_empty(sum(receive), *rows.shape[1:])
+    trip.there = there = rows.new_empty(sum(receive), *rows.shape[1:])
     if not sum(send) and not sum(receive):  # "nothing to do here"
 
         class Done:
