@@ -68,7 +68,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import sysconfig
 import time
@@ -1488,17 +1487,15 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
     runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
     for step, (there, here) in enumerate(runs):
-        errors |= {
-            f"loss {step}": abs(here.loss / there.loss - 1).item(),
-            f"norm {step}": abs(here.norm / there.norm - 1).item(),
-        }
+        errors[f"loss {step}"] = abs(here.loss / there.loss - 1).item()
+        errors[f"norm {step}"] = abs(here.norm / there.norm - 1).item()
         if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
             errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
         if step == 0:
             errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
-        return errors
-    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    return errors
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1539,70 +1536,105 @@ def print_formats(recipe: FP8Recipe) -> None:
     """The recipe, product by product, and what each format does to two kinds of numbers."""
     where = "on FP8 units" if recipe.hardware else "emulated"
     say(f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:")
-    lines = ("fprop  y_RF  =  x_RH{} · w_FH{}", "dgrad  dx_RH = dy_RF{} · w_HF{}", "wgrad  dw_FH = dy_FR{} · x_HR{}")
-    for line, operands in zip(lines, recipe):
-        names = (f" {o.format}" + (f", tiles {o.block[0]} × {o.block[1]}" if o.block else "") for o in operands)
-        say("  " + line.format(*names))
+    operands = {E4M3: "e4m3", E5M2: "e5m2", TILE: "e4m3, tiles of 1 × 128", SQUARE: "e4m3, tiles of 128 × 128"}
+    lines = (
+        "fprop  y_RF  =  x_RH {} · w_FH {}",
+        "dgrad  dx_RH = dy_RF {} · w_HF {}",
+        "wgrad  dw_FH = dy_FR {} · x_HR {}",
+    )
+    for line, pair in zip(lines, recipe):
+        say("  " + line.format(*(operands[operand] for operand in pair)))
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     heavy = x * torch.exp(2 * torch.randn(512, 512, generator=torch.Generator().manual_seed(1)))
     say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
-    for name, operand in {
-        "e4m3": E4M3,
-        "e5m2": E5M2,
-        "e4m3, tiles of 1 × 128": TILE,
-        "e4m3, tiles of 128 × 128": SQUARE,
-    }.items():
+    for operand, name in operands.items():
         lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
         say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
     say()
 
 
-def demonstrate(args, grid: Grid, device: torch.device) -> dict:
-    """Trains three copies of one model from a bad start, on real text, beside one device; returns what to claim."""
+def demonstrate(args, grid: Grid, device: torch.device) -> tuple[list[float], list[float], list[float]]:
+    """Trains a model from a bad start, on real text, beside a single device and beside its copy in FP8.
+
+    Returns: differences of losses from the single device's, the largest load of each step, the two held-out losses.
+    """
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), precision(args)
     data = TextData(args.data, args.tokenizer, args.seq_length)
 
-    def batches() -> Batches:
-        steps = range(args.steps)
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in steps)
+    def batches(steps: int = args.steps) -> Batches:
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
 
-    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
-    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
-    to_fp8(models[2], recipe_of(args, device), grid)
-    alone, differences = iter(()), []
+    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, gamma=args.gamma)
+    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(2)]
+    to_fp8(models[1], recipe_of(args, device), grid)
+    runs = [train(model, batches(), grid=grid, autocast=autocast, **options) for model in models]
     if group_rank() == 0:
-        alone = train_alone(
-            overload(MoELM(config)).to(device, dtype), itertools.islice(batches(), 5), gamma=args.gamma, **options
-        )
+        plain = overload(MoELM(config)).to(device, dtype)
+        alone = train_alone(plain, batches(min(5, args.steps)), autocast=autocast, **options)
     held = sum(p.numel() for p in models[0].parameters())
     say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
         f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
-    say(f"{'γ =':>45} {args.gamma:<15g}          γ = 0.001       FP8, γ = {args.gamma:g}")
-    say("step      loss    on one device      norm   largest load     largest load     loss        largest load")
+    say("step      loss    single device      norm   largest load      in FP8: loss   largest load")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    runs = zip(
-        *(train(m, batches(), grid=grid, gamma=g, **options) for m, g in zip(models, (args.gamma, 1e-3, args.gamma)))
-    )
-    loads = []
-    for step, (wide, slow, fp8) in enumerate(tqdm(runs, total=args.steps, disable=quiet)):
-        beside = [there.loss.item() for there in itertools.islice(alone, 1)]
-        differences += [abs(wide.loss.item() - other) for other in beside]
-        loads.append([largest_load(run.counts_LE) for run in (wide, slow, fp8)])
+    differences, loads = [], []
+    for step, (wide, fp8) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
+        beside = next(alone, None) if group_rank() == 0 else None
+        differences += [abs(wide.loss - beside.loss).item()] if beside else []
+        loads.append(largest_load(wide.counts_LE))
         if step < 5 or step % 10 == 9:
-            text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:12.2f} ×"
-                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():15.6f}{loads[-1][2]:10.2f} ×")  # fmt: skip
+            text = f"{beside.loss.item():.6f}" if beside else ""
+            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1]:13.2f} ×"
+                f"{fp8.loss.item():18.6f}{largest_load(fp8.counts_LE):13.2f} ×")  # fmt: skip
 
     tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
-    share = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)]
-    losses = []
+    share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
     for model in models:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
             losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
-    say(f"\nheld-out loss {losses[0]:.4f} nats a token; γ = 0.001 {losses[1]:.4f}, FP8 {losses[2]:.4f}\n")
-    return dict(differences=differences, loads=loads, losses=losses)
+    say(f"\nheld-out loss {losses[0]:.4f} nats a token; in FP8 {losses[1]:.4f}\n")
+    return differences, loads, losses
+
+
+PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+
+
+def claims(args, errors: dict, agree: bool, differences: list, loads: list, losses: list) -> list[tuple]:
+    """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
+    rows = []
+    for claim, kind in {
+        "gradient": "grad",
+        "step's norm before clipping": "norm",
+        "weight after AdamW": "after",
+    }.items():
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        rows.append(
+            (f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+        )
+    same = not any(error for name, error in errors.items() if name.startswith("counts"))
+    rows.append(("every expert's rows, in every step", "exact", "exact" if same else "others", same))
+    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    rows.append((text, "equal", f"within {worst:.0e}", good if differences else "needs steps"))
+    code = "FP8 codes of a tensor on all ranks equal the single device's"
+    rows.append((code, "to the bit", "to the bit" if agree else "others", agree))
+    first, last = (loads[0], sorted(loads[-10:])[len(loads[-10:]) // 2]) if loads else (math.nan, math.nan)
+    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
+    rows.append((f"largest load with γ = {args.gamma:g}, {args.steps} steps (the paper's γ: 0.001)", "even",
+                 f"{first:.2f} × the mean, then {last:.2f} ×",
+                 last < 1.5 if default and args.steps >= 60 else "needs the default run"))  # fmt: skip
+    gap = f"{losses[1] / losses[0] - 1:+.2%}"
+    rows.append(("loss of FP8 over high precision, held out", "under 0.1 %, 56B", gap, "a tiny model, a short run"))
+    for name, paper in PUBLISHED_COUNTS.items():
+        config = PUBLISHED[name]
+        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        counts = [(count - routers) / 1e9 for count in parameters(config)]
+        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
+        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
+        rows.append((text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good))
+    return [*rows, ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench")]
 
 
 def main(args, device: torch.device) -> None:
@@ -1612,54 +1644,12 @@ def main(args, device: torch.device) -> None:
     if args.check:
         sys.exit(0 if check(args, grid, device) else 1)
     print_formats(recipe_of(args, device))
-    errors, agree, shown = (
-        equivalence(grid, device, torch.float64),
-        codes_agree(device),
-        demonstrate(args, grid, device),
-    )
-    if group_rank() > 0:
-        return
-
-    rows = []
-
-    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
-        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
-
-    for claim, kind in (
-        ("gradient", "gradient"),
-        ("step's norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
-        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
-    same = not any(error for name, error in errors.items() if name.startswith("counts"))
-    row("every expert's rows, in every step, as on the single device", "exact", "exact" if same else "others")
-    worst, good = within(shown["differences"] or [math.nan], BOUNDS[args.dtype])
-    text = f"the first {len(shown['differences'])} losses equal one device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if shown["differences"] else "needs steps")
-    row("FP8 codes of a tensor on all ranks equal one device's", "to the bit", "to the bit" if agree else "others")
-    loads = list(zip(*shown["loads"])) or [[math.nan]] * 3
-    (first, last), (_, slow) = ((run[0], statistics.median(run[-10:])) for run in loads[:2])
-    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
-    name, ends = f"largest load with γ = {args.gamma:g}, {args.steps} steps", "{:.2f} × the mean, then {:.2f} ×"
-    row(name, "even", ends.format(first, last), last < 1.5 if default and args.steps >= 60 else "needs the default run")
-    row("the same with the paper's γ = 0.001", "even", ends.format(first, slow), "made for a million steps")
-    gap = shown["losses"][2] / shown["losses"][0] - 1
-    row("loss of FP8 over high precision, held out", "under 0.1 %, 56B", f"{gap:+.2%}", "a tiny model, a short run")
-    for name, paper in PUBLISHED_COUNTS.items():
-        config = PUBLISHED[name]
-        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
-        counts = [(count - routers) / 1e9 for count in parameters(config)]
-        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
-        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
-        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
-        row(text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good)
-    row("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs a GPU with FP8 units; see make bench")
-    if not print_claims(rows):
+    errors, agree = equivalence(grid, device, torch.float64), codes_agree(device)
+    found = demonstrate(args, grid, device)
+    if group_rank() == 0 and not print_claims(claims(args, errors, agree, *found)):
         sys.exit(1)
 
 
-PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
 RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
 SIZES = dict(pattern="layers: * attention, E experts", hidden_size="hidden size, H", num_heads="query heads, N",
              num_kv_heads="heads of keys and values, G", num_experts="experts, E; ep must divide them",
