@@ -217,7 +217,7 @@ class Router(nn.Module):
 # the sign stays.)
 #
 # How long does it take? In the example above β had to move by 0.26 before expert 0 lost a token to expert 2: 260 steps.
-# So γ = 0.001 is a remedy for runs of a million steps. A run of sixty, such as this chapter's, takes ten times that.
+# So γ = 0.001 is a remedy for runs of a million steps. This chapter's run of sixty takes a γ ten times as large.
 #
 # A loss, small (α = 0.0001), which holds each single sequence near balance. For a sequence of t tokens,
 #
@@ -576,13 +576,12 @@ class _Trip:
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Returns at once; what it returns is filled when `work.wait()` has returned."""
         self.there = rows.new_empty(sum(receive), *rows.shape[1:])
-        options = dict(group=self.group, async_op=True)
-        self.work = dist.all_to_all_single(self.there, rows.contiguous(), receive, send, **options)
+        self.work = dist.all_to_all_single(self.there, rows.contiguous(), receive, send, self.group, async_op=True)
         return self.there
 
     def end(self) -> Tensor:
         self.work.wait()
-        there, self.there = self.there, None  # whoever has them now also says when they may go
+        there, self.there = self.there, None  # kept here no longer than they travel
         return there
 
 
@@ -937,9 +936,9 @@ def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> 
 #     wgrad    dw_FH =  dy_FR · x_HR           sum over rows     E5M2 · E4M3       both turned
 #
 # So x, w and dy are each needed twice, as they are and *turned*, that is, transposed: six operands. With one scale a
-# tensor the turned copy has the same codes. Tiles lie along the axis of summation, so a turned operand is rounded anew,
-# from the wide numbers; to turn the rounded ones would be to round twice. For wgrad x is kept as codes: a byte a number
-# and not four.
+# tensor the turned copy has the same codes. Tiles lie along the axis of summation, so a turned operand has other tiles
+# and other scales, and is rounded anew, from the wide numbers. For wgrad x is kept as codes: a byte a number and not
+# four.
 #
 # Why can a scale be taken out of a product? Because it is the same for all summands: Σ_h (q_rh / s)(p_fh / z) =
 # (Σ_h q_rh · p_fh) / (s · z). The FP8 units sum codes, and multiply the sum with both inverse scales once.
@@ -1258,8 +1257,8 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
     if ep < 1 or world % ep:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
-    ranks_de = torch.arange(world).view(-1, ep)  # the drawing above
-    ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks_de, ranks_de.T))
+    ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each copy
+    ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
     return Grid(ep, world // ep, rank % ep, rank // ep, ep_group, edp_group)
 
 
