@@ -1362,7 +1362,14 @@ def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], gr
 #
 # Parameters of the published models, layer by layer. Their Mamba layers are chapter 5's, here they are only counted;
 # the latent width of Super and Ultra (experts work on vectors of that width, with a matrix in and one out for all of
-# them) is the next chapter's.
+# them) is the next chapter's. Nano by hand:
+#
+#     an expert                        2 · 2688 · 1856                  10.0 million parameters
+#     128 of them, in 23 layers        23 · 128 · 10.0 million          29.4 billion of the model's 31.6
+#     6 of them, in 23 layers          23 · 6 · 10.0 million             1.4 billion of the 3.6 that a token meets
+#     rows that travel, at ep 8        4 · 6 · 2688 · 2 bytes · 7/8     113 thousand bytes a token and layer
+#
+# The last line is the price, and the reason why the ranks of an ep group are neighbours.
 
 
 _NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
