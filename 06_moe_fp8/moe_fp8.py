@@ -445,8 +445,8 @@ class MoELM(nn.Module):
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and balance_B."""
         logits_BSV, balance_B = self(tokens_BS)
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        logits_BVS = rearrange(logits_BSV, "B S V -> B V S")
+        wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+        logits_BVS = rearrange(logits_BSV.to(wide), "B S V -> B V S")
         return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none"), balance_B
 
     def routers(self) -> list[Router]:
@@ -872,8 +872,7 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest |x|: one number, or (..., r, c) for tiles, of which the last ones may be smaller."""
     if block is None:
         return x.abs().amax() if x.numel() else x.new_zeros(())
-    rows, columns = x.shape[-2:]
-    padded = F.pad(x, (0, -columns % block[1], 0, -rows % block[0]))
+    padded = F.pad(x, (0, -x.shape[-1] % block[1], 0, -x.shape[-2] % block[0]))
     return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
 
 

@@ -24,6 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import Events, Shows, assert_differs, assert_equal, plant, worst_of
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 SCRIPT = Path(moe.__file__)
 EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
@@ -523,6 +524,22 @@ def test_the_layer_under_autocast_and_compiled():
     here, there = compiled(a)[0], layer(b)[0]
     grads = [torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()]) for y, leaf in ((here, a), (there, b))]
     assert_equal({"y": here, **dict(enumerate(grads[0]))}, {"y": there, **dict(enumerate(grads[1]))})
+
+
+@pytest.mark.ranks(2)
+def test_a_layer_that_is_recomputed_moves_the_bias_the_same_way():
+    """It counts its tokens twice, all of them, and computes the same gradients, with a second journey in backward."""
+    layers, x = (
+        [layer_of(config(), moe.ExpertParallelMoELayer) for _ in range(2)],
+        random(2, 5, 16, seed=dist.get_rank()),
+    )
+    layers[0](x)[0].square().sum().backward()
+    checkpoint(layers[1], x, use_reentrant=False)[0].square().sum().backward()
+    assert torch.equal(2 * layers[0].router.counts, layers[1].router.counts)
+    assert_equal(grads_of(layers[1]), grads_of(layers[0]))
+    for layer in layers:
+        moe.update_expert_bias([layer.router])
+    assert torch.equal(layers[0].router.bias, layers[1].router.bias)
 
 
 # ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
@@ -1432,6 +1449,20 @@ def test_an_amax_for_each_share():
     grid = grid_of(2)
     whole = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid))
     return shown(gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID)), whole)
+
+
+@pytest.mark.ranks(4)
+@pytest.mark.planted_bug(
+    symptom="experts that have nothing in common share a scale: nothing fails, and each layout has its own result",
+    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/442",
+)
+def test_an_amax_over_the_wrong_group():
+    """Over the ranks among which tokens travel, in place of those that hold the same experts."""
+    grid = grid_of(2)
+    right = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid))
+    wrong = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid._replace(edp_group=grid.ep_group)))
+    assert_differs(wrong[1], right[1], at_least=1e-2)
+    return shown(wrong, right)
 
 
 @pytest.mark.planted_bug(
