@@ -5,12 +5,12 @@ Papers: Nemotron 3 Nano and the Nemotron 3 white paper, NVIDIA, 2025, arXiv 2512
         the FP8 recipes of Nemotron-H and Nemotron Nano 2, NVIDIA, 2025, arXiv 2504.03624 and 2508.14444;
         the balancing bias: Wang et al., 2024, arXiv 2408.15664
 
-The problem. A wider feed-forward layer makes a better model, and every token pays for all of it. And each product costs
-as many bits as its numbers have.
+The problem. In all chapters so far every token multiplies with every parameter, so a model that knows more costs more
+for each word. And each of these products costs as many bits as its numbers have.
 
-The idea. First, many experts and few used: 128 small feed-forward layers, of which a router picks 6 for each token. The
-model has 31.6 billion parameters, and a token meets 3.6 billion of them. No GPU needs all experts: give each rank some,
-and let the tokens travel. Two ranks, four experts, two experts a token:
+The idea. First, parameters without arithmetic: 128 small feed-forward layers, the *experts*, of which a *router* picks
+6 for each token. The model has 31.6 billion parameters, and a token meets 3.6 billion of them. No GPU needs all
+experts: give each rank some, and let the tokens travel. Two ranks, four experts, two experts a token:
 
         rank 0: tokens a b            rank 1: tokens c d
         router: a→0,2  b→0,1          router: c→2,3  d→0,3
@@ -21,10 +21,10 @@ and let the tokens travel. Two ranks, four experts, two experts a token:
         experts 0: a b d · 1: b       experts 2: a c · 3: c d    uneven: what the router wants, nobody knows before
         all-to-all and back, un-sort, weighted sum               y_a = w_a0·E0(a) + w_a2·E2(a)
 
-Second, the numbers shrink. An FP8 number has 8 bits, two or three of them for the fraction: a GPU multiplies twice as
-many in the same time. Its range is small, so each tensor is stretched to fill it before it is rounded, and the product
-is shrunk back. Weights, activations and gradients are rounded for the products alone; sums, norms, the router and the
-optimiser stay wide.
+Second, arithmetic with fewer bits. An FP8 number has 8 bits, two or three of them for the fraction: a GPU multiplies
+twice as many in the same time. Its range is small, so each tensor is stretched to fill it before it is rounded, and the
+product is shrunk back. Weights, activations and gradients are rounded for the products alone; sums, norms, the router
+and the optimiser stay wide.
 
 Run it (no flag is needed; --help lists them):
 
@@ -53,7 +53,7 @@ limited (capacity: no token is dropped here), delayed scaling (the notebook), fu
 #     H  hidden size                                  r   rows that arrive at this rank's experts
 #     F  width of an expert        N  query heads     D  size of a head
 #     V  words in vocabulary       G  query groups: heads of keys and values
-#     L  layers
+#     L  layers                    P  ranks that share the experts, one by one: wanted_Pe has a line for each
 #
 # ep is the number of ranks that share one set of experts, dp the number of such sets: world size = ep · dp. Every rank
 # has its own tokens, and all of the model but the other ranks' experts. (F with a dot behind it is
@@ -68,7 +68,6 @@ import itertools
 import json
 import math
 import os
-import statistics
 import sys
 import sysconfig
 import time
@@ -142,12 +141,21 @@ class MoEConfig:
 #     chosen = top-K of s + β         β, a number for each expert, is there to balance the load: section 1.2
 #     w_i = λ · s_i / Σ_chosen s      the weights: from s alone, so that β decides who works and not what they say
 #
-# Why not a softmax? Its scores compete already, before anything is chosen; with sigmoids only the chosen compete, in
-# the sum of the last line. (Both are here.) The choice has no gradient: a place in a list does not change with a small
-# step. The router learns through w, the weights of those that were chosen.
+# One token, four experts, K = 2, λ = 2.5, and an expert 0 that was overloaded lately, so that β has moved against it:
 #
-# With one expert a token that line would say w = λ · s / s: constant, and the router would never learn. So it is left
-# out then.
+#     expert                   0       1       2       3
+#     x Wᵀ                   2.00    1.00    0.50   −1.00
+#     s                      0.88    0.73    0.62    0.27      expert 0 fits best,
+#     β                     −0.30    0       0       0
+#     s + β                  0.58    0.73    0.62    0.27      and is not chosen: 1 and 2 are
+#     w                       –      1.35    1.15     –        2.5 · 0.73 / (0.73 + 0.62) = 1.35: no β in it
+#
+# Why not a softmax? Its scores compete already, before anything is chosen; with sigmoids only the chosen compete, in
+# the sum of the last line. (Both are here.)
+#
+# The choice has no gradient: a place in a list does not change with a small step. The router learns through w, the
+# weights of those that were chosen. With one expert a token w would be λ · s / s, a constant, and the router would
+# never learn: so it is not divided by the sum then.
 #
 # Two experts can be nearly equal, and rounding decides between them; so all this is done in fp32 at least, whatever
 # the model's precision. Counting is done here too: who was chosen, and how often, since the last optimiser step.
@@ -156,7 +164,7 @@ Routing = namedtuple("Routing", "experts_TK weights_TK scores_TE")
 
 
 def count_rows(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """How many rows each expert gets, (E,) int64. (torch.bincount would make a GPU's host wait.)"""
+    """How many rows each expert gets, (E,) int64, on experts_TK's device. (torch.bincount makes the host wait.)"""
     chosen_R = experts_TK.flatten()
     return chosen_R.new_zeros(num_experts).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
 
@@ -164,8 +172,9 @@ def count_rows(experts_TK: Tensor, num_experts: int) -> Tensor:
 class Router(nn.Module):
     """Chooses K of E experts for each token: x_TH to `Routing` (experts_TK, weights_TK, scores_TE).
 
-    Experts are int64; weights and scores are at least fp32, whatever x is. `bias` is a buffer, moved by
-    `update_expert_bias` and by nothing else; `counts` gathers, in training mode, how often each expert was chosen.
+    Experts are int64; weights and scores are at least fp32, whatever x_TH is. `bias` is a buffer, moved by
+    `update_expert_bias` and by nothing else, and must stay fp32. `counts` gathers how often each expert was chosen, in
+    training mode only: where nobody resets it, it grows.
 
     Source: Nemotron 3 Nano; the bias: Wang et al., 2024. Needs: `MoEConfig`, `Routing`, `count_rows`.
     """
@@ -200,16 +209,24 @@ class Router(nn.Module):
 #
 #     β_i ← β_i + γ · sign(mean of counts − count_i)         γ = 0.001
 #
+#     counts 6 3 0 3, mean 3     →     β moves by  −γ  0  +γ  0          by how much an expert is off does not matter
+#
 # No gradient, so nothing pulls at the loss. The counts are those of the whole step: all ranks, all micro-batches. With
 # its own counts alone each rank would move β elsewhere, and the copies of one router would drift apart; a move for each
 # micro-batch would be γ several times. (A layer that is recomputed in backward counts twice; so do all its experts, and
 # the sign stays.)
+#
+# How long does it take? In the example above β had to move by 0.26 before expert 0 lost a token to expert 2: 260 steps.
+# So γ = 0.001 is a remedy for runs of a million steps. This chapter's run of sixty takes a γ ten times as large.
 #
 # A loss, small (α = 0.0001), which holds each single sequence near balance. For a sequence of t tokens,
 #
 #     f_i = share of its choices that fell on i, times E      a count: no gradient
 #     P_i = mean over its tokens of s_i / Σ s                 over all E experts: the gradient goes through here
 #     loss = Σ_i f_i · P_i                                    1 if balanced, up to E / K if all go to the same K
+#
+# Where f is large the gradient lowers P: the scores of the overloaded shrink, those of the others grow. (Were f not a
+# constant, it would pull as well, in a direction that means nothing: a count does not follow its scores smoothly.)
 #
 # β evens out whole batches, this loss each sequence. f counts the choice *without* β: the loss teaches the scores to
 # be balanced by themselves. It is a mean over sequences, and a mean is over all of them, wherever they are: each rank
@@ -219,8 +236,9 @@ class Router(nn.Module):
 def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     """How uneven each sequence's load is, (B,): 1 where the scores are balanced; α times its mean joins the loss.
 
-    scores_BSE: the router's scores, positive; each sequence must be whole. Differentiable in the scores.
-    Source: Nemotron 3 Nano; the formula is the Switch Transformer's (Fedus et al., 2021), for a sequence.
+    scores_BSE: the router's scores, positive; each sequence must be whole, and without padding, which would be counted.
+    Differentiable in the scores. Source: Nemotron 3 Nano; the formula is the Switch Transformer's (Fedus et al., 2021),
+    for a sequence.
     """
     _, S, E = scores_BSE.shape
     chosen_BR = rearrange(scores_BSE.detach().topk(top_k, -1).indices, "B S K -> B (S K)")
@@ -255,18 +273,25 @@ def update_expert_bias(routers: Iterable[Router], gamma: float = 1e-3, group=Non
 # An expert is a feed-forward layer without biases: W2 · relu(W1 x)². (Squared ReLU keeps zeros zero, as the ReLU does,
 # and is smooth at 0.) All experts of a rank are two tensors with E in front.
 #
-# Each expert has another number of tokens. Once the rows are sorted by expert, one expert's rows are neighbours, and
-# the layer is E products of different heights, one below the other: a *grouped* product. PyTorch has it as one kernel
-# for some dtypes, and where it has not it is one product for each expert. No loop over tokens, in either case.
+# Each expert has another number of tokens. Make a *row* of each token and each expert that it chose: R = T · K of
+# them. Once the rows are sorted by expert, one expert's rows are neighbours, and the layer is E products of different
+# heights, one below the other: a *grouped* product.
+#
+#     rows_RH, sorted      one matrix an expert
+#       a0 ┐
+#       b0 ├───────────── · W_0ᵀ ─────► 3 rows          counts = [3, 1, 0, …]: expert 2 has no row, and that is
+#       d0 ┘                                            a product of nothing with a matrix: nothing
+#       b1 ────────────── · W_1ᵀ ─────► 1 row
+#
+# PyTorch has it as one kernel for some dtypes, and where it has not it is one product for each expert. No loop over
+# tokens, in either case. The way back from rows to tokens is a sum over each token's K rows with the weights w.
 
 
 def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     dtypes = (torch.bfloat16,) if x_RH.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    if not hasattr(F, "grouped_mm") or x_RH.dtype not in dtypes or x_RH.device.type not in ("cpu", "cuda"):
-        return False
-    if any(size * x_RH.element_size() % 16 for size in weight_EFH.shape[1:]):  # the kernel wants aligned rows
-        return False
-    return not x_RH.is_cuda or torch.cuda.get_device_capability(x_RH.device) >= (8, 0)
+    aligned = all(size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:])  # in memory, as it wants rows
+    known = torch.cuda.get_device_capability(x_RH.device) >= (8, 0) if x_RH.is_cuda else x_RH.device.type == "cpu"
+    return hasattr(F, "grouped_mm") and x_RH.dtype in dtypes and aligned and known  # from PyTorch 2.10 on
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -278,21 +303,23 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def grouped_product(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
     """x_RH, sorted by expert, times each expert's own matrix: (R, F). counts: rows of each expert; they add up to R.
 
-    Raises: ValueError where they do not. Under autocast in its dtype. Needs: `_has_grouped_mm`, `product_dtype`.
+    One kernel, or a loop over experts where there is none (`_has_grouped_mm`). Differentiable; under autocast in its
+    dtype. Raises: ValueError where the counts do not fit. Needs: `_has_grouped_mm`, `product_dtype`.
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     x_RH, weight_EFH = (x.to(product_dtype(x)) for x in (x_RH, weight_EFH))
     if _has_grouped_mm(x_RH, weight_EFH):
-        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32, device=x_RH.device)
-        return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E)
+        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)  # where each expert's rows end
+        # A copy that blocked would wait for all that the GPU has still to do, the rows' journey among it.
+        return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E.to(x_RH.device, non_blocking=True))
     return torch.cat([rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())])
 
 
 class Experts(nn.Module):
     """E feed-forward layers: rows_RH, sorted by expert, and each expert's count to (R, H).
 
-    Args: num_experts: E, or this rank's e. width: H; any width. expert_size: F. init_std: of the first weights.
+    Args: num_experts: E, or this rank's e. width: H, or any other. expert_size: F. init_std: of the first weights.
     counts: a list on the host, since torch's products want their sizes there. Needs: `grouped_product`.
     """
 
@@ -308,7 +335,7 @@ class Experts(nn.Module):
 
 
 class MLP(nn.Module):
-    """The same feed-forward layer, one for all tokens, (..., H) to (..., H): the shared expert."""
+    """The same feed-forward layer, one for all tokens: x, (..., H), to (..., H). The shared expert."""
 
     def __init__(self, width: int, ffn_size: int):
         super().__init__()
@@ -376,22 +403,23 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + mixer(norm(x)), and the mixer's balancing loss."""
+    """x_BSH + mixer(norm(x_BSH)), (B, S, H), and the balancing loss so far, (B,), with the mixer's own added."""
 
     def __init__(self, config: MoEConfig, mixer: nn.Module):
         super().__init__()
         self.norm, self.mixer = nn.RMSNorm(config.hidden_size, eps=config.norm_eps), mixer
 
-    def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
-        y_BSH, balance_B = self.mixer(self.norm(x_BSH))
-        return x_BSH + y_BSH, balance_B
+    def forward(self, x_BSH: Tensor, balance_B: Tensor) -> tuple[Tensor, Tensor]:
+        y_BSH, own_B = self.mixer(self.norm(x_BSH))
+        return x_BSH + y_BSH, balance_B + own_B
 
 
 class MoELM(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V) and each sequence's balancing loss, (B,).
 
     The balancing loss is the sum over layers. The model's first weights are `initial_weights(config)`. moe_layer makes
-    the layers of experts, which may be parallel ones. Needs: part 1.
+    the layers of experts, which may be parallel ones. Raises: ValueError for Mamba layers and latent experts, which are
+    other chapters'. Needs: part 1.
     """
 
     def __init__(self, config: MoEConfig, moe_layer: Callable[[MoEConfig], nn.Module] = MoELayer):
@@ -409,17 +437,16 @@ class MoELM(nn.Module):
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
-        x_BSH, balances = self.embedding(tokens_BS), []
+        x_BSH, balance_B = self.embedding(tokens_BS), 0
         for layer in self.layers:
-            x_BSH, balance_B = layer(x_BSH)
-            balances.append(balance_B)
-        return self.head(self.final_norm(x_BSH)), sum(balances)
+            x_BSH, balance_B = layer(x_BSH, balance_B)
+        return self.head(self.final_norm(x_BSH)), balance_B
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and balance_B."""
         logits_BSV, balance_B = self(tokens_BS)
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        logits_BVS = rearrange(logits_BSV, "B S V -> B V S")
+        wide = torch.promote_types(logits_BSV.dtype, torch.float32)
+        logits_BVS = rearrange(logits_BSV.to(wide), "B S V -> B V S")
         return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none"), balance_B
 
     def routers(self) -> list[Router]:
@@ -451,7 +478,7 @@ Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm be
 
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW with the paper's settings; decays matrices only, not norms. The caller sets "lr" before each step."""
+    """AdamW with Nemotron 3's settings; decays matrices, not norms. The caller sets "lr" before each step."""
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
@@ -528,22 +555,33 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 #     forward    rows that I send, by destination: [2, 5]    rows that I receive, by sender: [4, 1]
 #     backward   gradients that I send:            [4, 1]    gradients that I receive:       [2, 5]
 #
-# torch's all_to_all_single has no gradient, so that is two lines of a Function. We cut it in two halves, to have time
-# in between: `_Depart` sends, `_Arrive` waits, and what is computed between them costs no extra time. Backward runs
-# through the same three stations from behind: `_Arrive` sends the gradients off, and `_Depart` waits for them; autograd
-# runs the latest operation of forward first, so what was computed between the halves has its backward there too.
+# torch's all_to_all_single has no gradient, so we write it: as two Functions, to have time in between. `_Depart` sends,
+# `_Arrive` waits, and what is computed between them costs no extra time. Backward runs through the same stations from
+# behind, and there each does the other's work: autograd comes to `_Arrive` first, which sends the gradients off, then
+# to what was computed in between, then to `_Depart`, which waits for them.
+#
+#     forward     _Depart: sends      shared expert              _Arrive: waits
+#     backward    _Depart: waits      shared expert's backward   _Arrive: sends, with the lists exchanged
+#
+# Leave the exchange out and the sizes do not fit; unless every rank receives as many rows as it sends, and then
+# gradients go to other tokens in silence (test_splits_not_swapped_in_backward plants it).
 
 
 class _Trip:
-    """What the two halves of an all-to-all share: the lists, and what is on its way."""
+    """One all-to-all there and its gradient's back: the two lists, and what is on its way."""
 
     def __init__(self, send: list[int], receive: list[int], group):
         self.send, self.receive, self.group = send, receive, group
 
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Returns at once; what it returns is filled when `work.wait()` has returned."""
-        there = rows.new_empty(sum(receive), *rows.shape[1:])
-        self.work = dist.all_to_all_single(there, rows.contiguous(), receive, send, group=self.group, async_op=True)
+        self.there = rows.new_empty(sum(receive), *rows.shape[1:])
+        self.work = dist.all_to_all_single(self.there, rows.contiguous(), receive, send, self.group, async_op=True)
+        return self.there
+
+    def end(self) -> Tensor:
+        self.work.wait()
+        there, self.there = self.there, None  # kept here no longer than they travel
         return there
 
 
@@ -556,32 +594,36 @@ class _Depart(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, _):
-        ctx.trip.work.wait()
-        grad_RH, ctx.trip.grad_RH = ctx.trip.grad_RH, None
-        return grad_RH, None
+        return ctx.trip.end(), None
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_rH, trip):
         ctx.trip = trip
-        trip.work.wait()
+        trip.end()
         return rows_rH.view_as(rows_rH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_rH):
-        ctx.trip.grad_RH = ctx.trip.start(grad_rH, ctx.trip.receive, ctx.trip.send)
-        return grad_rH, None  # `_Depart` looks at its shape and takes the gradient from the trip
+        ctx.trip.start(grad_rH, ctx.trip.receive, ctx.trip.send)
+        return grad_rH, None  # autograd wants this shape here; `_Depart` takes the gradient from the trip
 
 
 def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None, wait: bool = True):
     """Rows to other ranks: the first send[0] to rank 0, the next send[1] to rank 1, ...; (r, H), sorted by sender.
 
-    Args: rows_RH: rows of any shape, the same on all ranks. send, receive: rows for and from each rank of `group`; rank
-    i's send[j] must be rank j's receive[i]. group: None is all ranks. wait: False returns at once, and not the rows but
-    a function that waits for them. Every rank must call it, with no rows too. Differentiable, once.
-    Raises: ValueError where the lists do not fit. Needs: `_Trip`, `_Depart`, `_Arrive`, `group_size`.
+    Every rank of the group must call it, with no rows too. Differentiable, once.
+
+    Args:
+        rows_RH: rows of any shape and dtype, the same on all ranks (but gloo takes no FP8: send codes as uint8).
+        send, receive: rows for and from each rank of `group`; rank i's send[j] must be rank j's receive[i].
+        group: None is all ranks.
+        wait: False returns at once, and not the rows but a function that waits for them; call it once.
+
+    Raises: ValueError where this rank's lists do not fit; what other ranks' lists say, nobody looks at.
+    Source: ours. Needs: `_Trip`, `_Depart`, `_Arrive`, `group_size`.
     """
     ranks = group_size(group)
     if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
@@ -597,13 +639,27 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None,
 # ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
 #
 # A plan says once, for both ways, where each row goes. Rows leave sorted by expert, so those for one rank are
-# neighbours. They arrive sorted by sender, and within a sender by expert; the grouped product wants them by expert:
+# neighbours. They arrive sorted by sender, and within a sender by expert; the grouped product wants them by expert, so
+# they are sorted a second time. With the tokens at the top of this file, experts 0 and 1 on rank 0, 2 and 3 on rank 1:
 #
-#     from rank 0: 2 2 3   from rank 1: 2 3 3      →      2 2 2 3 3 3          a second sort, of small numbers
+#     rank 0                                            rank 1
+#     experts_TK    a: 0 2   b: 0 1                     c: 2 3   d: 0 3        what the routers want
+#     rows          a0 a2 b0 b1                         c2 c3 d0 d3            choice i % K of token i // K
+#     order_R        0  2  3  1                          2  0  1  3            sorts these by expert:
+#                   a0 b0 b1 │ a2                       d0 │ c2 c3 d3
+#     wanted_Pe     [[2, 1], [1, 0]]                    [[1, 0], [1, 2]]       line j: my rows for rank j's experts
+#     send          [3, 1]                              [1, 3]                 its sums
+#         ── all-to-all of wanted_Pe, a few numbers ──
+#     arrive_Pe     [[2, 1], [1, 0]]                    [[1, 0], [1, 2]]       line j: rank j's rows for my experts
+#     receive       [3, 1]                              [1, 3]                 its sums
+#         ── all-to-all of the rows ──
+#                   a0 b0 b1 │ d0                       a2 │ c2 c3 d3          by sender
+#     order_r        0  1  3  2                          0  1  2  3            sorts these by expert:
+#                   a0 b0 d0 · b1                       a2 c2 · c3 d3          counts [3, 1] and [2, 2]
 #
-# Sorts are stable, so an expert finds its rows in the order of ranks and tokens: the order of the whole batch, whatever
-# ep is. The numbers of rows have to be known on the host, because buffers have sizes: the one moment where the host
-# waits for the GPU. Everything that it needs comes in one copy.
+# (That a rank receives what it sends is chance here.) Sorts are stable, so an expert finds its rows in the order of
+# ranks and tokens: the order of the whole batch, whatever ep is. The numbers of rows have to be known on the host,
+# because buffers have sizes: the one moment where the host waits for the GPU. All that it needs comes in one copy.
 #
 # A permutation is a gather, y_i = x_order(i), and its gradient is usually written as a scatter: add dy_i to
 # dx_order(i). On a GPU a scatter adds in any order, and no run repeats another to the bit. But the inverse of a
@@ -637,34 +693,31 @@ def _inverse(order_R: Tensor) -> Tensor:
 
 # Where rows go and how they come back; `plan_dispatch` makes it.
 #     order_R    this rank's rows by expert; row i is choice i % K of token i // K. inverse_R undoes it
-#     send       rows for each rank; receive: rows from each rank. Lists on the host
 #     order_r    rows that arrived, by expert; inverse_r undoes it
-#     counts     rows of each of this rank's experts, a list on the host
-Plan = namedtuple("Plan", "order_R inverse_R send receive order_r inverse_r counts top_k group")
+#     send       rows for each rank; receive: rows from each rank; counts: rows of each of my experts. On the host
+Plan = namedtuple("Plan", "order_R inverse_R order_r inverse_r send receive counts top_k group")
 
 
 def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
     """The plan for tokens that chose experts_TK (int64, in [0, num_experts)).
 
     Rank i of `group` has experts i·e to i·e + e − 1. Every rank of the group must call it; tokens may be none. group:
-    None is all ranks. The host waits once. Raises: ValueError where the experts do not divide over the ranks. Needs:
-    `Plan`, `count_rows`, `_inverse`, `group_size`.
+    None is all ranks. The host waits once. A plan may be used many times. Raises: ValueError where the experts do not
+    divide over the ranks. Source: ours. Needs: `Plan`, `count_rows`, `check_ep`, `_inverse`, `group_size`.
     """
     ep = group_size(group)
-    if num_experts % ep:
-        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose a multiple of {ep}")
+    check_ep(num_experts, ep)
     order_R = experts_TK.flatten().argsort(stable=True)
-    wanted_pe = count_rows(experts_TK, num_experts).view(ep, -1)  # rows that I have for each rank's experts
-    arrive_pe = wanted_pe.clone()  # rows that each rank has for mine
+    wanted_Pe = count_rows(experts_TK, num_experts).view(ep, -1)
+    arrive_Pe = wanted_Pe.clone()
     if ep > 1:
-        dist.all_to_all_single(arrive_pe, wanted_pe, group=group)
-    host = torch.cat([wanted_pe.sum(1), arrive_pe.sum(1), arrive_pe.sum(0)]).tolist()
+        dist.all_to_all_single(arrive_Pe, wanted_Pe, group=group)
+    host = torch.cat([wanted_Pe.sum(1), arrive_Pe.sum(1), arrive_Pe.sum(0)]).tolist()
     send, receive, counts = host[:ep], host[ep : 2 * ep], host[2 * ep :]
-    expert_pe = torch.arange(len(counts), device=order_R.device).repeat(ep)
-    order_r = expert_pe.repeat_interleave(arrive_pe.flatten(), output_size=sum(receive)).argsort(stable=True)
-    return Plan(
-        order_R, _inverse(order_R), send, receive, order_r, _inverse(order_r), counts, experts_TK.shape[1], group
-    )
+    expert_Pe = torch.arange(len(counts), device=order_R.device).repeat(ep)
+    order_r = expert_Pe.repeat_interleave(arrive_Pe.flatten(), output_size=sum(receive)).argsort(stable=True)
+    orders = order_R, _inverse(order_R), order_r, _inverse(order_r)
+    return Plan(*orders, send, receive, counts, experts_TK.shape[1], group)
 
 
 def dispatch(x_TH: Tensor, plan: Plan) -> Callable[[], Tensor]:
@@ -672,7 +725,7 @@ def dispatch(x_TH: Tensor, plan: Plan) -> Callable[[], Tensor]:
 
     That function returns the rows of this rank's experts, (r, H), sorted by expert: plan.counts of each. What is
     computed before it is called overlaps with the journey, in backward too. Every rank of the plan's group must call
-    both. Needs: `Plan`, `_Permute`, `all_to_all`.
+    both, once. Source: ours. Needs: `Plan`, `_Permute`, `all_to_all`.
     """
     rows_RH = _Permute.apply(x_TH, plan.order_R, plan.inverse_R, plan.top_k)
     arrive = all_to_all(rows_RH, plan.send, plan.receive, plan.group, wait=False)
@@ -685,7 +738,7 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     """Brings rows back to their tokens and adds them up with their weights: (T, H), in the rows' dtype.
 
     rows_rH: in the order of `dispatch`. weights_TK: at least fp32; the sum is as wide. Every rank must call it.
-    Needs: `Plan`, `_Permute`, `all_to_all`.
+    Source: ours. Needs: `Plan`, `_Permute`, `all_to_all`.
     """
     if group_size(plan.group) > 1:
         rows_rH = _Permute.apply(rows_rH, plan.inverse_r, plan.order_r, 1)
@@ -709,21 +762,29 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
 #     experts                                          over the ranks that hold the same experts (dp of them)
 #
 # And then what is divided by what? Here nothing: each rank's loss is its sum over the *global* number of tokens, and
-# gradients are only ever added. A library that takes means, dense gradients over ep · dp ranks and experts' over dp,
-# makes experts' gradients ep times too large. Losses are equal, Adam hides the factor, and clipping does not.
+# gradients are only ever added. A library that takes means has to divide twice, and by the same number. With ep · dp =
+# 4 ranks, and g_i what rank i's own mean loss says of a parameter:
+#
+#                                  a dense parameter                   an expert, ep 2 × dp 2
+#     a rank's gradient            g_i, of its own tokens              g_0 + g_1 or g_2 + g_3: of its group's tokens
+#     sum over whom                all 4 ranks                         the 2 that hold it
+#     divide by                    4                                   4 too: by the 2 of them it is ep times too large
+#
+# Losses are equal, Adam hides the factor, and clipping does not.
 
 
 class ExpertParallelMoELayer(MoELayer):
     """`MoELayer` with its experts divided over `group`: this rank's x_BSH to (B, S, H) and the balancing loss, (B,).
 
     Parameters start as `MoELayer`'s do, drawn whole from the default generator, which must be in the same state on
-    every rank. Every rank must call it, forward and backward, also with B = 0; group: None is all ranks.
-    Raises: ValueError where the experts do not divide over the ranks. Needs: `MoELayer`, sections 2.1
-    and 2.2, `check_ep`, and the block groups.
+    every rank. Every rank must call it, forward and backward, also with B = 0; group: None is all ranks. Gradients of
+    experts are sums over the group's tokens, all others are this rank's: `reduce_gradients` adds the rest.
+    Raises: ValueError where the experts do not divide over the ranks. Source: Nemotron 3 Nano; how it is divided: ours.
+    Needs: `MoELayer`, sections 2.1 and 2.2, `check_ep`, and the block groups.
     """
 
     def __init__(self, config: MoEConfig, group=None):
-        check_ep(config, group_size(group))
+        check_ep(config.num_experts, group_size(group))
         super().__init__(config)
         self.group = group
         for p in self.experts.parameters():  # a copy of this rank's share: a view would hold the whole in memory
@@ -743,7 +804,7 @@ class ParallelMoELM(MoELM):
     Its weights are those that MoELM(config) has, whatever the number of ranks, and its parameters have the same names;
     no more than one whole tensor is in memory at a time. Each rank calls it with its own tokens. group: the ranks that
     share one set of experts; None is all ranks. Raises: ValueError where the experts do not divide over the ranks.
-    Needs: `MoELM`, `ExpertParallelMoELayer`, `shard_tensor`.
+    Source: Nemotron 3 Nano; how it is divided: ours. Needs: `MoELM`, `ExpertParallelMoELayer`, `shard_tensor`.
     """
 
     def __init__(self, config: MoEConfig, group=None):
@@ -767,13 +828,29 @@ class ParallelMoELM(MoELM):
 #     E4M3   4 bits exponent, 3 fraction    ±448      rounds by 1/16 at most    for weights and activations
 #     E5M2   5 bits exponent, 2 fraction    ±57344    rounds by 1/8 at most     for gradients: a wide range
 #
-# Below 2^−6 (E5M2: 2^−14) the steps stay as large as they are there, 2^−9 (2^−16), and what is less than half a step is
-# zero: a gradient of 1e-6 in either. So a tensor is scaled to the format's range before it is rounded: *current
-# scaling* looks at this very tensor,
+# The number 20 in both, and all that there is around it:
+#
+#     E4M3   0 1011 010     + 2^(11 − 7) · (1 + 2/8)
+#            16 · 18 · 20 · 22 · 24 · 26 · 28 · 30 · 32 · · · 36 · · · 40        8 steps to the next power of two
+#     E5M2   0 10011 01     + 2^(19 − 15) · (1 + 1/4)
+#            16 · · · 20 · · · 24 · · · 28 · · · 32 · · · · · · · 40             4 steps
+#
+# So the step grows with the number, and the *relative* error is the same at 20 and at 0.02. Down to an end: below 2^−6
+# (E5M2: 2^−14) the exponent has reached its smallest value, and steps stay as large as they are there:
+#
+#     E4M3   0 · 2^−9 · 2·2^−9 · … · 7·2^−9 · 2^−6 · …           less than half a step is zero: 0.0009, and any
+#     E5M2   0 · 2^−16 · 2·2^−16 · 3·2^−16 · 2^−14 · …           gradient of 1e-6, in either
+#
+# So a tensor is scaled to the format's range before it is rounded: *current scaling* looks at this very tensor,
 #
 #     scale = largest number of the format / amax        amax: the largest |x| of the tensor
-#     q = round(clip(x · scale))                         8 bits each
+#     q = round(clip(x · scale))                         8 bits each: the *codes*
 #     x ≈ q · (1 / scale)                                the inverse is what a product is given: easily confused
+#
+#     x              0.02       −0.5      0.00035         amax 0.5, so scale = 448 / 0.5 = 896
+#     x · scale     17.92     −448.0      0.3136
+#     q             18        −448        0.3125          its step here: 2, 32 and 1/32
+#     q / scale      0.0201     −0.5      0.000349        without the scale the last one would have become 0
 #
 # What can go wrong: amax = 0 (a scale of infinity, then 0 · ∞ is NaN); x · scale rounds up past the largest number
 # (E4M3 has no infinity: it may become NaN, so it is clipped); an amax so small that its scale is no number any more.
@@ -786,7 +863,6 @@ class ParallelMoELM(MoELM):
 
 FP8_FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
-
 # x ≈ codes · inverse_scale, tile by tile. codes: x's shape, an FP8 dtype; inverse_scale: fp32, one number, or one for
 # each tile of the last two dimensions; block: rows and columns of a tile, or None.
 Quantized = namedtuple("Quantized", "codes inverse_scale block")
@@ -796,8 +872,7 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest |x|: one number, or (..., r, c) for tiles, of which the last ones may be smaller."""
     if block is None:
         return x.abs().amax() if x.numel() else x.new_zeros(())
-    rows, columns = x.shape[-2:]
-    padded = F.pad(x, (0, -columns % block[1], 0, -rows % block[0]))
+    padded = F.pad(x, (0, -x.shape[-1] % block[1], 0, -x.shape[-2] % block[0]))
     return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
 
 
@@ -842,7 +917,10 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
 
 
 def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes · inverse scale, in `dtype`, which should be fp32 or wider. Needs: `Quantized`, `_spread`."""
+    """codes · inverse scale: a tensor of the codes' shape in `dtype`, which should be fp32 or wider.
+
+    Source: current scaling, Nemotron-H. Needs: `Quantized`, `_spread`.
+    """
     codes, inverse_scale, block = quantized
     return codes.to(dtype) * _spread(inverse_scale, block, codes.shape).to(dtype)
 
@@ -856,17 +934,21 @@ def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> 
 #     dgrad    dx_RH =  dy_RF · w_HF           sum over F        E5M2 · E4M3       w turned
 #     wgrad    dw_FH =  dy_FR · x_HR           sum over rows     E5M2 · E4M3       both turned
 #
-# With one scale a tensor the turned copy has the same codes. Tiles lie along the axis of summation, so a turned operand
-# is rounded anew, from the wide numbers. For wgrad x is kept as codes: a byte a number and not four.
+# So x, w and dy are each needed twice, as they are and *turned*, that is, transposed: six operands. With one scale a
+# tensor the turned copy has the same codes. Tiles lie along the axis of summation, so a turned operand has other tiles
+# and other scales, and is rounded anew, from the wide numbers. For wgrad x is kept as codes: a byte a number and not
+# four.
+#
+# Why can a scale be taken out of a product? Because it is the same for all summands: Σ_h (q_rh / s)(p_fh / z) =
+# (Σ_h q_rh · p_fh) / (s · z). The FP8 units sum codes, and multiply the sum with both inverse scales once.
 #
 # A *recipe* names the format of each operand of each product; it is data, not code. It also says what stays wide:
 # first and last layers, and always the router, norms, embedding and head.
 #
-# Where a GPU has FP8 units, torch._scaled_mm multiplies codes, and multiplies the sum with both inverse scales.
-# Elsewhere we emulate: the same codes, made wide again, in an ordinary product. The rounding is the same to the bit;
-# sums differ, since Hopper's units add with fewer bits than fp32 (`use_fast_accum=False` adds up in fp32 now and then).
-# Which of the two runs is decided once and printed. Hardware wants multiples of 16 rows, so each product is padded with
-# zero rows, which nobody counts.
+# Where a GPU has FP8 units, torch._scaled_mm is that product. Elsewhere we emulate: the same codes, made wide again, in
+# an ordinary product. The rounding is the same to the bit; sums differ, since Hopper's units add with fewer bits than
+# fp32 (`use_fast_accum=False` adds up in fp32 now and then). Which of the two runs is decided once and printed.
+# Hardware wants multiples of 16 rows, so each product is padded with zero rows, which nobody counts.
 
 
 # How one operand of one product is rounded: arguments of `quantize_fp8`.
@@ -875,18 +957,19 @@ E4M3, E5M2 = Operand("e4m3"), Operand("e5m2")
 TILE, SQUARE = Operand("e4m3", (1, 128), True), Operand("e4m3", (128, 128), True)
 
 
-# A recipe: how each operand of each product is rounded, and how many layers stay wide, at the beginning and at the end.
+# A recipe: how each operand of each product is rounded; how many layers stay wide, at the beginning and at the end; and
+# whether products run on the GPU's FP8 units, which `fp8_hardware` says, or are emulated.
 #     fprop: x, w     dgrad: dy, w     wgrad: dy, x     first, last: 1 here; 4 in Nemotron-H 56B
-_HYBRID = ((E4M3, E4M3), (E5M2, E4M3), (E5M2, E4M3), 1, 1)
-FP8Recipe = namedtuple("FP8Recipe", "fprop dgrad wgrad first last", defaults=_HYBRID)
+_HYBRID = ((E4M3, E4M3), (E5M2, E4M3), (E5M2, E4M3), 1, 1, False)
+FP8Recipe = namedtuple("FP8Recipe", "fprop dgrad wgrad first last hardware", defaults=_HYBRID)
 HYBRID = FP8Recipe()  # one scale a tensor; gradients in E5M2
 BLOCKWISE = FP8Recipe((TILE, SQUARE), (TILE, SQUARE), (TILE, TILE))  # Nemotron Nano 2
 
 
 def fp8_hardware(mode: str, device: torch.device, recipe: FP8Recipe) -> bool:
-    """Whether products run on the GPU's FP8 units; mode is "hardware", "emulate", or "auto": hardware where it can.
+    """Whether products can run on the GPU's FP8 units; mode is "hardware", "emulate", or "auto": hardware if it can.
 
-    Raises: ValueError that says why, where "hardware" cannot be had.
+    Raises: ValueError that says why, where "hardware" cannot be had. Source: ours.
     """
     if device.type != "cuda":
         why = f"a {device.type} has none"
@@ -904,8 +987,8 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
     """a · bᵀ, (m, k) and (n, k) to (m, n) in `dtype`, on FP8 units or emulated; k and n multiples of 16 on hardware.
 
     Emulated sums are as wide as dtype, at least fp32. On Hopper's units allow an error of 2^−13 · Σ|a_i b_i| beyond
-    dtype's own rounding: stated here, and not measured on one yet. Raises: ValueError for other sizes. Needs:
-    `Quantized`, `dequantize_fp8`.
+    dtype's own rounding: stated here, and not measured on one yet. Raises: ValueError for other sizes on hardware,
+    which also wants one scale for each tensor. Source: Nemotron-H. Needs: `Quantized`, `dequantize_fp8`.
     """
     if hardware and a.codes.numel():
         if a.codes.shape[1] % 16 or b.codes.shape[0] % 16:
@@ -918,64 +1001,64 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
         return (dequantize_fp8(a, wide) @ dequantize_fp8(b, wide).mT).to(dtype)
 
 
-def _turned(quantized: Quantized, as_operand: Operand, x: Tensor, operand: Operand, amax_group=None) -> Quantized:
-    """xᵀ as `operand`, where x as `as_operand` is there already: the same codes if one scale serves both."""
-    if as_operand == operand and operand.block is None:
-        return Quantized(quantized.codes.mT.contiguous(), quantized.inverse_scale, None)
-    return quantize_fp8(x.mT, *operand, amax_group=amax_group)
+def _both_ways(x_RH: Tensor, way: Operand, turned: Operand, amax_group) -> tuple[Quantized, Quantized]:
+    """x_RH and its transpose, each rounded as an operand, padded to 16 rows. One scale: one rounding serves both."""
+    x_RH = F.pad(x_RH, (0, 0, 0, -len(x_RH) % 16))
+    x = quantize_fp8(x_RH, *way, amax_group=amax_group)
+    if way == turned and way.block is None:
+        return x, x._replace(codes=x.codes.mT.contiguous())
+    return x, quantize_fp8(x_RH.mT, *turned, amax_group=amax_group)
 
 
 class _FP8Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_RH, weight_FH, recipe, hardware, amax_group, dtype):
-        rows = len(x_RH)
-        x_RH = F.pad(x_RH, (0, 0, 0, -rows % 16))
-        x, w = quantize_fp8(x_RH, *recipe.fprop[0], amax_group=amax_group), quantize_fp8(weight_FH, *recipe.fprop[1])
-        x_turned = _turned(x, recipe.fprop[0], x_RH, recipe.wgrad[1], amax_group)
+    def forward(ctx, x_RH, weight_FH, recipe, amax_group, dtype):
+        x, x_turned = _both_ways(x_RH, recipe.fprop[0], recipe.wgrad[1], amax_group)
+        w = quantize_fp8(weight_FH, *recipe.fprop[1])
         ctx.save_for_backward(weight_FH, x_turned.codes, x_turned.inverse_scale)
-        ctx.settings = recipe, hardware, amax_group, x_RH.dtype
-        return fp8_product(x, w, dtype, hardware)[:rows]
+        ctx.settings = recipe, amax_group, x_RH.dtype
+        return fp8_product(x, w, dtype, recipe.hardware)[: len(x_RH)]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RF):
         weight_FH, *x_turned = ctx.saved_tensors
-        recipe, hardware, amax_group, x_dtype = ctx.settings
-        rows = len(grad_RF)
-        grad_RF = F.pad(grad_RF, (0, 0, 0, -rows % 16))
-        dy = quantize_fp8(grad_RF, *recipe.dgrad[0], amax_group=amax_group)
-        grad_RH = fp8_product(dy, quantize_fp8(weight_FH.mT, *recipe.dgrad[1]), x_dtype, hardware)[:rows]
-        dy_turned = _turned(dy, recipe.dgrad[0], grad_RF, recipe.wgrad[0], amax_group)
+        recipe, amax_group, x_dtype = ctx.settings
+        dy, dy_turned = _both_ways(grad_RF, recipe.dgrad[0], recipe.wgrad[0], amax_group)
+        w_turned = quantize_fp8(weight_FH.mT, *recipe.dgrad[1])
         x_turned = Quantized(*x_turned, recipe.wgrad[1].block)
-        grad_FH = fp8_product(dy_turned, x_turned, weight_FH.dtype, hardware)
-        return grad_RH, grad_FH, None, None, None, None
+        grad_RH = fp8_product(dy, w_turned, x_dtype, recipe.hardware)[: len(grad_RF)]
+        grad_FH = fp8_product(dy_turned, x_turned, weight_FH.dtype, recipe.hardware)
+        return grad_RH, grad_FH, None, None, None
 
 
-def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, hardware: bool = False, amax_group=None) -> Tensor:
-    """x · weightᵀ with all three products in FP8, (..., H) to (..., F); differentiable once.
+def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group=None) -> Tensor:
+    """x · weightᵀ with all three products in FP8: x, (..., H), to (..., F); differentiable once.
 
-    Args: amax_group: ranks that hold shares of the rows; see `quantize_fp8`. hardware: see `fp8_hardware`.
-    Returns: x's dtype, or autocast's. Needs: `_FP8Linear`, `_turned`, `fp8_product`, `product_dtype`, `quantize_fp8`.
+    Args: amax_group: ranks that hold shares of the rows, all of which must call it; see `quantize_fp8`.
+    Returns: x's dtype, or autocast's. Raises: ValueError on hardware where H or F are no multiples of 16.
+    Source: Nemotron-H; with tiles, Nemotron Nano 2.
+    Needs: `_FP8Linear`, `_both_ways`, `fp8_product`, `product_dtype`, `quantize_fp8`.
     """
     rows_RH = x.reshape(-1, x.shape[-1])
-    y_RF = _FP8Linear.apply(rows_RH, weight_FH, recipe, hardware, amax_group, product_dtype(x))
+    y_RF = _FP8Linear.apply(rows_RH, weight_FH, recipe, amax_group, product_dtype(x))
     return y_RF.view(*x.shape[:-1], len(weight_FH))
 
 
 class FP8Linear(nn.Linear):
-    """nn.Linear without bias whose three products are in FP8: (..., in_features) to (..., out_features).
+    """nn.Linear without bias whose three products are in FP8: x, (..., in_features), to (..., out_features).
 
-    Args: in_features, out_features: as nn.Linear's. recipe, hardware, amax_group: as `fp8_linear`'s.
+    Args: in_features, out_features: as nn.Linear's. recipe, amax_group: as `fp8_linear`'s.
     The weight itself stays wide: it is rounded for each product anew, and the optimiser never sees the rounding.
-    Needs: `fp8_linear`, section 2.5.
+    Source: Nemotron-H. Needs: `fp8_linear`, section 2.5.
     """
 
-    def __init__(self, in_features: int, out_features: int, recipe=HYBRID, hardware: bool = False, amax_group=None):
+    def __init__(self, in_features: int, out_features: int, recipe: FP8Recipe = HYBRID, amax_group=None):
         super().__init__(in_features, out_features, bias=False)
-        self.recipe, self.hardware, self.amax_group = recipe, hardware, amax_group
+        self.recipe, self.amax_group = recipe, amax_group
 
     def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.weight, self.recipe, self.hardware, self.amax_group)
+        return fp8_linear(x, self.weight, self.recipe, self.amax_group)
 
 
 # ── 2.6 Experts in FP8, and one scale for all shares ────────────────────────────────────────────────────
@@ -992,29 +1075,32 @@ class FP8Linear(nn.Linear):
 
 
 def fp8_grouped_product(
-    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, hardware: bool = False, amax_group=None
+    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, amax_group=None
 ) -> Tensor:
-    """`grouped_product` in FP8: each expert's rows and weights with their own scales. Needs: `fp8_linear`."""
+    """`grouped_product` in FP8, (R, F): each expert's rows and weights with their own scales.
+
+    amax_group: the ranks that hold the same experts, all of which must call it.
+    Source: Nemotron-H's recipe, for each expert by itself: ours. Needs: `fp8_linear`.
+    """
     parts = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(rows, weight_FH, recipe, hardware, amax_group) for rows, weight_FH in parts])
+    return torch.cat([fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts])
 
 
-def to_fp8(model: MoELM, recipe: FP8Recipe, hardware: bool = False, grid: Grid | None = None) -> MoELM:
+def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     """Puts the products of the recipe's layers into FP8, in place, and returns the model; parameters stay as they are.
 
     grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
-    Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
+    Source: Nemotron-H, section 2.4. Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
     """
     tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
     for layer in model.layers[recipe.first : len(model.layers) - recipe.last]:
         for parent in list(layer.modules()):
             if isinstance(parent, Experts):
-                options = dict(recipe=recipe, hardware=hardware, amax_group=experts)
-                parent.product = functools.partial(fp8_grouped_product, **options)
+                parent.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
-                    with torch.device("meta"):
-                        linear = FP8Linear(child.in_features, child.out_features, recipe, hardware, tokens)
+                    with torch.device("meta"):  # no memory: its weight is the one that is there
+                        linear = FP8Linear(child.in_features, child.out_features, recipe, tokens)
                     linear.weight = child.weight
                     setattr(parent, name, linear)
     return model
@@ -1030,15 +1116,18 @@ def shard_dim(name: str) -> int | None:
     return 0 if name.endswith(("experts.up", "experts.down")) else None
 
 
-def check_ep(config: MoEConfig, ep: int) -> None:
+def check_ep(num_experts: int, ep: int) -> None:
     """Raises ValueError, with the remedy, where the experts do not divide over `ep` ranks."""
-    if config.num_experts % ep:
-        fits = [n for n in range(1, min(ep, config.num_experts) + 1) if config.num_experts % n == 0]
-        raise ValueError(f"num_experts={config.num_experts} does not divide over {ep} ranks: choose ep from {fits}")
+    if num_experts % ep:
+        fits = [n for n in range(1, min(ep, num_experts) + 1) if num_experts % n == 0]
+        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose ep from {fits}")
 
 
 def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's tensor `name`, a copy. Needs: `shard_dim`."""
+    """Rank `rank`'s share of `whole`, the plain model's tensor `name`, as a copy: (e, ...) or whole's shape.
+
+    Needs: `shard_dim`.
+    """
     return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
 
 
@@ -1051,10 +1140,11 @@ def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
 def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
 
-    Raises: RuntimeError where the state dict does not fit the configuration; ValueError where experts do not divide.
+    full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
+    state dict does not fit the configuration; ValueError where experts do not divide.
     Needs: `shard_tensor`, `check_state`, `check_ep`.
     """
-    check_ep(config, world_size)
+    check_ep(config.num_experts, world_size)
     check_state(full, config)
     return {name: shard_tensor(name, whole, rank, world_size) for name, whole in full.items()}
 
@@ -1062,8 +1152,9 @@ def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, worl
 def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The state dicts of all ranks of one group, in their order, to the plain model's, to the bit; gradients too.
 
-    Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted apart.
-    Needs: `shard_dim`.
+    shards: what `shard_state_dict` makes, of ranks 0, 1, … Returns: name to whole tensor, a copy. Raises:
+    ValueError where ranks hold different values of what should be whole on each: they have drifted apart. Needs:
+    `shard_dim`.
     """
     full = {}
     for name in shards[0]:
@@ -1089,6 +1180,9 @@ NEMOTRON3_FIXED = dict(
     model_type="nemotron_h", mlp_hidden_act="relu2", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1,
     attention_bias=False, mlp_bias=False, use_bias=False, tie_word_embeddings=False, sliding_window=None,
     moe_latent_size=None, num_nextn_predict_layers=0)  # fmt: skip
+NEMOTRON3_NAMES = dict(
+    embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", up="up_proj", down="down_proj",
+    shared="shared_experts", router="gate", bias="e_score_correction_bias")  # fmt: skip
 
 
 def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
@@ -1102,37 +1196,36 @@ def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
     return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
 
 
-def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
-    """Configuration and plain state dict of a Nemotron 3 folder: config.json and all *.safetensors files.
+def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
+    """The published tensors that our tensor `name` is made of, in their order."""
+    theirs = ".".join(NEMOTRON3_NAMES.get(part, part) for part in name.split("."))
+    theirs = theirs if name == "head.weight" else f"backbone.{theirs}"
+    if shard_dim(name) is not None:
+        return [theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)]
+    return [theirs.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in theirs else "-")]
 
-    Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, a shape, or a setting that this
-    model has not. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
+
+def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
+    """Configuration and plain state dict (name to tensor, on the CPU) of a folder with config.json and *.safetensors.
+
+    Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, an unknown one, or a setting that
+    this model has not; RuntimeError for a shape. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
     """
     from safetensors.torch import load_file
 
     folder = Path(folder)
     config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
     found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-
-    def take(*names: str) -> list[Tensor]:
-        if missing := [name for name in names if name not in found]:
-            raise ValueError(f"{folder} lacks the tensor {missing[0]}")
-        return [found.pop(name) for name in names]
-
-    parts = dict(embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", up="up_proj")
-    parts |= dict(down="down_proj", shared="shared_experts", router="gate", bias="e_score_correction_bias")
+    sources = {name: _nemotron3_sources(name, config.num_experts) for name in state_shapes(config)}
+    wanted = list(itertools.chain(*sources.values()))
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}")
+    if unknown := sorted(found.keys() - set(wanted)):
+        raise ValueError(f"{folder} has {unknown[:4]}, which this model does not know")
     full = {}
-    for name in state_shapes(config):
-        published = ".".join(parts.get(part, part) for part in f"backbone.{name}".split("."))
-        if "qkv" in name:
-            full[name] = torch.cat(take(*(published.replace("qkv", f"{which}_proj") for which in "qkv")))
-        elif shard_dim(name) is not None:
-            each = (published.replace(".experts.", f".experts.{i}.") for i in range(config.num_experts))
-            full[name] = torch.stack(take(*(f"{expert}.weight" for expert in each)))
-        else:
-            full[name] = take(published.removeprefix("backbone.") if name == "head.weight" else published)[0]
-    if found:
-        raise ValueError(f"{folder} has {sorted(found)[:4]}, which this model does not know")
+    for name, names in sources.items():
+        pieces = [found.pop(source) for source in names]  # taken out, so that no tensor is in memory twice for long
+        full[name] = torch.cat(pieces) if shard_dim(name) is None else torch.stack(pieces)
     check_state(full, config)
     return config, full
 
@@ -1163,10 +1256,9 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
     if ep < 1 or world % ep:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
-    copies = [list(range(first, first + ep)) for first in range(0, world, ep)]
-    columns = [list(range(first, world, ep)) for first in range(ep)]
-    groups = dict(ep_group=make_group(copies, device, timeout), edp_group=make_group(columns, device, timeout))
-    return Grid(ep=ep, dp=world // ep, ep_rank=rank % ep, dp_rank=rank // ep, **groups)
+    ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each copy
+    ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
+    return Grid(ep, world // ep, rank % ep, rank // ep, ep_group, edp_group)
 
 
 def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
@@ -1235,7 +1327,8 @@ def train_step(
     Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`, `update_expert_bias`.
     """
     optimizer.zero_grad()
-    sizes = torch.stack([(targets_BS != -100).sum(), torch.tensor(len(tokens_BS), device=tokens_BS.device)])
+    # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
+    sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
     tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
     total = 0
     for part in zip(tokens_BS.tensor_split(micro_batches), targets_BS.tensor_split(micro_batches)):
@@ -1268,7 +1361,14 @@ def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], gr
 #
 # Parameters of the published models, layer by layer. Their Mamba layers are chapter 5's, here they are only counted;
 # the latent width of Super and Ultra (experts work on vectors of that width, with a matrix in and one out for all of
-# them) is the next chapter's.
+# them) is the next chapter's. Nano by hand:
+#
+#     an expert                        2 · 2688 · 1856                  10.0 million parameters
+#     128 of them, in 23 layers        23 · 128 · 10.0 million          29.4 billion of the model's 31.6
+#     6 of them, in 23 layers          23 · 6 · 10.0 million             1.4 billion of the 3.6 that a token meets
+#     rows that travel, at ep 8        4 · 6 · 2688 · 2 bytes · 7/8     113 thousand bytes a token and layer
+#
+# The last line is the price, and the reason why the ranks of an ep group are neighbours.
 
 
 _NANO = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
@@ -1312,16 +1412,27 @@ def all_to_all_bytes(config: MoEConfig, ep: int, itemsize: int = 2) -> float:
     """Bytes that travel between ranks for one token in one layer, forward and backward, if the load is even.
 
     Each of its K rows travels there and back, and so do the gradients: four times; one in ep stays at home.
+    Source: ours, of section 2.2; the white paper's argument for latent experts, which are narrower rows.
     """
     return 4 * config.top_k * (config.latent_size or config.hidden_size) * itemsize * (1 - 1 / ep)
 
 
 def quantisation_error(x: Tensor, *operand) -> float:
-    """‖x − its eight-bit version‖ / ‖x‖. operand: arguments of `quantize_fp8`.
+    """‖x − its eight-bit version‖ / ‖x‖, of x of any shape. operand: arguments of `quantize_fp8`.
 
-    Needs: `quantize_fp8`, `dequantize_fp8`.
+    Source: ours. Needs: `quantize_fp8`, `dequantize_fp8`.
     """
     return ((dequantize_fp8(quantize_fp8(x, *operand)) - x).norm() / x.norm()).item()
+
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# Here experts are divided, and the rest of the model is whole on every rank and must fit there: no expert is cut
+# (chapter 2's tensor parallelism), no layers go to other servers (chapter 3's pipeline). A large run does all of it at
+# once, tensor × pipeline × expert × data, and each rank belongs to several groups. And every replica repeats the
+# optimiser's states, eight bytes a parameter, the same numbers on all of them. Later chapters do both. The rows that
+# travel still have two bytes a number and the model's full width, K times: narrower rows, and numbers of four bits,
+# come next.
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
@@ -1381,17 +1492,15 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
     runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
     for step, (there, here) in enumerate(runs):
-        errors |= {
-            f"loss {step}": abs(here.loss / there.loss - 1).item(),
-            f"norm {step}": abs(here.norm / there.norm - 1).item(),
-        }
+        errors[f"loss {step}"] = abs(here.loss / there.loss - 1).item()
+        errors[f"norm {step}"] = abs(here.norm / there.norm - 1).item()
         if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
             errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
         if step == 0:
             errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
-        return errors
-    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+        errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+    return errors
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1428,74 +1537,109 @@ def codes_agree(device: torch.device) -> bool:
     return bool(_all_reduce(same, None, dist.ReduceOp.MIN))
 
 
-def print_formats(recipe: FP8Recipe, hardware: bool) -> None:
+def print_formats(recipe: FP8Recipe) -> None:
     """The recipe, product by product, and what each format does to two kinds of numbers."""
-    say(f"products in FP8, {'on FP8 units' if hardware else 'emulated'}, all but the first {recipe.first} and the last "
-        f"{recipe.last} layers:")  # fmt: skip
-    lines = ("fprop  y_RF  =  x_RH{} · w_FH{}", "dgrad  dx_RH = dy_RF{} · w_HF{}", "wgrad  dw_FH = dy_FR{} · x_HR{}")
-    for line, operands in zip(lines, recipe):
-        names = (f" {o.format}" + (f", tiles {o.block[0]} × {o.block[1]}" if o.block else "") for o in operands)
-        say("  " + line.format(*names))
+    where = "on FP8 units" if recipe.hardware else "emulated"
+    say(f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:")
+    operands = {E4M3: "e4m3", E5M2: "e5m2", TILE: "e4m3, tiles of 1 × 128", SQUARE: "e4m3, tiles of 128 × 128"}
+    lines = (
+        "fprop  y_RF  =  x_RH {} · w_FH {}",
+        "dgrad  dx_RH = dy_RF {} · w_HF {}",
+        "wgrad  dw_FH = dy_FR {} · x_HR {}",
+    )
+    for line, pair in zip(lines, recipe):
+        say("  " + line.format(*(operands[operand] for operand in pair)))
     x = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
     heavy = x * torch.exp(2 * torch.randn(512, 512, generator=torch.Generator().manual_seed(1)))
     say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
-    for name, operand in {
-        "e4m3": E4M3,
-        "e5m2": E5M2,
-        "e4m3, tiles of 1 × 128": TILE,
-        "e4m3, tiles of 128 × 128": SQUARE,
-    }.items():
+    for operand, name in operands.items():
         lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
         say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
     say()
 
 
-def demonstrate(args, grid: Grid, device: torch.device) -> dict:
-    """Trains three copies of one model from a bad start, on real text, beside one device; returns what to claim."""
+def demonstrate(args, grid: Grid, device: torch.device) -> tuple[list[float], list[float], list[float]]:
+    """Trains a model from a bad start, on real text, beside a single device and beside its copy in FP8.
+
+    Returns: differences of losses from the single device's, the largest load of each step, the two held-out losses.
+    """
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), precision(args)
     data = TextData(args.data, args.tokenizer, args.seq_length)
 
-    def batches() -> Batches:
-        steps = range(args.steps)
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in steps)
+    def batches(steps: int = args.steps) -> Batches:
+        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
 
-    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
-    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
-    to_fp8(models[2], RECIPES[args.recipe], fp8_hardware(args.fp8, device, RECIPES[args.recipe]), grid)
-    alone, differences = iter(()), []
+    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, gamma=args.gamma)
+    models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(2)]
+    to_fp8(models[1], recipe_of(args, device), grid)
+    runs = [train(model, batches(), grid=grid, autocast=autocast, **options) for model in models]
     if group_rank() == 0:
-        alone = train_alone(
-            overload(MoELM(config)).to(device, dtype), itertools.islice(batches(), 5), gamma=args.gamma, **options
-        )
+        plain = overload(MoELM(config)).to(device, dtype)
+        alone = train_alone(plain, batches(min(5, args.steps)), autocast=autocast, **options)
     held = sum(p.numel() for p in models[0].parameters())
     say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
         f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
-    say(f"{'γ =':>45} {args.gamma:<15g}          γ = 0.001       FP8, γ = {args.gamma:g}")
-    say("step      loss    on one device      norm   largest load     largest load     loss        largest load")
+    say("step      loss    single device      norm   largest load      in FP8: loss   largest load")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    runs = zip(
-        *(train(m, batches(), grid=grid, gamma=g, **options) for m, g in zip(models, (args.gamma, 1e-3, args.gamma)))
-    )
-    loads = []
-    for step, (wide, slow, fp8) in enumerate(tqdm(runs, total=args.steps, disable=quiet)):
-        beside = [there.loss.item() for there in itertools.islice(alone, 1)]
-        differences += [abs(wide.loss.item() - other) for other in beside]
-        loads.append([largest_load(run.counts_LE) for run in (wide, slow, fp8)])
+    differences, loads = [], []
+    for step, (wide, fp8) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
+        beside = next(alone, None) if group_rank() == 0 else None
+        differences += [abs(wide.loss - beside.loss).item()] if beside else []
+        loads.append(largest_load(wide.counts_LE))
         if step < 5 or step % 10 == 9:
-            text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:12.2f} ×"
-                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():15.6f}{loads[-1][2]:10.2f} ×")  # fmt: skip
+            text = f"{beside.loss.item():.6f}" if beside else ""
+            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1]:13.2f} ×"
+                f"{fp8.loss.item():18.6f}{largest_load(fp8.counts_LE):13.2f} ×")  # fmt: skip
 
     tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
-    share = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)]
-    losses = []
+    share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
     for model in models:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
             losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
-    say(f"\nheld-out loss {losses[0]:.4f} nats a token; γ = 0.001 {losses[1]:.4f}, FP8 {losses[2]:.4f}\n")
-    return dict(differences=differences, loads=loads, losses=losses)
+    say(f"\nheld-out loss {losses[0]:.4f} nats a token; in FP8 {losses[1]:.4f}\n")
+    return differences, loads, losses
+
+
+PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+
+
+def claims(args, errors: dict, agree: bool, differences: list, loads: list, losses: list) -> list[tuple]:
+    """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
+    rows = []
+    for claim, kind in {
+        "gradient": "grad",
+        "step's norm before clipping": "norm",
+        "weight after AdamW": "after",
+    }.items():
+        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
+        rows.append(
+            (f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+        )
+    same = not any(error for name, error in errors.items() if name.startswith("counts"))
+    rows.append(("every expert's rows, in every step", "exact", "exact" if same else "others", same))
+    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    rows.append((text, "equal", f"within {worst:.0e}", good if differences else "needs steps"))
+    code = "FP8 codes of a tensor on all ranks equal the single device's"
+    rows.append((code, "to the bit", "to the bit" if agree else "others", agree))
+    first, last = (loads[0], sorted(loads[-10:])[len(loads[-10:]) // 2]) if loads else (math.nan, math.nan)
+    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
+    rows.append((f"largest load with γ = {args.gamma:g}, {args.steps} steps (the paper's γ: 0.001)", "even",
+                 f"{first:.2f} × the mean, then {last:.2f} ×",
+                 last < 1.5 if default and args.steps >= 60 else "needs the default run"))  # fmt: skip
+    gap = f"{losses[1] / losses[0] - 1:+.2%}"
+    rows.append(("loss of FP8 over high precision, held out", "under 0.1 %, 56B", gap, "a tiny model, a short run"))
+    for name, paper in PUBLISHED_COUNTS.items():
+        config = PUBLISHED[name]
+        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        counts = [(count - routers) / 1e9 for count in parameters(config)]
+        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
+        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
+        rows.append((text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good))
+    return [*rows, ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench")]
 
 
 def main(args, device: torch.device) -> None:
@@ -1504,56 +1648,13 @@ def main(args, device: torch.device) -> None:
         f"{args.dtype}, seed {args.seed}\n")  # fmt: skip
     if args.check:
         sys.exit(0 if check(args, grid, device) else 1)
-    recipe = RECIPES[args.recipe]
-    print_formats(recipe, fp8_hardware(args.fp8, device, recipe))
-    errors, agree, shown = (
-        equivalence(grid, device, torch.float64),
-        codes_agree(device),
-        demonstrate(args, grid, device),
-    )
-    if group_rank() > 0:
-        return
-
-    rows = []
-
-    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
-        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
-
-    for claim, kind in (
-        ("gradient", "gradient"),
-        ("step's norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
-        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
-    same = not any(error for name, error in errors.items() if name.startswith("counts"))
-    row("every expert's rows, in every step, as on the single device", "exact", "exact" if same else "others")
-    worst, good = within(shown["differences"] or [math.nan], BOUNDS[args.dtype])
-    text = f"the first {len(shown['differences'])} losses equal one device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if shown["differences"] else "needs steps")
-    row("FP8 codes of a tensor on all ranks equal one device's", "to the bit", "to the bit" if agree else "others")
-    loads = list(zip(*shown["loads"])) or [[math.nan]] * 3
-    (first, last), (_, slow) = ((run[0], statistics.median(run[-10:])) for run in loads[:2])
-    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
-    name, ends = f"largest load with γ = {args.gamma:g}, {args.steps} steps", "{:.2f} × the mean, then {:.2f} ×"
-    row(name, "even", ends.format(first, last), last < 1.5 if default and args.steps >= 60 else "needs the default run")
-    row("the same with the paper's γ = 0.001", "even", ends.format(first, slow), "made for a million steps")
-    gap = shown["losses"][2] / shown["losses"][0] - 1
-    row("loss of FP8 over high precision, held out", "under 0.1 %, 56B", f"{gap:+.2%}", "a tiny model, a short run")
-    for name, paper in PUBLISHED_COUNTS.items():
-        config = PUBLISHED[name]
-        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
-        counts = [(count - routers) / 1e9 for count in parameters(config)]
-        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
-        digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
-        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
-        row(text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good)
-    row("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs a GPU with FP8 units; see make bench")
-    if not print_claims(rows):
+    print_formats(recipe_of(args, device))
+    errors, agree = equivalence(grid, device, torch.float64), codes_agree(device)
+    found = demonstrate(args, grid, device)
+    if group_rank() == 0 and not print_claims(claims(args, errors, agree, *found)):
         sys.exit(1)
 
 
-PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
 RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
 SIZES = dict(pattern="layers: * attention, E experts", hidden_size="hidden size, H", num_heads="query heads, N",
              num_kv_heads="heads of keys and values, G", num_experts="experts, E; ep must divide them",
@@ -1565,6 +1666,11 @@ def config_of(args) -> MoEConfig:
     sizes = {name: getattr(args, name) for name in SIZES}
     # A small model wants larger first weights: with 0.02 all scores are nearly equal, and steps of γ jump over them.
     return MoEConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, init_std=0.06, **sizes)
+
+
+def recipe_of(args, device: torch.device) -> FP8Recipe:
+    recipe = RECIPES[args.recipe]
+    return recipe._replace(hardware=fp8_hardware(args.fp8, device, recipe))
 
 
 def flags() -> argparse.Namespace:
@@ -1593,9 +1699,9 @@ def flags() -> argparse.Namespace:
             text = f"--alpha {args.alpha} and --gamma {args.gamma} not below"
             raise ValueError(f"--lr {args.lr} must be above zero, {text}, and all of them numbers")
         config = config_of(args)
-        check_ep(config, args.ep)
+        check_ep(config.num_experts, args.ep)
         state_shapes(config)  # raises for layers that this model has not
-        fp8_hardware(args.fp8, torch.device(args.device), RECIPES[args.recipe])
+        recipe_of(args, torch.device(args.device))
         TextData(args.data, args.tokenizer, args.seq_length)
     except (ValueError, OSError) as error:
         parser.error(str(error))

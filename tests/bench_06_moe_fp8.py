@@ -106,13 +106,13 @@ def bench_layer(args) -> None:
 def bench_fp8(args) -> None:
     """Forward, forward + backward, and quantisation apart, of an n × n layer on n rows."""
     device = torch.device("cuda")
-    hardware = moe.fp8_hardware("auto", device, moe.HYBRID)
-    print(f"\nFP8Linear, compiled, {'FP8 units' if hardware else 'emulated'}, beside nn.Linear in bf16, "
+    recipe = moe.HYBRID._replace(hardware=moe.fp8_hardware("auto", device, moe.HYBRID))
+    print(f"\nFP8Linear, compiled, {'FP8 units' if recipe.hardware else 'emulated'}, beside nn.Linear in bf16, "
           f"{torch.cuda.get_device_name()}\n")  # fmt: skip
     print("n        bf16 forward   FP8 forward   speed-up   forward + backward   quantisation of one operand")
     for n in (1024, 2048, 4096, 8192, 16384):
         wide = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
-        narrow = torch.compile(moe.FP8Linear(n, n, hardware=hardware).to(device, torch.bfloat16))
+        narrow = torch.compile(moe.FP8Linear(n, n, recipe).to(device, torch.bfloat16))
         quantise = torch.compile(lambda x: tuple(moe.quantize_fp8(x)[:2]))
         x = torch.randn(n, n, device=device, dtype=torch.bfloat16, requires_grad=True)
         upstream = torch.randn(n, n, device=device, dtype=torch.bfloat16)
