@@ -1619,7 +1619,7 @@ def flags() -> argparse.Namespace:
     flag("--untied", action="store_true", help="a head with a weight of its own")
     for name, text in SIZES.items():
         flag("--" + name.replace("_", "-"), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=text)
-    flag("--batch", type=int, default=16, help="sequences of a step, over all replicas")
+    flag("--batch", type=int, help="sequences of a step, over all replicas (default: 16, or a row a micro-batch)")
     flag("--lr", type=float, default=3e-3, help="learning rate after ten steps")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
@@ -1630,7 +1630,9 @@ def flags() -> argparse.Namespace:
             raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
         verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
         place_layers(config_of(args).num_layers, args.pp * args.chunks)
-        if args.batch < (least := args.microbatches * args.world_size // args.pp):
+        least = args.microbatches * args.world_size // args.pp
+        args.batch = max(16, least) if args.batch is None else args.batch
+        if args.batch < least:
             raise ValueError(f"--batch {args.batch}: the micro-batches of all replicas need at least {least} rows")
         TextData(args.data, args.tokenizer, args.seq_length)
     except (ValueError, OSError) as error:

@@ -36,9 +36,9 @@ Run it (no flag is needed; --help lists them):
     python 04_seq_parallel/seq_parallel.py --check                   equivalence alone, each tensor's error, all modes
     python 04_seq_parallel/seq_parallel.py --paper-scale 1T          one layer of 1T on 8 pretended ranks, in seconds
     python 04_seq_parallel/seq_parallel.py --no-sequence-parallel --recompute full --dropout 0.1
-    torchrun --nproc-per-node=8 04_seq_parallel/seq_parallel.py --num-heads 8
+    torchrun --nproc-per-node=8 04_seq_parallel/seq_parallel.py
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-        04_seq_parallel/seq_parallel.py --num-heads 16
+        04_seq_parallel/seq_parallel.py
 
 It proves in float64 that every gradient equals the single device's in all six modes, shows tensor by tensor what a
 layer keeps, holds the measured bytes against the paper's formula, trains a small GPT on real text, and ends in a
@@ -1736,7 +1736,7 @@ def dry_run() -> dict[str, list[tuple[int, float, int]]]:
 SIZES = dict(
     num_layers="layers, L",
     hidden_size="hidden size, H",
-    num_heads="attention heads, N; the ranks must divide them",
+    num_heads="attention heads, N; the ranks must divide them (default: 4, or one for each rank)",
     seq_length="tokens of a sequence, S; the ranks must divide them",
     dropout="probability; the paper trains with 0.1",
 )
@@ -1759,8 +1759,9 @@ def flags() -> argparse.Namespace:
     flag("--lr", type=float, default=1e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     flag("--paper-scale", choices=PAPER_MODELS, help="count a layer of that model on pretended ranks, and stop")
-    parser.set_defaults(num_layers=2)
+    parser.set_defaults(num_layers=2, num_heads=None)
     args = parse_flags(parser, ranks=4)
+    args.num_heads = max(GPTConfig.num_heads, args.world_size) if args.num_heads is None else args.num_heads
     try:
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch}: at least 1")

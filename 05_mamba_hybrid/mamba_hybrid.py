@@ -1732,7 +1732,7 @@ def config_of(args) -> HybridConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=120)
     flag = parser.add_argument
-    flag("--tp", type=int, help="ranks that share the weights, by heads (default: all)")
+    flag("--tp", type=int, help="ranks that share the weights, by heads (default: as many as divide the heads)")
     flag("--cp", type=int, help="ranks that share a sequence, by tokens: all others (context parallelism)")
     for name, text in SIZES.items():
         default = getattr(HybridConfig, name)
@@ -1742,7 +1742,8 @@ def flags() -> argparse.Namespace:
     flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=2)
-    args.tp = args.tp or args.world_size // (args.cp or 1)
+    heads = math.gcd(args.world_size, args.mamba_heads, args.attention_heads)
+    args.tp = args.tp or (args.world_size // args.cp if args.cp else heads)
     try:
         if args.tp < 1 or args.tp * (args.cp or args.world_size // args.tp) != args.world_size:
             times = f" times --cp {args.cp} must be" if args.cp else " must divide"
