@@ -133,8 +133,8 @@ class GPTConfig:
 # · Each layer adds two outputs to x, attention's and the feed-forward layer's, 2L in all. The weight that makes such an
 #   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow model. [section 4.2]
 #
-# The matrices of attention and of the feed-forward layer are handed in, so that part 2 can hand in parallel ones. Where
-# it does, N and F in these lines are this rank's n and f.
+# What will be cut is handed in: the table of words, and the matrices of attention and of the feed-forward layer. So
+# part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
 #
 # Dropout takes its generator as an argument, because in section 2.6 two of them will be needed; PyTorch's own takes
 # none, and on the CPU its mask is as wide as x. Ours is a product with a mask of one byte an element, which is all that
@@ -244,15 +244,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
+    words, attention, mlp: what makes the table of words and the halves of a layer.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(
+        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
+    ):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -810,9 +813,10 @@ def random_streams(
 
 # ── 2.7 The model ───────────────────────────────────────────────────────────────────────────────────────
 #
-# The tied head multiplies x with this rank's words. It is a column-parallel product, with x coming in through the
-# door: the plain way to write what ColumnParallelLinear does in one function. Its weight is the embedding's shard, so
-# lookup and head add their gradients into the same rows, and nothing remains to be summed between ranks.
+# The plain model again, with a table of words and halves of layers that are divided. The tied head multiplies x with
+# this rank's words: a column-parallel product, with x coming in through the door, which is the plain way to write what
+# ColumnParallelLinear does in one function. Its weight is the embedding's shard, so lookup and head add their gradients
+# into the same rows, and nothing remains to be summed between ranks.
 #
 # `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
 #
@@ -821,7 +825,7 @@ def random_streams(
 # it does, because it asks for the generators of the same place.
 
 
-class ParallelGPT(nn.Module):
+class ParallelGPT(GPT):
     """The plain `GPT` with every layer divided over `group`: tokens_BS to this rank's logits (B, S, v).
 
     recompute: keep no layer's activations, at the price of a second forward pass. Changes no number.
@@ -836,16 +840,12 @@ class ParallelGPT(nn.Module):
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
-        super().__init__()
         if not config.tied_head:
             raise ValueError("tied_head=False: the head of this model is its embedding table")
-        self.config, self.group, self.recompute = config, group, recompute
+        words = partial(VocabParallelEmbedding, group=group, multiple=config.vocab_multiple)
         with torch.device("meta"):  # shapes first, without memory
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)
-            self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            parts = [(ParallelAttention(config, group), ParallelMLP(config, group)) for _ in range(config.num_layers)]
-            self.layers = nn.ModuleList(Block(config, *pair) for pair in parts)
-            self.final_norm = nn.LayerNorm(config.hidden_size)
+            super().__init__(config, words, *(partial(half, group=group) for half in (ParallelAttention, ParallelMLP)))
+        self.group, self.recompute = group, recompute
         rank, tp = group_rank(group), group_size(group)
         shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
@@ -1475,12 +1475,12 @@ def main(args, device: torch.device) -> None:
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim in ("gradient of every tensor", "norm of every step, before clipping", "after AdamW, every tensor"):
-        kind = claim.split()[0]
+    kinds = {"gradient": "gradient", "norm": "step's norm before clipping", "after": "weight after AdamW"}
+    for kind, claim in kinds.items():
         worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        row(f"{claim}: the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
+        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
-    text = f"the first {len(differences)} losses: the single device's, {args.dtype}"
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs a single device beside")
     for name, (hidden, _, layers, _) in PAPER_MODELS.items():
         row(f"parameters of {layers} layers of {hidden}", name, f"{parameter_count(layers, hidden) / 1e9:.1f}B")
