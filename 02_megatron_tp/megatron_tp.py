@@ -4,9 +4,9 @@
 Paper: Megatron-LM: Training Multi-Billion Parameter Language Models Using Model Parallelism,
        Shoeybi et al., 2019, arXiv 1909.08053
 
-The problem. A model of 8.3 billion parameters needs 133 GB for weights, gradients and Adam's two moments in fp32, and a
-GPU of 2019 has 32 GB. Data parallelism does not help, because it keeps a whole copy on every GPU: the model itself must
-be cut.
+The problem. Chapter 1 keeps the whole model on every rank. But a parameter takes 16 bytes in fp32 (itself, its
+gradient, Adam's two moments), so 8.3 billion take 133 GB, and a GPU of 2019 has 32. More ranks with a whole copy each
+do not help: the model itself must be cut.
 
 The idea. Cut every layer so that each GPU computes on its own until one sum is left to do. The feed-forward layer
 z = gelu(x W1) W2, on two ranks, W1 cut by columns and W2 by rows:
@@ -21,7 +21,7 @@ z = gelu(x W1) W2, on two ranks, W1 cut by columns and W2 by rows:
                     z                            every rank holds all of z
 
 Attention is cut the same way, by heads. That is one all-reduce forward and one backward for each half of a layer, and
-nothing else: no pipeline, no new compiler, two functions of three lines each.
+nothing else: the layers themselves stay as they are, and only their matrices know that there are other ranks.
 
 Run it (no flag is needed; --help lists them):
 
@@ -70,6 +70,7 @@ from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import tiktoken
@@ -132,8 +133,12 @@ class GPTConfig:
 # · Each layer adds two outputs to x, attention's and the feed-forward layer's, 2L in all. The weight that makes such an
 #   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow model. [section 4.2]
 #
-# Dropout takes its generator as an argument, because in section 2.6 two of them will be needed. It keeps its mask as
-# one byte an element; PyTorch's own takes no generator, and on the CPU its mask is as wide as x.
+# What will be cut is handed in: the table of words, and the matrices of attention and of the feed-forward layer. So
+# part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
+#
+# Dropout takes its generator as an argument, because in section 2.6 two of them will be needed; PyTorch's own takes
+# none, and on the CPU its mask is as wide as x. Ours is a product with a mask of one byte an element, which is all that
+# autograd keeps of it.
 
 
 # ── shared: plain GPT ──
@@ -150,33 +155,20 @@ class RandomStreams:
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """True where dropout keeps an element, with probability 1 − p."""
+    """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, generator) -> Tensor:
-        keep, ctx.scale = keep_mask(x, p, generator), 1 / (1 - p)
-        ctx.save_for_backward(keep)
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None, None
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
 
-    Args: x of any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
+    Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `_Dropout`, `keep_mask`.
+    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
-    return _Dropout.apply(x, p, generator) if p else x
+    return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
@@ -195,16 +187,20 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x_BSH to (B, S, H). Needs: `core_attention`, `GPTConfig`, `RandomStreams`."""
+    """Multi-head self-attention, x_BSH to (B, S, H).
 
-    def __init__(self, config: GPTConfig):
+    column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
+    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
+        self.out = row(config.hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        heads = dict(three=3, D=self.config.head_size)
+        heads = dict(three=3, D=self.config.head_size)  # einops finds out N
         q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
@@ -212,19 +208,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer, x_BSH to (B, S, H)."""
+    """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.up = column(config.hidden_size, config.ffn_hidden_size)
+        self.down = row(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
+    """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
     Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
     """
@@ -248,15 +244,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
+    words, attention, mlp: what makes the table of words and the halves of a layer.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(
+        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
+    ):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -320,10 +319,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each st
 def train_alone(
     model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model, a step for each batch; yields the mean loss per token and the norm before clipping.
+    """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
+    clipping.
 
-    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
-    `make_optimizer`.
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
+    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -419,9 +419,10 @@ def _gather(x: Tensor, group) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-def _slice(x: Tensor, group) -> Tensor:
-    """This rank's share of the last dimension."""
-    return x.split(_share(x.shape[-1], group, "the last dimension"), -1)[group_rank(group)].contiguous()
+def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
+    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
+    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
+    return share.clone(memory_format=torch.contiguous_format)
 
 
 class _Door(torch.autograd.Function):
@@ -456,8 +457,8 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
 def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
-    Raises: ValueError where the dimension does not divide over the ranks.
-    Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -465,8 +466,9 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
 def gather_from_tp(x: Tensor, group=None) -> Tensor:
     """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
 
-    Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
-    it tp times. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
+    its gradient is whole on each, and a sum would count it tp times.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
@@ -551,10 +553,9 @@ class ColumnParallelLinear(nn.Module):
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
         super().__init__()
         self.gather_output, self.group = gather_output, group
-        f = _share(out_features, group, "out_features")
         whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(whole.weight.detach().split(f)[group_rank(group)].clone())
-        self.bias = nn.Parameter(whole.bias.detach().split(f)[group_rank(group)].clone()) if bias else None
+        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 0, "out_features"))
+        self.bias = nn.Parameter(_slice(whole.bias.detach(), group, 0)) if bias else None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         y_BSf = _ColumnParallelLinear.apply(*_as_autocast(x_BSH, self.weight, self.bias), self.group)
@@ -562,7 +563,7 @@ class ColumnParallelLinear(nn.Module):
 
 
 class RowParallelLinear(nn.Module):
-    """nn.Linear with its inputs divided over `group`: (..., in_features / tp) to (..., out_features) on every rank.
+    """nn.Linear with its inputs divided over `group`: x (..., in_features / tp) to (..., out_features) on every rank.
 
     Args:
         in_features, out_features, bias: as nn.Linear's; in_features is the number over all ranks. The bias is whole.
@@ -580,12 +581,11 @@ class RowParallelLinear(nn.Module):
     ):
         super().__init__()
         self.input_is_parallel, self.group = input_is_parallel, group
-        f = _share(in_features, group, "in_features")
         whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(whole.weight.detach().split(f, dim=1)[group_rank(group)].clone())
+        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 1, "in_features"))
         self.bias = whole.bias
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:  # x_BSf, or x_BSF where the input is not parallel
         y_BSf = x if self.input_is_parallel else scatter_to_tp(x, self.group)
         partial_z_BSH = F.linear(y_BSf, self.weight)
         z_BSH = reduce_from_tp(partial_z_BSH, self.group)
@@ -596,46 +596,41 @@ class RowParallelLinear(nn.Module):
 
 # ── 2.3 Attention and the feed-forward layer ────────────────────────────────────────────────────────────
 #
-# A column-parallel layer in, a row-parallel one out, and between them what the plain model does, on fewer heads and
-# fewer features: no line of it knows that there are other ranks. Norms, residual connections and outer dropout stand
-# outside the region, where every rank holds everything and computes the same: that is `Block` of part 1, as it is.
+# A column-parallel matrix in, a row-parallel one out, and between them what the plain model does, on fewer heads and
+# fewer features: no line of it knows that there are other ranks, so it *is* the plain model's forward. Norms, residual
+# connections and outer dropout stand outside the region, where every rank holds everything and computes the same: that
+# is `Block` of part 1, as it is.
 #
 # Why columns first? Rows first would end in summands before the gelu, and gelu(a + b) is not gelu(a) + gelu(b): one
-# more all-reduce in each direction.
+# more all-reduce in each direction. The same holds of softmax, and a head is all that a softmax needs: so a cut may run
+# between heads, but not through one.
 
 
-class ParallelAttention(nn.Module):
-    """`Attention` with its heads divided over `group`, x_BSH to (B, S, H).
+def _matrices(group) -> list[Callable]:
+    return [partial(layer, group=group) for layer in (ColumnParallelLinear, RowParallelLinear)]
 
-    Raises: ValueError where the heads do not divide over the ranks. Needs: `core_attention`, and the blocks groups,
-    tensor-parallel operators and tensor-parallel layers.
+
+class ParallelAttention(Attention):
+    """`Attention` with its heads divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
+
+    Raises: ValueError where the heads do not divide over the ranks. Source: section 3 of the paper.
+    Needs: `Attention`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, config: GPTConfig, group=None):
-        super().__init__()
         _share(config.num_heads, group, "num_heads")  # raises where a cut would go through a head
-        self.config = config
-        self.qkv = ColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group=group)
-        self.out = RowParallelLinear(config.hidden_size, config.hidden_size, group=group)
-
-    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        heads = dict(three=3, D=self.config.head_size)
-        q_BnSD, k_BnSD, v_BnSD = rearrange(self.qkv(x_BSH), "B S (n three D) -> three B n S D", **heads)
-        p = self.config.dropout if self.training else 0.0
-        y_BnSD = core_attention(q_BnSD, k_BnSD, v_BnSD, p, streams.inside)
-        return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
+        super().__init__(config, *_matrices(group))
 
 
 class ParallelMLP(MLP):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other layers.
+    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
 
-    Needs: `MLP`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
+    Raises: ValueError where the features do not divide over the ranks. Source: section 3 of the paper.
+    Needs: `MLP`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
     """
 
     def __init__(self, config: GPTConfig, group=None):
-        nn.Module.__init__(self)
-        self.up = ColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, group=group)
-        self.down = RowParallelLinear(config.ffn_hidden_size, config.hidden_size, group=group)
+        super().__init__(config, *_matrices(group))
 
 
 # ── 2.4 The embedding ───────────────────────────────────────────────────────────────────────────────────
@@ -654,6 +649,12 @@ def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
+def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
+    """Of each word its row on this rank, which holds words [r·v, (r + 1)·v), and whether it has one; else any row."""
+    row_BS = words_BS - group_rank(group) * v
+    return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
+
+
 # ── end of padded vocabulary ──
 
 
@@ -669,18 +670,16 @@ class VocabParallelEmbedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
         super().__init__()
         self.num_embeddings, self.group = num_embeddings, group
-        padded, rank = padded_vocab_size(num_embeddings, group_size(group), multiple), group_rank(group)
-        whole = F.pad(nn.Embedding(num_embeddings, embedding_dim).weight.detach(), (0, 0, 0, padded - num_embeddings))
-        self.weight = nn.Parameter(whole.split(padded // group_size(group))[rank].clone())
+        padding = padded_vocab_size(num_embeddings, group_size(group), multiple) - num_embeddings
+        whole = F.pad(nn.Embedding(num_embeddings, embedding_dim).weight.detach(), (0, 0, 0, padding))
+        self.weight = nn.Parameter(_slice(whole, group, 0))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
         if _readable(tokens_BS) and ((tokens_BS < 0) | (tokens_BS >= self.num_embeddings)).any():
             raise ValueError(f"token {tokens_BS.max()} or {tokens_BS.min()} is no word in [0, {self.num_embeddings})")
-        v = self.weight.shape[0]
-        index_BS = tokens_BS - group_rank(self.group) * v
-        mine_BS = (index_BS >= 0) & (index_BS < v)
-        row_BSH = F.embedding(index_BS.clamp(0, v - 1), self.weight)  # not mine: any row, which the next line drops
-        partial_x_BSH = torch.where(mine_BS[..., None], row_BSH, 0)
+        row_BS, mine_BS = _local_words(tokens_BS, self.weight.shape[0], self.group)
+        x_BSH = F.embedding(row_BS, self.weight)  # not mine: any row, which the next line drops
+        partial_x_BSH = torch.where(mine_BS[..., None], x_BSH, 0)
         return reduce_from_tp(partial_x_BSH, self.group)
 
 
@@ -717,35 +716,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
         v = logits_BSv.shape[-1]
-        first_word = group_rank(group) * v
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(first_word, first_word + v, device=logits_BSv.device) < vocab_size
+        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
         x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
-
-        # Which targets are my words? For the others any index will do: what it picks is not used.
-        mine_BS = (targets_BS >= first_word) & (targets_BS < first_word + v)
-        index_BS1 = (targets_BS - first_word).clamp(0, v - 1)[..., None]
+        row_BS, mine_BS = _local_words(targets_BS, v, group)
         # A product with mine_BS in place of where() would make NaN of 0 · −inf.
-        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, index_BS1)[..., 0], 0)
+        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, row_BS[..., None])[..., 0], 0)
         exp_BSv = x_BSv.exp_()
 
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
         counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), index_BS1, mine_BS, counts_BS)
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
         ctx.dtype = logits_BSv.dtype
         return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
+        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
         grad_BS = torch.where(counts_BS, grad_BS, 0)
         grad_BSv = softmax_BSv * grad_BS[..., None]
-        grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
+        grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
         return grad_BSv.to(ctx.dtype), None, None, None, None
 
 
@@ -766,8 +761,7 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_all_reduce`, `_readable`, `group_size`,
-    `group_rank`.
+    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block groups.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -819,9 +813,10 @@ def random_streams(
 
 # ── 2.7 The model ───────────────────────────────────────────────────────────────────────────────────────
 #
-# The tied head multiplies x with this rank's words. It is a column-parallel product, with x coming in through the
-# door: the plain way to write what ColumnParallelLinear does in one function. Its weight is the embedding's shard, so
-# lookup and head add their gradients into the same rows, and nothing remains to be summed between ranks.
+# The plain model again, with a table of words and halves of layers that are divided. The tied head multiplies x with
+# this rank's words: a column-parallel product, with x coming in through the door, which is the plain way to write what
+# ColumnParallelLinear does in one function. Its weight is the embedding's shard, so lookup and head add their gradients
+# into the same rows, and nothing remains to be summed between ranks.
 #
 # `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
 #
@@ -830,7 +825,7 @@ def random_streams(
 # it does, because it asks for the generators of the same place.
 
 
-class ParallelGPT(nn.Module):
+class ParallelGPT(GPT):
     """The plain `GPT` with every layer divided over `group`: tokens_BS to this rank's logits (B, S, v).
 
     recompute: keep no layer's activations, at the price of a second forward pass. Changes no number.
@@ -839,20 +834,18 @@ class ParallelGPT(nn.Module):
     at a time. Its parameters have the plain model's names.
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
-    positions, and for dropout on several ranks without streams.
-    Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT config,
-    vocabulary loss and tensor-parallel weights.
+    positions, for dropout on several ranks without streams, and for tied_head=False.
+    Source: section 3 of the paper. Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks
+    plain GPT, GPT config, vocabulary loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
-        super().__init__()
-        self.config, self.group, self.recompute = config, group, recompute
+        if not config.tied_head:
+            raise ValueError("tied_head=False: the head of this model is its embedding table")
+        words = partial(VocabParallelEmbedding, group=group, multiple=config.vocab_multiple)
         with torch.device("meta"):  # shapes first, without memory
-            self.embedding = VocabParallelEmbedding(config.vocab_size, config.hidden_size, group, config.vocab_multiple)
-            self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            parts = [(ParallelAttention(config, group), ParallelMLP(config, group)) for _ in range(config.num_layers)]
-            self.layers = nn.ModuleList(Block(config, *pair) for pair in parts)
-            self.final_norm = nn.LayerNorm(config.hidden_size)
+            super().__init__(config, words, *(partial(half, group=group) for half in (ParallelAttention, ParallelMLP)))
+        self.group, self.recompute = group, recompute
         rank, tp = group_rank(group), group_size(group)
         shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
@@ -863,10 +856,14 @@ class ParallelGPT(nn.Module):
             raise ValueError(f"dropout={p} on {group_size(self.group)} ranks needs streams=random_streams(seed, ...)")
         streams = streams or (lambda layer: RandomStreams())
         x_BSH = dropout(embed(self.embedding, self.positions, tokens_BS), p, streams(-1).outside)
-        for number, layer in enumerate(self.layers):
-            run = lambda x_BSH, number=number, layer=layer: layer(x_BSH, streams(number))  # noqa: E731
-            x_BSH = checkpoint(run, x_BSH, use_reentrant=False) if self.recompute and self.training else run(x_BSH)
+        twice = self.recompute and self.training
+        run = partial(checkpoint, self._layer, use_reentrant=False) if twice else self._layer
+        for number in range(len(self.layers)):
+            x_BSH = run(number, x_BSH, streams)
         return F.linear(copy_to_tp(self.final_norm(x_BSH), self.group), self.embedding.weight)
+
+    def _layer(self, number: int, x_BSH: Tensor, streams: Streams) -> Tensor:
+        return self.layers[number](x_BSH, streams(number))  # asks for its generators each time that it runs
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: Streams | None = None) -> Tensor:
         """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
@@ -883,7 +880,8 @@ def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature:
     """`tokens_S` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
 
     The text is the same on every rank, whatever their number, as long as the generators are in the same state. The
-    model sees the last seq_length tokens. Call model.eval() before. Needs: `gather_from_tp`.
+    model sees the last seq_length tokens; it computes them all again for each new one. Call model.eval() before.
+    Source: ours. Needs: `gather_from_tp`.
     """
     for _ in range(new_tokens):
         logits_v = model(tokens_S[None, -model.config.seq_length :])[0, -1]
@@ -921,11 +919,24 @@ def check_tp(config: GPTConfig, tp: int) -> None:
         raise ValueError(f"{sizes} do not both divide over tp={tp} ranks: choose tp from {fits}, or other sizes")
 
 
+def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    """Raises ValueError, with what is expected, where a tensor is missing, unknown or of another shape. found: by name,
+    of any shapes."""
+    has, wants = {n: tuple(x.shape) for n, x in found.items()}, {n: tuple(shape) for n, shape in expected.items()}
+    wrong = [name for name in sorted({*has, *wants}) if has.get(name) != wants.get(name)]
+    if wrong:
+        each = (f"{name} is {has.get(name, 'missing')} and should be {wants.get(name, 'left out')}" for name in wrong)
+        raise ValueError(f"{where}: " + "; ".join(itertools.islice(each, 5)))
+
+
 def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `shard_dim`, `padded_vocab_size`."""
+    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...).
+
+    Needs: `shard_dim`, `padded_vocab_size`.
+    """
     if shard_dim(name) is None:
         return whole.clone()
-    if name == "embedding.weight":
+    if name.endswith("embedding.weight"):
         rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
         whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
     return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
@@ -934,25 +945,21 @@ def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_s
 def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
 
+    full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
     Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `check_tp`.
+    Needs: `shard_tensor`, `parameter_shapes`, `check_shapes`, `check_tp`.
     """
     check_tp(config, world_size)
-    expected = parameter_shapes(config)
-    lacks, has = sorted(expected.keys() - full.keys()), sorted(full.keys() - expected.keys())
-    if lacks or has:
-        raise ValueError(f"the state dict lacks {lacks} and has {has}, which this model does not know")
-    for name, shape in expected.items():
-        if full[name].shape != shape:
-            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    check_shapes("the state dict", full, parameter_shapes(config))
     return {name: shard_tensor(name, whole, config, rank, world_size) for name, whole in full.items()}
 
 
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
     """All ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
 
-    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be whole on each:
-    they have drifted apart. Needs: `shard_dim`, `SHARD_DIM`.
+    shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
+    as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
+    apart. Needs: `shard_dim`, `SHARD_DIM`.
     """
     full = {}
     for name in shards[0]:
@@ -961,9 +968,8 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
             if dim is None and not torch.equal(piece, pieces[0]):
                 gap = f"rank {rank}'s differs from rank 0's by {(piece - pieces[0]).abs().max():.1e}"
                 raise ValueError(f"{name} should be the same on every rank, but {gap}")
-        full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-    if "embedding.weight" in full:
-        full["embedding.weight"] = full["embedding.weight"][: config.vocab_size].clone()
+        whole = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+        full[name] = whole[: config.vocab_size].clone() if name.endswith("embedding.weight") else whole
     return full
 
 
@@ -973,7 +979,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None) -> dict[str, Tensor]:
     """Every rank's shares to whole tensors, one at a time, on the CPU of the group's first rank; the others get {}.
 
-    Needs: `merge_state_dicts`, `group_size`, `group_rank`.
+    tensors: this rank's, by parameters' names and of their shapes: weights, gradients or moments. Every rank of the
+    group must call it. Returns: the same names, of the plain model's shapes.
+    Raises: what `merge_state_dicts` does. Needs: `merge_state_dicts`, `group_size`, `group_rank`.
     """
     full = {}
     for name, x in tensors.items():
@@ -987,11 +995,11 @@ def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None)
 
 # ── 3.1 Checkpoints ─────────────────────────────────────────────────────────────────────────────────────
 #
-# A checkpoint is one safetensors file of whole tensors, so it knows nothing of tp and can be read at any. Besides
-# weights a run needs Adam's two moments and the number of steps done, which is also its place in the data, in the
-# learning rate's schedule and in the random streams: all three are functions of the step. With the same layout, a run
-# that was interrupted goes on to the same bits as one that was not. With another, dropout's masks are others; all
-# else is equal.
+# A checkpoint is one safetensors file of whole tensors, so it knows nothing of tp and can be read at any; its weights
+# have the plain model's names, so that others can read it, too. Besides weights a run needs Adam's two moments and the
+# number of steps done, which is also its place in the data, in the learning rate's schedule and in the random streams:
+# all three are functions of the step. With the same layout, a run that was interrupted goes on to the same bits as one
+# that was not. With another, dropout's masks are others; all else is equal.
 #
 # A run is killed at the worst moment. So the file is written under another name and renamed when it is complete,
 # which is one step for the file system: under its name stands either the old checkpoint or the new one. And disks
@@ -1002,20 +1010,33 @@ def _checksum(x: Tensor) -> int:
     return zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy())
 
 
+def run_state(model: ParallelGPT, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The live tensors of a run on this rank: each parameter by NAME, its moments as exp_avg.NAME and exp_avg_sq.NAME.
+
+    Returns: all in the shapes of the parameters. One that has made no step yet gets moments of zero.
+    """
+    state = {}
+    for name, p in model.named_parameters():
+        if not optimizer.state[p]:
+            zeros = dict(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            optimizer.state[p].update(step=torch.tensor(0.0), **zeros)
+        state[name] = p.detach()
+        state |= {f"{moment}.{name}": optimizer.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
 def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: torch.optim.AdamW, grid: Grid) -> None:
     """Writes the run's state after `step` steps; every rank must call it. Rank 0 holds all of it in host memory.
 
-    Raises: OSError, on rank 0, where it cannot be written; the file that stood there before is untouched.
-    Needs: `gather_state_dict`, `_checksum`.
+    The other ranks return before the file is there. Raises: OSError, on rank 0, where it cannot be written; the file
+    that stood there before is untouched. Needs: `gather_state_dict`, `run_state`, `_checksum`.
     """
     from safetensors.torch import save_file
 
-    tensors = {}
-    for kind in ("weight", "exp_avg", "exp_avg_sq") if grid.dp_rank == 0 else ():
-        held = {n: {"weight": p, **optimizer.state[p]} for n, p in model.named_parameters()}
-        part = {n: state.get(kind, torch.zeros_like(state["weight"])) for n, state in held.items()}
-        tensors |= {f"{kind} {n}": x for n, x in gather_state_dict(part, model.config, grid.tp_group).items()}
-    if group_rank() == 0:
+    if grid.dp_rank > 0:  # the first replica has it all
+        return
+    tensors = gather_state_dict(run_state(model, optimizer), model.config, grid.tp_group)
+    if grid.tp_rank == 0:
         run = dict(step=step, config=asdict(model.config), checksums={n: _checksum(x) for n, x in tensors.items()})
         aside = Path(f"{file}.unfinished")
         try:
@@ -1031,26 +1052,25 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
 def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim.AdamW, grid: Grid) -> int:
     """Reads what `save_checkpoint` wrote, at any tp and dp, each rank for itself; returns the number of steps done.
 
-    Raises: ValueError for a file that is damaged or of another configuration. Needs: `shard_tensor`, `_checksum`.
+    Raises: ValueError for a file that is damaged or of another configuration; model and optimizer are as they were.
+    Needs: `shard_tensor`, `run_state`, `_checksum`.
     """
     from safetensors import SafetensorError, safe_open
 
-    kinds = ("weight", "exp_avg", "exp_avg_sq")
     try:
-        with safe_open(file, "pt") as data, torch.no_grad():
+        with safe_open(file, "pt") as data:
             run, ours = json.loads((data.metadata() or {})["run"]), asdict(model.config)
             if other := {k: v for k, v in run["config"].items() if ours[k] != v and k != "vocab_multiple"}:
                 raise ValueError(f"{file} is of another configuration: it has {other}")
-            for name, checksum in run["checksums"].items():  # before anything is changed
+            for name, checksum in run["checksums"].items():  # all of them, before anything is changed
                 if _checksum(data.get_tensor(name)) != checksum:
                     raise ValueError(f"{file} is damaged: {name} is not what was written")
-            for n, p in model.named_parameters():
-                whole = {kind: data.get_tensor(f"{kind} {n}") for kind in kinds}
-                mine = {k: shard_tensor(n, x, model.config, grid.tp_rank, grid.tp).to(p) for k, x in whole.items()}
-                p.copy_(mine.pop("weight"))
-                optimizer.state[p] = mine | {"step": torch.tensor(float(run["step"]))}
+            for name, x in run_state(model, optimizer).items():
+                x.copy_(shard_tensor(name, data.get_tensor(name), model.config, grid.tp_rank, grid.tp))
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"{file} is damaged, or no checkpoint: {error}") from error
+    for state in optimizer.state.values():
+        state["step"].fill_(run["step"])
     return run["step"]
 
 
@@ -1061,11 +1081,11 @@ def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim
 
 
 def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
-    """Configuration and plain state dict of a GPT-2 folder: config.json, and model.safetensors or several with an
-    index.
+    """A GPT-2 folder (config.json, and model.safetensors or several with an index) to a configuration and weights.
 
+    Returns: the weights as the plain model's state dict, of the shapes that `parameter_shapes` says.
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
-    Needs: `GPTConfig`, `parameter_shapes`.
+    Needs: `GPTConfig`, `parameter_shapes`, `check_shapes`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -1084,21 +1104,19 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
         found = {n.removeprefix("transformer."): x for name in set(files) for n, x in load_file(folder / name).items()}
     except SafetensorError as error:
         raise ValueError(f"{folder}: a file of weights is damaged: {error}") from error
+
     names = dict(embedding="wte", positions="wpe", layers="h", norm1="ln_1", norm2="ln_2", final_norm="ln_f")
     names |= dict(attention="attn", qkv="c_attn", out="c_proj", up="c_fc", down="c_proj")
-    full = {}
-    for name, shape in parameter_shapes(config).items():
-        published = ".".join(names.get(part, part) for part in name.split("."))
-        turned = "layers" in name and len(shape) == 2
-        if published not in found:
-            raise ValueError(f"{folder} lacks the tensor {published}")
-        x, expected = found[published], tuple(reversed(shape)) if turned else tuple(shape)
-        if x.shape != expected:
-            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {expected}")
+    shapes = parameter_shapes(config)
+    published = {name: ".".join(names.get(part, part) for part in name.split(".")) for name in shapes}
+    turned = {name for name, shape in shapes.items() if "layers" in name and len(shape) == 2}
+    expected = {published[name]: shape[::-1] if name in turned else shape for name, shape in shapes.items()}
+    check_shapes(f"{folder}", {n: x for n, x in found.items() if n in expected}, expected)
+    full = {name: found[published[name]].mT if name in turned else found[published[name]] for name in shapes}
+    for name in full:
         if "qkv" in name:
-            x = rearrange(x, "... (three N D) -> ... (N three D)", three=3, N=config.num_heads)
-        full[name] = (x.mT if turned else x).contiguous()
-    return config, full
+            full[name] = rearrange(full[name], "(three N D) ... -> (N three D) ...", three=3, N=config.num_heads)
+    return config, {name: x.contiguous() for name, x in full.items()}
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1143,15 +1161,18 @@ def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
-    """Sums every gradient over `group`, in one message; the same parameters must have gradients on every rank.
+    """Sums every gradient over `group`, in one message, for which their memory is needed once more.
 
+    Which parameters take part must not depend on this rank's data, or two ranks send messages of unequal size. So all
+    do that require a gradient, and one that has none here counts as zero, for another rank may have one.
     (DistributedDataParallel sends them in buckets while backward still runs.) Needs: `_all_reduce`, `group_size`.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and group_size(group) > 1:
-        flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(total.view_as(grad))
+    learned = [p for p in parameters if p.requires_grad]
+    if not learned or group_size(group) == 1:
+        return
+    flat = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in learned])
+    for p, total in zip(learned, _all_reduce(flat, group).split([p.numel() for p in learned])):
+        p.grad = total.view_as(p)
 
 
 # ── 4.2 One norm for a gradient that no rank holds ──────────────────────────────────────────────────────
@@ -1238,7 +1259,7 @@ def train(
     streams: Callable[[int], Streams] | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
     optimizer: torch.optim.Optimizer | None = None, first: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
+    """`train_alone` on a grid: the same arguments, and it yields the same scalars. Every rank must iterate it.
 
     batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
     and the gradient is exact all the same. streams: step to what `random_streams` returns for it. first: the number
@@ -1254,6 +1275,11 @@ def train(
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+#
+# What can be recomputed on a laptop: how many parameters the published models have, which share of linear the published
+# speed is, and how much one rank of them holds and says. The first is a formula, and the test counts the plain model to
+# hold it. The last is this chapter's own code, run on tensors that have shapes and no values, in a world whose other
+# ranks are pretended: 8.3 billion parameters in some seconds.
 
 
 def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 1024) -> int:
@@ -1261,6 +1287,7 @@ def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 10
 
     A layer has 3H² + 3H for queries, keys and values, H² + H behind attention, 4H² + 4H up, 4H² + H down, and 4H in two
     norms: 12H² + 13H. Around the layers stand the tables of words and positions, and the final norm.
+    Source: ours, from section 3 of the paper; it gives table 1's numbers.
     """
     return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden + 2 * hidden
 
@@ -1276,6 +1303,7 @@ def share_of_linear(flops: float, gpus: int, one_gpu: float = 39e12) -> float:
 
     The paper gives two for 8.3 B parameters on 512 GPUs, 76 % in its abstract and 74 % in section 5.1, and one speed,
     15.1 PFLOP/s. That is 75.6 %, so the second share is not of the same measurement.
+    Source: the paper's abstract and section 5.1.
     """
     return flops / (gpus * one_gpu)
 
@@ -1286,7 +1314,7 @@ def paper_scale(name: str) -> dict:
     torch's fake process group answers every collective at once; its fake tensors have shapes and no values. Makes a
     process group, so it wants a process of its own. Returns: parameters of the whole model and of this rank; the
     all-reduces of one B·S·H tensor, forward (two a layer, and one behind the embedding) and backward (one in front of
-    the tied head). Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
+    the tied head). Source: ours, on table 1's sizes. Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -1296,16 +1324,27 @@ def paper_scale(name: str) -> dict:
     config = GPTConfig(padded_vocab_size(50_257, 8, 128), 1024, hidden, layers, heads)
     with FakeTensorMode():
         model, tokens_BS = ParallelGPT(config), torch.zeros(8, 1024, dtype=torch.int64)
-        ways = dict(forward=Counter(), backward=Counter())
-        with ways["forward"]:
+        with Counter() as forward:
             loss = model.loss(tokens_BS, tokens_BS).mean()
-        with ways["backward"]:
+        with Counter() as backward:
             loss.backward()
         held, shares = (sum(p.numel() for p in ps) for ps in (model.parameters(), model.sharded_parameters()))
     dist.destroy_process_group()
     size = tokens_BS.numel() * hidden * 4  # bytes of one B·S·H tensor; the loss and its ends send others
-    counts = {way: sum(m.bytes == size for m in counter.messages) for way, counter in ways.items()}
-    return dict(model=name, layers=layers, tp=tp, parameters=held + (tp - 1) * shares, held=held, **counts)
+    forward, backward = (sum(m.bytes == size for m in counter.messages) for counter in (forward, backward))
+    whole = held + (tp - 1) * shares
+    return dict(layers=layers, tp=tp, parameters=whole, held=held, forward=forward, backward=backward)
+
+
+# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
+#
+# Every half of a layer ends in an all-reduce that nobody can do without, and the next half waits for it. For 8.3
+# billion parameters and a batch of 8 it carries 8 · 1024 · 3072 numbers, 50 MB in bf16; four in each of 72 layers are
+# 14.5 GB a step, and a ring of 8 sends 25 GB through every GPU. At the 150 GB/s within a server of 2019 that is 0.2 s
+# beside 1.3 s of arithmetic; at the 12.5 GB/s between servers it is 2 s. So tp is at most 8, the GPUs of one server,
+# and a model that does not fit into those needs another cut: chapter 3 cuts between layers, where one such message for
+# many layers is enough. And what norm, dropout and residual connections keep for backward is still whole on every rank:
+# chapter 4 divides it. (That each replica repeats the optimiser's moments is left to a later chapter.)
 
 
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
@@ -1323,23 +1362,21 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     targets_BS[0, 3:] = -100
     plain, parallel = (model.to(device, dtype) for model in (GPT(config), ParallelGPT(config, grid.tp_group)))
     batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
-
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        errors = {}  # on the first rank of each replica
-        for name, x in gather_state_dict(here, config, grid.tp_group).items():
-            y = reference[name].detach().cpu()
-            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
-        return errors
-
     errors = {}
+
+    def compare(kind: str, what: Callable[[nn.Module], dict], floor: float = 0.0) -> None:
+        for name, x in gather_state_dict(what(parallel), config, grid.tp_group).items():  # on first ranks of replicas
+            y = what(plain)[name].detach().cpu()
+            errors[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
+
     runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
     for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
         errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
         if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype != torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
-        return errors
-    return errors | gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+            compare("gradient of", lambda model: {name: p.grad for name, p in model.named_parameters()})
+    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: others cannot tell
+        compare("after AdamW", nn.Module.state_dict, floor=5 * 1e-3)
+    return errors
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1366,6 +1403,9 @@ def check(args, grid: Grid, device: torch.device) -> bool:
     return good
 
 
+BESIDE = 100_000_000  # parameters of the largest plain model that rank 0 trains beside the parallel one: 1.6 GB
+
+
 def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
     from tqdm import tqdm
@@ -1386,13 +1426,18 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     least, most = _all_reduce(torch.tensor([first, -first], device=device), None, dist.ReduceOp.MIN).tolist()
     if least != -most:
         raise ValueError(f"{args.checkpoint} stands at step {first} here, at {least} to {-most} on all: share one disk")
-    alone, differences = iter(()), []
-    if group_rank() == 0 and not (config.dropout or first or args.gpt2):  # other masks or weights, other losses
-        alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
     held = sum(p.numel() for p in model.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
-    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
-    say("step      loss    on one device      norm")
+    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}")
+    reasons = {"it would draw other masks": config.dropout, "this run goes on from a checkpoint": first,
+               "this run has published weights": args.gpt2, f"too large, above {BESIDE:,}": whole > BESIDE}  # fmt: skip
+    alone, why, differences = iter(()), [reason for reason, holds in reasons.items() if holds], []
+    if why:
+        say(f"no single-device model is trained beside it: {why[0]}")
+    elif group_rank() == 0:
+        alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
+
+    say("\nstep      loss    on one device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=lambda step: random_streams(args.seed, step, grid.tp_rank, grid.dp_rank, device))
     steps = train(model, batches(first), grid=grid, optimizer=optimizer, first=first, **options)
@@ -1430,21 +1475,18 @@ def main(args, device: torch.device) -> None:
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (
-        ("gradient", "gradient"),
-        ("step's norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
+    kinds = {"gradient": "gradient", "norm": "step's norm before clipping", "after": "weight after AdamW"}
+    for kind, claim in kinds.items():
         worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
         row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
-    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if differences else "needs a new run without dropout")
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    row(text, "equal", f"within {worst:.0e}", good if differences else "needs a single device beside")
     for name, (hidden, _, layers, _) in PAPER_MODELS.items():
         row(f"parameters of {layers} layers of {hidden}", name, f"{parameter_count(layers, hidden) / 1e9:.1f}B")
-    big, exact = dry_run("8.3B"), parameter_count(72, 3072)
-    here = f"{big['parameters'] / 1e9:.1f}B"
-    row("the last, counted in this code on 8 pretended ranks", "8.3B", here, big["parameters"] == exact)
+    big = dry_run("8.3B")
+    same = big["parameters"] == parameter_count(big["layers"], 3072)
+    row("the last, counted in this code on 8 pretended ranks", "8.3B", f"{big['parameters'] / 1e9:.1f}B", same)
     here = " + ".join(f"{(big[way] - 1) / big['layers']:g}" for way in ("forward", "backward"))
     row("its all-reduces in a layer, forward + backward", "2 + 2", here)
     row("50,257 words padded for 8 ranks", "51,200", f"{padded_vocab_size(50_257, 8, 128):,}")
@@ -1475,30 +1517,29 @@ def config_of(args) -> GPTConfig:
 
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=80)
+    flag = parser.add_argument
     text = "ranks that share one copy of the model; must divide all ranks (default: 2, on a single rank 1)"
-    parser.add_argument("--tp", type=int, default=argparse.SUPPRESS, help=text)
+    flag("--tp", type=int, default=argparse.SUPPRESS, help=text)
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, over all replicas")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    parser.add_argument(
-        "--recompute", action="store_true", help="keep each layer's input alone, compute the rest again"
-    )
-    parser.add_argument("--checkpoint", metavar="FILE", help="save the run there; where it exists, go on from it")
-    parser.add_argument("--save-every", type=int, default=20, metavar="STEPS", help="steps between two checkpoints")
-    parser.add_argument("--gpt2", metavar="FOLDER", help="start from published GPT-2 weights; use --tokenizer gpt2")
-    parser.add_argument("--paper-scale", choices=PAPER_MODELS, help="dry-run one rank of a published model, and stop")
+        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+    flag("--batch", type=int, default=16, help="sequences of a step, over all replicas")
+    flag("--lr", type=float, default=3e-3, help="peak learning rate")
+    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
+    flag("--recompute", action="store_true", help="keep each layer's input alone, compute the rest again")
+    flag("--checkpoint", metavar="FILE", help="save the run there; where it exists, go on from it")
+    flag("--save-every", type=int, default=20, metavar="STEPS", help="steps between two checkpoints")
+    flag("--gpt2", metavar="FOLDER", help="start from published GPT-2 weights; use --tokenizer gpt2")
+    flag("--paper-scale", choices=PAPER_MODELS, help="dry-run one rank of a published model, and stop")
     args = parse_flags(parser, ranks=4)
     args.tp = getattr(args, "tp", min(2, args.world_size))
+    changed = [f"--{name.replace('_', '-')}" for name in SIZES if getattr(args, name) != getattr(GPTConfig, name)]
     try:
         if args.tp < 1 or args.world_size % args.tp:
             raise ValueError(f"--tp {args.tp} must divide the {args.world_size} ranks")
         if min(args.batch, args.save_every) < 1 or not 0 < args.lr < math.inf:
             text = f"--batch {args.batch} and --save-every {args.save_every} must be at least 1"
             raise ValueError(f"{text}, --lr {args.lr} above zero")
-        changed = [f"--{name.replace('_', '-')}" for name in SIZES if getattr(args, name) != getattr(GPTConfig, name)]
         if args.gpt2 and changed:
             raise ValueError(f"--gpt2 takes its sizes from {args.gpt2}/config.json: leave out {' '.join(changed)}")
         config = config_of(args)

@@ -143,33 +143,20 @@ class RandomStreams:
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """True where dropout keeps an element, with probability 1 − p."""
+    """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, generator) -> Tensor:
-        keep, ctx.scale = keep_mask(x, p, generator), 1 / (1 - p)
-        ctx.save_for_backward(keep)
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None, None
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
 
-    Args: x of any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
+    Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `_Dropout`, `keep_mask`.
+    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
-    return _Dropout.apply(x, p, generator) if p else x
+    return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
@@ -188,16 +175,20 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x_BSH to (B, S, H). Needs: `core_attention`, `GPTConfig`, `RandomStreams`."""
+    """Multi-head self-attention, x_BSH to (B, S, H).
 
-    def __init__(self, config: GPTConfig):
+    column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
+    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
+        self.out = row(config.hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        heads = dict(three=3, D=self.config.head_size)
+        heads = dict(three=3, D=self.config.head_size)  # einops finds out N
         q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
@@ -205,19 +196,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer, x_BSH to (B, S, H)."""
+    """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.up = column(config.hidden_size, config.ffn_hidden_size)
+        self.down = row(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
+    """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
     Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
     """
@@ -241,15 +232,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
+    words, attention, mlp: what makes the table of words and the halves of a layer.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(
+        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
+    ):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -313,10 +307,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each st
 def train_alone(
     model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model, a step for each batch; yields the mean loss per token and the norm before clipping.
+    """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
+    clipping.
 
-    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
-    `make_optimizer`.
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
+    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):

@@ -161,33 +161,20 @@ class RandomStreams:
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """True where dropout keeps an element, with probability 1 − p."""
+    """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
     return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, p: float, generator) -> Tensor:
-        keep, ctx.scale = keep_mask(x, p, generator), 1 / (1 - p)
-        ctx.save_for_backward(keep)
-        return (x * keep).mul_(ctx.scale)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (keep,) = ctx.saved_tensors
-        return (grad * keep).mul_(ctx.scale), None, None
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
 
-    Args: x of any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
+    Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `_Dropout`, `keep_mask`.
+    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
-    return _Dropout.apply(x, p, generator) if p else x
+    return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
@@ -206,16 +193,20 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, x_BSH to (B, S, H). Needs: `core_attention`, `GPTConfig`, `RandomStreams`."""
+    """Multi-head self-attention, x_BSH to (B, S, H).
 
-    def __init__(self, config: GPTConfig):
+    column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
+    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.hidden_size)
+        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
+        self.out = row(config.hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        heads = dict(three=3, D=self.config.head_size)
+        heads = dict(three=3, D=self.config.head_size)  # einops finds out N
         q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
@@ -223,19 +214,19 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer, x_BSH to (B, S, H)."""
+    """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.ffn_hidden_size)
-        self.down = nn.Linear(config.ffn_hidden_size, config.hidden_size)
+        self.up = column(config.hidden_size, config.ffn_hidden_size)
+        self.down = row(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each with its norm, its dropout and its residual connection.
+    """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
     Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
     """
@@ -259,15 +250,18 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
+    words, attention, mlp: what makes the table of words and the halves of a layer.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(
+        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
+    ):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, Attention(config), MLP(config)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -331,10 +325,11 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each st
 def train_alone(
     model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model, a step for each batch; yields the mean loss per token and the norm before clipping.
+    """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
+    clipping.
 
-    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own. Needs:
-    `make_optimizer`.
+    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
+    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -463,9 +458,10 @@ def _gather(x: Tensor, group) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-def _slice(x: Tensor, group) -> Tensor:
-    """This rank's share of the last dimension."""
-    return x.split(_share(x.shape[-1], group, "the last dimension"), -1)[group_rank(group)].contiguous()
+def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
+    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
+    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
+    return share.clone(memory_format=torch.contiguous_format)
 
 
 class _Door(torch.autograd.Function):
@@ -500,8 +496,8 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
 def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
-    Raises: ValueError where the dimension does not divide over the ranks.
-    Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -509,8 +505,9 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
 def gather_from_tp(x: Tensor, group=None) -> Tensor:
     """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
 
-    Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
-    it tp times. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
+    its gradient is whole on each, and a sum would count it tp times.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
@@ -1034,35 +1031,31 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
         v = logits_BSv.shape[-1]
-        first_word = group_rank(group) * v
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(first_word, first_word + v, device=logits_BSv.device) < vocab_size
+        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
         x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
-
-        # Which targets are my words? For the others any index will do: what it picks is not used.
-        mine_BS = (targets_BS >= first_word) & (targets_BS < first_word + v)
-        index_BS1 = (targets_BS - first_word).clamp(0, v - 1)[..., None]
+        row_BS, mine_BS = _local_words(targets_BS, v, group)
         # A product with mine_BS in place of where() would make NaN of 0 · −inf.
-        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, index_BS1)[..., 0], 0)
+        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, row_BS[..., None])[..., 0], 0)
         exp_BSv = x_BSv.exp_()
 
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
         counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), index_BS1, mine_BS, counts_BS)
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
         ctx.dtype = logits_BSv.dtype
         return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, index_BS1, mine_BS, counts_BS = ctx.saved_tensors
+        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
         grad_BS = torch.where(counts_BS, grad_BS, 0)
         grad_BSv = softmax_BSv * grad_BS[..., None]
-        grad_BSv.scatter_add_(-1, index_BS1, -(grad_BS * mine_BS)[..., None])
+        grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
         return grad_BSv.to(ctx.dtype), None, None, None, None
 
 
@@ -1083,8 +1076,7 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_all_reduce`, `_readable`, `group_size`,
-    `group_rank`.
+    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block groups.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -1106,6 +1098,12 @@ def vocab_parallel_cross_entropy(
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
+
+
+def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
+    """Of each word its row on this rank, which holds words [r·v, (r + 1)·v), and whether it has one; else any row."""
+    row_BS = words_BS - group_rank(group) * v
+    return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
 # ── end of padded vocabulary ──
@@ -1205,11 +1203,24 @@ def check_tp(config: GPTConfig, tp: int) -> None:
         raise ValueError(f"{sizes} do not both divide over tp={tp} ranks: choose tp from {fits}, or other sizes")
 
 
+def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
+    """Raises ValueError, with what is expected, where a tensor is missing, unknown or of another shape. found: by name,
+    of any shapes."""
+    has, wants = {n: tuple(x.shape) for n, x in found.items()}, {n: tuple(shape) for n, shape in expected.items()}
+    wrong = [name for name in sorted({*has, *wants}) if has.get(name) != wants.get(name)]
+    if wrong:
+        each = (f"{name} is {has.get(name, 'missing')} and should be {wants.get(name, 'left out')}" for name in wrong)
+        raise ValueError(f"{where}: " + "; ".join(itertools.islice(each, 5)))
+
+
 def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `shard_dim`, `padded_vocab_size`."""
+    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...).
+
+    Needs: `shard_dim`, `padded_vocab_size`.
+    """
     if shard_dim(name) is None:
         return whole.clone()
-    if name == "embedding.weight":
+    if name.endswith("embedding.weight"):
         rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
         whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
     return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
@@ -1218,25 +1229,21 @@ def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_s
 def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
 
+    full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
     Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `check_tp`.
+    Needs: `shard_tensor`, `parameter_shapes`, `check_shapes`, `check_tp`.
     """
     check_tp(config, world_size)
-    expected = parameter_shapes(config)
-    lacks, has = sorted(expected.keys() - full.keys()), sorted(full.keys() - expected.keys())
-    if lacks or has:
-        raise ValueError(f"the state dict lacks {lacks} and has {has}, which this model does not know")
-    for name, shape in expected.items():
-        if full[name].shape != shape:
-            raise ValueError(f"{name} has shape {tuple(full[name].shape)}; this configuration needs {tuple(shape)}")
+    check_shapes("the state dict", full, parameter_shapes(config))
     return {name: shard_tensor(name, whole, config, rank, world_size) for name, whole in full.items()}
 
 
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
     """All ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
 
-    Works for gradients as well. Raises: ValueError where ranks hold different values of what should be whole on each:
-    they have drifted apart. Needs: `shard_dim`, `SHARD_DIM`.
+    shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
+    as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
+    apart. Needs: `shard_dim`, `SHARD_DIM`.
     """
     full = {}
     for name in shards[0]:
@@ -1245,9 +1252,8 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
             if dim is None and not torch.equal(piece, pieces[0]):
                 gap = f"rank {rank}'s differs from rank 0's by {(piece - pieces[0]).abs().max():.1e}"
                 raise ValueError(f"{name} should be the same on every rank, but {gap}")
-        full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-    if "embedding.weight" in full:
-        full["embedding.weight"] = full["embedding.weight"][: config.vocab_size].clone()
+        whole = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
+        full[name] = whole[: config.vocab_size].clone() if name.endswith("embedding.weight") else whole
     return full
 
 

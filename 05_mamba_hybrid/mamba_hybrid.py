@@ -821,9 +821,10 @@ def _gather(x: Tensor, group) -> Tensor:
     return torch.cat(pieces, -1)
 
 
-def _slice(x: Tensor, group) -> Tensor:
-    """This rank's share of the last dimension."""
-    return x.split(_share(x.shape[-1], group, "the last dimension"), -1)[group_rank(group)].contiguous()
+def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
+    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
+    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
+    return share.clone(memory_format=torch.contiguous_format)
 
 
 class _Door(torch.autograd.Function):
@@ -858,8 +859,8 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
 def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
-    Raises: ValueError where the dimension does not divide over the ranks.
-    Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -867,8 +868,9 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
 def gather_from_tp(x: Tensor, group=None) -> Tensor:
     """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
 
-    Right only where every rank does the same with the result: then its gradient is whole on each, and a sum would count
-    it tp times. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
+    its gradient is whole on each, and a sum would count it tp times.
+    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
