@@ -1238,6 +1238,7 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
+# ── shared: precision ──
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1247,6 +1248,9 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
     errors = list(errors)
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+# ── end of precision ──
 
 
 @torch.no_grad()

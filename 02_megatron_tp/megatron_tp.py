@@ -30,7 +30,7 @@ Run it (no flag is needed; --help lists them):
     python 02_megatron_tp/megatron_tp.py --check                     equivalence alone, each tensor's error
     python 02_megatron_tp/megatron_tp.py --data my.txt --tokenizer gpt2 --hidden-size 768 --num-heads 12
     python 02_megatron_tp/megatron_tp.py --paper-scale 8.3B          a published model on 8 pretended ranks, in seconds
-    torchrun --nproc-per-node=8 02_megatron_tp/megatron_tp.py --tp 8
+    torchrun --nproc-per-node=8 02_megatron_tp/megatron_tp.py --tp 8 --num-heads 8
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 02_megatron_tp/megatron_tp.py
 
 It proves in float64 that every gradient equals the single device's, trains a small GPT on real text beside the
@@ -1383,6 +1383,7 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
+# ── shared: precision ──
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1392,6 +1393,9 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
     errors = list(errors)
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+
+
+# ── end of precision ──
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:

@@ -32,7 +32,7 @@ Run it (no flag is needed; --help lists them):
     python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check         equivalence alone, each tensor's error
     torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
-        05_mamba_hybrid/mamba_hybrid.py --tp 8
+        05_mamba_hybrid/mamba_hybrid.py
 
 It proves in float64 that every gradient equals the single device's however the ranks are laid out, trains a small
 hybrid on real text, writes a line, times a token behind 1 to 32 thousand others, and ends in a table of the papers'
