@@ -1,4 +1,4 @@
-# make run · test · numbers · notebooks · bench · bugs · pictures · lint · shared · grade NOTEBOOK=mine.ipynb
+# make run · test · numbers · differences · notebooks · bench · bugs · pictures · lint · shared · grade NOTEBOOK=mine.ipynb
 #
 #   CHAPTER=02     only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
@@ -16,7 +16,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 endif
 
-.PHONY: run test numbers notebooks grade bench bugs pictures lint shared
+.PHONY: run test numbers differences notebooks grade bench bugs pictures lint shared
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -32,6 +32,9 @@ bugs: $(DEV)
 bench: $(DEV)
 	@$(if $(BENCHES),,echo "no benchmark of chapter $(CHAPTER)"; exit 1;)
 	@set -e; for script in $(BENCHES); do echo "── $$script"; PYTHONPATH=$(FOLDERS) $(PY) $$script $(ARGS); done
+
+differences: $(DEV)
+	$(PY) tests/measure_differences.py
 
 pictures: $(DEV)
 	@set -e; for script in $(DRAWERS); do echo "── $$script"; PYTHONPATH=$(FOLDERS) $(PY) $$script; done

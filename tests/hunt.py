@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: MIT-0
+"""The bugs of notebooks/00_find_the_bug.ipynb, each in a chapter's own model, by number and without a name.
+
+Students: what is below spoils the hunt. `on_ranks`, `report` and `right` are all that you need, and the notebook calls
+them.
+"""
+
+import contextlib
+from collections import namedtuple
+
+import measure_differences as differences
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from proof import plant
+from torch import Tensor
+
+RANKS, WIDTH, SAME = 4, "fp64", 1e-10  # float64: whatever is off by more than SAME is no rounding
+
+
+def planted(number: int | None):
+    """`with planted(3): ...` has bug 3 in the chapter, for experiments of your own; None is no bug."""
+    return BUGS[number].plant()
+
+
+def on_ranks(number: int | None) -> dict:
+    """Trains a model with bug `number` in it for five steps; every rank calls it. None: no bug, tensor parallelism.
+
+    Returns: this rank's share of losses, first gradients and last weights; `report` takes all ranks' shares.
+    """
+    torch.set_num_threads(1)
+    with planted(number):
+        return differences.on_ranks(BUGS[number].technique, 0, WIDTH, optimizers=("SGD",))
+
+
+def report(number: int | None, shares: list[dict]) -> dict[str, float]:
+    """Prints what `shares`, of all ranks in order, show beside the single device; returns every number's error.
+
+    Errors are max|Δ| / max|reference| of a tensor; of what every rank has whole, the first rank's is looked at.
+    """
+    technique = BUGS[number].technique
+    here, alone = differences.join(technique, shares, True), differences.alone(technique, 0, WIDTH, optimizers=("SGD",))
+    errors = {f"loss {step}": differences.error(here["losses"][step], x) for step, x in alone["losses"].items()}
+    errors["norm"] = differences.error(here["norm"]["norm"], alone["norm"]["norm"])
+    for kind, quantity in (("gradient", "gradient"), ("weight", "SGD")):
+        errors |= {f"{kind} {n}": differences.error(here[quantity][n], x) for n, x in alone[quantity].items()}
+
+    title = "no bug" if number is None else f"bug {number}"
+    print(f"{title}: {differences.TECHNIQUES[technique].title}, {len(shares)} ranks, {WIDTH}\n")
+    print("step   loss on the ranks   on a single device   relative difference")
+    for step, loss in alone["losses"].items():
+        print(f"{step:4}   {here['losses'][step].item():17.12f}   {loss.item():18.12f}   {errors[f'loss {step}']:.0e}")
+    norms = f"{here['norm']['norm'].item():.9f} on the ranks, {alone['norm']['norm'].item():.9f} on a single device"
+    print(f"\nnorm of the first gradient: {norms}")
+    for kind, title in (("gradient", "gradients of the first step"), ("weight", "weights after five steps of SGD")):
+        found = {name.split(" ", 1)[1]: x for name, x in errors.items() if name.startswith(kind)}
+        right = [name for name, x in found.items() if x < SAME]
+        print(f"\n{title}: {len(right)} of {len(found)} tensors are right")
+        if 0 < len(right) < len(found):
+            print("   right: " + _short(right))
+        for name, x in sorted(found.items(), key=lambda item: -item[1])[: 8 if len(right) < len(found) else 0]:
+            if x >= SAME:
+                print(f"   {name:44} off by {x:.1e}")
+    return errors
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:4])} … {', '.join(names[-3:])}"
+
+
+def right(number: int, answer: object) -> bool:
+    """Is `answer` (a function or class of the chapter, or its name) where bug `number` sits?"""
+    return getattr(answer, "__name__", answer) in BUGS[number].guilty
+
+
+# ── Spoilers ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def bug_0():
+    import megatron_tp as tp
+
+    return plant(tp, "copy_to_tp", lambda x, group=None: x.view_as(x))
+
+
+def bug_1():
+    import megatron_tp as tp
+
+    correct = tp.vocab_parallel_cross_entropy
+
+    def loss(logits_BSv: Tensor, targets_BS: Tensor, group=None, vocab_size=None) -> Tensor:
+        return correct(logits_BSv, targets_BS, group)
+
+    return plant(tp, "vocab_parallel_cross_entropy", loss)
+
+
+def bug_2():
+    import megatron_tp as tp
+
+    correct = tp.clip_grad_norm_
+
+    def norm(parameters, max_norm, sharded=(), group=None):
+        parameters = list(parameters)
+        return correct(parameters, max_norm, parameters, group)
+
+    return plant(tp, "clip_grad_norm_", norm)
+
+
+def bug_3():
+    import megatron_tp as tp
+
+    def forward(self, x: Tensor) -> Tensor:
+        return tp.reduce_from_tp(F.linear(x, self.weight, self.bias), self.group)
+
+    return plant(tp.RowParallelLinear, "forward", forward)
+
+
+def bug_4():
+    import deepspeech as ds
+
+    return plant(ds._SumOverRanks, "backward", staticmethod(lambda ctx, grad: (grad, None)))
+
+
+def bug_5():
+    import pipeline as pl
+
+    return plant(pl.PipelineStage, "tied_copies", lambda self: [])
+
+
+def bug_6():
+    import seq_parallel as sp
+
+    correct = sp.reduce_sequence_parallel_grads
+
+    def mean(module, group=None):
+        correct(module, group)
+        for name, p in module.named_parameters():
+            if sp.shard_dim(name) is None:
+                p.grad /= sp.group_size(group)
+
+    return plant(sp, "reduce_sequence_parallel_grads", mean)
+
+
+def bug_7():
+    import mamba_hybrid as mh
+
+    def zeros(u, width, group=None):
+        return torch.zeros_like(u[:, :width])
+
+    return plant(mh, "halo", zeros)
+
+
+def bug_8():
+    import moe_fp8 as mf
+
+    def everywhere(model, grid):
+        for p in model.parameters():
+            dist.all_reduce(p.grad)
+
+    return plant(mf, "reduce_gradients", everywhere)
+
+
+Bug = namedtuple("Bug", "technique plant guilty")
+BUGS = {
+    None: Bug("tensor", contextlib.nullcontext, set()),
+    0: Bug("tensor", bug_0, {"copy_to_tp"}),
+    1: Bug("tensor", bug_1, {"vocab_parallel_cross_entropy"}),
+    2: Bug("tensor", bug_2, {"clip_grad_norm_"}),
+    3: Bug("tensor", bug_3, {"RowParallelLinear"}),
+    4: Bug("data", bug_4, {"sum_over_ranks", "_SumOverRanks", "SequenceBatchNorm"}),
+    5: Bug("pipeline", bug_5, {"tied_copies", "PipelineStage.tied_copies", "sum_gradients", "train_step"}),
+    6: Bug("sequence", bug_6, {"reduce_sequence_parallel_grads"}),
+    7: Bug("tokens", bug_7, {"halo"}),
+    8: Bug("experts", bug_8, {"reduce_gradients"}),
+}

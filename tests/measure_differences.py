@@ -1,0 +1,533 @@
+# SPDX-License-Identifier: MIT-0
+"""Is this difference normal? `make differences` measures how far right parallel runs lie from the single device.
+
+Each technique of the book, in each width of numbers, on 1, 2, 4 and 8 real ranks, from several seeds: the first step's
+loss, norm and gradients, and the weights after five steps, beside the same on one device. Two yardsticks say what the
+distance means: how far the single device itself is from float64, and how far it moves when the rows of its batch are
+only put in another order. Planted bugs are measured in the same way, for contrast.
+
+Writes notebooks/results/00_differences.json; notebooks/00_is_this_difference_normal.ipynb draws and explains it.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import sys
+import time
+from collections import namedtuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results" / "00_differences.json"
+PATHS = [str(ROOT / "tests"), *sorted(str(path.parent) for path in ROOT.glob("0[1-6]_*/*.py"))]
+sys.path.extend(path for path in PATHS if path not in sys.path)
+
+import ranks  # noqa: E402
+from proof import plant  # noqa: E402
+
+RANKS, SEEDS, STEPS = (1, 2, 4, 8), (0, 1, 2), 5
+CPU = torch.device("cpu")
+
+# What is compared. Of the first step: the loss, the gradient's norm, and each gradient; after five: each weight.
+QUANTITIES = ("loss", "norm", "gradient", "SGD", "AdamW")
+
+# How wide numbers are: the parameters, the products or None for the parameters' width, and half a step of the
+# narrowest, relative to the number itself (the unit roundoff u).
+Width = namedtuple("Width", "parameters autocast roundoff")
+WIDTHS = {
+    "fp64": Width(torch.float64, None, 2.0**-53),
+    "fp32": Width(torch.float32, None, 2.0**-24),
+    "bf16 autocast": Width(torch.float32, torch.bfloat16, 2.0**-8),
+    "bf16": Width(torch.bfloat16, None, 2.0**-8),
+    "fp8": Width(torch.float32, None, 2.0**-4),  # E4M3; the experts' and the other products of the middle layers
+}
+
+OPTIMIZERS = {
+    "SGD": lambda model, *_: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
+    "AdamW": lambda model, *_: torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01),
+}
+RATES = {"SGD": 0.01, "AdamW": 1e-3}
+
+
+# ── One function a chapter: what of it is measured ───────────────────────────────────────────────────────
+
+
+@dataclass
+class Case:
+    """A technique with a model and batches of one seed; parallel and together are for a rank, the rest for anybody."""
+
+    chapter: object  # its module, in which the optimiser is exchanged
+    batches: list
+    plain: Callable[[], nn.Module]  # the single device's model
+    alone: Callable  # trains it: (model, batches, lr=, max_norm=, autocast=) yields (loss, norm, ...)
+    parallel: Callable[[], nn.Module]  # this rank's part
+    together: Callable  # trains it, with the same arguments, from the same batches
+    whole: Callable[[list[dict]], dict]  # all ranks' weights, or gradients, to the plain model's
+    flip: Callable = lambda batch: tuple(x.flip(0) for x in batch)  # the same rows in reverse order
+    cast: Callable = lambda batch, dtype: batch
+
+
+@functools.cache
+def grid_of(chapter, *arguments):
+    """A chapter's grid, made once in a world: groups are never freed."""
+    return chapter.make_grid(*arguments, CPU)
+
+
+def world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def of_first(shards: list[dict]) -> dict:
+    """Replicas: all ranks hold all, and the same to the bit."""
+    assert all(torch.equal(shard[name], x) for name, x in shards[0].items() for shard in shards), "replicas differ"
+    return shards[0]
+
+
+def rows_of_text(seed: int, rows: int, length: int, words: int = 61) -> list[tuple[Tensor, Tensor]]:
+    """Batches of random words; some targets do not count, more in the first rows than in the last."""
+    generator, batches = torch.Generator().manual_seed(seed), []
+    for _ in range(STEPS):
+        tokens_BS, targets_BS = torch.randint(words, (2, rows, length), generator=generator)
+        targets_BS[0, length // 2 :] = -100
+        batches.append((tokens_BS, targets_BS))
+    return batches
+
+
+def data(seed: int) -> Case:
+    """Chapter 1: each rank has some of 17 utterances, unequally many; BatchNorm over all of them."""
+    import deepspeech as ds
+
+    rank, n = world()
+    convolutions = (3, (5, 5), (2, 2)), (4, (3, 3), (1, 2))
+    config = ds.SpeechConfig(bins=12, convolutions=convolutions, layers=2, hidden_size=32, seed=seed)
+
+    def together(model, batches, **options):
+        group = _ring(ds) if n > 1 else None
+        return ds.train(model, [batch.rows(range(rank, 17, n)) for batch in batches], ring_group=group, **options)
+
+    return Case(
+        ds, [ds.small_batch(17, config, STEPS * seed + step) for step in range(STEPS)],
+        lambda: ds.DeepSpeech2(config), ds.train_alone, lambda: ds.parallel_model(config), together, of_first,
+        flip=lambda batch: batch.rows(range(16, -1, -1)), cast=lambda batch, dtype: batch.to(CPU, dtype),
+    )  # fmt: skip
+
+
+@functools.cache
+def _ring(ds):
+    return ds.make_group([list(range(dist.get_world_size()))], CPU, 60.0)
+
+
+def tensor(seed: int, layers: int = 4, hidden: int = 64) -> Case:
+    """Chapter 2: every layer cut over the ranks; 61 words, which do not divide over them."""
+    import megatron_tp as tp
+
+    config = tp.GPTConfig(61, 32, hidden, layers, 8, init_std=0.05, seed=seed)
+
+    def together(model, batches, **options):
+        return tp.train(model, batches, grid=grid_of(tp, world()[1]), **options)
+
+    return Case(
+        tp, rows_of_text(seed, 9, 32), lambda: tp.GPT(config), tp.train_alone, lambda: tp.ParallelGPT(config), together,
+        lambda shards: tp.merge_state_dicts(shards, config),
+    )  # fmt: skip
+
+
+def pipeline(seed: int) -> Case:
+    """Chapter 3: a stage of the layers on each rank, 1F1B, eight micro-batches whatever the number of ranks."""
+    import pipeline as pl
+
+    rank, n = world()
+    config = pl.GPTConfig(61, 32, 64, 8, 8, init_std=0.05, seed=seed)
+
+    def together(model, batches, **options):
+        return pl.train(model, pl.schedule("1f1b", n, 8), batches, grid=grid_of(pl, n), **options)
+
+    return Case(
+        pl, rows_of_text(seed, 9, 32), lambda: pl.GPT(config), pl.train_alone,
+        lambda: pl.PipelineStage(config, rank, n), together, lambda shards: pl.merge_state_dicts(shards, config),
+    )  # fmt: skip
+
+
+def sequence(seed: int) -> Case:
+    """Chapter 4: tensor and sequence parallelism, attention computed once more in backward."""
+    import seq_parallel as sp
+
+    config = sp.GPTConfig(61, 32, 64, 4, 8, init_std=0.05, seed=seed)
+    return Case(
+        sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), sp.train_alone,
+        lambda: sp.SequenceParallelGPT(config, None, True, "selective"), sp.train,
+        lambda shards: sp.merge_state_dicts(shards, config),
+    )  # fmt: skip
+
+
+def hybrid(seed: int, heads: bool) -> Case:
+    """Chapter 5: Mamba-2, attention and feed-forward layers; heads over the ranks, or tokens."""
+    import mamba_hybrid as mh
+
+    sizes = dict(mamba_heads=8, mamba_head_size=8, mamba_groups=2, state_size=8, chunk=8)
+    sizes |= dict(attention_heads=8, attention_groups=2, attention_head_size=8, ffn_hidden_size=128)
+    config = mh.HybridConfig(61, 64, "M*M-", init_std=0.05, dt_init=(0.01, 0.2), seed=seed, **sizes)
+    tp = world()[1] if heads else 1
+    return Case(
+        mh, rows_of_text(seed, 5, 67), lambda: mh.HybridLM(config), mh.train,
+        lambda: mh.ParallelHybridLM(config, grid_of(mh, tp)), mh.train,
+        lambda shards: mh.merge_state_dicts(shards, config) if heads else of_first(shards),
+    )  # fmt: skip
+
+
+def experts(seed: int, fp8: bool = False) -> Case:
+    """Chapter 6: eight experts over the ranks, and each rank has its own rows."""
+    import moe_fp8 as mf
+
+    sizes = dict(num_experts=8, expert_size=32, shared_size=64, num_heads=8, init_std=0.05)
+    config = mf.MoEConfig(61, 64, "*E*E*E", seed=seed, **sizes)
+
+    def parallel():
+        grid = grid_of(mf, world()[1])
+        model = mf.ParallelMoELM(config, grid.ep_group)
+        return mf.to_fp8(model, mf.HYBRID, grid=grid) if fp8 else model
+
+    def together(model, batches, **options):
+        return mf.train(model, batches, grid=grid_of(mf, world()[1]), **options)
+
+    return Case(
+        mf, rows_of_text(seed, 17, 16),
+        lambda: mf.to_fp8(mf.MoELM(config), mf.HYBRID) if fp8 else mf.MoELM(config),
+        mf.train_alone, parallel, together, mf.merge_state_dicts,
+    )  # fmt: skip
+
+
+Technique = namedtuple("Technique", "title case widths")
+WIDE, ALL = ("fp64", "fp32", "bf16 autocast"), ("fp64", "fp32", "bf16 autocast", "bf16")
+TECHNIQUES = {
+    "data": Technique("data parallelism (1)", data, WIDE),  # its BatchNorm keeps parameters in 32 bits
+    "tensor": Technique("tensor parallelism (2)", tensor, ALL),
+    "pipeline": Technique("pipeline (3)", pipeline, ALL),
+    "sequence": Technique("sequence parallelism, recomputation (4)", sequence, ALL),
+    "heads": Technique("Mamba hybrid, heads (5)", functools.partial(hybrid, heads=True), WIDE),
+    "tokens": Technique("Mamba hybrid, tokens (5)", functools.partial(hybrid, heads=False), WIDE),
+    "experts": Technique("experts (6)", experts, WIDE),  # whose routers refuse a bias of 16 bits
+    "fp8 experts": Technique("experts in FP8 (6)", functools.partial(experts, fp8=True), ("fp8",)),
+}
+
+# ── Planted bugs ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def without_copy():
+    import megatron_tp as tp
+
+    return plant(tp, "copy_to_tp", lambda x, group=None: x.view_as(x))
+
+
+def padding_in_the_softmax():
+    import megatron_tp as tp
+
+    right = tp.vocab_parallel_cross_entropy
+    return plant(
+        tp, "vocab_parallel_cross_entropy", lambda logits, targets, group, words: right(logits, targets, group)
+    )
+
+
+def mean_of_means():
+    import deepspeech as ds
+
+    right = ds._all_reduce
+
+    def all_reduce(x, group=None, *op):  # a count: each rank takes its own for everybody's
+        return right(x, group, *op) if x.is_floating_point() else x * dist.get_world_size()
+
+    return plant(ds, "_all_reduce", all_reduce)
+
+
+def partial_gradients():
+    import seq_parallel as sp
+
+    return plant(sp, "reduce_sequence_parallel_grads", lambda *_: None)
+
+
+def another_gelu():
+    right = torch.nn.functional.gelu
+    return plant(torch.nn.functional, "gelu", lambda x, approximate="none": right(x))
+
+
+Bug = namedtuple("Bug", "technique ranks plant")
+BUGS = {
+    "an all-reduce of backward is missing": Bug("tensor", 2, without_copy),
+    "gradients of norms are not summed": Bug("sequence", 2, partial_gradients),
+    "a mean of the ranks' means": Bug("data", 2, mean_of_means),
+    "padding words in the softmax": Bug("tensor", 4, padding_in_the_softmax),
+    "gelu, where the reference approximates it": Bug("tensor", 2, another_gelu),
+}
+
+# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def error(here: Tensor, reference: Tensor) -> float:
+    """max|Δ| / max|reference| of one tensor; infinite where something is no number, or only the reference is zero."""
+    gap, size = (here.double() - reference.double()).abs().max().item(), reference.double().abs().max().item()
+    return gap / size if size and math.isfinite(gap) else math.inf if gap else 0.0
+
+
+def compare(here: dict, reference: dict) -> dict[str, float]:
+    """Each quantity's error; of gradients and weights the worst tensor's."""
+    found = [quantity for quantity in QUANTITIES if quantity in reference]
+    return {q: max(error(here[q][name], x) for name, x in reference[q].items()) for q in found}
+
+
+@contextlib.contextmanager
+def other_order():
+    """Inside, every linear layer has its inputs and its outputs in reverse order: all its three sums change theirs."""
+    right = torch.nn.functional.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return right(x.flip(-1), weight.flip(0, 1), bias if bias is None else bias.flip(0)).flip(-1)
+
+    with plant(torch.nn.functional, "linear", linear):
+        yield
+
+
+def train(case: Case, model: nn.Module, run: Callable, width: Width, flipped: bool, optimizers, steps) -> dict:
+    """Trains from the model's weights with each optimizer; quantity to tensors of this rank, and all "losses"."""
+    found, first = {}, {name: x.clone() for name, x in model.state_dict().items()}
+    batches = [case.cast(batch, width.parameters) for batch in itertools.islice(itertools.cycle(case.batches), steps)]
+    batches = [case.flip(batch) for batch in batches] if flipped else batches
+    for optimizer in optimizers:
+        model.load_state_dict(first)
+        options = dict(lr=lambda step, rate=RATES[optimizer]: rate, max_norm=1e9, autocast=width.autocast)
+        with plant(case.chapter, "make_optimizer", OPTIMIZERS[optimizer]):
+            for step, (loss, norm, *_) in enumerate(run(model, batches, **options)):
+                found.setdefault("losses", {})[step] = loss.clone()
+                if step == 0:
+                    gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
+                    found |= dict(loss={"loss": loss.clone()}, norm={"norm": norm.clone()}, gradient=gradient)
+        if steps > 1:
+            found[optimizer] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        model.zero_grad()
+    return found
+
+
+def alone(technique: str, seed: int, width: str, dtype=None, flipped=False, optimizers=OPTIMIZERS, steps=STEPS, **size):
+    """The single device. dtype float64: from the weights and numbers that `width` has, computed in float64."""
+    make = TECHNIQUES[technique].case
+    case = make(seed, **size)
+    if dtype is not None and width == "fp8":
+        case = experts(seed)
+    model = case.plain().to(WIDTHS[width].parameters)
+    case.batches = [case.cast(batch, WIDTHS[width].parameters) for batch in case.batches]
+    how = WIDTHS[width]
+    if dtype is not None:
+        model, how = model.to(dtype), Width(dtype, None, 0)
+    with other_order() if flipped else contextlib.nullcontext():
+        return train(case, model, case.alone, how, flipped, optimizers, steps)
+
+
+def on_ranks(technique: str, seed: int, width: str, bug: str = "", optimizers=tuple(OPTIMIZERS), steps=STEPS, **size):
+    """This rank's share of what `alone` finds; every rank must call it."""
+    case = TECHNIQUES[technique].case(seed, **size)
+    with BUGS[bug].plant() if bug else contextlib.nullcontext():
+        model = case.parallel().to(WIDTHS[width].parameters)
+        return train(case, model, case.together, WIDTHS[width], False, optimizers, steps)
+
+
+def join(technique: str, shares: list[dict], broken: bool = False, **size) -> dict:
+    """All ranks' shares of `on_ranks`. broken: what should be the same on each rank is taken from the first."""
+    case, whole = TECHNIQUES[technique].case(0, **size), {}
+    for quantity in shares[0]:
+        parts = [share[quantity] for share in shares]
+        if quantity in ("loss", "losses", "norm"):
+            whole[quantity] = parts[0]
+            continue
+        if broken and hasattr(case.chapter, "shard_dim"):
+            same = [name for name in parts[0] if case.chapter.shard_dim(name) is None]
+            parts = [part | {name: parts[0][name] for name in same} for part in parts]
+        elif broken and case.chapter.__name__ == "pipeline":  # of a tied weight the first stage's copy
+            parts = [*parts[:-1], {name: x for name, x in parts[-1].items() if name not in parts[0]}]
+        whole[quantity] = case.whole(parts)
+    return whole
+
+
+class Pools:
+    """The ranks of each world; they start when they are first needed."""
+
+    def __init__(self):
+        ranks.PATHS[:] = PATHS
+        self.of = {n: ranks.Pool(n) for n in RANKS}
+
+    def run(self, n: int, technique: str, seed: int, width: str, bug: str = "", **options) -> dict:
+        """What `n` ranks find, whole."""
+        shares = self.of[n].run(
+            "measure_differences",
+            "on_ranks",
+            dict(technique=technique, seed=seed, width=width, bug=bug, **options),
+            600.0,
+        )
+        size = {name: options[name] for name in ("layers", "hidden") if name in options}
+        return join(technique, shares, bool(bug), **size)
+
+    def close(self) -> None:
+        for pool in self.of.values():
+            pool.close()
+
+
+def add(cell: dict, found: dict[str, float]) -> None:
+    """Another seed's errors."""
+    for quantity, value in found.items():
+        cell.setdefault(quantity, []).append(float(f"{value:.2g}"))
+
+
+def measure_cells(pools: Pools, techniques=tuple(TECHNIQUES)) -> dict:
+    """technique, width and what is compared with what, to each quantity's errors, one a seed.
+
+    "single": the single device against float64; "reordered": against itself with all sums in another order; of each
+    number of ranks, "apart": the ranks against the single device, "float64": the ranks against float64.
+    """
+    cells = {}
+    for technique in techniques:
+        for width in TECHNIQUES[technique].widths:
+            cell = cells.setdefault(technique, {})[width] = dict(single={}, reordered={})
+            cell |= {str(n): dict(apart={}, float64={}) for n in RANKS}
+            for seed in SEEDS:
+                single, wide = alone(technique, seed, width), alone(technique, seed, width, torch.float64)
+                add(cell["single"], compare(single, wide))
+                add(cell["reordered"], compare(alone(technique, seed, width, flipped=True), single))
+                for n in RANKS:
+                    here = pools.run(n, technique, seed, width)
+                    add(cell[str(n)]["apart"], compare(here, single))
+                    add(cell[str(n)]["float64"], compare(here, wide))
+            print(f"{technique:12} {width:14} gradients apart on {RANKS} ranks: ", end="")
+            print(*(f"{max(cell[str(n)]['apart']['gradient']):.0e}" for n in RANKS), flush=True)
+    return cells
+
+
+def measure_bugs(pools: Pools) -> dict:
+    """bug and width to "apart" and "float64", as in `measure_cells`."""
+    found = {}
+    for name, bug in BUGS.items():
+        for width in WIDE:
+            cell = found.setdefault(name, {})[width] = dict(apart={}, float64={})
+            for seed in SEEDS:
+                here = pools.run(bug.ranks, bug.technique, seed, width, name)
+                add(cell["apart"], compare(here, alone(bug.technique, seed, width)))
+                add(cell["float64"], compare(here, alone(bug.technique, seed, width, torch.float64)))
+    return found
+
+
+SWEEPS = {"layers": (1, 4, 16, 64), "hidden": (16, 64, 256)}
+
+
+def measure_growth(pools: Pools) -> dict:
+    """Tensor parallelism on two ranks, with more layers or wider ones: the first step's errors, one a seed."""
+    found = {}
+    for what, sizes in SWEEPS.items():
+        for width in ("fp32", "bf16 autocast"):
+            for size in sizes:
+                options = {"steps": 1, "optimizers": ("SGD",), what: size}
+                cell = found.setdefault(what, {}).setdefault(width, {})[str(size)] = dict(single={}, apart={})
+                for seed in SEEDS:
+                    single = alone("tensor", seed, width, **options)
+                    add(cell["single"], compare(single, alone("tensor", seed, width, torch.float64, **options)))
+                    add(cell["apart"], compare(pools.run(2, "tensor", seed, width, **options), single))
+    return found
+
+
+CURVES = {
+    "two ranks": "",
+    "another order": None,
+    "an all-reduce of backward is missing": "an all-reduce of backward is missing",
+    "gelu, where the reference approximates it": "gelu, where the reference approximates it",
+}
+
+
+def measure_curves(pools: Pools, steps: int = 60) -> dict:
+    """Tensor parallelism with AdamW: how far the loss of each step is from the single device's, a list a seed."""
+    found, options = {}, dict(steps=steps, optimizers=("AdamW",))
+    for width, seed in itertools.product(("fp32", "bf16 autocast"), SEEDS):
+        single = alone("tensor", seed, width, **options)
+        for name, bug in CURVES.items():
+            if bug is None:
+                here = alone("tensor", seed, width, flipped=True, **options)
+            else:
+                here = pools.run(2, "tensor", seed, width, bug, **options)
+            errors = [error(here["losses"][step], loss) for step, loss in single["losses"].items()]
+            found.setdefault(width, {}).setdefault(name, []).append([float(f"{x:.2g}") for x in errors])
+    return found
+
+
+# ── What the numbers say ─────────────────────────────────────────────────────────────────────────────────
+
+MARGIN = 5  # of a threshold, over the largest difference that a right run has shown
+RESIDUAL = ("tensor", "pipeline", "sequence", "heads", "tokens", "experts")  # every layer beside a residual connection
+
+
+def largest(results: dict, technique: str, width: str, quantity: str, what: str = "apart") -> float:
+    """The largest error of any number of ranks and any seed; what: as in `measure_cells`."""
+    cell = results["cells"][technique][width]
+    places = [cell[str(n)][what] for n in RANKS] if what in ("apart", "float64") else [cell[what]]
+    return max(max(place[quantity]) for place in places)
+
+
+def threshold(results: dict, techniques, width: str, quantity: str) -> float:
+    """MARGIN times the largest difference of these techniques, rounded up to 1, 2 or 5 times a power of ten."""
+    found = MARGIN * max(largest(results, name, width, quantity) for name in techniques)
+    power = 10.0 ** math.floor(math.log10(found))
+    return float(f"{next(step for step in (1, 2, 5, 10) if step * power >= found * (1 - 1e-9)) * power:.0e}")
+
+
+def short(value: float) -> str:
+    """One digit and a power of ten, as in 3e-7."""
+    mantissa, exponent = f"{value:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}" if value else "0"
+
+
+def markdown(results: dict) -> str:
+    """The README's table: of each technique and width the largest error of all numbers of ranks and seeds."""
+    title = "loss | gradient's norm | gradients | weights, SGD | weights, AdamW"
+    lines = [
+        f"| technique (chapter) | numbers | {title} | *one device from float64* | *in another order* |",
+        "|" + "---|" * 9,
+    ]
+    for technique in TECHNIQUES:
+        for width in ("fp32", "bf16 autocast", "fp8"):
+            if width in results["cells"][technique]:
+                found = [short(largest(results, technique, width, quantity)) for quantity in QUANTITIES]
+                for what in ("single", "reordered"):
+                    found.append(f"*{short(largest(results, technique, width, 'gradient', what))}*")
+                lines.append(f"| {TECHNIQUES[technique].title} | {width} | {' | '.join(found)} |")
+    return "\n".join(lines)
+
+
+def dump(results: dict) -> str:
+    """JSON with a line for each list's owner: short enough to read, and for a diff to say what changed."""
+
+    def lines(value, depth: int) -> str:
+        if not isinstance(value, dict) or set(value) <= set(QUANTITIES):
+            return json.dumps(value)
+        inner = (f"{' ' * (depth + 1)}{json.dumps(key)}: {lines(x, depth + 1)}" for key, x in value.items())
+        return "{\n" + ",\n".join(inner) + "\n" + " " * depth + "}"
+
+    return lines(results, 0) + "\n"
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    begin, pools = time.time(), Pools()
+    result = dict(command="make differences", torch=torch.__version__, seeds=len(SEEDS), steps=STEPS)
+    try:
+        result |= dict(bugs=measure_bugs(pools), growth=measure_growth(pools), curves=measure_curves(pools))
+        result |= dict(cells=measure_cells(pools))
+    finally:
+        pools.close()
+    RESULTS.write_text(dump(result), "utf-8")
+    print(f"{time.time() - begin:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
