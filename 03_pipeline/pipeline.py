@@ -1182,11 +1182,13 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor
     """Scales all gradients so that their norm over the stages of `group` is at most max_norm.
 
     Gradients are whole, as `run_step` leaves them: summed over replicas, and of no tensor-parallel share.
-    Returns: the norm before clipping, a scalar, the same on every rank: torch.nn.utils.clip_grad_norm_'s of the plain
-    model. Needs: `sum_over`.
+    Returns: the norm before clipping, a scalar, at least fp32, the same on every rank: torch.nn.utils.clip_grad_norm_'s
+    of the plain model. Needs: `sum_over`.
     """
     copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
-    square = nn.utils.get_total_norm([p.grad for p in stage.parameters() if id(p) not in copies]).square()
+    grads = [p.grad for p in stage.parameters() if id(p) not in copies]
+    wide = torch.promote_types(grads[0].dtype, torch.float32)  # a sum of squares in bf16 would have three digits
+    square = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in grads]).square().sum()
     sum_over(group, [square])
     nn.utils.clip_grads_with_norm_(stage.parameters(), max_norm, square.sqrt())
     return square.sqrt()
