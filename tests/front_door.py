@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import measure_differences
 import shared_blocks
 import torch
 
@@ -65,6 +66,8 @@ def rendered(page: Path, kept: dict) -> str:
     """A page with the kept numbers in it: claims, seconds, and what stands between <!-- name --> and <!-- -->."""
     text, chapters = page.read_text("utf-8"), kept["chapters"]
     facts = {name: str(kept[name]) for name in ("command", "machine", "tests", "bugs")}
+    measured = json.loads(measure_differences.RESULTS.read_text("utf-8"))
+    facts["differences"] = f"\n\n{measure_differences.markdown(measured)}\n\n"
     facts["minutes"] = f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
     for name, chapter in chapters.items():
         text = re.sub(rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M)
