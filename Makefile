@@ -1,4 +1,5 @@
-# make run · test · numbers · differences · notebooks · bench · bugs · pictures · lint · shared · grade NOTEBOOK=mine.ipynb
+# make run · test · numbers · differences · notebooks · bench · bugs · robustness · pictures · lint · shared
+#      grade NOTEBOOK=mine.ipynb
 #
 #   CHAPTER=02     only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
@@ -16,7 +17,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 endif
 
-.PHONY: run test numbers differences notebooks grade bench bugs pictures lint shared
+.PHONY: run test numbers differences notebooks grade bench bugs robustness pictures lint shared
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -28,6 +29,9 @@ test: $(DEV) lint
 
 bugs: $(DEV)
 	$(PY) -m pytest -m planted_bug $(TESTS) $(ARGS)
+
+robustness: $(DEV)
+	$(PY) tests/robustness.py $(if $(filter-out undefined file,$(origin CHAPTER)),--chapter $(CHAPTER)) $(ARGS)
 
 bench: $(DEV)
 	@$(if $(BENCHES),,echo "no benchmark of chapter $(CHAPTER)"; exit 1;)

@@ -1006,11 +1006,19 @@ def check_replicas(model: nn.Module, group=None) -> None:
 
 
 def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
-    """Weights, configuration, and what the language model is counted from, in one safetensors file."""
+    """Weights, configuration, and what the language model is counted from, in one safetensors file.
+
+    Raises: OSError where it cannot be written as a whole; the file that stood there before is untouched.
+    """
     from safetensors.torch import save_file
 
-    kept = dict(config=json.dumps(asdict(model.config)), texts="\n".join(texts))
-    save_file({name: x.contiguous() for name, x in model.state_dict().items()}, path, kept)
+    kept, aside = dict(config=json.dumps(asdict(model.config)), texts="\n".join(texts)), Path(f"{path}.unfinished")
+    try:
+        save_file({name: x.contiguous() for name, x in model.state_dict().items()}, aside, kept)
+        os.replace(aside, path)  # one step for the file system
+    except Exception as error:  # safetensors has errors of its own
+        aside.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}; an older one there is untouched") from error
 
 
 def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
@@ -1424,8 +1432,6 @@ def flags() -> argparse.Namespace:
             Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
         if args.transcribe:
             load_audio(args.transcribe, config.sample_rate)
-        if args.save and not Path(args.save).absolute().parent.is_dir():
-            raise ValueError(f"--save {args.save}: there is no such folder")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     return args
@@ -1824,8 +1830,10 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
         numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
         parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    if args.trace and not os.path.isdir(os.path.dirname(os.path.abspath(args.trace))):
-        parser.error(f"--trace {args.trace}: its folder does not exist")
+    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
+        path = getattr(args, name, None)
+        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
+            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device == "cuda" else "fp32"
     args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
@@ -1877,22 +1885,41 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     else:
         torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
     alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id = device if args.backend == "nccl" else None
-    dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
-    dist.all_reduce(torch.ones(1, device=device))
-    profile = torch.profiler.profile() if args.trace and dist.get_rank() == 0 else contextlib.nullcontext()
+    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
     try:
+        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.all_reduce(torch.ones(1, device=device))
+        if args.trace and dist.get_rank() == 0:
+            profile = torch.profiler.profile()
         with profile:
-            main(args, device)
+            try:
+                main(args, device)
+            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
+                code = end.code
         dist.barrier()
     except RuntimeError as error:
-        if "by peer" in str(error):  # another rank died, and we merely noticed: let torchrun find that one first
-            time.sleep(5)
+        if "by peer" in str(error) or "Broken pipe" in str(error):
+            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
         raise
-    finally:  # also of a run that failed, or of --check, which leaves by sys.exit
-        if args.trace and dist.get_rank() == 0:
-            profile.export_chrome_trace(args.trace)
+    finally:  # also of a run that failed
+        if isinstance(profile, torch.profiler.profile):
+            write_trace(profile, args.trace)
     dist.destroy_process_group()
+    sys.exit(code)
+
+
+def write_trace(profile: torch.profiler.profile, path: str) -> None:
+    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
+    folder, name = os.path.split(path)
+    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
+    try:
+        profile.export_chrome_trace(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        for left in (aside, f"{aside}.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(left)
+        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
 # ── end of launcher ──

@@ -1235,7 +1235,7 @@ def test_recordings_of_people():
     (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
     (["--data", "/nowhere/at/all"], "No such file"), (["--beam", "0"], "--beam 0"),
     (["--lr", "nan"], "--lr nan"), (["--max-norm", "0"], "--max-norm 0.0"), (["--beta", "inf"], "--beta inf"),
-    (["--save", "/nowhere/at/all"], "there is no such folder"), (["--evaluate", "x"], "--load goes with"),
+    (["--save", "/nowhere/at/all"], "its folder does not exist"), (["--evaluate", "x"], "--load goes with"),
     (["--model", '{"layers": 0}'], "layers=0"), (["--model", '{"u": 3}'], "'u'"), (["--model", "{"], "--model {: "),
 ])  # fmt: skip
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):

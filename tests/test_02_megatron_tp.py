@@ -1730,6 +1730,8 @@ TINY = ["--steps", "3", "--num-layers", "1", "--hidden-size", "32", "--seq-lengt
         (["--timeout", "nan"], "--timeout nan"),
         (["--seed", str(2**70)], "the seed below 2**63"),
         (["--trace", "/nowhere/trace.json"], "its folder does not exist"),
+        (["--checkpoint", "/nowhere/run"], "its folder does not exist"),
+        (["--checkpoint", "."], "--checkpoint .: is a folder"),
         (["--batch", "0"], "--batch 0"),
         (["--lr", "nan"], "--lr nan above zero"),
         (["--ranks", "1", "--tp", "4"], "--tp 4 must divide the 1 ranks"),
