@@ -1317,6 +1317,7 @@ def paper_scale(name: str) -> dict:
     the tied head). Source: ours, on table 1's sizes. Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.distributed._tools import fake_collectives  # noqa: F401  torch 2.9 learns there what collectives return
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     hidden, heads, layers, tp = PAPER_MODELS[name]

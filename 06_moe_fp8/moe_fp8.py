@@ -872,7 +872,9 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest |x|: one number, or (..., r, c) for tiles, of which the last ones may be smaller."""
     if block is None:
         return x.abs().amax() if x.numel() else x.new_zeros(())
-    padded = F.pad(x, (0, -x.shape[-1] % block[1], 0, -x.shape[-2] % block[0]))
+    rows, columns = x.shape[-2:]
+    padded = x.new_zeros(*x.shape[:-2], rows + -rows % block[0], columns + -columns % block[1])
+    padded[..., :rows, :columns] = x  # as F.pad, which torch 2.9 refuses to do to no rows
     return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
 
 

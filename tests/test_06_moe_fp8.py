@@ -257,7 +257,7 @@ def test_grouped_product(dtype, counts):
     torch.manual_seed(0)
     x, w = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True), torch.randn(4, 24, 16, dtype=dtype)
     w.requires_grad_()
-    assert moe._has_grouped_mm(x, w) == (dtype != torch.float64)
+    assert moe._has_grouped_mm(x, w) == (dtype != torch.float64 and hasattr(moe.F, "grouped_mm"))
     y = moe.grouped_product(x, w, counts)
     upstream = torch.randn(y.shape, dtype=dtype)
     here = torch.autograd.grad(y, [x, w], upstream)
@@ -920,6 +920,8 @@ def published_config(**changes) -> dict:
 def publish(folder: Path, **changes):
     """A folder in the published layout, written by transformers, with random weights and biases."""
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NemotronHConfig"):
+        pytest.skip("this transformers has no NemotronH")
     torch.manual_seed(0)
     model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**published_config(**changes)))
     for name, x in model.state_dict().items():
