@@ -249,23 +249,19 @@ def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
 
 
 @torch.no_grad()
-def update_expert_bias(routers: Iterable[Router], gamma: float = 1e-3, group=None) -> Tensor:
+def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: float = 1e-3) -> None:
     """Moves every router's bias against its load, once per optimiser step, and starts counting anew.
 
-    gamma: the step of β. group: all ranks that have tokens; None is all ranks. Every one of them must call it.
-    Returns: the counts that it acted on, (L, E), summed over the group. Raises: ValueError for a bias narrower than
-    fp32, in which steps of γ vanish. Source: Wang et al., 2024. Needs: `Router`, `_all_reduce`, `group_size`.
+    counts_LE: the rows of each router's experts in the whole step: `router.counts`, summed over all ranks that have
+    tokens. gamma: the step of β. Raises: ValueError for a bias narrower than fp32, in which steps of γ vanish.
+    Source: Wang et al., 2024. Needs: `Router`.
     """
-    routers = list(routers)
-    if narrow := [router.bias.dtype for router in routers if router.bias.dtype.itemsize < 4]:
-        raise ValueError(f"a router's bias is {narrow[0]}, where steps of {gamma} vanish: keep it in fp32")
-    counts_LE = torch.stack([router.counts for router in routers])
-    _all_reduce(counts_LE, group)  # one message for all layers
-    for router, counts_E in zip(routers, counts_LE):
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        if router.bias.dtype.itemsize < 4:
+            raise ValueError(f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32")
         # In whole numbers, sign(E · count − sum): a mean would be rounded, and an even load would move.
         router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
         router.counts.zero_()
-    return counts_LE
 
 
 # ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
@@ -452,6 +448,10 @@ class MoELM(nn.Module):
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
+    def counts(self) -> Tensor:
+        """How often this rank's tokens chose each expert since the last `update_expert_bias`, (L, E), a copy."""
+        return torch.stack([router.counts for router in self.routers()])
+
 
 def state_shapes(config: MoEConfig) -> dict[str, torch.Size]:
     """Name and shape of the plain model's state (parameters, routers' biases), with no memory. Needs: `MoELM`."""
@@ -484,30 +484,40 @@ def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-def train_alone(
-    model: MoELM, batches: Batches, lr: Callable[[int], float], alpha: float = 1e-4, gamma: float = 1e-3,
-    max_norm: float = 1.0, autocast: torch.dtype | None = None) -> Iterator[Step]:  # fmt: skip
-    """Trains the plain model, a step for each batch, without looking at any other rank; yields a `Step`.
+def plain_gradients(
+    model: MoELM, tokens_BS: Tensor, targets_BS: Tensor, alpha: float = 1e-4, max_norm: float = 1.0,
+    autocast: torch.dtype | None = None) -> Step:  # fmt: skip
+    """Adds to every parameter's gradient that of one step's loss, clips, and returns what a `Step` says of it.
 
-    alpha: weight of the balancing loss. gamma: step of the routers' biases. autocast: the dtype of products, None for
-    the parameters' own. Needs: `make_optimizer`, `Step`.
+    tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
+    max_norm: of all gradients together. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
+    Needs: `MoELM`, `Step`.
+    """
+    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+        loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
+    loss = loss_BS.sum() / (targets_BS != -100).sum().clamp(min=1)
+    (loss + alpha * balance_B.mean()).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return Step(loss.detach(), norm, model.counts())
+
+
+def train_alone(
+    model: MoELM, batches: Batches, lr: Callable[[int], float], gamma: float = 1e-3,
+    gradients: Callable[..., Step] = plain_gradients, **options) -> Iterator[Step]:  # fmt: skip
+    """Trains without looking at any other rank, a step for each batch; yields a `Step`.
+
+    lr: the learning rate of step 0, 1, ... gamma: step of the routers' biases. gradients: `plain_gradients`, or what
+    part 4 puts in its place; options are its own. Needs: `make_optimizer`, `plain_gradients`, `update_expert_bias`.
     """
     optimizer = make_optimizer(model)
-    for step, (tokens_BS, targets_BS) in enumerate(batches):
+    for number, batch in enumerate(batches):
         for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
+            param_group["lr"] = lr(number)
         optimizer.zero_grad()
-        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
-        loss = loss_BS.sum() / (targets_BS != -100).sum().clamp(min=1)
-        (loss + alpha * balance_B.mean()).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        step = gradients(model, *batch, **options)
         optimizer.step()
-        counts_LE = torch.stack([router.counts for router in model.routers()])
-        for router, counts_E in zip(model.routers(), counts_LE):
-            router.bias += gamma * (counts_E.sum() - len(counts_E) * counts_E).sign()
-            router.counts.zero_()
-        yield Step(loss.detach(), norm, counts_LE)
+        update_expert_bias(model.routers(), step.counts_LE, gamma)
+        yield step
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1313,20 +1323,16 @@ def clip_grad_norm_(
 # ── end of clipping ──
 
 
-def train_step(
-    model: ParallelMoELM, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
-    alpha: float = 1e-4, gamma: float = 1e-3, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-    micro_batches: int = 1) -> Step:  # fmt: skip
-    """One optimiser step on this rank's tokens; every rank must call it, also one without any.
+def parallel_gradients(
+    model: ParallelMoELM, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid, alpha: float = 1e-4, max_norm: float = 1.0,
+    autocast: torch.dtype | None = None, micro_batches: int = 1) -> Step:  # fmt: skip
+    """`plain_gradients` of all ranks' tokens: the same gradients, and the same `Step` on every rank.
 
-    Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
-    gamma: step of the routers' biases. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
-    micro_batches: pieces in which the tokens are computed one after the other, to save memory;
-    changes no number, but in FP8, where each piece has scales of its own.
-    Returns: the mean loss per token over all ranks, the norm before clipping, each expert's rows; the same on all.
-    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`, `update_expert_bias`.
+    tokens_BS, targets_BS: this rank's. Every rank must call it, also one without any. micro_batches: pieces in which
+    the tokens are computed one after the other, to save memory; changes no number, but in FP8, where each piece has
+    scales of its own. All else: as `plain_gradients`'.
+    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`.
     """
-    optimizer.zero_grad()
     # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
     sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
     tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
@@ -1339,22 +1345,18 @@ def train_step(
         total = total + loss.detach()
     reduce_gradients(model, grid)
     norm = clip_grad_norm_(model.parameters(), max_norm, model.expert_parameters(), grid.ep_group)
-    optimizer.step()
-    return Step(_all_reduce(total), norm, update_expert_bias(model.routers(), gamma))
+    return Step(_all_reduce(total), norm, _all_reduce(model.counts()))
 
 
 def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options) -> Iterator[Step]:
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
-    and the gradient is exact all the same. options: `train_step`'s. Needs: `make_optimizer`, `train_step`.
+    and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'. Needs: `train_alone`,
+    `parallel_gradients`.
     """
-    optimizer = make_optimizer(model)
-    for step, batch in enumerate(batches):
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
-        tokens_BS, targets_BS = (whole.tensor_split(group_size())[group_rank()] for whole in batch)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, **options)
+    mine = ([whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches)
+    return train_alone(model, mine, lr, gradients=functools.partial(parallel_gradients, grid=grid), **options)
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────

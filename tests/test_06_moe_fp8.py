@@ -9,7 +9,7 @@ import itertools
 import math
 import sys
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -235,16 +235,16 @@ def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
 def test_the_bias_moves_against_the_load():
     router = moe.Router(config(num_experts=4))
     router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
-    router.counts.copy_(torch.tensor([6, 3, 0, 3]))  # the mean is 3
-    counts = moe.update_expert_bias([router], gamma=0.125)
+    router.counts.copy_(torch.tensor([2, 0, 0, 1]))  # this rank's
+    moe.update_expert_bias([router], torch.tensor([[6, 3, 0, 3]]), gamma=0.125)  # of all ranks: the mean is 3
     assert router.bias.tolist() == [0.375, 0.0, -0.375, 0.25]
-    assert counts.tolist() == [[6, 3, 0, 3]] and not router.counts.any()
+    assert not router.counts.any()
 
 
 def test_a_bias_in_which_steps_vanish_is_refused():
     router = moe.Router(config()).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"):
-        moe.update_expert_bias([router])
+        moe.update_expert_bias([router], router.counts[None])
 
 
 # ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
@@ -538,7 +538,7 @@ def test_a_layer_that_is_recomputed_moves_the_bias_the_same_way():
     assert torch.equal(2 * layers[0].router.counts, layers[1].router.counts)
     assert_equal(grads_of(layers[1]), grads_of(layers[0]))
     for layer in layers:
-        moe.update_expert_bias([layer.router])
+        moe.update_expert_bias([layer.router], summed(layer.router.counts[None]))
     assert torch.equal(layers[0].router.bias, layers[1].router.bias)
 
 
@@ -972,16 +972,12 @@ def test_published_weights_that_cannot_be_read(tmp_path):
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def plain_step(model, optimizer, tokens, targets, alpha, gamma, max_norm) -> moe.Step:
-    """The step of `train_alone`, with any optimiser."""
+def one_step(model, optimizer, batch, grid=None, **options) -> moe.Step:
+    """The step of `train_alone`, with any optimiser; on a grid with this rank's batch."""
+    if grid:
+        options["gradients"] = partial(moe.parallel_gradients, grid=grid)
     with plant(moe, "make_optimizer", lambda model: optimizer):
-        return next(
-            iter(
-                moe.train_alone(
-                    model, [(tokens, targets)], lambda step: optimizer.defaults["lr"], alpha, gamma, max_norm
-                )
-            )
-        )
+        return next(moe.train_alone(model, [batch], lambda step: optimizer.defaults["lr"], **options))
 
 
 OPTIMIZERS = {
@@ -999,10 +995,10 @@ def compared(cfg, grid, how, steps, optimizer="sgd", max_norm=1e9, micro_batches
     optimizers = [OPTIMIZERS[optimizer](model) for model in (plain, parallel)]
     for step in range(steps):
         batch = batch_of(9, seed=step)
-        there = plain_step(plain, optimizers[0], *batch, max_norm=max_norm, **STEP)
+        there = one_step(plain, optimizers[0], batch, max_norm=max_norm, **STEP)
         mine = [share_of(whole, how) for whole in batch]
         options = dict(max_norm=max_norm, micro_batches=micro_batches, **STEP)
-        here = moe.train_step(parallel, optimizers[1], *mine, grid, **options)
+        here = one_step(parallel, optimizers[1], mine, grid, **options)
         yield here, there, parallel, plain
 
 
@@ -1129,7 +1125,7 @@ def gradients(grid, prepare=lambda model: model, steps=1, **options):
     mine = [share_of(whole, "uneven") for whole in batch_of(9)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
-        step = moe.train_step(model, optimizer, *mine, grid, max_norm=1e9, **(STEP | options))
+        step = one_step(model, optimizer, mine, grid, max_norm=1e9, **(STEP | options))
     return step, joined(grads_of(model), grid.ep_group), model
 
 
@@ -1195,12 +1191,11 @@ def test_bias_used_in_the_weights():
 def test_bias_updated_from_local_counts():
     grid = grid_of(1)
 
-    def buggy(routers, gamma=1e-3, group=None):
-        with plant(moe, "_all_reduce", lambda x, *args: x):
-            return original(routers, gamma, group)
+    def buggy(x, *args):
+        return x if x.dtype == torch.int64 and x.ndim == 2 else original(x, *args)
 
     right = gradients(grid, steps=4)
-    with plant(moe, "update_expert_bias", buggy) as original:
+    with plant(moe, "_all_reduce", buggy) as original:
         wrong = gradients(grid, steps=4)
     biases = [torch.stack([router.bias for router in model.routers()]) for *_, model in (right, wrong)]
     first = [b.clone() for b in biases]
@@ -1225,7 +1220,7 @@ def test_bias_updated_per_micro_batch():
 
     def buggy(model, *part):
         result = original(model, *part)
-        moe.update_expert_bias(model.routers(), STEP["gamma"])
+        moe.update_expert_bias(model.routers(), moe._all_reduce(model.counts()), STEP["gamma"])
         return result
 
     with plant(moe.MoELM, "loss", buggy):
