@@ -1103,16 +1103,11 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     Source: Nemotron-H, section 2.4. Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
     """
     tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
-    for layer in model.layers[recipe.first : len(model.layers) - recipe.last]:
-        for parent in list(layer.modules()):
-            if isinstance(parent, Experts):
-                parent.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear:
-                    with torch.device("meta"):  # no memory: its weight is the one that is there
-                        linear = FP8Linear(child.in_features, child.out_features, recipe, tokens)
-                    linear.weight = child.weight
-                    setattr(parent, name, linear)
+    for module in model.layers[recipe.first : len(model.layers) - recipe.last].modules():
+        if isinstance(module, Experts):
+            module.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
+        elif type(module) is nn.Linear:  # the same object, weight and hooks and all, gets another forward
+            module.__class__, module.recipe, module.amax_group = FP8Linear, recipe, tokens
     return model
 
 
