@@ -1175,6 +1175,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 #                         ↑ an edp group ("expert data parallel"): the same experts
 #
 # Each of the four has its own tokens. The ranks of an ep group are neighbours, because they talk in every layer.
+#
+# The loop of section 1.4 stays as it is: `parallel_gradients` takes the place of `plain_gradients`, and what it returns
+# (loss, norm, rows of each expert) is of all ranks' tokens, and so equal on all of them.
 
 
 # A rank's place in the grid. Grid() is for a process without process groups.
