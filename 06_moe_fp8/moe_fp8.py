@@ -240,12 +240,10 @@ def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     Differentiable in the scores. Source: Nemotron 3 Nano; the formula is the Switch Transformer's (Fedus et al., 2021),
     for a sequence.
     """
-    _, S, E = scores_BSE.shape
-    chosen_BR = rearrange(scores_BSE.detach().topk(top_k, -1).indices, "B S K -> B (S K)")
-    ones_BR = torch.ones_like(chosen_BR, dtype=scores_BSE.dtype)
-    counts_BE = torch.zeros_like(scores_BSE[:, 0]).scatter_add_(1, chosen_BR, ones_BR)
-    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
-    return (counts_BE / (top_k * S) * E * share_BE).sum(-1)
+    chosen_BSK = scores_BSE.detach().topk(top_k, -1).indices
+    f_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1) * scores_BSE.shape[-1] / top_k
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1)
 
 
 @torch.no_grad()
@@ -1181,7 +1179,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 # A rank's place in the grid. Grid() is for a process without process groups.
-Grid = namedtuple("Grid", "ep dp ep_rank dp_rank ep_group edp_group", defaults=(1, 1, 0, 0, None, None))
+Grid = namedtuple("Grid", "ep dp ep_rank ep_group edp_group", defaults=(1, 1, 0, None, None))
 
 
 def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
@@ -1196,7 +1194,7 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
     ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each copy
     ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
-    return Grid(ep, world // ep, rank % ep, rank // ep, ep_group, edp_group)
+    return Grid(ep, world // ep, rank % ep, ep_group, edp_group)
 
 
 def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
