@@ -502,10 +502,11 @@ def plain_gradients(
 def train_alone(
     model: MoELM, batches: Batches, lr: Callable[[int], float], gamma: float = 1e-3,
     gradients: Callable[..., Step] = plain_gradients, **options) -> Iterator[Step]:  # fmt: skip
-    """Trains without looking at any other rank, a step for each batch; yields a `Step`.
+    """Trains, a step for each batch, and yields a `Step` of each. What it knows of other ranks it has from `gradients`.
 
-    lr: the learning rate of step 0, 1, ... gamma: step of the routers' biases. gradients: `plain_gradients`, or what
-    part 4 puts in its place; options are its own. Needs: `make_optimizer`, `plain_gradients`, `update_expert_bias`.
+    lr: the learning rate of step 0, 1, ... gamma: step of the routers' biases. gradients: `plain_gradients`, which
+    looks at this process alone, or what part 4 puts in its place; options are its own.
+    Needs: `make_optimizer`, `plain_gradients`, `update_expert_bias`.
     """
     optimizer = make_optimizer(model)
     for number, batch in enumerate(batches):

@@ -241,6 +241,19 @@ def test_the_bias_moves_against_the_load():
     assert not router.counts.any()
 
 
+def test_every_bias_moves_by_the_sign_of_mean_minus_count():
+    """In fractions, layer by layer, also where the mean is no whole number; an even load moves nothing."""
+    counts = torch.randint(0, 9, (20, 7), generator=torch.Generator().manual_seed(0))
+    counts[3:5] = 4
+    routers = [moe.Router(config(num_experts=7)).double() for _ in counts]
+    moe.update_expert_bias(routers, counts, gamma=0.5)
+    for router, row in zip(routers, counts.tolist()):
+        gaps = [Fraction(sum(row), 7) - count for count in row]
+        assert router.bias.tolist() == [0.5 * ((gap > 0) - (gap < 0)) for gap in gaps]
+    with pytest.raises(ValueError, match="shorter"):
+        moe.update_expert_bias(routers, counts[:-1])  # a layer's counts are missing
+
+
 def test_a_bias_in_which_steps_vanish_is_refused():
     router = moe.Router(config()).to(torch.bfloat16)
     with pytest.raises(ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"):
