@@ -38,8 +38,9 @@ Run it (no flag is needed; --help lists them):
 It proves in float64 that every gradient equals the single device's, also where ranks and experts get no token, trains a
 small model on real text from a start that overloads two experts, trains it in FP8, and ends in a table of claims.
 
-Left out: Mamba layers (chapter 5), LatentMoE, NVFP4 and multi-token prediction (the next chapter), places that are
-limited (capacity: no token is dropped here), delayed scaling (the notebook), fused kernels.
+Left out: Mamba layers (chapter 5), and with them the published weights, which all have some; LatentMoE, NVFP4 and
+multi-token prediction (the next chapter); places that are limited (capacity: no token is dropped here); delayed scaling
+(the notebook); fused kernels.
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
@@ -65,7 +66,6 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import sys
@@ -240,32 +240,26 @@ def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     Differentiable in the scores. Source: Nemotron 3 Nano; the formula is the Switch Transformer's (Fedus et al., 2021),
     for a sequence.
     """
-    _, S, E = scores_BSE.shape
-    chosen_BR = rearrange(scores_BSE.detach().topk(top_k, -1).indices, "B S K -> B (S K)")
-    ones_BR = torch.ones_like(chosen_BR, dtype=scores_BSE.dtype)
-    counts_BE = torch.zeros_like(scores_BSE[:, 0]).scatter_add_(1, chosen_BR, ones_BR)
-    share_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
-    return (counts_BE / (top_k * S) * E * share_BE).sum(-1)
+    chosen_BSK = scores_BSE.detach().topk(top_k, -1).indices
+    f_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1) * scores_BSE.shape[-1] / top_k
+    p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
+    return (f_BE * p_BE).sum(-1)
 
 
 @torch.no_grad()
-def update_expert_bias(routers: Iterable[Router], gamma: float = 1e-3, group=None) -> Tensor:
+def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: float = 1e-3) -> None:
     """Moves every router's bias against its load, once per optimiser step, and starts counting anew.
 
-    gamma: the step of β. group: all ranks that have tokens; None is all ranks. Every one of them must call it.
-    Returns: the counts that it acted on, (L, E), summed over the group. Raises: ValueError for a bias narrower than
-    fp32, in which steps of γ vanish. Source: Wang et al., 2024. Needs: `Router`, `_all_reduce`, `group_size`.
+    counts_LE: the rows of each router's experts in the whole step: `router.counts`, summed over all ranks that have
+    tokens. gamma: the step of β. Raises: ValueError for a bias narrower than fp32, in which steps of γ vanish.
+    Source: Wang et al., 2024. Needs: `Router`.
     """
-    routers = list(routers)
-    if narrow := [router.bias.dtype for router in routers if router.bias.dtype.itemsize < 4]:
-        raise ValueError(f"a router's bias is {narrow[0]}, where steps of {gamma} vanish: keep it in fp32")
-    counts_LE = torch.stack([router.counts for router in routers])
-    _all_reduce(counts_LE, group)  # one message for all layers
-    for router, counts_E in zip(routers, counts_LE):
+    for router, counts_E in zip(routers, counts_LE, strict=True):
+        if router.bias.dtype.itemsize < 4:
+            raise ValueError(f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32")
         # In whole numbers, sign(E · count − sum): a mean would be rounded, and an even load would move.
         router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
         router.counts.zero_()
-    return counts_LE
 
 
 # ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
@@ -452,6 +446,10 @@ class MoELM(nn.Module):
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
 
+    def counts(self) -> Tensor:
+        """How often this rank's tokens chose each expert since the last `update_expert_bias`, (L, E), a copy."""
+        return torch.stack([router.counts for router in self.routers()])
+
 
 def state_shapes(config: MoEConfig) -> dict[str, torch.Size]:
     """Name and shape of the plain model's state (parameters, routers' biases), with no memory. Needs: `MoELM`."""
@@ -484,30 +482,41 @@ def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.A
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-def train_alone(
-    model: MoELM, batches: Batches, lr: Callable[[int], float], alpha: float = 1e-4, gamma: float = 1e-3,
-    max_norm: float = 1.0, autocast: torch.dtype | None = None) -> Iterator[Step]:  # fmt: skip
-    """Trains the plain model, a step for each batch, without looking at any other rank; yields a `Step`.
+def plain_gradients(
+    model: MoELM, tokens_BS: Tensor, targets_BS: Tensor, alpha: float = 1e-4, max_norm: float = 1.0,
+    autocast: torch.dtype | None = None) -> Step:  # fmt: skip
+    """Adds to every parameter's gradient that of one step's loss, clips, and returns what a `Step` says of it.
 
-    alpha: weight of the balancing loss. gamma: step of the routers' biases. autocast: the dtype of products, None for
-    the parameters' own. Needs: `make_optimizer`, `Step`.
+    tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
+    max_norm: of all gradients together. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
+    Needs: `MoELM`, `Step`.
+    """
+    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+        loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
+    loss = loss_BS.sum() / (targets_BS != -100).sum().clamp(min=1)
+    (loss + alpha * balance_B.mean()).backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return Step(loss.detach(), norm, model.counts())
+
+
+def train_alone(
+    model: MoELM, batches: Batches, lr: Callable[[int], float], gamma: float = 1e-3,
+    gradients: Callable[..., Step] = plain_gradients, **options) -> Iterator[Step]:  # fmt: skip
+    """Trains, a step for each batch, and yields a `Step` of each. What it knows of other ranks it has from `gradients`.
+
+    lr: the learning rate of step 0, 1, ... gamma: step of the routers' biases. gradients: `plain_gradients`, which
+    looks at this process alone, or what part 4 puts in its place; options are its own.
+    Needs: `make_optimizer`, `plain_gradients`, `update_expert_bias`.
     """
     optimizer = make_optimizer(model)
-    for step, (tokens_BS, targets_BS) in enumerate(batches):
+    for number, batch in enumerate(batches):
         for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
+            param_group["lr"] = lr(number)
         optimizer.zero_grad()
-        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
-        loss = loss_BS.sum() / (targets_BS != -100).sum().clamp(min=1)
-        (loss + alpha * balance_B.mean()).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        step = gradients(model, *batch, **options)
         optimizer.step()
-        counts_LE = torch.stack([router.counts for router in model.routers()])
-        for router, counts_E in zip(model.routers(), counts_LE):
-            router.bias += gamma * (counts_E.sum() - len(counts_E) * counts_E).sign()
-            router.counts.zero_()
-        yield Step(loss.detach(), norm, counts_LE)
+        update_expert_bias(model.routers(), step.counts_LE, gamma)
+        yield step
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1095,16 +1104,11 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     Source: Nemotron-H, section 2.4. Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
     """
     tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
-    for layer in model.layers[recipe.first : len(model.layers) - recipe.last]:
-        for parent in list(layer.modules()):
-            if isinstance(parent, Experts):
-                parent.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
-            for name, child in parent.named_children():
-                if type(child) is nn.Linear:
-                    with torch.device("meta"):  # no memory: its weight is the one that is there
-                        linear = FP8Linear(child.in_features, child.out_features, recipe, tokens)
-                    linear.weight = child.weight
-                    setattr(parent, name, linear)
+    for module in model.layers[recipe.first : len(model.layers) - recipe.last].modules():
+        if isinstance(module, Experts):
+            module.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
+        elif type(module) is nn.Linear:  # the same object, weight and hooks and all, gets another forward
+            module.__class__, module.recipe, module.amax_group = FP8Linear, recipe, tokens
     return model
 
 
@@ -1133,21 +1137,16 @@ def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor
     return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
 
 
-def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
-    """Raises RuntimeError that names what is missing in `full`, unknown or of another shape. Needs: `MoELM`."""
-    with torch.device("meta"):
-        MoELM(config).load_state_dict(full, assign=True)
-
-
 def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
 
-    full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
-    state dict does not fit the configuration; ValueError where experts do not divide.
-    Needs: `shard_tensor`, `check_state`, `check_ep`.
+    full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError that names
+    what is missing, unknown or of another shape than the configuration's; ValueError where experts do not divide.
+    Needs: `shard_tensor`, `check_ep`, `MoELM`.
     """
     check_ep(config.num_experts, world_size)
-    check_state(full, config)
+    with torch.device("meta"):  # for what it raises
+        MoELM(config).load_state_dict(full, assign=True)
     return {name: shard_tensor(name, whole, rank, world_size) for name, whole in full.items()}
 
 
@@ -1167,71 +1166,6 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return full
 
 
-# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
-#
-# Nemotron 3's files have this model under other names, with queries, keys and values apart, and each expert apart.
-# What they have more is refused: Mamba layers are chapter 5's, latent experts the next chapter's.
-
-LAYER_KINDS = {"full_attention": "*", "attention": "*", "moe": "E", "linear_attention": "M", "mamba": "M", "mlp": "-"}
-NEMOTRON3_SIZES = dict(
-    vocab_size="vocab_size", hidden_size="hidden_size", num_heads="num_attention_heads", head_size="head_dim",
-    num_kv_heads="num_key_value_heads", num_experts="n_routed_experts", top_k="num_experts_per_tok",
-    expert_size="moe_intermediate_size", shared_size="moe_shared_expert_intermediate_size",
-    gate_scale="routed_scaling_factor", norm_eps="layer_norm_epsilon")  # fmt: skip
-NEMOTRON3_FIXED = dict(
-    model_type="nemotron_h", mlp_hidden_act="relu2", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1,
-    attention_bias=False, mlp_bias=False, use_bias=False, tie_word_embeddings=False, sliding_window=None,
-    moe_latent_size=None, num_nextn_predict_layers=0)  # fmt: skip
-NEMOTRON3_NAMES = dict(
-    embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", up="up_proj", down="down_proj",
-    shared="shared_experts", router="gate", bias="e_score_correction_bias")  # fmt: skip
-
-
-def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
-    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
-    pattern = theirs.get("hybrid_override_pattern") or "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
-    if "M" in pattern:
-        raise ValueError(f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid")
-    other = {key: theirs[key] for key, value in NEMOTRON3_FIXED.items() if theirs.get(key, value) != value}
-    if other or theirs["num_experts_per_tok"] == 1:
-        raise ValueError(f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be")
-    return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
-
-
-def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
-    """The published tensors that our tensor `name` is made of, in their order."""
-    theirs = ".".join(NEMOTRON3_NAMES.get(part, part) for part in name.split("."))
-    theirs = theirs if name == "head.weight" else f"backbone.{theirs}"
-    if shard_dim(name) is not None:
-        return [theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)]
-    return [theirs.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in theirs else "-")]
-
-
-def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
-    """Configuration and plain state dict (name to tensor, on the CPU) of a folder with config.json and *.safetensors.
-
-    Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, an unknown one, or a setting that
-    this model has not; RuntimeError for a shape. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
-    """
-    from safetensors.torch import load_file
-
-    folder = Path(folder)
-    config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
-    found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
-    sources = {name: _nemotron3_sources(name, config.num_experts) for name in state_shapes(config)}
-    wanted = list(itertools.chain(*sources.values()))
-    if missing := [name for name in wanted if name not in found]:
-        raise ValueError(f"{folder} lacks the tensor {missing[0]}")
-    if unknown := sorted(found.keys() - set(wanted)):
-        raise ValueError(f"{folder} has {unknown[:4]}, which this model does not know")
-    full = {}
-    for name, names in sources.items():
-        pieces = [found.pop(source) for source in names]  # taken out, so that no tensor is in memory twice for long
-        full[name] = torch.cat(pieces) if shard_dim(name) is None else torch.stack(pieces)
-    check_state(full, config)
-    return config, full
-
-
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # Experts are divided in one direction of a grid, and repeated in the other. With --ep 2 on 4 ranks:
@@ -1242,10 +1176,13 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
 #                         ↑ an edp group ("expert data parallel"): the same experts
 #
 # Each of the four has its own tokens. The ranks of an ep group are neighbours, because they talk in every layer.
+#
+# The loop of section 1.4 stays as it is: `parallel_gradients` takes the place of `plain_gradients`, and what it returns
+# (loss, norm, rows of each expert) is of all ranks' tokens, and so equal on all of them.
 
 
 # A rank's place in the grid. Grid() is for a process without process groups.
-Grid = namedtuple("Grid", "ep dp ep_rank dp_rank ep_group edp_group", defaults=(1, 1, 0, 0, None, None))
+Grid = namedtuple("Grid", "ep dp ep_rank ep_group edp_group", defaults=(1, 1, 0, None, None))
 
 
 def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
@@ -1260,7 +1197,7 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
     ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each copy
     ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
-    return Grid(ep, world // ep, rank % ep, rank // ep, ep_group, edp_group)
+    return Grid(ep, world // ep, rank % ep, ep_group, edp_group)
 
 
 def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
@@ -1315,20 +1252,16 @@ def clip_grad_norm_(
 # ── end of clipping ──
 
 
-def train_step(
-    model: ParallelMoELM, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
-    alpha: float = 1e-4, gamma: float = 1e-3, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-    micro_batches: int = 1) -> Step:  # fmt: skip
-    """One optimiser step on this rank's tokens; every rank must call it, also one without any.
+def parallel_gradients(
+    model: ParallelMoELM, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid, alpha: float = 1e-4, max_norm: float = 1.0,
+    autocast: torch.dtype | None = None, micro_batches: int = 1) -> Step:  # fmt: skip
+    """`plain_gradients` of all ranks' tokens: the same gradients, and the same `Step` on every rank.
 
-    Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
-    gamma: step of the routers' biases. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
-    micro_batches: pieces in which the tokens are computed one after the other, to save memory;
-    changes no number, but in FP8, where each piece has scales of its own.
-    Returns: the mean loss per token over all ranks, the norm before clipping, each expert's rows; the same on all.
-    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`, `update_expert_bias`.
+    tokens_BS, targets_BS: this rank's. Every rank must call it, also one without any. micro_batches: pieces in which
+    the tokens are computed one after the other, to save memory; changes no number, but in FP8, where each piece has
+    scales of its own. All else: as `plain_gradients`'.
+    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`.
     """
-    optimizer.zero_grad()
     # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
     sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
     tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
@@ -1341,22 +1274,18 @@ def train_step(
         total = total + loss.detach()
     reduce_gradients(model, grid)
     norm = clip_grad_norm_(model.parameters(), max_norm, model.expert_parameters(), grid.ep_group)
-    optimizer.step()
-    return Step(_all_reduce(total), norm, update_expert_bias(model.routers(), gamma))
+    return Step(_all_reduce(total), norm, _all_reduce(model.counts()))
 
 
 def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options) -> Iterator[Step]:
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
-    and the gradient is exact all the same. options: `train_step`'s. Needs: `make_optimizer`, `train_step`.
+    and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'. Needs: `train_alone`,
+    `parallel_gradients`.
     """
-    optimizer = make_optimizer(model)
-    for step, batch in enumerate(batches):
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
-        tokens_BS, targets_BS = (whole.tensor_split(group_size())[group_rank()] for whole in batch)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, **options)
+    mine = ([whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches)
+    return train_alone(model, mine, lr, gradients=functools.partial(parallel_gradients, grid=grid), **options)
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────

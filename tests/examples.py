@@ -371,9 +371,9 @@ def trip(m, way):
 
 def moe_update(m):
     model = moe("MoELM")
-    routers = [layer.mixer.router for layer in model.layers if hasattr(layer.mixer, "router")]
     model(TOKENS)
-    return m.update_expert_bias(routers, 0.01), [router.bias for router in routers]
+    m.update_expert_bias(model.routers(), model.counts(), 0.01)
+    return [router.bias for router in model.routers()]
 
 
 def moe_reduce(m):
@@ -385,24 +385,15 @@ def moe_reduce(m):
     return [p.grad for p in model.parameters()]
 
 
-def moe_step(m):
-    import moe_fp8
-
-    model = moe()
-    return list(m.train_step(model, optimizer_of(model), *BATCHES[0], moe_fp8.Grid()))
+def moe_gradients(m, model, function, *grid):
+    step = getattr(m, function)(model, *BATCHES[0], *grid)
+    return list(step), [p.grad for p in model.parameters()]
 
 
 def moe_run(m):
     import moe_fp8
 
     return losses(m.train(moe(), BATCHES, lambda step: 1e-3, moe_fp8.Grid()))
-
-
-def published_nemotron3(m, folder):
-    from test_06_moe_fp8 import publish
-
-    publish(folder)
-    return m.load_nemotron3(folder)[1]
 
 
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
@@ -605,13 +596,12 @@ EXAMPLES = {
         ),
         "to_fp8": lambda m, folder: list(m.to_fp8(moe("MoELM").float(), hybrid())(TOKENS)),
         "shard_tensor": lambda m, folder: m.shard_tensor("layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2),
-        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
         "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
-        "load_nemotron3": published_nemotron3,
         "make_grid": one_grid,
         "reduce_gradients": lambda m, folder: moe_reduce(m),
-        "train_step": lambda m, folder: moe_step(m),
+        "plain_gradients": lambda m, folder: moe_gradients(m, moe("MoELM"), "plain_gradients"),
+        "parallel_gradients": lambda m, folder: moe_gradients(m, moe(), "parallel_gradients", m.Grid()),
         "train": lambda m, folder: moe_run(m),
         "parameters": lambda m, folder: list(m.parameters(moe_config())),
         "quantisation_error": lambda m, folder: m.quantisation_error(torch.randn(8, 8)),

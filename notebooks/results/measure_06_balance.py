@@ -49,7 +49,7 @@ def run(alpha: float, gamma: float, seed: int) -> dict:
     piece_S = data.batch(0, 1, seed=3, held_out=True)[0][0, :SHOWN]
     before = chosen(model, piece_S)
     batches = (data.batch(step, SEQUENCES, seed) for step in range(STEPS))
-    steps = list(mf.train_alone(model, batches, rate, alpha, gamma))
+    steps = list(mf.train_alone(model, batches, rate, gamma, alpha=alpha))
     even = SEQUENCES * LENGTH * config.top_k / config.num_experts
     return dict(
         largest=[round(mf.largest_load(step.counts_LE), 3) for step in steps],
