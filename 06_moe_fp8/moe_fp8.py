@@ -38,9 +38,8 @@ Run it (no flag is needed; --help lists them):
 It proves in float64 that every gradient equals the single device's, also where ranks and experts get no token, trains a
 small model on real text from a start that overloads two experts, trains it in FP8, and ends in a table of claims.
 
-Left out: Mamba layers (chapter 5), and with them the published weights, which all have some; LatentMoE, NVFP4 and
-multi-token prediction (the next chapter); places that are limited (capacity: no token is dropped here); delayed scaling
-(the notebook); fused kernels.
+Left out: Mamba layers (chapter 5), LatentMoE, NVFP4 and multi-token prediction (the next chapter), places that are
+limited (capacity: no token is dropped here), delayed scaling (the notebook), fused kernels.
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
@@ -66,6 +65,7 @@ import argparse
 import contextlib
 import functools
 import itertools
+import json
 import math
 import os
 import sys
@@ -1137,16 +1137,21 @@ def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor
     return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
 
 
+def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
+    """Raises RuntimeError that names what is missing in `full`, unknown or of another shape. Needs: `MoELM`."""
+    with torch.device("meta"):
+        MoELM(config).load_state_dict(full, assign=True)
+
+
 def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
     """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
 
-    full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError that names
-    what is missing, unknown or of another shape than the configuration's; ValueError where experts do not divide.
-    Needs: `shard_tensor`, `check_ep`, `MoELM`.
+    full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
+    state dict does not fit the configuration; ValueError where experts do not divide.
+    Needs: `shard_tensor`, `check_state`, `check_ep`.
     """
     check_ep(config.num_experts, world_size)
-    with torch.device("meta"):  # for what it raises
-        MoELM(config).load_state_dict(full, assign=True)
+    check_state(full, config)
     return {name: shard_tensor(name, whole, rank, world_size) for name, whole in full.items()}
 
 
@@ -1164,6 +1169,71 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
             raise ValueError(f"{name} should be the same on every rank, and is not: the ranks have drifted apart")
         full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
     return full
+
+
+# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
+#
+# Nemotron 3's files have this model under other names, with queries, keys and values apart, and each expert apart.
+# What they have more is refused: Mamba layers are chapter 5's, latent experts the next chapter's.
+
+LAYER_KINDS = {"full_attention": "*", "attention": "*", "moe": "E", "linear_attention": "M", "mamba": "M", "mlp": "-"}
+NEMOTRON3_SIZES = dict(
+    vocab_size="vocab_size", hidden_size="hidden_size", num_heads="num_attention_heads", head_size="head_dim",
+    num_kv_heads="num_key_value_heads", num_experts="n_routed_experts", top_k="num_experts_per_tok",
+    expert_size="moe_intermediate_size", shared_size="moe_shared_expert_intermediate_size",
+    gate_scale="routed_scaling_factor", norm_eps="layer_norm_epsilon")  # fmt: skip
+NEMOTRON3_FIXED = dict(
+    model_type="nemotron_h", mlp_hidden_act="relu2", n_group=1, topk_group=1, norm_topk_prob=True, n_shared_experts=1,
+    attention_bias=False, mlp_bias=False, use_bias=False, tie_word_embeddings=False, sliding_window=None,
+    moe_latent_size=None, num_nextn_predict_layers=0)  # fmt: skip
+NEMOTRON3_NAMES = dict(
+    embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", up="up_proj", down="down_proj",
+    shared="shared_experts", router="gate", bias="e_score_correction_bias")  # fmt: skip
+
+
+def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
+    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
+    pattern = theirs.get("hybrid_override_pattern") or "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    if "M" in pattern:
+        raise ValueError(f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid")
+    other = {key: theirs[key] for key, value in NEMOTRON3_FIXED.items() if theirs.get(key, value) != value}
+    if other or theirs["num_experts_per_tok"] == 1:
+        raise ValueError(f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be")
+    return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
+
+
+def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
+    """The published tensors that our tensor `name` is made of, in their order."""
+    theirs = ".".join(NEMOTRON3_NAMES.get(part, part) for part in name.split("."))
+    theirs = theirs if name == "head.weight" else f"backbone.{theirs}"
+    if shard_dim(name) is not None:
+        return [theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)]
+    return [theirs.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in theirs else "-")]
+
+
+def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
+    """Configuration and plain state dict (name to tensor, on the CPU) of a folder with config.json and *.safetensors.
+
+    Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, an unknown one, or a setting that
+    this model has not; RuntimeError for a shape. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
+    """
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
+    found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+    sources = {name: _nemotron3_sources(name, config.num_experts) for name in state_shapes(config)}
+    wanted = list(itertools.chain(*sources.values()))
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{folder} lacks the tensor {missing[0]}")
+    if unknown := sorted(found.keys() - set(wanted)):
+        raise ValueError(f"{folder} has {unknown[:4]}, which this model does not know")
+    full = {}
+    for name, names in sources.items():
+        pieces = [found.pop(source) for source in names]  # taken out, so that no tensor is in memory twice for long
+        full[name] = torch.cat(pieces) if shard_dim(name) is None else torch.stack(pieces)
+    check_state(full, config)
+    return config, full
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────

@@ -396,6 +396,13 @@ def moe_run(m):
     return losses(m.train(moe(), BATCHES, lambda step: 1e-3, moe_fp8.Grid()))
 
 
+def published_nemotron3(m, folder):
+    from test_06_moe_fp8 import publish
+
+    publish(folder)
+    return m.load_nemotron3(folder)[1]
+
+
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
@@ -596,8 +603,10 @@ EXAMPLES = {
         ),
         "to_fp8": lambda m, folder: list(m.to_fp8(moe("MoELM").float(), hybrid())(TOKENS)),
         "shard_tensor": lambda m, folder: m.shard_tensor("layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2),
+        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
         "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
+        "load_nemotron3": published_nemotron3,
         "make_grid": one_grid,
         "reduce_gradients": lambda m, folder: moe_reduce(m),
         "plain_gradients": lambda m, folder: moe_gradients(m, moe("MoELM"), "plain_gradients"),

@@ -342,42 +342,6 @@ def test_the_model_sees_no_future_and_learns():
     assert losses[0] > 4 and losses[-1] < 2
 
 
-def test_the_model_gives_transformers_logits():
-    """Its Nemotron 3 of attention and experts, with the same weights under its names: q, k and v stand apart there."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    cfg = config(hidden_size=32, head_size=8, expert_size=16, shared_size=24, top_k=3, pattern="*EE*E")
-    sizes = dict(
-        vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=8,
-        moe_intermediate_size=16, moe_shared_expert_intermediate_size=24, num_experts_per_tok=3,
-        routed_scaling_factor=2.5, layers_block_type=["full_attention", "moe", "moe", "full_attention", "moe"],
-    )  # fmt: skip
-    theirs = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**sizes)).eval()
-    left = theirs.state_dict()
-    for name, x in left.items():
-        if "bias" in name or "gate.weight" in name:
-            x.normal_(std=0.3)
-    names = dict(
-        embedding="embeddings", final_norm="norm_f", head="lm_head", out="o_proj", shared="shared_experts",
-        router="gate", bias="e_score_correction_bias",
-    )  # fmt: skip
-    full = {}
-    for name in moe.state_shapes(cfg):
-        there = ".".join(names.get(part, part) for part in name.split("."))
-        there = there.replace(".up", ".up_proj").replace(".down", ".down_proj")
-        there = there if name == "head.weight" else f"model.{there}"
-        parts = [there.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in there else "-")]
-        full[name] = torch.cat([left.pop(part) for part in parts])
-    assert not left
-    ours = moe.MoELM(cfg)
-    ours.load_state_dict(full)
-    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, here = theirs(tokens).logits, ours(tokens)[0]
-    assert expected.abs().max() > 0.05
-    assert (here - expected).abs().max() <= 1e-5 * expected.abs().max()  # fp32 sums in another order
-
-
 def test_weights_are_a_function_of_the_configuration():
     a, b = moe.MoELM(config(seed=3)).state_dict(), moe.MoELM(config(seed=3)).state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -954,6 +918,68 @@ def test_bad_state_dicts():
     shards[1]["layers.1.mixer.router.weight"] += 1
     with pytest.raises(ValueError, match="layers.1.mixer.router.weight should be the same on every rank, and is not"):
         moe.merge_state_dicts(shards)
+
+
+def published_config(**changes) -> dict:
+    sizes = dict(
+        vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=8,
+        moe_intermediate_size=16, moe_shared_expert_intermediate_size=24, num_experts_per_tok=3,
+        routed_scaling_factor=2.5, layers_block_type=["full_attention", "moe", "moe", "full_attention", "moe"],
+        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
+    )  # fmt: skip
+    return sizes | changes
+
+
+def publish(folder: Path, **changes):
+    """A folder in the published layout, written by transformers, with random weights and biases."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**published_config(**changes)))
+    for name, x in model.state_dict().items():
+        if "bias" in name or "gate.weight" in name:
+            x.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_published_weights_give_transformers_logits(tmp_path):
+    theirs = publish(tmp_path)
+    cfg, full = moe.load_nemotron3(tmp_path)
+    assert cfg.pattern == "*EE*E" and cfg.top_k == 3 and cfg.gate_scale == 2.5
+    ours = moe.MoELM(cfg)
+    ours.load_state_dict(full)
+    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, here = theirs(tokens).logits, ours(tokens)[0]
+    assert expected.abs().max() > 0.05
+    assert (here - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_published_weights_that_cannot_be_read(tmp_path):
+    import json
+
+    publish(tmp_path / "good")
+    text = (tmp_path / "good" / "config.json").read_text()
+    cases = {
+        r"has Mamba layers \(M\*E\): this chapter has none, see chapter 5, mamba_hybrid": dict(
+            layers_block_type=["linear_attention", "full_attention", "moe"]
+        ),
+        r"has Mamba layers \(MEM\*E\)": dict(hybrid_override_pattern="MEM*E"),
+        r"has \{'moe_latent_size': 16\}, which this model cannot be": dict(moe_latent_size=16),
+        r"has \{'n_group': 2\}": dict(n_group=2),
+        r"one expert a token, normalised": dict(num_experts_per_tok=1),
+        r"lacks the tensor backbone.layers.5.norm.weight": dict(layers_block_type=["full_attention", "moe", "moe"] * 2),
+        r"which this model does not know": dict(layers_block_type=["full_attention", "moe", "moe", "full_attention"]),
+    }
+    for message, change in cases.items():
+        (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | change))
+        with pytest.raises(ValueError, match=message):
+            moe.load_nemotron3(tmp_path / "good")
+    (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | dict(hidden_size=48)))
+    with pytest.raises(RuntimeError, match="size mismatch for embedding.weight"):
+        moe.load_nemotron3(tmp_path / "good")
+    with pytest.raises(FileNotFoundError):
+        moe.load_nemotron3(tmp_path / "nowhere")
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
