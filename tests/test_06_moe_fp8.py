@@ -933,6 +933,8 @@ def published_config(**changes) -> dict:
 def publish(folder: Path, **changes):
     """A folder in the published layout, written by transformers, with random weights and biases."""
     transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NemotronHConfig"):
+        pytest.skip("this transformers has no NemotronH")
     torch.manual_seed(0)
     model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**published_config(**changes)))
     for name, x in model.state_dict().items():
