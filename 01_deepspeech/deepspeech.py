@@ -421,10 +421,11 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 
 # ── 2.1 The CTC loss ────────────────────────────────────────────────────────────────────────────────────
 #
-# The network writes one symbol a frame, and there are more frames than letters. A *path* is one symbol for each frame;
-# it says the text that is left when repeats are merged and then blanks dropped: "_hhe_ll_lo" says "hello". (Two equal
-# letters in a row need a blank between them, so "hello" takes at least 6 frames.) The probability of a text is the sum
-# over all of its paths, and the loss its −log. Frames are independent, so a path's probability is a product.
+# CTC is connectionist temporal classification. The network writes one symbol a frame, and there are more frames than
+# letters. A *path* is one symbol for each frame; it says the text that is left when repeats are merged and then blanks
+# dropped: "_hhe_ll_lo" says "hello". (Two equal letters in a row need a blank between them, so "hello" takes at least 6
+# frames.) The probability of a text is the sum over all of its paths, and the loss its −log. Frames are independent, so
+# a path's probability is a product.
 #
 # There are too many paths to list, and no need to: put the labels in a row with blanks around them, 2U + 1 states,
 #

@@ -636,7 +636,7 @@ def programs(schedule: Schedule) -> list[Program]:
 # `verify` looks at the table: each operation once, forward before backward, nothing that waits in a circle. Then
 # `verify_programs` looks at the messages, in the strictest way that a network could have. Three things must hold:
 #
-#     order     both ends of a channel list the same messages in the same order, since they are matched by order alone
+#     order     sender and receiver list the same messages in the same order, since they are matched by order alone
 #     cause     nobody uses, or sends, what it has not yet made or received
 #     progress  a batch ends only when, of each of its messages, the other end stands at its own batch; until then its
 #               rank does nothing. Nobody may wait in a circle even so.
@@ -1599,7 +1599,7 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     return rows
 
 
-SIZES = dict(num_layers="layers; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads",
+SIZES = dict(num_layers="layers, L; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads, N",
              seq_length="tokens of a sequence, S", dropout="probability")  # fmt: skip
 DEFAULTS = dict(num_layers=8, hidden_size=64, num_heads=4, seq_length=64, dropout=0.0)
 
@@ -1612,27 +1612,30 @@ def config_of(args) -> GPTConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
-    flag("--pp", type=int, help="ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)")
+    text = "ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)"
+    flag("--pp", type=int, default=argparse.SUPPRESS, help=text)
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
-    flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")
+    text = "into which each replica cuts its rows (default: two for each stage)"
+    flag("--microbatches", type=int, default=argparse.SUPPRESS, help=text)
     flag("--recompute", action="store_true", help="keep each stage's input alone, compute the rest again")
     flag("--untied", action="store_true", help="a head with a weight of its own")
     for name, text in SIZES.items():
         flag("--" + name.replace("_", "-"), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=text)
-    flag("--batch", type=int, help="sequences of a step, over all replicas (default: 16, or a row a micro-batch)")
+    text = "sequences of a step, over all replicas (default: 16, or a row a micro-batch)"
+    flag("--batch", type=int, default=argparse.SUPPRESS, help=text)
     flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
-    args.pp = args.pp or min(4, args.world_size)
-    args.microbatches = args.microbatches or 2 * args.pp
+    args.pp = getattr(args, "pp", min(4, args.world_size))
+    args.microbatches = getattr(args, "microbatches", 2 * args.pp)
     try:
         if args.pp < 1 or args.world_size % args.pp:
             raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
         verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
         place_layers(config_of(args).num_layers, args.pp * args.chunks)
         least = args.microbatches * args.world_size // args.pp
-        args.batch = max(16, least) if args.batch is None else args.batch
+        args.batch = getattr(args, "batch", max(16, least))
         if args.batch < least:
             raise ValueError(f"--batch {args.batch}: the micro-batches of all replicas need at least {least} rows")
         TextData(args.data, args.tokenizer, args.seq_length)
@@ -1678,6 +1681,9 @@ The first row by the paper's three rules:
 3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}
 
 Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")
+
+
+# The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
 
 
 # ── shared: text data ──

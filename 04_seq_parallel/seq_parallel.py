@@ -1768,14 +1768,14 @@ def flags() -> argparse.Namespace:
     flag("--recompute", choices=RECOMPUTE, default="selective", help="what backward computes again")
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
-        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+        shown = dict(num_layers=2, num_heads=argparse.SUPPRESS).get(name, default)
+        flag("--" + name.replace("_", "-"), type=type(default), default=shown, help=text)
     flag("--batch", type=int, default=8, help="sequences of a step")
     flag("--lr", type=float, default=1e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     flag("--paper-scale", choices=PAPER_MODELS, help="count a layer of that model on pretended ranks, and stop")
-    parser.set_defaults(num_layers=2, num_heads=None)
     args = parse_flags(parser, ranks=4)
-    args.num_heads = max(GPTConfig.num_heads, args.world_size) if args.num_heads is None else args.num_heads
+    args.num_heads = getattr(args, "num_heads", max(GPTConfig.num_heads, args.world_size))
     try:
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch}: at least 1")

@@ -160,7 +160,7 @@ class HybridConfig:
 #     L_ij · (C_i·B_j) · X_j   =   exp(a_{e+1} + … + a_i) C_i  ·  [ exp(a_{j+1} + … + a_e) X_j ⊗ B_j ]
 #
 # The bracket knows nothing of i. Added up over the j of a chunk, once, it is the state that leaves the chunk, and
-# serves all later tokens. So the same numbers can be had as
+# serves all later tokens. So the same numbers can be had as (ssd: state space duality, Mamba-2's word for it)
 #
 #     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
 #     a masked matrix  ssd_quadratic    four products, all tokens at once, S² work: for what is short

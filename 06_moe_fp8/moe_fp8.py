@@ -28,7 +28,7 @@ and the optimiser stay wide.
 
 Run it (no flag is needed; --help lists them):
 
-    python 06_moe_fp8/moe_fp8.py                              4 ranks on this machine: experts over 2, twice
+    python 06_moe_fp8/moe_fp8.py                              4 ranks on this machine, as 2 expert × 2 data
     python 06_moe_fp8/moe_fp8.py --ranks 1                    one process, for a debugger
     python 06_moe_fp8/moe_fp8.py --check                      equivalence alone, each tensor's error
     python 06_moe_fp8/moe_fp8.py --num-experts 64 --top-k 6 --ep 4
@@ -928,7 +928,7 @@ def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> 
 # ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
 #
 # A linear layer is three products, one forward and two backward. Each is a · bᵀ of two matrices that have the axis of
-# summation last, because that is how the hardware wants them (Hopper knows no other layout):
+# summation last, because that is how the hardware wants them (Hopper, the H100's kind, knows no other layout):
 #
 #     fprop    y_RF  =  x_RH · w_FH            sum over H        E4M3 · E4M3
 #     dgrad    dx_RH =  dy_RF · w_HF           sum over F        E5M2 · E4M3       w turned
