@@ -368,9 +368,9 @@ def train_alone(
 # The same program runs in every process; torchrun starts them (the launcher at the end of this file calls it). A
 # *rank* is one of these processes, by its number; it usually owns one GPU. How many there are is the *world size*. A
 # *group* is some of the ranks (PyTorch's *process group*), and a *collective* is a function that all ranks of a group
-# call together. What carries the messages is the *backend*: NCCL from GPU to GPU, gloo from CPU to CPU. The whole book
-# needs five collectives; drawn for two ranks, which hold a and b, and of which some cut them in halves, a = [a₀ a₁] and
-# b = [b₀ b₁]:
+# call together. What carries the messages is the *backend*: NCCL from GPU to GPU, gloo from CPU to CPU. There are five
+# common collectives, and this book needs all but the first (its ranks draw equal weights from one seed). Drawn for two
+# ranks, which hold a and b, and of which some cut them in halves, a = [a₀ a₁] and b = [b₀ b₁]:
 #
 #                       before                         after
 #                       rank 0      rank 1             rank 0       rank 1

@@ -25,7 +25,7 @@ two ranks, with the tokens a b c d:
           dropout, + x   dropout, + x the same twice         dropout, + x   dropout, + x   each its own tokens
           z: abcd        z: abcd                             z: ab          z: cd
 
-A ring's all-reduce is a reduce-scatter and then an all-gather: the bytes on the wire are the same, and nothing is kept
+A ring's all-reduce is a reduce-scatter and then an all-gather: the doors send the same bytes, and nothing is kept
 twice. Then the 5·a·s²·b: attention weights, the largest part, and the cheapest to compute again. So recompute them and
 nothing else. Together that is a fifth of the memory for a few percent of the time.
 
