@@ -9,7 +9,8 @@ writes letters directly needs none of them, but it needs thousands of hours of s
 
 The idea. Two sums make it possible. The first is over alignments: nobody has to say when each letter is spoken, because
 the CTC loss adds up the probabilities of all ways in which the letters can lie on the frames. The second is over GPUs:
-each computes the gradient of its own utterances, and a ring adds the gradients up while backward still runs.
+each GPU's process, a *rank*, computes the gradient of its own utterances, and a ring adds the gradients up while
+backward still runs.
 
      utterances     rank 0: "two one"           rank 1: "six"           each rank has the whole network
                          │                           │
@@ -19,7 +20,7 @@ each computes the gradient of its own utterances, and a ring adds the gradients 
                          │                           │
      CTC loss    all alignments of "two one"   all alignments of "six"  no human alignment
                          │                           │
-     gradient            └──►  ring all-reduce  ◄────┘                  what one device gets for the whole batch
+     gradient            └──►  ring all-reduce  ◄────┘                  the single device's for the whole batch
 
 Run it (no flag is needed; --help lists them):
 
@@ -135,8 +136,8 @@ class SpeechConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# Deep Speech 2 on one device, in ordinary PyTorch: the thing to equal. It hears a *spectrogram*, the strength of F
-# frequencies in each frame, a hundred frames a second (how it is made stands behind part 6, under "Sound"). Then come
+# Deep Speech 2 on a single device, in ordinary PyTorch: the thing to equal. It hears a *spectrogram*, the strength of
+# F frequencies in each frame, a hundred frames a second (how it is made stands behind part 6, under "Sound"). Then come
 # convolutions over time and frequency, recurrent layers, one fully connected layer, and the probabilities of 29 symbols
 # in each frame that is left: a stride of 2 makes one of two.
 #
@@ -365,9 +366,11 @@ def train_alone(
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
 # The same program runs in every process; torchrun starts them (the launcher at the end of this file calls it). A
-# *rank* is the number of a process, and usually owns one GPU. A *group* is some of the ranks, and a *collective* is a
-# function that all ranks of a group call together. The whole book needs five; drawn for two ranks, which hold a and b,
-# and of which some cut them in halves, a = [a₀ a₁] and b = [b₀ b₁]:
+# *rank* is one of these processes, by its number; it usually owns one GPU. How many there are is the *world size*. A
+# *group* is some of the ranks (PyTorch's *process group*), and a *collective* is a function that all ranks of a group
+# call together. What carries the messages is the *backend*: NCCL from GPU to GPU, gloo from CPU to CPU. There are five
+# common collectives, and this book needs all but the first (its ranks draw equal weights from one seed). Drawn for two
+# ranks, which hold a and b, and of which some cut them in halves, a = [a₀ a₁] and b = [b₀ b₁]:
 #
 #                       before                         after
 #                       rank 0      rank 1             rank 0       rank 1
@@ -418,10 +421,11 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 
 # ── 2.1 The CTC loss ────────────────────────────────────────────────────────────────────────────────────
 #
-# The network writes one symbol a frame, and there are more frames than letters. A *path* is one symbol for each frame;
-# it says the text that is left when repeats are merged and then blanks dropped: "_hhe_ll_lo" says "hello". (Two equal
-# letters in a row need a blank between them, so "hello" takes at least 6 frames.) The probability of a text is the sum
-# over all of its paths, and the loss its −log. Frames are independent, so a path's probability is a product.
+# CTC is connectionist temporal classification. The network writes one symbol a frame, and there are more frames than
+# letters. A *path* is one symbol for each frame; it says the text that is left when repeats are merged and then blanks
+# dropped: "_hhe_ll_lo" says "hello". (Two equal letters in a row need a blank between them, so "hello" takes at least 6
+# frames.) The probability of a text is the sum over all of its paths, and the loss its −log. Frames are independent, so
+# a path's probability is a product.
 #
 # There are too many paths to list, and no need to: put the labels in a row with blanks around them, 2U + 1 states,
 #
@@ -577,7 +581,9 @@ def ctc_loss(
 #          segment 0    1    2             after 2 steps     0    1    2            after 2 more
 #     rank 0      a0 → a1   a2                         .    Σ1    .                   Σ0  Σ1  Σ2
 #     rank 1      b0   b1 → b2                         .     .   Σ2                   Σ0  Σ1  Σ2
-#     rank 2    → c0   c1   c2                        Σ0     .    .                   Σ0  Σ1  Σ2
+#     rank 2      c0   c1   c2 →                      Σ0     .    .                   Σ0  Σ1  Σ2
+#
+# (→ marks what a rank sends to the next one in step 0; rank 2 sends to rank 0.)
 #
 # Each rank sends 2·K·(N − 1)/N numbers: hardly more for a thousand ranks than for two. Segment s is summed as
 # x_s + x_{s+1} + …, beginning at rank s, and then copied: so the result is the same on every rank, to the bit, although
@@ -629,8 +635,9 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
 
 # ── 2.3 Data parallelism ────────────────────────────────────────────────────────────────────────────────
 #
-# Each rank has the whole network and some of the batch's utterances. When is the sum of the ranks' gradients the one
-# that a single device gets for the whole batch? When the sum of the ranks' losses is its loss. That loss is a mean:
+# Each rank has the whole network, a *replica* of it, and some of the batch's utterances. When is the sum of the ranks'
+# gradients the one that a single device gets for the whole batch? When the sum of the ranks' losses is its loss. That
+# loss is a mean:
 #
 #     loss = 1 / utterances · Σ over utterances of  CTC loss / labels of that utterance         ("mean" of CTC)
 #
@@ -1193,7 +1200,7 @@ def small_batch(utterances: int, config: SpeechConfig, seed: int = 1) -> Batch:
 
 
 def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small network on these ranks beside the same on one device: name to relative error, of every tensor.
+    """A small network on these ranks beside the same on a single device: name to relative error, of every tensor.
 
     Utterances are of unequal length and the ranks' shares unequal in number. Errors are per tensor, max|Δ| over
     max|reference|. Then CTC beside PyTorch's, and the layer that is cut in time beside the whole one.
@@ -1340,12 +1347,12 @@ def main(args, device: torch.device) -> None:
     with Counter() as counter:
         ring_all_reduce(torch.ones(1001, device=device), ring_group)
     sent = torch.tensor(sum(m.bytes // 4 for m in counter.messages if m.op == "send"), device=device)
-    claims = claims_of(args, errors, int(_all_reduce(sent)), *demonstrate(args, device, ring_group))
-    if group_rank() == 0 and not print_claims(claims):
+    rows = claims(args, errors, int(_all_reduce(sent)), *demonstrate(args, device, ring_group))
+    if group_rank() == 0 and not print_claims(rows):
         sys.exit(1)
 
 
-def claims_of(args, errors: dict, sent: int, losses: list[float], plain: float, searched: float) -> list[tuple]:
+def claims(args, errors: dict, sent: int, losses: list[float], plain: float, searched: float) -> list[tuple]:
     """The rows of the claims table."""
 
     def exact(claim: str, start: str) -> tuple:
@@ -1794,8 +1801,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

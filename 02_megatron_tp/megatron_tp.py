@@ -51,7 +51,7 @@ paper's BERT heads and its evaluations, a cache for generation, fused kernels.
 #     L  layers (the paper's N)         V  words in vocabulary    v: V, padded, over tp   this rank's words
 #
 # A digit is a literal size, as in index_BS1. tp is the number of ranks that share one copy of the model, dp the
-# number of copies: world size = tp · dp. (F with a dot behind it is torch.nn.functional.)
+# number of copies, the *replicas*: world size = tp · dp. (F with a dot behind it is torch.nn.functional.)
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class GPTConfig:
     hidden_size: int = 128  # H
     num_layers: int = 4  # L
     num_heads: int = 4  # N
-    ffn_hidden_size: int | None = None  # F; None: 4·H, the paper's choice
-    dropout: float = 0.0  # the paper trains with 0.1
+    ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
+    dropout: float = 0.0  # Megatron-LM trains with 0.1
     norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
-    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
     tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
@@ -124,14 +124,14 @@ class GPTConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# A GPT on one device, in ordinary PyTorch: the thing to equal. Three details matter later:
+# A GPT on a single device, in ordinary PyTorch: the thing to equal. Three details matter later:
 #
 # · The rows of the fused matrix for queries, keys and values are ordered (head, {q, k, v}, D). So the first half of its
 #   rows is the first half of the heads, complete: a cut by rows is a cut by heads. (The order (q, k, v) would give the
 #   first of two ranks all queries and half of the keys.)
 # · The last layer has no weight of its own: it multiplies with the embedding table ("tied head").
 # · Each layer adds two outputs to x, attention's and the feed-forward layer's, 2L in all. The weight that makes such an
-#   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow model. [section 4.2]
+#   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow one. [the paper's section 4.2]
 #
 # What will be cut is handed in: the table of words, and the matrices of attention and of the feed-forward layer. So
 # part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
@@ -387,8 +387,8 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 #     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
 #     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
 #
-# Each line turned around is another line: two operators are each other's gradient. The first pair is the paper's f
-# and g. So an operator is two small functions, one for the way there and one for the way back, put into one Function.
+# Each line turned around is another line: two doors are each other's gradient. The first pair is the Megatron-LM
+# paper's f and g. So a door is two small functions, one for the way there and one for the way back, in one Function.
 # (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
 # accident, and there is no f.)
 #
@@ -440,7 +440,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -449,7 +449,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -645,7 +645,7 @@ class ParallelMLP(MLP):
 
 # ── shared: padded vocabulary ──
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
+    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
@@ -761,7 +761,8 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block groups.
+    Source: section 3 of the Megatron-LM paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block
+    groups.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -821,8 +822,8 @@ def random_streams(
 # `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
 #
 # A model that is large for its GPUs keeps only the input of each layer, and computes the layer once more in backward:
-# a third more arithmetic, and two all-reduces more a layer. [section 4.2] The second time must draw the same masks;
-# it does, because it asks for the generators of the same place.
+# a third more arithmetic, and two all-reduces more a layer. [the paper's section 4.2] The second time must draw the
+# same masks; it does, because it asks for the generators of the same place.
 
 
 class ParallelGPT(GPT):
@@ -998,8 +999,8 @@ def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None)
 # A checkpoint is one safetensors file of whole tensors, so it knows nothing of tp and can be read at any; its weights
 # have the plain model's names, so that others can read it, too. Besides weights a run needs Adam's two moments and the
 # number of steps done, which is also its place in the data, in the learning rate's schedule and in the random streams:
-# all three are functions of the step. With the same layout, a run that was interrupted goes on to the same bits as one
-# that was not. With another, dropout's masks are others; all else is equal.
+# all three are functions of the step. On the same grid a run that was interrupted goes on to the same bits as one that
+# was not. On another, dropout's masks are others; all else is equal.
 #
 # A run is killed at the worst moment. So the file is written under another name and renamed when it is complete,
 # which is one step for the file system: under its name stands either the old checkpoint or the new one. And disks
@@ -1029,7 +1030,7 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
     """Writes the run's state after `step` steps; every rank must call it. Rank 0 holds all of it in host memory.
 
     The other ranks return before the file is there. Raises: OSError, on rank 0, where it cannot be written; the file
-    that stood there before is untouched. Needs: `gather_state_dict`, `run_state`, `_checksum`.
+    that stood there before is untouched. Needs: `gather_state_dict`, `run_state`, `_checksum`, `Grid` (part 4).
     """
     from safetensors.torch import save_file
 
@@ -1053,7 +1054,7 @@ def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim
     """Reads what `save_checkpoint` wrote, at any tp and dp, each rank for itself; returns the number of steps done.
 
     Raises: ValueError for a file that is damaged or of another configuration; model and optimizer are as they were.
-    Needs: `shard_tensor`, `run_state`, `_checksum`.
+    Needs: `shard_tensor`, `run_state`, `_checksum`, `Grid` (part 4).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -1177,10 +1178,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
 
 # ── 4.2 One norm for a gradient that no rank holds ──────────────────────────────────────────────────────
 #
-# Why the norm must be that of the summed gradient: chapter 1, section 4.2, the home of this function. New here are
-# shards. They are different elements on each rank: their squares are summed over the group. What is whole on every rank
-# is the same elements tp times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training
-# clips too much, and shows nothing.
+# Why the norm must be that of the summed gradient: chapter 1, section 4.1. New here are shards. They are different
+# elements on each rank: their squares are summed over the group. What is whole on every rank is the same elements tp
+# times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training clips too much, and shows
+# nothing.
 
 
 # ── shared: clipping ──
@@ -1352,7 +1353,7 @@ def paper_scale(name: str) -> dict:
 
 
 def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small odd model on this grid beside the same on one device: name to relative error, of every tensor.
+    """A small odd model on this grid beside the same on a single device: name to relative error, of every tensor.
 
     The vocabulary and the batch do not divide over the ranks, and replicas have unequal numbers of tokens that count.
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
@@ -1412,7 +1413,7 @@ BESIDE = 100_000_000  # parameters of the largest plain model that rank 0 trains
 
 
 def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
-    """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
+    """Trains on real text and writes; returns the differences in loss of the first steps from the single device."""
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), precision(args)
@@ -1442,7 +1443,7 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     elif group_rank() == 0:
         alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
 
-    say("\nstep      loss    on one device      norm")
+    say("\nstep      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=lambda step: random_streams(args.seed, step, grid.tp_rank, grid.dp_rank, device))
     steps = train(model, batches(first), grid=grid, optimizer=optimizer, first=first, **options)
@@ -1480,7 +1481,7 @@ def main(args, device: torch.device) -> None:
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    kinds = {"gradient": "gradient", "norm": "step's norm before clipping", "after": "weight after AdamW"}
+    kinds = {"gradient": "gradient", "norm": "norm before clipping", "after": "weight after AdamW"}
     for kind, claim in kinds.items():
         worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
         row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
@@ -1650,8 +1651,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

@@ -6,7 +6,8 @@ Paper: Efficient Large-Scale Language Model Training on GPU Clusters Using Megat
 
 The problem. Tensor parallelism (chapter 2) cuts every layer, and so its ranks talk in every layer, four times: that
 ends at the walls of one server, whose GPUs are eight. A model of a trillion parameters needs sixty-four such servers.
-Cut *between* layers, a rank sends one tensor a micro-batch and no more, but must wait for the one that it gets.
+Cut *between* layers, a rank sends one tensor for each piece of the batch (a *micro-batch*) and no more, but must wait
+for the one that it gets.
 
 The idea. Cut the stack of layers into p stages and the batch into m micro-batches, which follow each other through the
 stages like cars through a factory. Here p = 4, m = 8; a digit is a micro-batch, ─ its forward, ═ its backward:
@@ -52,7 +53,8 @@ parallelism at once are executed in a later chapter; here boundaries are ready f
 #     v   chunks: pieces that a rank has   chunk   the number of a piece within its rank: stage = chunk · p + rank
 #     m   micro-batches of one step        op      F (forward), B (backward), W (its weights' part) of one of them
 #
-# dp is the number of copies of the pipeline, so world size = p · dp. (F with a dot behind it is torch.nn.functional.)
+# dp is the number of copies of the pipeline, the replicas, so world size = p · dp. Where the paper's letters are better
+# (2.6, 5.3), t is chapter 2's tp and d is dp. (F with a dot behind it is torch.nn.functional.)
 
 from __future__ import annotations
 
@@ -97,12 +99,12 @@ class GPTConfig:
     hidden_size: int = 128  # H
     num_layers: int = 4  # L
     num_heads: int = 4  # N
-    ffn_hidden_size: int | None = None  # F; None: 4·H, the paper's choice
-    dropout: float = 0.0  # the paper trains with 0.1
+    ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
+    dropout: float = 0.0  # Megatron-LM trains with 0.1
     norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
-    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
     tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
@@ -125,8 +127,8 @@ class GPTConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# The GPT on one device that the pipeline must equal; chapter 2 explains it. One detail matters here: the last layer
-# multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
+# The GPT on a single device that the pipeline must equal; chapter 2 explains it. One detail matters here: the last
+# layer multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
 
 
 # ── shared: plain GPT ──
@@ -634,7 +636,7 @@ def programs(schedule: Schedule) -> list[Program]:
 # `verify` looks at the table: each operation once, forward before backward, nothing that waits in a circle. Then
 # `verify_programs` looks at the messages, in the strictest way that a network could have. Three things must hold:
 #
-#     order     both ends of a channel list the same messages in the same order, since they are matched by order alone
+#     order     sender and receiver list the same messages in the same order, since they are matched by order alone
 #     cause     nobody uses, or sends, what it has not yet made or received
 #     progress  a batch ends only when, of each of its messages, the other end stands at its own batch; until then its
 #               rank does nothing. Nobody may wait in a circle even so.
@@ -1271,7 +1273,7 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
 # are the rule's; its table 2 comes from the exact count, 1 to 3 % more.
 
 
-def parameters(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:
+def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 2048) -> int:
     """Parameters of a GPT with a tied head, without the final norm's 2H. Source: the paper's section 5.1."""
     return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
 
@@ -1439,7 +1441,7 @@ def plan(
 
 
 def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small odd model on this grid beside the same on one device, under each schedule: name to relative error.
+    """A small odd model on this grid beside the same on a single device, under each schedule: name to relative error.
 
     Rows divide neither over replicas nor over micro-batches, which have unequal numbers of tokens that count. Errors
     are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
@@ -1505,7 +1507,7 @@ def check(args, grid: Grid, device: torch.device) -> bool:
 
 
 def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
-    """Trains on real text and draws a step; returns the differences in loss of the first steps from one device."""
+    """Trains on real text, draws a step; returns the differences in loss of the first steps from the single device."""
     from tqdm import tqdm
 
     config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
@@ -1524,7 +1526,7 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
     say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
-    say("step      loss    on one device      norm")
+    say("step      loss    single device      norm")
     quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=streams, recompute=args.recompute, bars=bars)
     steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
@@ -1575,7 +1577,7 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
         worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
         row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
-    text = f"the first {len(differences)} losses equal one device's, {args.dtype}"
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
     for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
         table = schedule(kind, 4, 8, v)
@@ -1585,7 +1587,7 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     big = schedule("1f1b", 64, 512)
     verify(big)
     row("bubble of the 1T model's step, 64 stages, proven", "63/512", str(simulate(big).bubble))
-    same = sum(f"{parameters(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1)
+    same = sum(f"{parameter_count(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1)
     row("parameters of table 1 as printed", "10 rows", f"{same} rows")
     days = [training_days_rule(300e9, 1024, 140e12, 175e9), training_days_rule(450e9, 3072, 163e12, 1008e9)]
     row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
@@ -1599,7 +1601,7 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     return rows
 
 
-SIZES = dict(num_layers="layers; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads",
+SIZES = dict(num_layers="layers, L; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads, N",
              seq_length="tokens of a sequence, S", dropout="probability")  # fmt: skip
 DEFAULTS = dict(num_layers=8, hidden_size=64, num_heads=4, seq_length=64, dropout=0.0)
 
@@ -1612,27 +1614,30 @@ def config_of(args) -> GPTConfig:
 def flags() -> argparse.Namespace:
     parser = common_flags(__doc__.splitlines()[0], steps=40)
     flag = parser.add_argument
-    flag("--pp", type=int, help="ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)")
+    text = "ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)"
+    flag("--pp", type=int, default=argparse.SUPPRESS, help=text)
     flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
     flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
-    flag("--microbatches", type=int, help="into which each replica cuts its rows (default: two for each stage)")
-    flag("--recompute", action="store_true", help="keep inputs and compute activations again")
+    text = "into which each replica cuts its rows (default: two for each stage)"
+    flag("--microbatches", type=int, default=argparse.SUPPRESS, help=text)
+    flag("--recompute", action="store_true", help="keep each stage's input alone, compute the rest again")
     flag("--untied", action="store_true", help="a head with a weight of its own")
     for name, text in SIZES.items():
         flag("--" + name.replace("_", "-"), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=text)
-    flag("--batch", type=int, help="sequences of a step, over all replicas (default: 16, or a row a micro-batch)")
-    flag("--lr", type=float, default=3e-3, help="learning rate after ten steps")
+    text = "sequences of a step, over all replicas (default: 16, or a row a micro-batch)"
+    flag("--batch", type=int, default=argparse.SUPPRESS, help=text)
+    flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     args = parse_flags(parser, ranks=4)
-    args.pp = args.pp or min(4, args.world_size)
-    args.microbatches = args.microbatches or 2 * args.pp
+    args.pp = getattr(args, "pp", min(4, args.world_size))
+    args.microbatches = getattr(args, "microbatches", 2 * args.pp)
     try:
         if args.pp < 1 or args.world_size % args.pp:
             raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
         verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
         place_layers(config_of(args).num_layers, args.pp * args.chunks)
         least = args.microbatches * args.world_size // args.pp
-        args.batch = max(16, least) if args.batch is None else args.batch
+        args.batch = getattr(args, "batch", max(16, least))
         if args.batch < least:
             raise ValueError(f"--batch {args.batch}: the micro-batches of all replicas need at least {least} rows")
         TextData(args.data, args.tokenizer, args.seq_length)
@@ -1661,7 +1666,7 @@ def plan_command(arguments: list[str]) -> None:
         layouts = plan(**args, machine=machine)
     except ValueError as error:
         parser.error(str(error))
-    size = f"{parameters(args['layers'], args['hidden']) / 1e9:.1f} B parameters"
+    size = f"{parameter_count(args['layers'], args['hidden']) / 1e9:.1f} B parameters"
     print(f"{size}, {args['gpus']} GPUs, the best (v, b) of each (t, p)\n")
     print("  t    p    d   v   b    m    s/step   bubble   tensor  network      GB   TFLOP/s")
     for x in layouts[:rows]:
@@ -1678,6 +1683,9 @@ The first row by the paper's three rules:
 3. the micro-batch trades fast kernels against the bubble: b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}
 
 Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")
+
+
+# The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
 
 
 # ── shared: text data ──
@@ -1771,8 +1779,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

@@ -25,7 +25,7 @@ two ranks, with the tokens a b c d:
           dropout, + x   dropout, + x the same twice         dropout, + x   dropout, + x   each its own tokens
           z: abcd        z: abcd                             z: ab          z: cd
 
-A ring's all-reduce is a reduce-scatter and then an all-gather: the bytes on the wire are the same, and nothing is kept
+A ring's all-reduce is a reduce-scatter and then an all-gather: the doors send the same bytes, and nothing is kept
 twice. Then the 5·a·s²·b: attention weights, the largest part, and the cheapest to compute again. So recompute them and
 nothing else. Together that is a fifth of the memory for a few percent of the time.
 
@@ -40,9 +40,9 @@ Run it (no flag is needed; --help lists them):
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         04_seq_parallel/seq_parallel.py
 
-It proves in float64 that every gradient equals the single device's in all six modes, shows tensor by tensor what a
-layer keeps, holds the measured bytes against the paper's formula, trains a small GPT on real text, and ends in a
-table of the paper's claims.
+It proves in float64 that every gradient equals the single device's in all six modes (with and without sequence
+parallelism; no, selective or full recomputation), shows tensor by tensor what a layer keeps, holds the measured bytes
+against the paper's formula, trains a small GPT on real text, and ends in a table of the paper's claims.
 
 Left out: data and pipeline parallelism (their stages appear in part 5's arithmetic only), recomputation of some
 micro-batches and not of others (the paper's appendix C), writing fused kernels (PyTorch's is used), and dividing
@@ -113,12 +113,12 @@ class GPTConfig:
     hidden_size: int = 128  # H
     num_layers: int = 4  # L
     num_heads: int = 4  # N
-    ffn_hidden_size: int | None = None  # F; None: 4·H, the paper's choice
-    dropout: float = 0.0  # the paper trains with 0.1
+    ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
+    dropout: float = 0.0  # Megatron-LM trains with 0.1
     norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
-    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (the paper: 128)
+    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
     tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
 
     def __post_init__(self):
@@ -358,7 +358,8 @@ class TransformerLayer(Block):
 #
 # An operator keeps for backward what the formula of its gradient mentions: a product both its factors, a norm its
 # input, softmax its output, dropout its mask, a sum nothing. Go through a layer with that in mind, in units of s·b·h
-# bytes (a number in bf16 is 2, a mask's 1; 5·a·s²·b bytes are 5·a·s/h units), and this chapter's plan lies before you:
+# bytes (a number in bf16 is 2, a mask's 1; 5·a·s²·b bytes are 5·a·s/h units), and this chapter's plan lies before you
+# (TP is tensor parallelism, SP sequence parallelism):
 #
 #                                     single device    t ranks, TP      TP and SP
 #     norm 1             its input             2               2              2/t       ← 2.2: each rank its own tokens
@@ -426,8 +427,8 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 #     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
 #     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
 #
-# Each line turned around is another line: two operators are each other's gradient. The first pair is the paper's f
-# and g. So an operator is two small functions, one for the way there and one for the way back, put into one Function.
+# Each line turned around is another line: two doors are each other's gradient. The first pair is the Megatron-LM
+# paper's f and g. So a door is two small functions, one for the way there and one for the way back, in one Function.
 # (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
 # accident, and there is no f.)
 #
@@ -479,7 +480,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -488,7 +489,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -1076,7 +1077,8 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block groups.
+    Source: section 3 of the Megatron-LM paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block
+    groups.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -1096,7 +1098,7 @@ def vocab_parallel_cross_entropy(
 # ── end of vocabulary loss ──
 # ── shared: padded vocabulary ──
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the paper."""
+    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
@@ -1677,7 +1679,8 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
 
 def main(args, device: torch.device) -> None:
     t = group_size()
-    say(f"torch {torch.__version__}, {args.device}, {args.backend}, tp {t}, {args.dtype}, seed {args.seed}\n")
+    where = f"{args.device}, {args.backend}, {t} ranks: tp {t}"
+    say(f"torch {torch.__version__}, {where}, {args.dtype}, seed {args.seed}\n")
     if args.check:
         sys.exit(0 if check(args, device) else 1)
     errors = [item for _, errors in equivalence(device, torch.float64) for item in errors.items()]
@@ -1694,7 +1697,8 @@ def claims(args, errors: list[tuple], differences: list[float], costs: list[Laye
 
     for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
         worst, good = within((error for name, error in errors if name.startswith(kind)), BOUNDS["fp64"])
-        row(f"every {claim} equals the single device's, six modes, fp64", "exact", f"worst {worst:.1e} relative", good)
+        text = f"every {claim} equals the single device's, six modes, float64"
+        row(text, "exact", f"worst {worst:.1e} relative", good)
     worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
@@ -1718,7 +1722,7 @@ def claims(args, errors: list[tuple], differences: list[float], costs: list[Laye
     m = PAPER_MODELS["175B"]
     twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(m.batch, SEQUENCE, m.h, m.L, WORDS)
     here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
-    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.5")
+    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.6")
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on a single device, 175B, 530B", "70 %, 65 %", here)
@@ -1765,14 +1769,14 @@ def flags() -> argparse.Namespace:
     flag("--recompute", choices=RECOMPUTE, default="selective", help="what backward computes again")
     for name, text in SIZES.items():
         default = getattr(GPTConfig, name)
-        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+        shown = dict(num_layers=2, num_heads=argparse.SUPPRESS).get(name, default)
+        flag("--" + name.replace("_", "-"), type=type(default), default=shown, help=text)
     flag("--batch", type=int, default=8, help="sequences of a step")
     flag("--lr", type=float, default=1e-3, help="learning rate, after ten steps of warm-up")
     flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
     flag("--paper-scale", choices=PAPER_MODELS, help="count a layer of that model on pretended ranks, and stop")
-    parser.set_defaults(num_layers=2, num_heads=None)
     args = parse_flags(parser, ranks=4)
-    args.num_heads = max(GPTConfig.num_heads, args.world_size) if args.num_heads is None else args.num_heads
+    args.num_heads = getattr(args, "num_heads", max(GPTConfig.num_heads, args.world_size))
     try:
         if args.batch < 1:
             raise ValueError(f"--batch {args.batch}: at least 1")
@@ -1786,7 +1790,7 @@ def flags() -> argparse.Namespace:
     return args
 
 
-# The rest is carried: text data, counter, claims table, flags and launcher, all at home in chapter 2.
+# The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
 # ── shared: text data ──
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
@@ -1872,8 +1876,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

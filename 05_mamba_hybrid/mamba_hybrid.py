@@ -21,8 +21,8 @@ tokens does to a state what one number and one matrix say, so ranks can divide t
         │    ◣   │      all-gathered     │    ◣   │      all-gathered     │    ◣   │     the same bytes for 4 tokens
         └────────┘                       └────────┘                       └────────┘     and for 4 million
 
-Then mix: 24 such layers, 4 of attention for what must be recalled exactly, 28 feed-forward, and the study finds the
-whole better than the Transformer of its size.
+Then mix: 24 such layers, 4 of attention for what must be recalled exactly, 28 feed-forward, and the first paper (from
+here on "the study") finds the whole better than the Transformer of its size.
 
 Run it (no flag is needed; --help lists them):
 
@@ -160,7 +160,7 @@ class HybridConfig:
 #     L_ij · (C_i·B_j) · X_j   =   exp(a_{e+1} + … + a_i) C_i  ·  [ exp(a_{j+1} + … + a_e) X_j ⊗ B_j ]
 #
 # The bracket knows nothing of i. Added up over the j of a chunk, once, it is the state that leaves the chunk, and
-# serves all later tokens. So the same numbers can be had as
+# serves all later tokens. So the same numbers can be had as (ssd: state space duality, Mamba-2's word for it)
 #
 #     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
 #     a masked matrix  ssd_quadratic    four products, all tokens at once, S² work: for what is short
@@ -789,8 +789,8 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 #     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
 #     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
 #
-# Each line turned around is another line: two operators are each other's gradient. The first pair is the paper's f
-# and g. So an operator is two small functions, one for the way there and one for the way back, put into one Function.
+# Each line turned around is another line: two doors are each other's gradient. The first pair is the Megatron-LM
+# paper's f and g. So a door is two small functions, one for the way there and one for the way back, in one Function.
 # (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
 # accident, and there is no f.)
 #
@@ -842,7 +842,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -851,7 +851,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -1516,14 +1516,14 @@ def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
 
 
-def layouts(device: torch.device, timeout: float) -> list[Grid]:
+def grids(device: torch.device, timeout: float) -> list[Grid]:
     """Every way to lay all ranks out: tp alone, both, cp alone."""
     world = group_size()
     return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
 
 
 def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small odd model on this grid beside the same on one device: name to relative error, the worst of all ranks.
+    """A small odd model on this grid beside the same on a single device: name to relative error, the worst of all.
 
     Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
     are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
@@ -1578,9 +1578,9 @@ def worst(errors: Iterable[float]) -> float:
 
 
 def check(device: torch.device, args, dtype: torch.dtype, autocast: torch.dtype | None, show: bool) -> dict[str, float]:
-    """Every layout of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
+    """Every grid of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
     found = {}
-    for grid in layouts(device, args.timeout):
+    for grid in grids(device, args.timeout):
         for groups in sorted({grid.tp, 1}, reverse=True):
             errors = equivalence(grid, groups, device, dtype, autocast)
             text = f"tp {grid.tp} × cp {grid.cp}, G {groups}"
@@ -1611,7 +1611,7 @@ def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
 
 @torch.no_grad()
 def decode_times(config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15) -> list[float]:
-    """Milliseconds for one token on one device, behind so many tokens: states and caches hold random numbers."""
+    """Milliseconds for one token on a single device, behind so many tokens: states and caches hold random numbers."""
     model, times = HybridLM(config).to(device).eval(), []
     for context in contexts:
         cache, token_BS = model.new_cache(1, context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
@@ -1627,7 +1627,7 @@ def decode_times(config: HybridConfig, contexts: list[int], device: torch.device
 
 
 def demonstrate(args, device: torch.device) -> list[float]:
-    """Trains on real text and writes; returns the differences in loss of the first steps from one device."""
+    """Trains on real text and writes; returns the differences in loss of the first steps from the single device."""
     from tqdm import tqdm
 
     config, (dtype, autocast), grid = config_of(args), precision(args), make_grid(args.tp, device, args.timeout)
@@ -1640,7 +1640,7 @@ def demonstrate(args, device: torch.device) -> list[float]:
     model = ParallelHybridLM(config, grid).to(device, dtype)
     alone = train(HybridLM(config).to(device, dtype), batches(5 if group_rank() == 0 else 0), **options)
     say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
-    say("step      loss    on one device      norm")
+    say("step      loss    single device      norm")
     differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
     for step, (loss, norm) in enumerate(steps):
@@ -1685,7 +1685,7 @@ def main(args, device: torch.device) -> None:
 
     for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
         off = worst(error for name, error in errors.items() if name.startswith(kind))
-        text = f"every {claim} equals the single device's, all layouts, fp64"
+        text = f"every {claim} equals the single device's, all grids, float64"
         row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
     off, text = worst(differences), f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
@@ -1859,8 +1859,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

@@ -28,7 +28,7 @@ and the optimiser stay wide.
 
 Run it (no flag is needed; --help lists them):
 
-    python 06_moe_fp8/moe_fp8.py                              4 ranks on this machine: experts over 2, twice
+    python 06_moe_fp8/moe_fp8.py                              4 ranks on this machine, as 2 expert × 2 data
     python 06_moe_fp8/moe_fp8.py --ranks 1                    one process, for a debugger
     python 06_moe_fp8/moe_fp8.py --check                      equivalence alone, each tensor's error
     python 06_moe_fp8/moe_fp8.py --num-experts 64 --top-k 6 --ep 4
@@ -131,7 +131,7 @@ class MoEConfig:
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
-# One device, ordinary PyTorch: the thing to equal.
+# A single device, ordinary PyTorch: the thing to equal.
 
 # ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
 #
@@ -341,7 +341,7 @@ class MLP(nn.Module):
 
 
 class MoELayer(nn.Module):
-    """Router, experts, shared expert, on one device: x_BSH to (B, S, H) and each sequence's balancing loss, (B,).
+    """Router, experts, shared expert, undivided: x_BSH to (B, S, H) and each sequence's balancing loss, (B,).
 
     Source: Nemotron 3 Nano. Needs: `Router`, `Experts`, `MLP`, `load_balancing_loss`, `count_rows`.
     """
@@ -552,7 +552,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
 # Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are the four functions
-# above. One collective is new. In an *all-to-all* each rank has a piece for each rank:
+# above. One collective is new to the book's code. In an *all-to-all* each rank has a piece for each rank:
 #
 #     rank 0: a0 a1    rank 1: b0 b1     →     rank 0: a0 b0    rank 1: a1 b1          piece i goes to rank i
 #
@@ -668,7 +668,7 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None,
 #                   a0 b0 d0 · b1                       a2 c2 · c3 d3          counts [3, 1] and [2, 2]
 #
 # (That a rank receives what it sends is chance here.) Sorts are stable, so an expert finds its rows in the order of
-# ranks and tokens: the order of the whole batch, whatever ep is. The numbers of rows have to be known on the host,
+# ranks and tokens: the order of the whole batch, whatever ep is. Numbers of rows must be known on the host (the CPU),
 # because buffers have sizes: the one moment where the host waits for the GPU. All that it needs comes in one copy.
 #
 # A permutation is a gather, y_i = x_order(i), and its gradient is usually written as a scatter: add dy_i to
@@ -775,7 +775,7 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
 # gradients are only ever added. A library that takes means has to divide twice, and by the same number. With ep · dp =
 # 4 ranks, and g_i what rank i's own mean loss says of a parameter:
 #
-#                                  a dense parameter                   an expert, ep 2 × dp 2
+#                                  a whole parameter                   an expert, ep 2 × dp 2
 #     a rank's gradient            g_i, of its own tokens              g_0 + g_1 or g_2 + g_3: of its group's tokens
 #     sum over whom                all 4 ranks                         the 2 that hold it
 #     divide by                    4                                   4 too: by the 2 of them it is ep times too large
@@ -940,7 +940,7 @@ def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> 
 # ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
 #
 # A linear layer is three products, one forward and two backward. Each is a · bᵀ of two matrices that have the axis of
-# summation last, because that is how the hardware wants them (Hopper knows no other layout):
+# summation last, because that is how the hardware wants them (Hopper, the H100's kind, knows no other layout):
 #
 #     fprop    y_RF  =  x_RH · w_FH            sum over H        E4M3 · E4M3
 #     dgrad    dx_RH =  dy_RF · w_HF           sum over F        E5M2 · E4M3       w turned
@@ -1078,9 +1078,9 @@ class FP8Linear(nn.Linear):
 # An expert's rows are a tensor of their own, with a scale of its own, and so are its weights: its products are those
 # of a linear layer, and we call them one expert after the other.
 #
-# A tensor that is divided over ranks has another amax on each of them, so other scales, and other roundings than on one
-# device: the result depends on the layout. Where that matters the ranks agree on one amax, with an all-reduce of one
-# number. Which ranks? Those that hold shares of the same tensor. Activations of dense layers: all ranks, each has some
+# A tensor that is divided over ranks has another amax on each of them, so other scales, and other roundings than on a
+# single device: the result depends on the grid. Where that matters the ranks agree on one amax: an all-reduce of one
+# number. Which ranks? Those that hold shares of the same tensor. Activations of whole layers: all ranks, each has some
 # tokens. An expert's rows: the ranks that hold this expert. (Those of its group have no other rows of it: they have
 # been sent.) Weights: none, they are whole. Given the same tensor the codes are then equal to the single device's, to
 # the bit. An empty share has an amax of 0, and takes part like all others.
@@ -1242,8 +1242,8 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
 # Experts are divided in one direction of a grid, and repeated in the other. With --ep 2 on 4 ranks:
 #
 #                      ep rank 0          ep rank 1
-#        copy 0      rank 0: e 0 to 3   rank 1: e 4 to 7      ← an ep group: tokens travel within it
-#        copy 1      rank 2: e 0 to 3   rank 3: e 4 to 7
+#        set 0       rank 0: e 0 to 3   rank 1: e 4 to 7      ← an ep group: tokens travel within it
+#        set 1       rank 2: e 0 to 3   rank 3: e 4 to 7
 #                         ↑ an edp group ("expert data parallel"): the same experts
 #
 # Each of the four has its own tokens. The ranks of an ep group are neighbours, because they talk in every layer.
@@ -1266,7 +1266,7 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
     if ep < 1 or world % ep:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
-    ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each copy
+    ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each set
     ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
     return Grid(ep, world // ep, rank % ep, ep_group, edp_group)
 
@@ -1285,7 +1285,7 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
                 grad.copy_(total.view_as(grad))
 
 
-# Explained in chapter 1, section 4.2, and for shares of a tensor in chapter 2, section 4.2: experts are such shares.
+# Explained in chapter 1, section 4.1, and for shares of a tensor in chapter 2, section 4.2: experts are such shares.
 # ── shared: clipping ──
 @torch.no_grad()
 def clip_grad_norm_(
@@ -1359,7 +1359,7 @@ def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], gr
     return train_alone(model, mine, lr, gradients=functools.partial(parallel_gradients, grid=grid), **options)
 
 
-# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
 #
 # Parameters of the published models, layer by layer. Their Mamba layers are chapter 5's, here they are only counted;
 # the latent width of Super and Ultra (experts work on vectors of that width, with a matrix in and one out for all of
@@ -1464,7 +1464,7 @@ def overload(model: MoELM, lean: float = 0.5) -> MoELM:
 
 
 def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
-    """A small model on this grid beside the same on one device: name to relative error, of every tensor.
+    """A small model on this grid beside the same on a single device: name to relative error, of every tensor.
 
     Two experts get no token; in every second step the last rank has none, in the others ranks have unequally many.
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
@@ -1618,7 +1618,7 @@ def claims(args, errors: dict, agree: bool, differences: list, loads: list, loss
     rows = []
     for claim, kind in {
         "gradient": "grad",
-        "step's norm before clipping": "norm",
+        "norm before clipping": "norm",
         "weight after AdamW": "after",
     }.items():
         worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
@@ -1813,8 +1813,13 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
 # ── shared: flags ──
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
-    shown = dict(usage="%(prog)s [flags]; --help lists them", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser = argparse.ArgumentParser(description=description, **shown)
+
+    class Help(argparse.ArgumentDefaultsHelpFormatter):
+        def _get_help_string(self, action):  # a default of None or "" says nothing
+            return super()._get_help_string(action) if action.default not in (None, "") else action.help
+
+    usage = "%(prog)s [flags]; --help lists them"
+    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
     flag = parser.add_argument
     flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
     flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")

@@ -496,13 +496,13 @@ def test_row_convolution():
 
 
 def bidirectional(x, weight):
-    """The whole layer on one device, by the plain loop."""
+    """The whole layer on a single device, by the plain loop."""
     h = ds.plain_recurrence(torch.stack([x, x.flip(0)], 1), weight)
     return h[:, 0] + h[:, 1].flip(0)
 
 
 def time_parallel_case(T: int, upstream_of=lambda y: y):
-    """Output, gradient of this rank's frames, and of the weight: cut in time, and on one device."""
+    """Output, gradient of this rank's frames, and of the weight: cut in time, and on a single device."""
     N, r = dist.get_world_size(), dist.get_rank()
     lengths = torch.tensor([T, max(1, T // 2), 1], device=ranks.device)
     x = random(T, 3, 5) * 3 * ds.valid_frames(lengths, T)[..., None]
@@ -868,7 +868,7 @@ def test_batch_norm_in_bf16():
 
 
 def step_of(plain, parallel, batch) -> tuple[tuple, tuple]:
-    """One step on these ranks and on one device, nothing clipped: the two losses, and the two sets of gradients."""
+    """One step on these ranks and on a single device, nothing clipped: the two losses and the two sets of gradients."""
     options = dict(lr=lambda step: 0.01, max_norm=1e9)
     ((loss, _),) = ds.train(parallel, [mine(batch)], ring_group=ring_group(), **options)
     ((expected, _),) = ds.train_alone(plain, [batch], **options)

@@ -784,7 +784,7 @@ def test_placement(layers, stages):
 @pytest.mark.parametrize("row", pl.TABLE_1, ids=lambda row: f"{row.billions}B")
 def test_table_1(row):
     """Parameters as printed; PFLOP/s and share of peak within the rounding of the printed TFLOP/s; sizes divide."""
-    assert f"{pl.parameters(row.layers, row.hidden) / 1e9:.1f}" == f"{row.billions:.1f}"
+    assert f"{pl.parameter_count(row.layers, row.hidden) / 1e9:.1f}" == f"{row.billions:.1f}"
     low, high = (row.gpus * (row.tflops + half) / 1e3 for half in (-0.5, 0.5))
     assert low - 0.05 <= row.petaflops <= high + 0.05
     assert (row.tflops - 0.5) / 3.12 - 0.5 <= row.percent <= (row.tflops + 0.5) / 3.12 + 0.5
@@ -800,7 +800,7 @@ def test_operations_are_the_papers_formula():
         B, s, l, h, V = row.batch, 2048, row.layers, row.hidden, 51_200
         published = 96 * B * s * l * h**2 * (1 + Fraction(s, 6 * h) + Fraction(V, 16 * l * h))
         assert pl.flops(l, h, B) == published
-        assert pl.parameters(l, h) == 12 * l * h**2 * (1 + Fraction(13, 12 * h) + Fraction(V + s, 12 * l * h))
+        assert pl.parameter_count(l, h) == 12 * l * h**2 * (1 + Fraction(13, 12 * h) + Fraction(V + s, 12 * l * h))
     assert pl.flops(2, 8, 1, recompute=False) < pl.flops(2, 8, 1)
 
 
@@ -838,7 +838,7 @@ def test_the_rule_of_thumb():
     assert round(pl.training_days_rule(300e9, 1024, 140e12, 175e9)) == 34
     assert round(pl.training_days_rule(450e9, 3072, 163e12, 1008e9)) == 84
     for (layers, hidden), gpus, tflops, _ in TABLE_2:
-        rule = pl.training_days_rule(300e9, gpus, tflops * 1e12, pl.parameters(layers, hidden))
+        rule = pl.training_days_rule(300e9, gpus, tflops * 1e12, pl.parameter_count(layers, hidden))
         assert 0.97 < rule / pl.training_days(300e9, gpus, tflops * 1e12, layers, hidden) < 0.99
 
 
@@ -847,7 +847,7 @@ def test_the_rule_of_thumb():
 def test_the_formula_counts_the_plain_model(layers, heads, size, vocab):
     cfg = pl.GPTConfig(vocab, 7, heads * size, layers, heads)
     counted = sum(shape.numel() for shape in pl.parameter_shapes(cfg).values())
-    assert counted == pl.parameters(layers, heads * size, vocab, 7) + 2 * heads * size  # and the final norm
+    assert counted == pl.parameter_count(layers, heads * size, vocab, 7) + 2 * heads * size  # and the final norm
 
 
 def place_in(layouts: list, row) -> int:

@@ -1075,7 +1075,7 @@ def test_fp8_training_on_every_layout_starts_with_the_same_loss():
         assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")}, bound=1e-6)
 
 
-# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
+# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
 
 
 def test_parameters_of_this_model_are_those_that_it_has():
