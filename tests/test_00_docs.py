@@ -127,7 +127,11 @@ def test_what_the_text_refers_to_exists():
 # ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────
 
 COMMAND = re.compile(r"^ *((?:python|torchrun|make|srun) .*?)(?: {2,}.*|  *#.*)?$", re.MULTILINE)
-STAND_INS = {"HOST:29500": "127.0.0.1:29500", "path/to/copy.ipynb": "notebooks/02_megatron_tp.ipynb"}
+STAND_INS = {
+    "HOST:29500": "127.0.0.1:29500",
+    "path/to/copy.ipynb": "notebooks/02_megatron_tp.ipynb",
+    "/shared/": "",  # a folder of a cluster
+}
 
 
 def commands(path: Path) -> list[str]:
