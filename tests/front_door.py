@@ -94,12 +94,8 @@ def rendered(page: Path, kept: dict) -> str:
 
 
 def pages() -> list[Path]:
-    return [
-        ROOT / "README.md",
-        ROOT / "CLAIMS.md",
-        ROOT / "notebooks/README.md",
-        *sorted(ROOT.glob("[0-9][0-9]_*/README.md")),
-    ]
+    shared = [ROOT / name for name in ("README.md", "CLAIMS.md", "notebooks/README.md")]
+    return [*shared, *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
 
 
 def main() -> None:
