@@ -1358,7 +1358,7 @@ def test_state_dicts_that_do_not_fit():
 
 WRONG_FLAGS = [
     (["--pattern", "MXM"], "pattern='MXM': write M, * or - for each layer"),
-    (["--ranks", "3"], "does not divide over tp=3 ranks"),
+    (["--ranks", "3", "--tp", "3"], "does not divide over tp=3 ranks"),
     (["--ranks", "4", "--tp", "4", "--cp", "2"], "--tp 4 times --cp 2 must be the 4 ranks"),
     (["--batch", "0"], "--batch 0"),
     (["--lr", "inf"], "--lr inf: above zero, and a number"),
