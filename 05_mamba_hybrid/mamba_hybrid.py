@@ -187,62 +187,70 @@ def wide(x: Tensor) -> Tensor:
 #   is their difference, however short the stretch. In float64 it is exact enough, and S numbers a head cost nothing.
 
 
-def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
+def segsum(a: Tensor) -> Tensor:
     """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
 
-    Args:
-        a: logarithms of decays, (..., S). The diagonal of the result is 0: a token does not decay on the way to itself.
-        starts: True where a document begins, (..., S) or what broadcasts to it; a stretch that runs into another
-            document is −inf as well.
-
+    a: logarithms of decays, (..., S). The diagonal is 0: a token does not decay on the way to itself.
     Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: nothing else.
     """
-    S, sums = a.shape[-1], a.to(torch.float64).cumsum(-1)
-    cut = torch.ones(S, S, dtype=torch.bool, device=a.device).triu(1)
-    if starts is not None:
-        document = starts.cumsum(-1)
-        cut = cut | (document[..., :, None] != document[..., None, :])
-    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(cut, -torch.inf)
+    sums = a.to(torch.float64).cumsum(-1)
+    later = torch.ones(2 * a.shape[-1:], dtype=torch.bool, device=a.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(later, -torch.inf)
+
+
+# Documents that are packed into one sequence need no mask of their own. Where one begins, the state must be forgotten,
+# and to forget is what decays are for: exp(−1000) is 0, in every dtype and to the bit, so 1000 is taken from that
+# token's a. (Not inf: the difference of two sums behind it would be inf − inf.)
+
+
+def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
+    """a = dt·A: the logarithm of what each token lets live of the state before it; (B, S, N), in at least fp32.
+
+    starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours. Needs: `wide`.
+    """
+    a_BSN = wide(dt) * wide(A)
+    return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
 
 
 # Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
 # the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
 # (B, G, J, S, ·), in at least fp32; dt goes into X = dt·x and a = dt·A here, once each. (Not into B as well: then the
-# write would be scaled by dt².)
+# write would be scaled by dt².) Each takes the state that enters and gives the one that leaves.
 
 
-def _lay_out(x, dt, A, B, C, state, starts=None):
-    G, J = B.shape[2], x.shape[2] // B.shape[2]
-    X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
-    a_BGJS1 = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S 1", G=G)
-    B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
-    zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
-    state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
-    # Without documents no token is a start: one mask of a sequence serves all heads, so it costs next to nothing.
-    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
-    return state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, rearrange(starts, "B S -> B 1 1 S 1")
+def _scan(form, x, dt, A, B, C, D, state, starts):
+    # Autocast is off, here and in backward: it would make the products of wide numbers narrow again.
+    with torch.autocast(x.device.type, enabled=False):
+        G, split = B.shape[2], "B S (G J) D -> B G J S D"
+        X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], split, G=G)
+        a_BGJS1 = rearrange(log_decay(dt, A, starts)[..., None], split, G=G)
+        B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
+        zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+        state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
+        y_BGJSD, state_BGJDZ = form(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ)
+        y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
+        y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
+        return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
 
 
-def _lay_back(y_BGJSD, state_BGJDZ, x, D):
-    y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
-    y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
-    return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+# The loop is the recurrence as it stands above, a line for the state and one for what is read.
+
+
+def _steps(state_BGJDZ, *tensors):
+    y = []
+    for X_BGJD, a_BGJ1, B_BG1Z, C_BG1Z in zip(*(t.unbind(-2) for t in tensors)):
+        state_BGJDZ = a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        y.append((state_BGJDZ * C_BG1Z[..., None, :]).sum(-1))
+    return torch.stack(y, -2) if y else tensors[0], state_BGJDZ
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
     """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `wide`.
+    Source: Mamba-2. Needs: `_scan`, `_steps`, `log_decay`, `wide`.
     """
-    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
-    kept_BGJS1 = a_BGJS1.exp().masked_fill(starts, 0)
-    y = []
-    for t in range(x.shape[1]):
-        written_BGJDZ = X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
-        state_BGJDZ = kept_BGJS1[..., t, :, None] * state_BGJDZ + written_BGJDZ
-        y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
-    return _lay_back(torch.stack(y, 3) if y else X_BGJSD, state_BGJDZ, x, D)
+    return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
 
 # The masked matrix. To serve as a chunk it needs two things more: what the state that enters adds to each y, which
@@ -250,14 +258,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # new is needed: the last row of L says how much of token j is left behind the last one.
 
 
-def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
-    """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
-    return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
+def _kept(a_BSN: Tensor) -> Tensor:
+    """What is left at each token of the state before the first: exp(a_0 + … + a_i)."""
+    return a_BSN.to(torch.float64).cumsum(-2).to(a_BSN.dtype).exp()
 
 
-def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts):
-    of_tokens = a_BGJS1[..., 0], starts[..., 0]
-    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
+def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
     y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
     left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
     return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
@@ -267,11 +274,9 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The masked matrix; work and memory grow with S².
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `_chunk`, `_kept`, `segsum`, `wide`.
+    Source: Mamba-2. Needs: `_scan`, `_chunk`, `_kept`, `segsum`, `log_decay`, `wide`.
     """
-    # Autocast is off, here and below: it would make the products of wide numbers narrow again.
-    with torch.autocast(x.device.type, enabled=False):
-        return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
+    return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
 
 # Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
@@ -295,9 +300,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # takes from s_j.
 
 
-def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
-    of_tokens = a_BGJS1[..., 0], starts[..., 0]
-    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
+def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
@@ -322,7 +326,7 @@ def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, gra
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B, C and starts; tokens are the last dimension but one
+    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B and C; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         y_BGJSD, states = torch.empty_like(tensors[0]), []
         ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
@@ -335,15 +339,15 @@ class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
-        tensors, states = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        grads = [torch.empty_like(t) for t in tensors[:4]]
+        tensors, states = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        grads = [torch.empty_like(t) for t in tensors]
         with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
             for at, state_BGJDZ in zip(reversed(ctx.chunks), reversed(states)):
                 of_chunk = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
                 grad_state_BGJDZ, *parts = _chunk_backward(state_BGJDZ, *of_chunk, grad_state_BGJDZ)
                 for grad, part in zip(grads, parts):
                     grad[..., at, :] = part
-        return None, grad_state_BGJDZ, *grads, None
+        return None, grad_state_BGJDZ, *grads
 
 
 def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
@@ -364,8 +368,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
-    with torch.autocast(x.device.type, enabled=False):
-        return _lay_back(*_ChunkedSSD.apply(chunk, *_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
+    return _scan(lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out), x, dt, A, B, C, D, initial_state, starts)
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -1042,8 +1045,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
     y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
-    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
-    kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
+    kept_BsN = _kept(log_decay(dt, A, starts))
     decay_BND1 = kept_BsN[:, -1, :, None, None].expand(*own_BNDZ.shape[:3], 1)  # travels as one column more
     messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
     in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done

@@ -535,6 +535,7 @@ EXAMPLES = {
     },
     "mamba_hybrid": {
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
+        "log_decay": lambda m, folder: m.log_decay(-normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1),
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),

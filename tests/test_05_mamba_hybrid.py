@@ -213,10 +213,7 @@ def test_the_scan_keeps_its_inputs_and_a_state_for_each_chunk():
     with SavedStorages() as saved:
         mh.ssd(**inputs, chunk=16)
     size = {name: x.nbytes for name, x in inputs.items()}
-    assert (
-        saved.bytes
-        == 2 * size["x"] + 2 * size["dt"] + size["A"] + size["B"] + size["C"] + 4 * size["initial_state"] + 128
-    )
+    assert saved.bytes == 2 * size["x"] + 2 * size["dt"] + size["A"] + size["B"] + size["C"] + 4 * size["initial_state"]
     with SavedStorages() as naive:
         mh.ssd_quadratic(**inputs)
     assert naive.bytes > 2 * saved.bytes
@@ -920,7 +917,7 @@ def test_exp_before_the_mask():
 def test_running_sums_in_fp32():
     """Fifty tokens that forget nearly all, then 250 that keep: the sums are near −10,000, their differences small."""
 
-    def in_fp32(a, starts=None):
+    def in_fp32(a):
         sums = a.cumsum(-1)
         cut = torch.ones(a.shape[-1], a.shape[-1]).triu(1).bool()
         return (sums[..., :, None] - sums[..., None, :]).masked_fill(cut, -torch.inf)
@@ -1236,9 +1233,10 @@ def test_decay_of_the_last_chunk_alone():
 
     found = []
 
-    def remember(a, starts, dim=-1, original=mh._kept):
-        found.append(original(a[:, -4:], starts[:, -4:], 1)[:, -1, :, None, None] if dim == 1 else None)
-        return original(a, starts, dim)
+    def remember(a, original=mh._kept):
+        if a.ndim == 3:  # of a rank's slice, and not of a chunk
+            found.append(original(a[:, -4:])[:, -1, :, None, None])
+        return original(a)
 
     def last_chunk(x, group, original=mh.from_earlier_ranks):
         if x.ndim == 4:  # the state's message, and not the halo's
