@@ -880,8 +880,9 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
 # ── end of tensor-parallel operators ──
 
-# A rank's place among tp · cp. Grid() is for one rank by itself: where there are groups, None is all ranks.
-Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
+# A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
+# one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
+Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group neighbours", defaults=(1, 1, 0, 0, None, None, {}))
 
 
 # ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
@@ -896,12 +897,12 @@ Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1
 # groups. Only the cut is not a plain one: the rows of in_proj are [z, x, B, C, dt], and the first half of them is z and
 # not the first half of the heads. Each of the five is cut by itself (part 3).
 #
-# That is all while the groups divide over the ranks. With fewer groups than ranks several ranks need the same B and C:
+# That is all while the groups divide over the ranks. With fewer groups than ranks, neighbours need the same B and C:
 # each has a copy of their weights. (Megatron-LM refuses this.) Two things follow.
 #
-# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token and group is
-#   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
-#   the door in, one behind the other, are exactly that.
+# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token is summed
+#   over these neighbours. Its gradient comes from every rank's channels, so it is summed as well. The door out and the
+#   door in, one behind the other, are exactly that.
 # · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
 #   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies. No copy
 #   would drift, no loss would tell; tests/test_05_mamba_hybrid.py::test_copies_summed_at_the_activations does.
@@ -938,17 +939,14 @@ class ParallelRMSNorm(RMSNorm):
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
         super().__init__(size, eps, len(held(groups, 0, grid.tp)))
-        self.all_groups, self.grid = groups, grid
+        self.holders = max(1, grid.tp // groups)  # ranks that a group's channels lie on, equal shares of them
+        self.neighbours = grid.neighbours.get(self.holders)
 
     def mean_square(self, x_BSgC: Tensor) -> Tensor:
-        mine_BSg1, G, grid = super().mean_square(x_BSgC), self.all_groups, self.grid
-        # A share of the group's channels is on each of tp / G ranks: the mean of the group is the mean of their means.
-        if G >= grid.tp:
-            return mine_BSg1  # each group lies on one rank
-        (group,) = held(G, grid.tp_rank, grid.tp)
-        partial_BSG1 = F.pad(mine_BSg1 * G / grid.tp, (0, 0, group, G - 1 - group))  # into my group's slot
-        mean_BSG1 = copy_to_tp(reduce_from_tp(partial_BSG1, grid.tp_group), grid.tp_group)
-        return mean_BSG1[:, :, group : group + 1]
+        partial_BSg1 = super().mean_square(x_BSgC) / self.holders  # the mean of the group is the mean of their means
+        if self.holders == 1:
+            return partial_BSg1
+        return copy_to_tp(reduce_from_tp(partial_BSg1, self.neighbours), self.neighbours)
 
 
 # ── 2.3 What the ranks before have ──────────────────────────────────────────────────────────────────────
@@ -1160,7 +1158,7 @@ class ParallelHybridLM(HybridLM):
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
 #     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
 
-Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, in the whole; rows; ranks that hold them
+Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows; ranks that hold them
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
@@ -1175,11 +1173,11 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
         "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
     }  # fmt: skip
     columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
-    kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
+    kind, first, pieces = name.split("mixer.")[-1], 0, []
     for units, width in (rows | columns).get(kind, [(1, config.hidden_size)]):  # the norms in front of layers, the last
         mine = held(units, rank, tp)
-        pieces.append(Piece(here, there + mine.start * width, len(mine) * width, max(1, tp // units)))
-        here, there = here + len(mine) * width, there + units * width
+        pieces.append(Piece(first + mine.start * width, len(mine) * width, max(1, tp // units)))
+        first += units * width
     return int(kind in columns), pieces
 
 
@@ -1189,7 +1187,7 @@ def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: 
     whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
     """
     dim, pieces = pieces_of(name, config, rank, tp)
-    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim)
+    return torch.cat([whole.narrow(dim, p.first, p.size) for p in pieces], dim)
 
 
 def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
@@ -1211,18 +1209,18 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 
     shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
     `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
-    the copies of a group: they have drifted apart. Needs: `pieces_of`, `shard_tensor`, `parameter_shapes`.
+    the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
     """
     full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
         full[name] = shards[0][name].new_empty(shape)
         for rank, shard in enumerate(shards):
             dim, pieces = pieces_of(name, config, rank, tp)
-            for p in pieces:
-                full[name].narrow(dim, p.there, p.size).copy_(shard[name].narrow(dim, p.here, p.size))
-        for rank, shard in enumerate(shards):  # what several ranks hold was written several times: was it the same?
-            if not torch.equal(shard_tensor(name, full[name], config, rank, tp), shard[name]):
-                raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+            for piece, mine in zip(pieces, shard[name].split([piece.size for piece in pieces], dim)):
+                place = full[name].narrow(dim, piece.first, piece.size)
+                if rank % piece.copies and not torch.equal(place, mine):  # the first who holds it has written it
+                    raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+                place.copy_(mine)
     return full
 
 
@@ -1287,7 +1285,7 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
 # Three kinds of gradients meet at the end of a backward pass, and each wants something else:
 #
 #     all parameters                 every cp rank has seen its own tokens alone: summed over cp, one message
-#     copies of a group's weights    every tp rank has its own heads' part: the copies are summed, one message over tp
+#     copies of a group's weights    each neighbour has its own heads' part: summed over those with a copy, one message
 #     everything else                complete, thanks to the doors
 #
 # Then the norm before clipping, in which the shares' squares are summed over tp, and of p copies each counts 1/p. Left
@@ -1310,37 +1308,38 @@ def _sum_over(parts: list[Tensor], group) -> None:
             part.copy_(total.view_as(part))
 
 
+def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
+    """The gradients cut as `pieces_of` says: parameter, its rows as a view, and the tp ranks that hold these rows.
+
+    Needs: `pieces_of`, `Grid`.
+    """
+    grid, found = getattr(model, "grid", Grid()), []
+    for name, p in model.named_parameters():
+        if p.grad is not None:  # frozen ones have none
+            dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
+            parts = p.grad.split([piece.size for piece in pieces], dim)
+            found += [(name, part, piece.copies) for part, piece in zip(parts, pieces)]
+    return found
+
+
 def reduce_gradients(model: ParallelHybridLM) -> None:
     """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
 
-    Needs: `pieces_of`, `_sum_over`, and the block groups.
+    Needs: `gradient_pieces`, `_sum_over`, and the block groups.
     """
-    grid, copies = model.grid, []
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}  # frozen ones have none
-    _sum_over(list(grads.values()), grid.cp_group)
-    for name, grad in grads.items():
-        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1] if "mixer" in name else []:
-            if piece.copies > 1:  # a slot for each group, so that one message over all tp ranks serves every group
-                mine, slot = grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
-                slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
-                slots[slot] = mine
-                copies.append((mine, slots, slot))
-    _sum_over([slots for _, slots, _ in copies], grid.tp_group)
-    for mine, slots, slot in copies:
-        mine.copy_(slots[slot])
+    found = gradient_pieces(model)
+    _sum_over([part for _, part, _ in found], model.grid.cp_group)
+    for size, group in model.grid.neighbours.items():
+        _sum_over([part for name, part, copies in found if copies == size and "mixer" in name], group)
 
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient before clipping, a scalar, the same on every rank.
 
-    Needs: `pieces_of`, `Grid`, `wide`, and the block groups.
+    Needs: `gradient_pieces`, `Grid`, `wide`, and the block groups.
     """
-    grid, squares = getattr(model, "grid", Grid()), []
-    for name, p in model.named_parameters():
-        dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-        for q in pieces if p.grad is not None else []:  # what several ranks hold counts once
-            squares.append(wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies)
-    total = torch.stack(squares).sum()
+    total = torch.stack([wide(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]).sum()
+    grid = getattr(model, "grid", Grid())
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
 
 
@@ -1512,10 +1511,13 @@ def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     world, rank = dist.get_world_size(), dist.get_rank()
     if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
     columns = [list(range(first, world, tp)) for first in range(tp)]
-    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
-    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
+    neighbours = {}
+    for size in (size for size in range(1, tp + 1) if tp % size == 0):
+        rows = [list(range(first, first + size)) for first in range(0, world, size)]
+        neighbours[size] = make_group(rows, device, timeout)
+    cp_group = make_group(columns, device, timeout)
+    return Grid(tp, world // tp, rank % tp, rank // tp, neighbours[tp], cp_group, neighbours)
 
 
 def layouts(device: torch.device, timeout: float) -> list[Grid]:

@@ -566,6 +566,7 @@ EXAMPLES = {
         "shard_state_dict": lambda m, folder: m.shard_state_dict(hybrid_weights(), hybrid_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([hybrid_weights()], hybrid_config()),
         "load_nemotron_h": published_hybrid,
+        "gradient_pieces": lambda m, folder: [part for _, part, _ in m.gradient_pieces(hybrid_gradients())],
         "reduce_gradients": lambda m, folder: hybrid_reduced(m),
         "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
         "train_step": lambda m, folder: hybrid_step(m),
