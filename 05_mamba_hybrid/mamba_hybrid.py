@@ -382,13 +382,14 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
 def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) -> Tensor:
     """Each channel's weighted sum over its last K tokens, as long as u, with bias and no activation.
 
-    previous_BKC: the tokens before u, K − 1 of them or more; None is zeros. document: (B, K − 1 + S) numbers of the
-    documents of the K − 1 tokens before and of u; what belongs to another document is not looked at.
+    previous_BKC: the tokens before u, of which the last K − 1 count; where there are fewer, or it is None, zeros.
+    document: (B, K − 1 + S) numbers of the documents of the K − 1 tokens before and of u; what belongs to another
+    document is not looked at.
     Source: Mamba. Needs: nothing else.
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
-    zeros_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
-    padded_BSC, y_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1), bias_C
+    zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
+    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[:, 1 - K - S :]
     for tap in range(K):
         of_tap_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
@@ -436,7 +437,7 @@ class Past:
         return None if document is None else document[:, 1:] != document[:, :-1]
 
     def inputs(self, u_BSC: Tensor, K: int) -> Tensor | None:
-        """The convolution's inputs in front of u, at least K − 1; None are zeros."""
+        """The convolution's inputs in front of u, the last K − 1 or more; None are zeros."""
         return None
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
@@ -622,9 +623,9 @@ class HybridLM(nn.Module):
         logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
         return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
-        return Cache(self.config, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for sequences of up to `capacity` tokens."""
+        return Cache(len(self.layers), capacity)
 
 
 # ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
@@ -676,56 +677,51 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 #
 # To write one more token the model needs of all earlier ones: from a Mamba layer the state and the convolution's last
 # inputs, as large after a million tokens as after one; from an attention layer every key and value; from a
-# feed-forward layer nothing. A cache holds that. The prompt goes through the chunked form and leaves its cache
-# behind ("prefill"); each further token is one step of the recurrence.
+# feed-forward layer nothing. A cache is a box for each layer, empty at first, into which the layer puts that. The
+# prompt goes through the chunked form and fills the boxes ("prefill"); each further token is one step of the
+# recurrence.
 
 
 @dataclass
 class CachedPast(Past):
-    """The past of one layer out of a cache's `kept`; what is asked with goes into it.
+    """The past of one layer out of `kept`, its box in a cache; what is asked with goes into it.
 
-    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. Source: ours.
-    Needs: `Past`, section 1.1.
+    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. capacity: tokens that
+    keys and values get room for. Source: ours. Needs: `Past`, section 1.1.
     """
 
     kept: dict[str, Tensor] | None = None
+    capacity: int = 0
 
     def inputs(self, u_BSC: Tensor, K: int) -> Tensor:
-        before_BKC = self.kept["conv"]
+        before_BKC = self.kept.get("conv", u_BSC[:, :0])
         self.kept["conv"] = torch.cat([before_BKC, u_BSC[:, -K:].detach()], 1)[:, -K:]
         return before_BKC
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        state, one = self.kept["state"], x.shape[1] == 1
+        state, one = self.kept.get("state"), x.shape[1] == 1
         y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
         self.kept["state"] = state.detach()
         return y
 
     def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        last = self.first + k_BGSD.shape[2]
-        self.kept["keys"][:, :, self.first : last] = k_BGSD
-        self.kept["values"][:, :, self.first : last] = v_BGSD
-        return self.kept["keys"][:, :, :last], self.kept["values"][:, :, :last]
+        kv_2BGSD, last = torch.stack([k_BGSD, v_BGSD]), self.first + k_BGSD.shape[2]
+        if "keys" not in self.kept:
+            self.kept["keys"] = kv_2BGSD.new_zeros(*kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3])
+        self.kept["keys"][..., self.first : last, :] = kv_2BGSD
+        return self.kept["keys"][..., :last, :].unbind()
 
 
 class Cache:
-    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer.
+    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer, which fills it.
 
-    Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
-    capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
+    capacity: tokens that the keys and values get room for. States are at least fp32: they add up small amounts over
     thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do. Needs:
     `CachedPast`.
     """
 
-    def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
-        N, D, Z = config.mamba_heads, config.mamba_head_size, config.state_size
-        keys = config.attention_groups, capacity, config.attention_head_size
-        mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
-        shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
-        dtypes = dict(state=torch.promote_types(dtype, torch.float32))
-        make = lambda name, shape: torch.zeros(batch, *shape, dtype=dtypes.get(name, dtype), device=device)  # noqa: E731
-        self.layers = [{name: make(name, shape) for name, shape in shapes[kind].items()} for kind in config.pattern]
-        self.tokens, self.capacity = 0, capacity
+    def __init__(self, layers: int, capacity: int):
+        self.layers, self.tokens, self.capacity = [{} for _ in range(layers)], 0, capacity
 
     def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
         """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
@@ -733,7 +729,7 @@ class Cache:
         if last > self.capacity:
             raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
         self.tokens = last
-        return [CachedPast(first, None, kept) for kept in self.layers]
+        return [CachedPast(first, None, kept, self.capacity) for kept in self.layers]
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -1115,9 +1111,8 @@ class ParallelHybridLM(HybridLM):
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
-        self.local = local_config(config, grid.tp)
         with torch.device("meta"):  # shapes first, without memory
-            super().__init__(self.local)
+            super().__init__(local_config(config, grid.tp))
             for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
                 mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
         self.config, self.grid = config, grid
@@ -1141,10 +1136,10 @@ class ParallelHybridLM(HybridLM):
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
         return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
+    def new_cache(self, capacity: int) -> Cache:
         if self.grid.cp > 1:
             raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
-        return Cache(self.local, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+        return super().new_cache(capacity)
 
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
@@ -1492,7 +1487,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
     """
     if not tokens_BS.shape[1]:
         raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
-    cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
+    cache, new_BS = model.new_cache(tokens_BS.shape[1] + new_tokens), tokens_BS
     for _ in range(new_tokens):
         logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
         new_BS = logits_BV.argmax(-1, keepdim=True)
@@ -1618,7 +1613,8 @@ def decode_times(config: HybridConfig, contexts: list[int], device: torch.device
     """Milliseconds for one token on one device, behind so many tokens: states and caches hold random numbers."""
     model, times = HybridLM(config).to(device).eval(), []
     for context in contexts:
-        cache, token_BS = model.new_cache(1, context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        cache, token_BS = model.new_cache(context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        model(token_BS, cache=cache)  # makes what the layers keep
         for x in (x for layer in cache.layers for x in layer.values()):
             x.normal_()
         cache.tokens, of_token = context, []

@@ -551,7 +551,7 @@ EXAMPLES = {
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
         "CachedPast": lambda m, folder: cached(m),
-        "Cache": lambda m, folder: [list(kept.values()) for kept in m.Cache(hybrid_config(), 2, 8).layers],
+        "Cache": lambda m, folder: [vars(past) for past in m.Cache(2, 8).admit(TOKENS)],
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
         "ParallelRMSNorm": lambda m, folder: through(
             m.ParallelRMSNorm(8, 1e-5, 2, __import__("mamba_hybrid").Grid()), normal(2, 5, 8)
