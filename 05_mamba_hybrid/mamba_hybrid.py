@@ -297,7 +297,8 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 #
 # The diagonal of M cancels in the first line, and much of the rest nearly: hence float64 for these sums. What fades on
 # the way in (kept_i = exp(s_i)) adds to s_i; what fades on the way out (end_j = exp(s_last − s_j)) adds to s_last, and
-# takes from s_j.
+# takes from s_j. (Known from linear attention is a shortcut, ds_i = dy_i·y_i − X_i·dX_i. It is the same sum, but the
+# diagonal is rounded before it cancels: of a head that forgets within a token it leaves noise in the place of dA.)
 
 
 def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ):
@@ -588,12 +589,11 @@ class HybridLM(nn.Module):
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        norms = [RMSNorm(config.hidden_size, config.norm_eps) for _ in range(len(config.pattern) + 1)]
-        layers = [dict(norm=norm, mixer=KINDS[kind](config)) for norm, kind in zip(norms, config.pattern)]
-        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norms[-1]
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, H, eps = config, config.hidden_size, config.norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, H)
+        layers = [dict(norm=RMSNorm(H, eps), mixer=KINDS[kind](config)) for kind in config.pattern]
+        self.layers, self.final_norm = nn.ModuleList(map(nn.ModuleDict, layers)), RMSNorm(H, eps)
+        self.head = nn.Linear(H, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
@@ -1304,8 +1304,9 @@ def _sum_over(parts: list[Tensor], group) -> None:
 
 
 def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
-    """The gradients cut as `pieces_of` says: parameter, its rows as a view, and the tp ranks that hold these rows.
+    """The gradients cut as `pieces_of` says: parameter, its rows, and the number of tp ranks that hold these rows.
 
+    Returns: the rows as views of the gradients, so that what is written into them is written there. Source: ours.
     Needs: `pieces_of`, `Grid`.
     """
     grid, found = getattr(model, "grid", Grid()), []
