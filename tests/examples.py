@@ -533,6 +533,7 @@ EXAMPLES = {
     },
     "mamba_hybrid": {
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
+        "log_decay": lambda m, folder: m.log_decay(-normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1),
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
@@ -548,7 +549,7 @@ EXAMPLES = {
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
         "CachedPast": lambda m, folder: cached(m),
-        "Cache": lambda m, folder: [list(kept.values()) for kept in m.Cache(hybrid_config(), 2, 8).layers],
+        "Cache": lambda m, folder: [vars(past) for past in m.Cache(2, 8).admit(TOKENS)],
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
         "ParallelRMSNorm": lambda m, folder: through(
             m.ParallelRMSNorm(8, 1e-5, 2, __import__("mamba_hybrid").Grid()), normal(2, 5, 8)
@@ -563,6 +564,7 @@ EXAMPLES = {
         "shard_state_dict": lambda m, folder: m.shard_state_dict(hybrid_weights(), hybrid_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([hybrid_weights()], hybrid_config()),
         "load_nemotron_h": published_hybrid,
+        "gradient_pieces": lambda m, folder: [part for _, part, _ in m.gradient_pieces(hybrid_gradients())],
         "reduce_gradients": lambda m, folder: hybrid_reduced(m),
         "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
         "train_step": lambda m, folder: hybrid_step(m),
