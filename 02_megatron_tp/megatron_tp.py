@@ -110,10 +110,9 @@ class GPTConfig:
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if self.hidden_size % self.num_heads:
-            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+        if rest := self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
+            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
@@ -133,8 +132,8 @@ class GPTConfig:
 # · Each layer adds two outputs to x, attention's and the feed-forward layer's, 2L in all. The weight that makes such an
 #   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow model. [section 4.2]
 #
-# What will be cut is handed in: the table of words, and the matrices of attention and of the feed-forward layer. So
-# part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
+# What will be cut is handed in: the table of words, and the two matrices of attention and of the feed-forward layer.
+# So part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
 #
 # Dropout takes its generator as an argument, because in section 2.6 two of them will be needed; PyTorch's own takes
 # none, and on the CPU its mask is as wide as x. Ours is a product with a mask of one byte an element, which is all that
@@ -142,16 +141,9 @@ class GPTConfig:
 
 
 # ── shared: plain GPT ──
-@dataclass
-class RandomStreams:
-    """The generators that dropout draws from; None is PyTorch's default one.
-
-    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
-    single device holds everything, and may draw both from one stream.
-    """
-
-    outside: torch.Generator | None = None
-    inside: torch.Generator | None = None
+# The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
+# tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
+RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
@@ -193,7 +185,7 @@ class Attention(nn.Module):
     Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.qkv = column(config.hidden_size, 3 * config.hidden_size)
@@ -210,7 +202,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.up = column(config.hidden_size, config.ffn_hidden_size)
         self.down = row(config.ffn_hidden_size, config.hidden_size)
@@ -244,18 +236,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    words, attention, mlp: what makes the table of words and the halves of a layer.
+    words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(
-        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
-    ):
+    def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
+        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -297,11 +288,10 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
-        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
-            std = config.init_std / math.sqrt(2 * config.num_layers)
+        if len(shape) == 2:
+            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
-        elif len(shape) == 2:
-            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
         else:  # biases 0, LayerNorm's weights 1
             yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
 
@@ -494,11 +484,12 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 # well: the gradient would be summed twice, and come out tp times too large. On a GPU the overlap asks that the
 # all-reduce really starts first: set CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment for that, as Megatron-LM demands.
 #
-# A whole weight is drawn on every rank, from the same state of the random generator, and cut: so the layer is equal
-# to the bit to the plain one whatever tp is. Drawn share by share from the same seed, all shares would be equal.
+# A layer is PyTorch's own, whose weight is cut when it has been drawn, whole, on every rank, from the same state of the
+# random generator: so it is equal to the bit to the plain one whatever tp is. Drawn share by share from the same seed,
+# all shares would be equal. And doors fit layers: a share is wanted whole? gather_from_tp behind a column-parallel
+# layer. A whole input for a row-parallel one? scatter_to_tp in front of it.
 
 
-# ── shared: tensor-parallel layers ──
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSH, weight_fH, bias_f, group):
@@ -510,15 +501,13 @@ class _ColumnParallelLinear(torch.autograd.Function):
     @once_differentiable  # autograd does not see the all-reduce, and a second derivative would be wrong
     def backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
-        partial_grad_BSH = grad_fH = grad_f = reduction = None
+        partial_grad_BSH = reduction = None
         if ctx.needs_input_grad[0]:
             partial_grad_BSH = grad_BSf @ weight_fH
             if group_size(ctx.group) > 1:  # async: it returns at once, and works in place until it has been waited for
                 reduction = dist.all_reduce(partial_grad_BSH, group=ctx.group, async_op=True)
-        if ctx.needs_input_grad[1]:
-            grad_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H")
-        if ctx.needs_input_grad[2]:
-            grad_f = reduce(grad_BSf, "... f -> f", "sum")
+        grad_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H") if ctx.needs_input_grad[1] else None
+        grad_f = reduce(grad_BSf, "... f -> f", "sum") if ctx.needs_input_grad[2] else None
         if reduction is not None:
             reduction.wait()
         return partial_grad_BSH, grad_fH, grad_f, None  # the first is whole now
@@ -533,104 +522,69 @@ def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 
 
-class ColumnParallelLinear(nn.Module):
-    """nn.Linear with its outputs divided over `group`: (..., in_features) to (..., out_features / tp).
+class ColumnParallelLinear(nn.Linear):
+    """nn.Linear with its outputs divided over `group`: x_BSH, (..., in_features) to (..., out_features / tp).
 
-    Args:
-        in_features, out_features, bias: as nn.Linear's; out_features is the number over all ranks.
-        gather_output: return (..., out_features) on every rank instead of this rank's share.
-        group: the tensor-parallel group; None is all ranks.
+    in_features, out_features, bias: as nn.Linear's, over all ranks. group: the tensor-parallel one; None is all ranks.
 
     The input is whole and equal on every rank, and so is its gradient, which the layer sums over `group` by itself: do
     not call `copy_to_tp` in front of it. Parameters start as rows of nn.Linear's, drawn whole from the default
     generator, which must be in the same state on every rank (torch.manual_seed).
 
-    Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
-    `_as_autocast`, and the blocks groups and tensor-parallel operators.
+    Raises: ValueError where out_features does not divide over the ranks. Source: section 3 of the paper.
+    Needs: `_ColumnParallelLinear`, `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
-        super().__init__()
-        self.gather_output, self.group = gather_output, group
-        whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 0, "out_features"))
-        self.bias = nn.Parameter(_slice(whole.bias.detach(), group, 0)) if bias else None
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, group=None):
+        super().__init__(in_features, out_features, bias)
+        self.group = group
+        self.weight = nn.Parameter(_slice(self.weight.detach(), group, 0, "out_features"))
+        self.bias = nn.Parameter(_slice(self.bias.detach(), group, 0)) if bias else None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        y_BSf = _ColumnParallelLinear.apply(*_as_autocast(x_BSH, self.weight, self.bias), self.group)
-        return gather_from_tp(y_BSf, self.group) if self.gather_output else y_BSf
+        return _ColumnParallelLinear.apply(*_as_autocast(x_BSH, self.weight, self.bias), self.group)
 
 
-class RowParallelLinear(nn.Module):
-    """nn.Linear with its inputs divided over `group`: x (..., in_features / tp) to (..., out_features) on every rank.
+class RowParallelLinear(nn.Linear):
+    """nn.Linear with its inputs divided over `group`: x_BSf, (..., in_features / tp) to (..., out_features), whole.
 
-    Args:
-        in_features, out_features, bias: as nn.Linear's; in_features is the number over all ranks. The bias is whole.
-        input_is_parallel: the input is this rank's share already; if not, it is whole and the layer takes its share.
-        group: the tensor-parallel group; None is all ranks.
+    Arguments as `ColumnParallelLinear`'s; in_features is the number over all ranks, and the bias is whole. Parameters
+    start as there: as columns of nn.Linear's weight, drawn whole.
 
-    Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
-
-    Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
+    Raises: ValueError where in_features does not divide over the ranks. Source: section 3 of the paper.
+    Needs: the blocks groups and tensor-parallel operators.
     """
 
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, input_is_parallel: bool = True, group=None
-    ):
-        super().__init__()
-        self.input_is_parallel, self.group = input_is_parallel, group
-        whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 1, "in_features"))
-        self.bias = whole.bias
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, group=None):
+        super().__init__(in_features, out_features, bias)
+        self.group = group
+        self.weight = nn.Parameter(_slice(self.weight.detach(), group, 1, "in_features"))
 
-    def forward(self, x: Tensor) -> Tensor:  # x_BSf, or x_BSF where the input is not parallel
-        y_BSf = x if self.input_is_parallel else scatter_to_tp(x, self.group)
-        partial_z_BSH = F.linear(y_BSf, self.weight)
+    def forward(self, x_BSf: Tensor) -> Tensor:
+        partial_z_BSH = F.linear(x_BSf, self.weight)
         z_BSH = reduce_from_tp(partial_z_BSH, self.group)
         return z_BSH if self.bias is None else z_BSH + self.bias.to(z_BSH.dtype)
 
 
-# ── end of tensor-parallel layers ──
-
 # ── 2.3 Attention and the feed-forward layer ────────────────────────────────────────────────────────────
 #
 # A column-parallel matrix in, a row-parallel one out, and between them what the plain model does, on fewer heads and
-# fewer features: no line of it knows that there are other ranks, so it *is* the plain model's forward. Norms, residual
-# connections and outer dropout stand outside the region, where every rank holds everything and computes the same: that
-# is `Block` of part 1, as it is.
+# fewer features: no line of it knows that there are other ranks, so it *is* the plain model's. `Attention` and `MLP` of
+# part 1 get other matrices, and that is all. Norms, residual connections and outer dropout stand outside the region,
+# where every rank holds everything and computes the same: that is `Block`, as it is.
 #
 # Why columns first? Rows first would end in summands before the gelu, and gelu(a + b) is not gelu(a) + gelu(b): one
 # more all-reduce in each direction. The same holds of softmax, and a head is all that a softmax needs: so a cut may run
 # between heads, but not through one.
 
 
-def _matrices(group) -> list[Callable]:
+def parallel_matrices(group=None) -> list[Callable]:
+    """What `Attention` and `MLP` of part 1 take behind their configuration to be divided over `group`: column and row.
+
+    Attention's heads must divide over the ranks (`check_tp`). Source: section 3 of the paper.
+    Needs: `ColumnParallelLinear`, `RowParallelLinear`.
+    """
     return [partial(layer, group=group) for layer in (ColumnParallelLinear, RowParallelLinear)]
-
-
-class ParallelAttention(Attention):
-    """`Attention` with its heads divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
-
-    Raises: ValueError where the heads do not divide over the ranks. Source: section 3 of the paper.
-    Needs: `Attention`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
-    """
-
-    def __init__(self, config: GPTConfig, group=None):
-        _share(config.num_heads, group, "num_heads")  # raises where a cut would go through a head
-        super().__init__(config, *_matrices(group))
-
-
-class ParallelMLP(MLP):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
-
-    Raises: ValueError where the features do not divide over the ranks. Source: section 3 of the paper.
-    Needs: `MLP`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
-    """
-
-    def __init__(self, config: GPTConfig, group=None):
-        super().__init__(config, *_matrices(group))
 
 
 # ── 2.4 The embedding ───────────────────────────────────────────────────────────────────────────────────
@@ -658,7 +612,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
 # ── end of padded vocabulary ──
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Embedding):
     """nn.Embedding with its rows divided over `group`: tokens_BS (int64, equal on every rank) to (B, S, H).
 
     Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
@@ -668,10 +622,10 @@ class VocabParallelEmbedding(nn.Module):
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
-        super().__init__()
-        self.num_embeddings, self.group = num_embeddings, group
+        super().__init__(num_embeddings, embedding_dim)
         padding = padded_vocab_size(num_embeddings, group_size(group), multiple) - num_embeddings
-        whole = F.pad(nn.Embedding(num_embeddings, embedding_dim).weight.detach(), (0, 0, 0, padding))
+        whole = F.pad(self.weight.detach(), (0, 0, 0, padding))
+        self.group = group
         self.weight = nn.Parameter(_slice(whole, group, 0))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -818,7 +772,7 @@ def random_streams(
 # ColumnParallelLinear does in one function. Its weight is the embedding's shard, so lookup and head add their gradients
 # into the same rows, and nothing remains to be summed between ranks.
 #
-# `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
+# `shard_tensor`, which cuts a whole tensor, and `check_tp` are the subject of part 3.
 #
 # A model that is large for its GPUs keeps only the input of each layer, and computes the layer once more in backward:
 # a third more arithmetic, and two all-reduces more a layer. [section 4.2] The second time must draw the same masks;
@@ -835,18 +789,19 @@ class ParallelGPT(GPT):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, for dropout on several ranks without streams, and for tied_head=False.
-    Source: section 3 of the paper. Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks
-    plain GPT, GPT config, vocabulary loss and tensor-parallel weights.
+    Source: section 3 of the paper. Needs: `parallel_matrices`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT
+    config, vocabulary loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
         if not config.tied_head:
             raise ValueError("tied_head=False: the head of this model is its embedding table")
+        rank, tp = group_rank(group), group_size(group)
+        check_tp(config, tp)
         words = partial(VocabParallelEmbedding, group=group, multiple=config.vocab_multiple)
         with torch.device("meta"):  # shapes first, without memory
-            super().__init__(config, words, *(partial(half, group=group) for half in (ParallelAttention, ParallelMLP)))
+            super().__init__(config, words, *parallel_matrices(group))
         self.group, self.recompute = group, recompute
-        rank, tp = group_rank(group), group_size(group)
         shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 

@@ -210,13 +210,10 @@ def test_linear_layers(layer, shape, bias):
     """Started from one seed, equal to nn.Linear to the bit; then outputs and every gradient, any leading dimensions."""
     world, rank = dist.get_world_size(), dist.get_rank()
     kind = tp.ColumnParallelLinear if layer.startswith("column") else tp.RowParallelLinear
-    option = {"column, gathered": dict(gather_output=True), "row, whole input": dict(input_is_parallel=False)}.get(
-        layer, {}
-    )
     torch.manual_seed(3)
     plain = nn.Linear(8, 12, bias)
     torch.manual_seed(3)
-    parallel = kind(8, 12, bias, **option)
+    parallel = kind(8, 12, bias)
     dim = 0 if kind is tp.ColumnParallelLinear else 1
     assert torch.equal(parallel.weight, plain.weight.chunk(world, dim)[rank])
     plain, parallel = on_device(plain), on_device(parallel)
@@ -228,7 +225,8 @@ def test_linear_layers(layer, shape, bias):
     cut_in, cut_out = layer == "row", layer == "column"
     mine = x.detach().chunk(world, -1)[rank] if cut_in else x.detach()
     mine = mine.clone().requires_grad_()
-    y = parallel(mine)
+    y = parallel(tp.scatter_to_tp(mine) if layer == "row, whole input" else mine)
+    y = tp.gather_from_tp(y) if layer == "column, gathered" else y
     (grad_mine, *grads_mine) = torch.autograd.grad(
         y, [mine, *parallel.parameters()], upstream.chunk(world, -1)[rank] if cut_out else upstream
     )
@@ -308,13 +306,12 @@ def test_autocast_leaves_float64_alone():
 def test_layers(part, norm):
     world, rank, cfg = dist.get_world_size(), dist.get_rank(), config(norm=norm)
 
-    def build(attention, mlp, *group):
-        block = tp.Block(cfg, attention(cfg, *group), mlp(cfg, *group))
+    def build(*matrices):
+        block = tp.Block(cfg, tp.Attention(cfg, *matrices), tp.MLP(cfg, *matrices))
         return on_device({"attention": block.attention, "mlp": block.mlp, "block": block}[part])
 
     torch.manual_seed(5)
-    plain = build(tp.Attention, tp.MLP)
-    parallel = build(tp.ParallelAttention, tp.ParallelMLP, None)
+    plain, parallel = build(), build(*tp.parallel_matrices())
     same_weights(plain, parallel, rank, world)
     x, upstream = random(3, 7, 32), random(3, 7, 32, seed=2)  # an odd batch, an odd length
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -1550,7 +1547,8 @@ def test_mean_of_means_over_replicas():
 
 @pytest.mark.ranks(4)
 def test_sizes_that_do_not_divide_are_refused_on_every_rank():
-    with pytest.raises(ValueError, match=r"num_heads=6 does not divide over 4 ranks: choose a multiple of 4"):
+    sizes = "num_heads=6 and ffn_hidden_size=144 do not both divide over tp=4 ranks"
+    with pytest.raises(ValueError, match=rf"{sizes}: choose tp from \[1, 2, 3\]"):
         tp.ParallelGPT(config(hidden_size=36, num_heads=6))
     with pytest.raises(ValueError, match="out_features=10 does not divide over 4 ranks"):
         tp.ColumnParallelLinear(4, 10)
