@@ -668,11 +668,11 @@ class VocabParallelEmbedding(nn.Embedding):
 # ── shared: vocabulary loss ──
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
+    def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
-        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
+        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
         row_BS, mine_BS = _local_words(targets_BS, v, group)
@@ -683,19 +683,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
-        counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
-        ctx.dtype = logits_BSv.dtype
-        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
+        return sum_BS.log() - target_BS  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = torch.where(counts_BS, grad_BS, 0)
+        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv.to(ctx.dtype), None, None, None, None
+        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
 
 
 def vocab_parallel_cross_entropy(
@@ -729,7 +726,8 @@ def vocab_parallel_cross_entropy(
         if no_word_BS.any():
             word = targets_BS[no_word_BS][0]
             raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
-    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
+    loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
+    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
 # ── end of vocabulary loss ──
@@ -1147,7 +1145,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s.
         sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
@@ -1158,17 +1156,16 @@ def clip_grad_norm_(
     shares = {id(p) for p in sharded}  # by identity: == compares elements
     device = parameters[0].grad.device if parameters else None
 
-    def squares(grads: list[Tensor]) -> Tensor:
+    def squares(of_shares: bool) -> Tensor:
+        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    total = squares(of_shares=True)
     if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
+        dist.all_reduce(total, group=group)
+    norm = (total + squares(of_shares=False)).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
     return norm
 
 
@@ -1186,27 +1183,10 @@ def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, f
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_step(
-    model: ParallelGPT, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
-    streams: Streams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One optimiser step on this replica's tokens; every rank must call it.
-
-    Args: tokens_BS, targets_BS: int64, equal within a tp group; −100 marks a target that does not count. streams: of
-    this step, where the model has dropout. autocast: the dtype of products (bf16 on GPUs), None for the parameters'
-    own.
-    Returns: the mean loss per token over all replicas, and the gradient's norm before clipping; the same on every rank.
-    Needs: `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
-    """
-    optimizer.zero_grad()
-    count = _all_reduce((targets_BS != -100).sum(), grid.dp_group).clamp(min=1)
-    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, streams).sum() / count  # this replica's part of the mean
-    loss.backward()
-    sum_gradients(model.parameters(), grid.dp_group)
-    norm = clip_grad_norm_(model.parameters(), max_norm, model.sharded_parameters(), grid.tp_group)
-    optimizer.step()
-    return _all_reduce(loss.detach(), grid.dp_group), norm
+# ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────────────
+#
+# `train_alone` once more, line by line. New are this replica's rows, the count over all replicas, the sum of gradients,
+# the norm of shards, and the loss of all, each of them one line.
 
 
 def train(
@@ -1218,15 +1198,23 @@ def train(
 
     batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
     and the gradient is exact all the same. streams: step to what `random_streams` returns for it. first: the number
-    of the first step, in a run that goes on, for which `optimizer` is its optimiser. Needs: `make_optimizer`,
-    `train_step`.
+    of the first step, in a run that goes on, for which `optimizer` is its optimiser.
+    Needs: `make_optimizer`, `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
     """
     optimizer = optimizer or make_optimizer(model)
     for step, batch in enumerate(batches, first):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
+        optimizer.zero_grad()
         tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, streams and streams(step), max_norm, autocast)
+        count = _all_reduce((targets_BS != -100).sum(), grid.dp_group).clamp(min=1)
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(tokens_BS, targets_BS, streams and streams(step)).sum() / count  # a part of the mean
+        loss.backward()
+        sum_gradients(model.parameters(), grid.dp_group)
+        norm = clip_grad_norm_(model.parameters(), max_norm, model.sharded_parameters(), grid.tp_group)
+        optimizer.step()
+        yield _all_reduce(loss.detach(), grid.dp_group), norm
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────

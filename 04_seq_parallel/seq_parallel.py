@@ -1019,11 +1019,11 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 # ── shared: vocabulary loss ──
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
+    def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
-        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
+        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
         row_BS, mine_BS = _local_words(targets_BS, v, group)
@@ -1034,19 +1034,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
-        counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
-        ctx.dtype = logits_BSv.dtype
-        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
+        return sum_BS.log() - target_BS  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = torch.where(counts_BS, grad_BS, 0)
+        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv.to(ctx.dtype), None, None, None, None
+        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
 
 
 def vocab_parallel_cross_entropy(
@@ -1080,7 +1077,8 @@ def vocab_parallel_cross_entropy(
         if no_word_BS.any():
             word = targets_BS[no_word_BS][0]
             raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
-    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
+    loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
+    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
 # ── end of vocabulary loss ──
@@ -1289,7 +1287,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s.
         sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
@@ -1300,17 +1298,16 @@ def clip_grad_norm_(
     shares = {id(p) for p in sharded}  # by identity: == compares elements
     device = parameters[0].grad.device if parameters else None
 
-    def squares(grads: list[Tensor]) -> Tensor:
+    def squares(of_shares: bool) -> Tensor:
+        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    total = squares(of_shares=True)
     if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
+        dist.all_reduce(total, group=group)
+    norm = (total + squares(of_shares=False)).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
     return norm
 
 

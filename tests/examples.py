@@ -472,7 +472,6 @@ EXAMPLES = {
         "load_gpt2": published,
         "make_grid": one_grid,
         "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
-        "train_step": lambda m, folder: m.train_step(model := gpt(), optimizer_of(model), *BATCHES[0], m.Grid()),
         "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },

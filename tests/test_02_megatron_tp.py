@@ -494,16 +494,16 @@ def test_five_steps(optimizer):
             return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
 
-    ours, theirs = make(parallel), make(plain)
+    ours, theirs, rate = make(parallel), make(plain), 0.1 if optimizer == "sgd" else 1e-3
     max_norm, grid = (1e9, 0.1)[optimizer == "adamw"], grid_of(dist.get_world_size())
-    for step in range(5):
-        tokens, targets = batch_of(seed=step)
+    batches = [batch_of(seed=step) for step in range(5)]
+    together = tp.train(parallel, batches, lambda step: rate, grid, max_norm=max_norm, optimizer=ours)
+    for (tokens, targets), (loss, norm_here) in zip(batches, together, strict=True):
         theirs.zero_grad()
         expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
         expected.backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
         theirs.step()
-        loss, norm_here = tp.train_step(parallel, ours, tokens, targets, grid, max_norm=max_norm)
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
         assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
         assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
@@ -1087,9 +1087,8 @@ def test_messages_of_a_step_and_their_groups():
     """Over replicas: the token count, one message of all gradients, the loss. Over tp: layers, ends, loss, the norm."""
     cfg, grid = config(), grid_of(2)
     model = on_device(tp.ParallelGPT(cfg, grid.tp_group))
-    optimizer = tp.make_optimizer(model)
     with tp.Counter() as counter:
-        tp.train_step(model, optimizer, *batch_of(), grid)
+        list(tp.train(model, [batch_of()], lambda step: 1e-3, grid))
     over_dp = [m.bytes for m in counter.messages if m.group == grid.dp_group.group_name]
     over_tp = [m.bytes for m in counter.messages if m.group == grid.tp_group.group_name]
     assert over_dp == [8, 8 * sum(p.numel() for p in model.parameters()), 8]
@@ -1889,14 +1888,13 @@ def test_a_killed_rank_ends_the_run_and_is_named_last():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_an_exception_in_one_rank_ends_the_run_and_is_shown_last(tmp_path):
-    """A copy of the script in which rank 1 raises in a step of training."""
-    bad = tmp_path / "bad.py"
-    wrong = "    optimizer.zero_grad()\n    train_step.calls = getattr(train_step, 'calls', 0) + 1\n"
-    wrong += "    if dist.get_rank() == 1 and train_step.calls == 9:\n"
-    wrong += "        raise ArithmeticError('the ninth step of rank 1')\n"
-    source = SCRIPT.read_text("utf-8")
-    head, tail = source.split("def train_step(", 1)
-    bad.write_text(head + "def train_step(" + tail.replace("    optimizer.zero_grad()\n", wrong, 1), "utf-8")
+    """A copy of the script in which rank 1 raises in a step of training, behind the five that equivalence takes."""
+    bad, right = tmp_path / "bad.py", "        optimizer.zero_grad()\n"
+    wrong = "        if dist.get_rank() == 1 and step == 8:\n"
+    wrong += "            raise ArithmeticError('the ninth step of rank 1')\n"
+    head, tail = SCRIPT.read_text("utf-8").split("def train(", 1)
+    assert right in tail
+    bad.write_text(head + "def train(" + tail.replace(right, wrong + right, 1), "utf-8")
     with scripts.started(str(bad), *TINY, "--ranks", "2", "--steps", "9") as process:
         seen = set()
         while process.poll() is None and len(seen) < 2:
