@@ -747,9 +747,7 @@ def vocab_parallel_cross_entropy(
 Streams = Callable[[int], RandomStreams]  # the layer's number (−1: the embedding) to its pair of generators
 
 
-def random_streams(
-    seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu"
-) -> Streams:
+def random_streams(seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0, device="cpu") -> Streams:
     """Dropout's generators for one step on one rank.
 
     `outside` is equal on all ranks of a replica, `inside` on no two ranks; the same arguments give the same masks.
@@ -1066,9 +1064,8 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
     expected = {published[name]: shape[::-1] if name in turned else shape for name, shape in shapes.items()}
     check_shapes(f"{folder}", {n: x for n, x in found.items() if n in expected}, expected)
     full = {name: found[published[name]].mT if name in turned else found[published[name]] for name in shapes}
-    for name in full:
-        if "qkv" in name:
-            full[name] = rearrange(full[name], "(three N D) ... -> (N three D) ...", three=3, N=config.num_heads)
+    cut, order = dict(three=3, N=config.num_heads), "(three N D) ... -> (N three D) ..."
+    full |= {name: rearrange(x, order, **cut) for name, x in full.items() if "qkv" in name}
     return config, {name: x.contiguous() for name, x in full.items()}
 
 
@@ -1130,10 +1127,10 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
 
 # ── 4.2 One norm for a gradient that no rank holds ──────────────────────────────────────────────────────
 #
-# Why the norm must be that of the summed gradient: chapter 1, section 4.2, the home of this function. New here are
-# shards. They are different elements on each rank: their squares are summed over the group. What is whole on every rank
-# is the same elements tp times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training
-# clips too much, and shows nothing.
+# Why the norm must be that of the summed gradient is said in chapter 1, section 4.1. New here are shards. They are
+# different elements on each rank: their squares are summed over the group. What is whole on every rank is the same
+# elements tp times, and counts once. Counted with the shards, it enlarges the norm by up to √tp: training clips too
+# much, and shows nothing.
 
 
 # ── shared: clipping ──
@@ -1172,6 +1169,12 @@ def clip_grad_norm_(
 # ── end of clipping ──
 
 
+# ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────────────
+#
+# `train_alone` of part 1 once more, line by line. New are a replica's rows, the count over all replicas, the sum of
+# their gradients, the norm of shards and the sum of losses: a line each.
+
+
 def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, floor: float = 1e-5) -> float:
     """Linear warm-up over `warmup` steps, then a cosine to `floor` at step `steps`; step counts from 0.
 
@@ -1181,12 +1184,6 @@ def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, f
         return peak * (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, steps - warmup))
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-# ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────────────
-#
-# `train_alone` once more, line by line. New are this replica's rows, the count over all replicas, the sum of gradients,
-# the norm of shards, and the loss of all, each of them one line.
 
 
 def train(
