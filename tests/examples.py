@@ -452,8 +452,9 @@ EXAMPLES = {
         "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3)),
         "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(3, 4)),
         "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(3, 4)),
-        "ParallelAttention": lambda m, folder: through(m.ParallelAttention(small()), normal(2, 5, 16), Streams()),
-        "ParallelMLP": lambda m, folder: through(m.ParallelMLP(small()), normal(2, 5, 16), Streams()),
+        "parallel_matrices": lambda m, folder: through(
+            torch.nn.Sequential(*(matrix(16, 16) for matrix in m.parallel_matrices())), normal(2, 16)
+        ),
         "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
         "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
@@ -469,7 +470,6 @@ EXAMPLES = {
         "load_gpt2": published,
         "make_grid": one_grid,
         "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
-        "train_step": lambda m, folder: m.train_step(model := gpt(), optimizer_of(model), *BATCHES[0], m.Grid()),
         "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },
