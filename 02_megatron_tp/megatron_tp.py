@@ -110,10 +110,9 @@ class GPTConfig:
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if self.hidden_size % self.num_heads:
-            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+        if rest := self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
+            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
@@ -133,8 +132,8 @@ class GPTConfig:
 # · Each layer adds two outputs to x, attention's and the feed-forward layer's, 2L in all. The weight that makes such an
 #   output starts smaller by 1/√(2L), so that the sum starts no larger than in a shallow one. [the paper's section 4.2]
 #
-# What will be cut is handed in: the table of words, and the matrices of attention and of the feed-forward layer. So
-# part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
+# What will be cut is handed in: the table of words, and the two matrices of attention and of the feed-forward layer.
+# So part 2 can hand in parallel ones; where it does, N and F in these lines are this rank's n and f.
 #
 # Dropout takes its generator as an argument, because in section 2.6 two of them will be needed; PyTorch's own takes
 # none, and on the CPU its mask is as wide as x. Ours is a product with a mask of one byte an element, which is all that
@@ -142,16 +141,9 @@ class GPTConfig:
 
 
 # ── shared: plain GPT ──
-@dataclass
-class RandomStreams:
-    """The generators that dropout draws from; None is PyTorch's default one.
-
-    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
-    single device holds everything, and may draw both from one stream.
-    """
-
-    outside: torch.Generator | None = None
-    inside: torch.Generator | None = None
+# The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
+# tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
+RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
@@ -193,7 +185,7 @@ class Attention(nn.Module):
     Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.qkv = column(config.hidden_size, 3 * config.hidden_size)
@@ -210,7 +202,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.up = column(config.hidden_size, config.ffn_hidden_size)
         self.down = row(config.ffn_hidden_size, config.hidden_size)
@@ -244,18 +236,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    words, attention, mlp: what makes the table of words and the halves of a layer.
+    words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(
-        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
-    ):
+    def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
+        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -297,11 +288,10 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
-        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
-            std = config.init_std / math.sqrt(2 * config.num_layers)
+        if len(shape) == 2:
+            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
-        elif len(shape) == 2:
-            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
         else:  # biases 0, LayerNorm's weights 1
             yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
 
@@ -494,11 +484,13 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 # well: the gradient would be summed twice, and come out tp times too large. On a GPU the overlap asks that the
 # all-reduce really starts first: set CUDA_DEVICE_MAX_CONNECTIONS=1 in the environment for that, as Megatron-LM demands.
 #
-# A whole weight is drawn on every rank, from the same state of the random generator, and cut: so the layer is equal
-# to the bit to the plain one whatever tp is. Drawn share by share from the same seed, all shares would be equal.
+# A layer is PyTorch's own, whose weight is cut when it has been drawn, whole, on every rank, from the same state of the
+# random generator: so it is equal to the bit to the plain one whatever tp is. Drawn share by share from the same seed,
+# all shares would be equal. And doors fit layers: a share that is wanted whole goes through gather_from_tp behind a
+# column-parallel layer, and a whole input through scatter_to_tp in front of a row-parallel one. Two arguments, with
+# Megatron-LM's names, do that.
 
 
-# ── shared: tensor-parallel layers ──
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSH, weight_fH, bias_f, group):
@@ -510,15 +502,13 @@ class _ColumnParallelLinear(torch.autograd.Function):
     @once_differentiable  # autograd does not see the all-reduce, and a second derivative would be wrong
     def backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
-        partial_grad_BSH = grad_fH = grad_f = reduction = None
+        partial_grad_BSH = reduction = None
         if ctx.needs_input_grad[0]:
             partial_grad_BSH = grad_BSf @ weight_fH
             if group_size(ctx.group) > 1:  # async: it returns at once, and works in place until it has been waited for
                 reduction = dist.all_reduce(partial_grad_BSH, group=ctx.group, async_op=True)
-        if ctx.needs_input_grad[1]:
-            grad_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H")
-        if ctx.needs_input_grad[2]:
-            grad_f = reduce(grad_BSf, "... f -> f", "sum")
+        grad_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H") if ctx.needs_input_grad[1] else None
+        grad_f = reduce(grad_BSf, "... f -> f", "sum") if ctx.needs_input_grad[2] else None
         if reduction is not None:
             reduction.wait()
         return partial_grad_BSH, grad_fH, grad_f, None  # the first is whole now
@@ -533,104 +523,75 @@ def _as_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     return [t if t is None or t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(kind)) for t in tensors]
 
 
-class ColumnParallelLinear(nn.Module):
-    """nn.Linear with its outputs divided over `group`: (..., in_features) to (..., out_features / tp).
+class ColumnParallelLinear(nn.Linear):
+    """nn.Linear with its outputs divided over `group`: x_BSH, (..., in_features) to (..., out_features / tp).
 
-    Args:
-        in_features, out_features, bias: as nn.Linear's; out_features is the number over all ranks.
-        gather_output: return (..., out_features) on every rank instead of this rank's share.
-        group: the tensor-parallel group; None is all ranks.
+    in_features, out_features, bias: as nn.Linear's, over all ranks. gather_output: return (..., out_features) on every
+    rank instead of this rank's share. group: the tensor-parallel one; None is all ranks.
 
     The input is whole and equal on every rank, and so is its gradient, which the layer sums over `group` by itself: do
     not call `copy_to_tp` in front of it. Parameters start as rows of nn.Linear's, drawn whole from the default
     generator, which must be in the same state on every rank (torch.manual_seed).
 
-    Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: `_ColumnParallelLinear`,
-    `_as_autocast`, and the blocks groups and tensor-parallel operators.
+    Raises: ValueError where out_features does not divide over the ranks. Source: section 3 of the paper.
+    Needs: `_ColumnParallelLinear`, `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
-        super().__init__()
+        super().__init__(in_features, out_features, bias)
         self.gather_output, self.group = gather_output, group
-        whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 0, "out_features"))
-        self.bias = nn.Parameter(_slice(whole.bias.detach(), group, 0)) if bias else None
+        self.weight = nn.Parameter(_slice(self.weight.detach(), group, 0, "out_features"))
+        self.bias = nn.Parameter(_slice(self.bias.detach(), group, 0)) if bias else None
 
     def forward(self, x_BSH: Tensor) -> Tensor:
         y_BSf = _ColumnParallelLinear.apply(*_as_autocast(x_BSH, self.weight, self.bias), self.group)
         return gather_from_tp(y_BSf, self.group) if self.gather_output else y_BSf
 
 
-class RowParallelLinear(nn.Module):
-    """nn.Linear with its inputs divided over `group`: x (..., in_features / tp) to (..., out_features) on every rank.
+class RowParallelLinear(nn.Linear):
+    """nn.Linear with its inputs divided over `group`: x, (..., in_features / tp) to (..., out_features), whole.
 
-    Args:
-        in_features, out_features, bias: as nn.Linear's; in_features is the number over all ranks. The bias is whole.
-        input_is_parallel: the input is this rank's share already; if not, it is whole and the layer takes its share.
-        group: the tensor-parallel group; None is all ranks.
+    Arguments as `ColumnParallelLinear`'s; in_features is the number over all ranks, and the bias is whole.
+    input_is_parallel: x is this rank's share; if not, it is whole, and the layer takes its share. Parameters start as
+    there: as columns of nn.Linear's weight, drawn whole.
 
-    Parameters start as ColumnParallelLinear's do: as columns of nn.Linear's weight, drawn whole.
-
-    Raises: ValueError where in_features does not divide over the ranks.
-    Source: section 3 of the paper. Needs: the blocks groups and tensor-parallel operators.
+    Raises: ValueError where in_features does not divide over the ranks. Source: section 3 of the paper.
+    Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, input_is_parallel: bool = True, group=None
     ):
-        super().__init__()
+        super().__init__(in_features, out_features, bias)
         self.input_is_parallel, self.group = input_is_parallel, group
-        whole = nn.Linear(in_features, out_features, bias)
-        self.weight = nn.Parameter(_slice(whole.weight.detach(), group, 1, "in_features"))
-        self.bias = whole.bias
+        self.weight = nn.Parameter(_slice(self.weight.detach(), group, 1, "in_features"))
 
-    def forward(self, x: Tensor) -> Tensor:  # x_BSf, or x_BSF where the input is not parallel
+    def forward(self, x: Tensor) -> Tensor:
         y_BSf = x if self.input_is_parallel else scatter_to_tp(x, self.group)
         partial_z_BSH = F.linear(y_BSf, self.weight)
         z_BSH = reduce_from_tp(partial_z_BSH, self.group)
         return z_BSH if self.bias is None else z_BSH + self.bias.to(z_BSH.dtype)
 
 
-# ── end of tensor-parallel layers ──
-
 # ── 2.3 Attention and the feed-forward layer ────────────────────────────────────────────────────────────
 #
 # A column-parallel matrix in, a row-parallel one out, and between them what the plain model does, on fewer heads and
-# fewer features: no line of it knows that there are other ranks, so it *is* the plain model's forward. Norms, residual
-# connections and outer dropout stand outside the region, where every rank holds everything and computes the same: that
-# is `Block` of part 1, as it is.
+# fewer features: no line of it knows that there are other ranks, so it *is* the plain model's. `Attention` and `MLP` of
+# part 1 get other matrices, and that is all. Norms, residual connections and outer dropout stand outside the region,
+# where every rank holds everything and computes the same: that is `Block`, as it is.
 #
 # Why columns first? Rows first would end in summands before the gelu, and gelu(a + b) is not gelu(a) + gelu(b): one
 # more all-reduce in each direction. The same holds of softmax, and a head is all that a softmax needs: so a cut may run
 # between heads, but not through one.
 
 
-def _matrices(group) -> list[Callable]:
+def parallel_matrices(group=None) -> list[Callable]:
+    """What `Attention` and `MLP` of part 1 take behind their configuration to be divided over `group`: column and row.
+
+    Attention's heads must divide over the ranks (`check_tp`). Source: section 3 of the paper.
+    Needs: `ColumnParallelLinear`, `RowParallelLinear`.
+    """
     return [partial(layer, group=group) for layer in (ColumnParallelLinear, RowParallelLinear)]
-
-
-class ParallelAttention(Attention):
-    """`Attention` with its heads divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
-
-    Raises: ValueError where the heads do not divide over the ranks. Source: section 3 of the paper.
-    Needs: `Attention`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
-    """
-
-    def __init__(self, config: GPTConfig, group=None):
-        _share(config.num_heads, group, "num_heads")  # raises where a cut would go through a head
-        super().__init__(config, *_matrices(group))
-
-
-class ParallelMLP(MLP):
-    """`MLP` with its features divided over `group`, x_BSH to (B, S, H): its forward, with other matrices.
-
-    Raises: ValueError where the features do not divide over the ranks. Source: section 3 of the paper.
-    Needs: `MLP`, `_matrices`, and the blocks groups, tensor-parallel operators and tensor-parallel layers.
-    """
-
-    def __init__(self, config: GPTConfig, group=None):
-        super().__init__(config, *_matrices(group))
 
 
 # ── 2.4 The embedding ───────────────────────────────────────────────────────────────────────────────────
@@ -658,7 +619,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
 # ── end of padded vocabulary ──
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(nn.Embedding):
     """nn.Embedding with its rows divided over `group`: tokens_BS (int64, equal on every rank) to (B, S, H).
 
     Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
@@ -668,10 +629,10 @@ class VocabParallelEmbedding(nn.Module):
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
-        super().__init__()
-        self.num_embeddings, self.group = num_embeddings, group
+        super().__init__(num_embeddings, embedding_dim)
         padding = padded_vocab_size(num_embeddings, group_size(group), multiple) - num_embeddings
-        whole = F.pad(nn.Embedding(num_embeddings, embedding_dim).weight.detach(), (0, 0, 0, padding))
+        whole = F.pad(self.weight.detach(), (0, 0, 0, padding))
+        self.group = group
         self.weight = nn.Parameter(_slice(whole, group, 0))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
@@ -714,11 +675,11 @@ class VocabParallelEmbedding(nn.Module):
 # ── shared: vocabulary loss ──
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
+    def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
-        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
+        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
         row_BS, mine_BS = _local_words(targets_BS, v, group)
@@ -729,19 +690,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
-        counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
-        ctx.dtype = logits_BSv.dtype
-        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
+        return sum_BS.log() - target_BS  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = torch.where(counts_BS, grad_BS, 0)
+        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv.to(ctx.dtype), None, None, None, None
+        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
 
 
 def vocab_parallel_cross_entropy(
@@ -776,7 +734,8 @@ def vocab_parallel_cross_entropy(
         if no_word_BS.any():
             word = targets_BS[no_word_BS][0]
             raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
-    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
+    loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
+    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
 # ── end of vocabulary loss ──
@@ -796,9 +755,7 @@ def vocab_parallel_cross_entropy(
 Streams = Callable[[int], RandomStreams]  # the layer's number (−1: the embedding) to its pair of generators
 
 
-def random_streams(
-    seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu"
-) -> Streams:
+def random_streams(seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0, device="cpu") -> Streams:
     """Dropout's generators for one step on one rank.
 
     `outside` is equal on all ranks of a replica, `inside` on no two ranks; the same arguments give the same masks.
@@ -819,7 +776,7 @@ def random_streams(
 # ColumnParallelLinear does in one function. Its weight is the embedding's shard, so lookup and head add their gradients
 # into the same rows, and nothing remains to be summed between ranks.
 #
-# `shard_tensor`, which cuts a whole tensor, is the subject of part 3.
+# `shard_tensor`, which cuts a whole tensor, and `check_tp` are the subject of part 3.
 #
 # A model that is large for its GPUs keeps only the input of each layer, and computes the layer once more in backward:
 # a third more arithmetic, and two all-reduces more a layer. [the paper's section 4.2] The second time must draw the
@@ -836,18 +793,19 @@ class ParallelGPT(GPT):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, for dropout on several ranks without streams, and for tied_head=False.
-    Source: section 3 of the paper. Needs: `ParallelAttention`, `ParallelMLP`, `VocabParallelEmbedding`, and the blocks
-    plain GPT, GPT config, vocabulary loss and tensor-parallel weights.
+    Source: section 3 of the paper. Needs: `parallel_matrices`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT
+    config, vocabulary loss and tensor-parallel weights.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
         if not config.tied_head:
             raise ValueError("tied_head=False: the head of this model is its embedding table")
+        rank, tp = group_rank(group), group_size(group)
+        check_tp(config, tp)
         words = partial(VocabParallelEmbedding, group=group, multiple=config.vocab_multiple)
         with torch.device("meta"):  # shapes first, without memory
-            super().__init__(config, words, *(partial(half, group=group) for half in (ParallelAttention, ParallelMLP)))
+            super().__init__(config, words, *parallel_matrices(group))
         self.group, self.recompute = group, recompute
-        rank, tp = group_rank(group), group_size(group)
         shares = {name: shard_tensor(name, whole, config, rank, tp) for name, whole in initial_weights(config)}
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
@@ -1114,9 +1072,8 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
     expected = {published[name]: shape[::-1] if name in turned else shape for name, shape in shapes.items()}
     check_shapes(f"{folder}", {n: x for n, x in found.items() if n in expected}, expected)
     full = {name: found[published[name]].mT if name in turned else found[published[name]] for name in shapes}
-    for name in full:
-        if "qkv" in name:
-            full[name] = rearrange(full[name], "(three N D) ... -> (N three D) ...", three=3, N=config.num_heads)
+    cut, order = dict(three=3, N=config.num_heads), "(three N D) ... -> (N three D) ..."
+    full |= {name: rearrange(x, order, **cut) for name, x in full.items() if "qkv" in name}
     return config, {name: x.contiguous() for name, x in full.items()}
 
 
@@ -1193,7 +1150,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s.
         sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
@@ -1204,21 +1161,26 @@ def clip_grad_norm_(
     shares = {id(p) for p in sharded}  # by identity: == compares elements
     device = parameters[0].grad.device if parameters else None
 
-    def squares(grads: list[Tensor]) -> Tensor:
+    def squares(of_shares: bool) -> Tensor:
+        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    total = squares(of_shares=True)
     if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
+        dist.all_reduce(total, group=group)
+    norm = (total + squares(of_shares=False)).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
     return norm
 
 
 # ── end of clipping ──
+
+
+# ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────────────
+#
+# `train_alone` of part 1 once more, line by line. New are a replica's rows, the count over all replicas, the sum of
+# their gradients, the norm of shards and the sum of losses: a line each.
 
 
 def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, floor: float = 1e-5) -> float:
@@ -1232,29 +1194,6 @@ def learning_rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 10, f
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def train_step(
-    model: ParallelGPT, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor, grid: Grid,
-    streams: Streams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One optimiser step on this replica's tokens; every rank must call it.
-
-    Args: tokens_BS, targets_BS: int64, equal within a tp group; −100 marks a target that does not count. streams: of
-    this step, where the model has dropout. autocast: the dtype of products (bf16 on GPUs), None for the parameters'
-    own.
-    Returns: the mean loss per token over all replicas, and the gradient's norm before clipping; the same on every rank.
-    Needs: `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
-    """
-    optimizer.zero_grad()
-    count = _all_reduce((targets_BS != -100).sum(), grid.dp_group).clamp(min=1)
-    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, streams).sum() / count  # this replica's part of the mean
-    loss.backward()
-    sum_gradients(model.parameters(), grid.dp_group)
-    norm = clip_grad_norm_(model.parameters(), max_norm, model.sharded_parameters(), grid.tp_group)
-    optimizer.step()
-    return _all_reduce(loss.detach(), grid.dp_group), norm
-
-
 def train(
     model: ParallelGPT, batches: Batches, lr: Callable[[int], float], grid: Grid,
     streams: Callable[[int], Streams] | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
@@ -1264,15 +1203,23 @@ def train(
 
     batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
     and the gradient is exact all the same. streams: step to what `random_streams` returns for it. first: the number
-    of the first step, in a run that goes on, for which `optimizer` is its optimiser. Needs: `make_optimizer`,
-    `train_step`.
+    of the first step, in a run that goes on, for which `optimizer` is its optimiser.
+    Needs: `make_optimizer`, `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
     """
     optimizer = optimizer or make_optimizer(model)
     for step, batch in enumerate(batches, first):
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
+        optimizer.zero_grad()
         tokens_BS, targets_BS = (whole.tensor_split(grid.dp)[grid.dp_rank] for whole in batch)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, grid, streams and streams(step), max_norm, autocast)
+        count = _all_reduce((targets_BS != -100).sum(), grid.dp_group).clamp(min=1)
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(tokens_BS, targets_BS, streams and streams(step)).sum() / count  # a part of the mean
+        loss.backward()
+        sum_gradients(model.parameters(), grid.dp_group)
+        norm = clip_grad_norm_(model.parameters(), max_norm, model.sharded_parameters(), grid.tp_group)
+        optimizer.step()
+        yield _all_reduce(loss.detach(), grid.dp_group), norm
 
 
 # ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────

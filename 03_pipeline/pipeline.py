@@ -113,10 +113,9 @@ class GPTConfig:
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if self.hidden_size % self.num_heads:
-            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+        if rest := self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
+            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
@@ -132,16 +131,9 @@ class GPTConfig:
 
 
 # ── shared: plain GPT ──
-@dataclass
-class RandomStreams:
-    """The generators that dropout draws from; None is PyTorch's default one.
-
-    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
-    single device holds everything, and may draw both from one stream.
-    """
-
-    outside: torch.Generator | None = None
-    inside: torch.Generator | None = None
+# The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
+# tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
+RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
@@ -183,7 +175,7 @@ class Attention(nn.Module):
     Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.qkv = column(config.hidden_size, 3 * config.hidden_size)
@@ -200,7 +192,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.up = column(config.hidden_size, config.ffn_hidden_size)
         self.down = row(config.ffn_hidden_size, config.hidden_size)
@@ -234,18 +226,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    words, attention, mlp: what makes the table of words and the halves of a layer.
+    words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(
-        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
-    ):
+    def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
+        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -287,11 +278,10 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
-        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
-            std = config.init_std / math.sqrt(2 * config.num_layers)
+        if len(shape) == 2:
+            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
-        elif len(shape) == 2:
-            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
         else:  # biases 0, LayerNorm's weights 1
             yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
 

@@ -127,10 +127,9 @@ class GPTConfig:
         for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if self.hidden_size % self.num_heads:
-            fits = math.ceil(self.hidden_size / self.num_heads) * self.num_heads
+        if rest := self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {fits}")
+            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
@@ -148,16 +147,9 @@ class GPTConfig:
 
 
 # ── shared: plain GPT ──
-@dataclass
-class RandomStreams:
-    """The generators that dropout draws from; None is PyTorch's default one.
-
-    `outside` serves tensors that every tensor-parallel rank holds whole, `inside` those of which each holds a share. A
-    single device holds everything, and may draw both from one stream.
-    """
-
-    outside: torch.Generator | None = None
-    inside: torch.Generator | None = None
+# The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
+# tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
+RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
 
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
@@ -199,7 +191,7 @@ class Attention(nn.Module):
     Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.qkv = column(config.hidden_size, 3 * config.hidden_size)
@@ -216,7 +208,7 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
 
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.up = column(config.hidden_size, config.ffn_hidden_size)
         self.down = row(config.ffn_hidden_size, config.hidden_size)
@@ -250,18 +242,17 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
-    words, attention, mlp: what makes the table of words and the halves of a layer.
+    words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
     Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
     """
 
-    def __init__(
-        self, config: GPTConfig, words: Callable = nn.Embedding, attention: Callable = Attention, mlp: Callable = MLP
-    ):
+    def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
         super().__init__()
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, attention(config), mlp(config)) for _ in range(config.num_layers))
+        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
         self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
@@ -303,11 +294,10 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
-        if name.endswith(("out.weight", "down.weight")):  # what writes onto the residual stream
-            std = config.init_std / math.sqrt(2 * config.num_layers)
+        if len(shape) == 2:
+            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
-        elif len(shape) == 2:
-            yield name, torch.randn(shape, generator=generator, device="cpu") * config.init_std
         else:  # biases 0, LayerNorm's weights 1
             yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
 
@@ -1030,11 +1020,11 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 # ── shared: vocabulary loss ──
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_BSv, targets_BS, vocab_size, ignore_index, group):
+    def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
         wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        is_word_v = torch.arange(v, device=logits_BSv.device) < vocab_size - group_rank(group) * v
-        x_BSv = logits_BSv.to(wide).masked_fill(~is_word_v, -torch.inf)  # a copy: the caller's stay as they were
+        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
 
         x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
         row_BS, mine_BS = _local_words(targets_BS, v, group)
@@ -1045,19 +1035,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # One message instead of two: both summands travel side by side.
         target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
 
-        counts_BS = targets_BS != ignore_index
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS, counts_BS)
-        ctx.dtype = logits_BSv.dtype
-        return torch.where(counts_BS, sum_BS.log() - target_BS, 0)  # whole, and the same on every rank
+        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
+        return sum_BS.log() - target_BS  # whole, and the same on every rank
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS, counts_BS = ctx.saved_tensors
-        grad_BS = torch.where(counts_BS, grad_BS, 0)
+        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
         grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv.to(ctx.dtype), None, None, None, None
+        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
 
 
 def vocab_parallel_cross_entropy(
@@ -1092,7 +1079,8 @@ def vocab_parallel_cross_entropy(
         if no_word_BS.any():
             word = targets_BS[no_word_BS][0]
             raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
-    return _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, ignore_index, group)
+    loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
+    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
 # ── end of vocabulary loss ──
@@ -1301,7 +1289,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s.
         sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
@@ -1312,17 +1300,16 @@ def clip_grad_norm_(
     shares = {id(p) for p in sharded}  # by identity: == compares elements
     device = parameters[0].grad.device if parameters else None
 
-    def squares(grads: list[Tensor]) -> Tensor:
+    def squares(of_shares: bool) -> Tensor:
+        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    total = squares(of_shares=True)
     if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
+        dist.all_reduce(total, group=group)
+    norm = (total + squares(of_shares=False)).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
     return norm
 
 

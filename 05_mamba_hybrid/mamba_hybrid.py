@@ -187,62 +187,70 @@ def wide(x: Tensor) -> Tensor:
 #   is their difference, however short the stretch. In float64 it is exact enough, and S numbers a head cost nothing.
 
 
-def segsum(a: Tensor, starts: Tensor | None = None) -> Tensor:
+def segsum(a: Tensor) -> Tensor:
     """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
 
-    Args:
-        a: logarithms of decays, (..., S). The diagonal of the result is 0: a token does not decay on the way to itself.
-        starts: True where a document begins, (..., S) or what broadcasts to it; a stretch that runs into another
-            document is −inf as well.
-
+    a: logarithms of decays, (..., S). The diagonal is 0: a token does not decay on the way to itself.
     Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: nothing else.
     """
-    S, sums = a.shape[-1], a.to(torch.float64).cumsum(-1)
-    cut = torch.ones(S, S, dtype=torch.bool, device=a.device).triu(1)
-    if starts is not None:
-        document = starts.cumsum(-1)
-        cut = cut | (document[..., :, None] != document[..., None, :])
-    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(cut, -torch.inf)
+    sums = a.to(torch.float64).cumsum(-1)
+    later = torch.ones(2 * a.shape[-1:], dtype=torch.bool, device=a.device).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(later, -torch.inf)
+
+
+# Documents that are packed into one sequence need no mask of their own. Where one begins, the state must be forgotten,
+# and to forget is what decays are for: exp(−1000) is 0, in every dtype and to the bit, so 1000 is taken from that
+# token's a. (Not inf: the difference of two sums behind it would be inf − inf.)
+
+
+def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
+    """a = dt·A: the logarithm of what each token lets live of the state before it; (B, S, N), in at least fp32.
+
+    starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours. Needs: `wide`.
+    """
+    a_BSN = wide(dt) * wide(A)
+    return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
 
 
 # Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
 # the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
 # (B, G, J, S, ·), in at least fp32; dt goes into X = dt·x and a = dt·A here, once each. (Not into B as well: then the
-# write would be scaled by dt².)
+# write would be scaled by dt².) Each takes the state that enters and gives the one that leaves.
 
 
-def _lay_out(x, dt, A, B, C, state, starts=None):
-    G, J = B.shape[2], x.shape[2] // B.shape[2]
-    X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], "B S (G J) D -> B G J S D", G=G)
-    a_BGJS1 = rearrange(wide(dt) * wide(A), "B S (G J) -> B G J S 1", G=G)
-    B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
-    zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], G * J, x.shape[3], B.shape[3])
-    state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
-    # Without documents no token is a start: one mask of a sequence serves all heads, so it costs next to nothing.
-    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
-    return state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, rearrange(starts, "B S -> B 1 1 S 1")
+def _scan(form, x, dt, A, B, C, D, state, starts):
+    # Autocast is off, here and in backward: it would make the products of wide numbers narrow again.
+    with torch.autocast(x.device.type, enabled=False):
+        G, split = B.shape[2], "B S (G J) D -> B G J S D"
+        X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], split, G=G)
+        a_BGJS1 = rearrange(log_decay(dt, A, starts)[..., None], split, G=G)
+        B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
+        zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+        state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
+        y_BGJSD, state_BGJDZ = form(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ)
+        y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
+        y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
+        return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
 
 
-def _lay_back(y_BGJSD, state_BGJDZ, x, D):
-    y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
-    y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
-    return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+# The loop is the recurrence as it stands above, a line for the state and one for what is read.
+
+
+def _steps(state_BGJDZ, *tensors):
+    y = []
+    for X_BGJD, a_BGJ1, B_BG1Z, C_BG1Z in zip(*(t.unbind(-2) for t in tensors)):
+        state_BGJDZ = a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        y.append((state_BGJDZ * C_BG1Z[..., None, :]).sum(-1))
+    return torch.stack(y, -2) if y else tensors[0], state_BGJDZ
 
 
 def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
     """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `wide`.
+    Source: Mamba-2. Needs: `_scan`, `_steps`, `log_decay`, `wide`.
     """
-    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts = _lay_out(x, dt, A, B, C, initial_state, starts)
-    kept_BGJS1 = a_BGJS1.exp().masked_fill(starts, 0)
-    y = []
-    for t in range(x.shape[1]):
-        written_BGJDZ = X_BGJSD[..., t, :, None] * B_BG1SZ[..., t, None, :]
-        state_BGJDZ = kept_BGJS1[..., t, :, None] * state_BGJDZ + written_BGJDZ
-        y.append((state_BGJDZ * C_BG1SZ[..., t, None, :]).sum(-1))
-    return _lay_back(torch.stack(y, 3) if y else X_BGJSD, state_BGJDZ, x, D)
+    return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
 
 # The masked matrix. To serve as a chunk it needs two things more: what the state that enters adds to each y, which
@@ -250,14 +258,13 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # new is needed: the last row of L says how much of token j is left behind the last one.
 
 
-def _kept(a: Tensor, starts: Tensor, dim: int = -1) -> Tensor:
-    """What is left at each token of the state before the first: exp(a_0 + … + a_i), 0 once a document has begun."""
-    return a.to(torch.float64).cumsum(dim).to(a.dtype).exp().masked_fill(starts.cumsum(dim) > 0, 0)
+def _kept(a_BSN: Tensor) -> Tensor:
+    """What is left at each token of the state before the first: exp(a_0 + … + a_i)."""
+    return a_BSN.to(torch.float64).cumsum(-2).to(a_BSN.dtype).exp()
 
 
-def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts):
-    of_tokens = a_BGJS1[..., 0], starts[..., 0]
-    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
+def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
     y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
     left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
     return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
@@ -267,11 +274,9 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The masked matrix; work and memory grow with S².
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_lay_out`, `_lay_back`, `_chunk`, `_kept`, `segsum`, `wide`.
+    Source: Mamba-2. Needs: `_scan`, `_chunk`, `_kept`, `segsum`, `log_decay`, `wide`.
     """
-    # Autocast is off, here and below: it would make the products of wide numbers narrow again.
-    with torch.autocast(x.device.type, enabled=False):
-        return _lay_back(*_chunk(*_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
+    return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
 
 # Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
@@ -292,12 +297,12 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 #
 # The diagonal of M cancels in the first line, and much of the rest nearly: hence float64 for these sums. What fades on
 # the way in (kept_i = exp(s_i)) adds to s_i; what fades on the way out (end_j = exp(s_last − s_j)) adds to s_last, and
-# takes from s_j.
+# takes from s_j. (Known from linear attention is a shortcut, ds_i = dy_i·y_i − X_i·dX_i. It is the same sum, but the
+# diagonal is rounded before it cancels: of a head that forgets within a token it leaves noise in the place of dA.)
 
 
-def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, grad_y_BGJSD, grad_state_BGJDZ):
-    of_tokens = a_BGJS1[..., 0], starts[..., 0]
-    L_BGJSS, kept_BGJS1 = segsum(*of_tokens).exp(), _kept(*of_tokens)[..., None]
+def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ):
+    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
     end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
@@ -322,7 +327,7 @@ def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, starts, gra
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B, C and starts; tokens are the last dimension but one
+    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B and C; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         y_BGJSD, states = torch.empty_like(tensors[0]), []
         ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
@@ -335,15 +340,15 @@ class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
-        tensors, states = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
-        grads = [torch.empty_like(t) for t in tensors[:4]]
+        tensors, states = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        grads = [torch.empty_like(t) for t in tensors]
         with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
             for at, state_BGJDZ in zip(reversed(ctx.chunks), reversed(states)):
                 of_chunk = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
                 grad_state_BGJDZ, *parts = _chunk_backward(state_BGJDZ, *of_chunk, grad_state_BGJDZ)
                 for grad, part in zip(grads, parts):
                     grad[..., at, :] = part
-        return None, grad_state_BGJDZ, *grads, None
+        return None, grad_state_BGJDZ, *grads
 
 
 def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
@@ -364,8 +369,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
-    with torch.autocast(x.device.type, enabled=False):
-        return _lay_back(*_ChunkedSSD.apply(chunk, *_lay_out(x, dt, A, B, C, initial_state, starts)), x, D)
+    return _scan(lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out), x, dt, A, B, C, D, initial_state, starts)
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -379,13 +383,14 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
 def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) -> Tensor:
     """Each channel's weighted sum over its last K tokens, as long as u, with bias and no activation.
 
-    previous_BKC: the tokens before u, K − 1 of them or more; None is zeros. document: (B, K − 1 + S) numbers of the
-    documents of the K − 1 tokens before and of u; what belongs to another document is not looked at.
+    previous_BKC: the tokens before u, of which the last K − 1 count; where there are fewer, or it is None, zeros.
+    document: (B, K − 1 + S) numbers of the documents of the K − 1 tokens before and of u; what belongs to another
+    document is not looked at.
     Source: Mamba. Needs: nothing else.
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
-    zeros_BKC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2])
-    padded_BSC, y_BSC = torch.cat([zeros_BKC if previous_BKC is None else previous_BKC[:, 1 - K :], u_BSC], 1), bias_C
+    zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
+    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[:, 1 - K - S :]
     for tap in range(K):
         of_tap_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
@@ -433,7 +438,7 @@ class Past:
         return None if document is None else document[:, 1:] != document[:, :-1]
 
     def inputs(self, u_BSC: Tensor, K: int) -> Tensor | None:
-        """The convolution's inputs in front of u, at least K − 1; None are zeros."""
+        """The convolution's inputs in front of u, the last K − 1 or more; None are zeros."""
         return None
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
@@ -584,12 +589,11 @@ class HybridLM(nn.Module):
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        norms = [RMSNorm(config.hidden_size, config.norm_eps) for _ in range(len(config.pattern) + 1)]
-        layers = [dict(norm=norm, mixer=KINDS[kind](config)) for norm, kind in zip(norms, config.pattern)]
-        self.layers, self.final_norm = nn.ModuleList(nn.ModuleDict(layer) for layer in layers), norms[-1]
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.config, H, eps = config, config.hidden_size, config.norm_eps
+        self.embedding = nn.Embedding(config.vocab_size, H)
+        layers = [dict(norm=RMSNorm(H, eps), mixer=KINDS[kind](config)) for kind in config.pattern]
+        self.layers, self.final_norm = nn.ModuleList(map(nn.ModuleDict, layers)), RMSNorm(H, eps)
+        self.head = nn.Linear(H, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
@@ -619,9 +623,9 @@ class HybridLM(nn.Module):
         logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
         return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens of `batch` sequences, where the parameters are and of their dtype."""
-        return Cache(self.config, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for sequences of up to `capacity` tokens."""
+        return Cache(len(self.layers), capacity)
 
 
 # ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
@@ -673,56 +677,51 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 #
 # To write one more token the model needs of all earlier ones: from a Mamba layer the state and the convolution's last
 # inputs, as large after a million tokens as after one; from an attention layer every key and value; from a
-# feed-forward layer nothing. A cache holds that. The prompt goes through the chunked form and leaves its cache
-# behind ("prefill"); each further token is one step of the recurrence.
+# feed-forward layer nothing. A cache is a box for each layer, empty at first, into which the layer puts that. The
+# prompt goes through the chunked form and fills the boxes ("prefill"); each further token is one step of the
+# recurrence.
 
 
 @dataclass
 class CachedPast(Past):
-    """The past of one layer out of a cache's `kept`; what is asked with goes into it.
+    """The past of one layer out of `kept`, its box in a cache; what is asked with goes into it.
 
-    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. Source: ours.
-    Needs: `Past`, section 1.1.
+    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. capacity: tokens that
+    keys and values get room for. Source: ours. Needs: `Past`, section 1.1.
     """
 
     kept: dict[str, Tensor] | None = None
+    capacity: int = 0
 
     def inputs(self, u_BSC: Tensor, K: int) -> Tensor:
-        before_BKC = self.kept["conv"]
+        before_BKC = self.kept.get("conv", u_BSC[:, :0])
         self.kept["conv"] = torch.cat([before_BKC, u_BSC[:, -K:].detach()], 1)[:, -K:]
         return before_BKC
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        state, one = self.kept["state"], x.shape[1] == 1
+        state, one = self.kept.get("state"), x.shape[1] == 1
         y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
         self.kept["state"] = state.detach()
         return y
 
     def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        last = self.first + k_BGSD.shape[2]
-        self.kept["keys"][:, :, self.first : last] = k_BGSD
-        self.kept["values"][:, :, self.first : last] = v_BGSD
-        return self.kept["keys"][:, :, :last], self.kept["values"][:, :, :last]
+        kv_2BGSD, last = torch.stack([k_BGSD, v_BGSD]), self.first + k_BGSD.shape[2]
+        if "keys" not in self.kept:
+            self.kept["keys"] = kv_2BGSD.new_zeros(*kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3])
+        self.kept["keys"][..., self.first : last, :] = kv_2BGSD
+        return self.kept["keys"][..., :last, :].unbind()
 
 
 class Cache:
-    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer.
+    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer, which fills it.
 
-    Args: config: of the model, or of a rank's share of it (`local_config`); batch: sequences, of equal length;
-    capacity: tokens that the keys and values have room for. States are at least fp32: they add up small amounts over
+    capacity: tokens that the keys and values get room for. States are at least fp32: they add up small amounts over
     thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do. Needs:
     `CachedPast`.
     """
 
-    def __init__(self, config: HybridConfig, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
-        N, D, Z = config.mamba_heads, config.mamba_head_size, config.state_size
-        keys = config.attention_groups, capacity, config.attention_head_size
-        mamba = dict(conv=(config.conv_kernel, N * D + 2 * config.mamba_groups * Z), state=(N, D, Z))
-        shapes = {"M": mamba, "*": dict(keys=keys, values=keys), "-": {}}
-        dtypes = dict(state=torch.promote_types(dtype, torch.float32))
-        make = lambda name, shape: torch.zeros(batch, *shape, dtype=dtypes.get(name, dtype), device=device)  # noqa: E731
-        self.layers = [{name: make(name, shape) for name, shape in shapes[kind].items()} for kind in config.pattern]
-        self.tokens, self.capacity = 0, capacity
+    def __init__(self, layers: int, capacity: int):
+        self.layers, self.tokens, self.capacity = [{} for _ in range(layers)], 0, capacity
 
     def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
         """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
@@ -730,7 +729,7 @@ class Cache:
         if last > self.capacity:
             raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
         self.tokens = last
-        return [CachedPast(first, None, kept) for kept in self.layers]
+        return [CachedPast(first, None, kept, self.capacity) for kept in self.layers]
 
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
@@ -877,8 +876,9 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
 # ── end of tensor-parallel operators ──
 
-# A rank's place among tp · cp. Grid() is for one rank by itself: where there are groups, None is all ranks.
-Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1, 1, 0, 0, None, None))
+# A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
+# one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
+Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group neighbours", defaults=(1, 1, 0, 0, None, None, {}))
 
 
 # ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
@@ -893,12 +893,12 @@ Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group", defaults=(1
 # groups. Only the cut is not a plain one: the rows of in_proj are [z, x, B, C, dt], and the first half of them is z and
 # not the first half of the heads. Each of the five is cut by itself (part 3).
 #
-# That is all while the groups divide over the ranks. With fewer groups than ranks several ranks need the same B and C:
+# That is all while the groups divide over the ranks. With fewer groups than ranks, neighbours need the same B and C:
 # each has a copy of their weights. (Megatron-LM refuses this.) Two things follow.
 #
-# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token and group is
-#   summed over the ranks. Its gradient comes from every rank's channels, so it is summed as well. The door out and
-#   the door in, one behind the other, are exactly that.
+# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token is summed
+#   over these neighbours. Its gradient comes from every rank's channels, so it is summed as well. The door out and the
+#   door in, one behind the other, are exactly that.
 # · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
 #   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies. No copy
 #   would drift, no loss would tell; tests/test_05_mamba_hybrid.py::test_copies_summed_at_the_activations does.
@@ -935,17 +935,14 @@ class ParallelRMSNorm(RMSNorm):
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
         super().__init__(size, eps, len(held(groups, 0, grid.tp)))
-        self.all_groups, self.grid = groups, grid
+        self.holders = max(1, grid.tp // groups)  # ranks that a group's channels lie on, equal shares of them
+        self.neighbours = grid.neighbours.get(self.holders)
 
     def mean_square(self, x_BSgC: Tensor) -> Tensor:
-        mine_BSg1, G, grid = super().mean_square(x_BSgC), self.all_groups, self.grid
-        # A share of the group's channels is on each of tp / G ranks: the mean of the group is the mean of their means.
-        if G >= grid.tp:
-            return mine_BSg1  # each group lies on one rank
-        (group,) = held(G, grid.tp_rank, grid.tp)
-        partial_BSG1 = F.pad(mine_BSg1 * G / grid.tp, (0, 0, group, G - 1 - group))  # into my group's slot
-        mean_BSG1 = copy_to_tp(reduce_from_tp(partial_BSG1, grid.tp_group), grid.tp_group)
-        return mean_BSG1[:, :, group : group + 1]
+        partial_BSg1 = super().mean_square(x_BSgC) / self.holders  # the mean of the group is the mean of their means
+        if self.holders == 1:
+            return partial_BSg1
+        return copy_to_tp(reduce_from_tp(partial_BSg1, self.neighbours), self.neighbours)
 
 
 # ── 2.3 What the ranks before have ──────────────────────────────────────────────────────────────────────
@@ -1042,8 +1039,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
     y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
-    starts = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device) if starts is None else starts
-    kept_BsN = _kept(wide(dt) * wide(A), starts[..., None], 1)
+    kept_BsN = _kept(log_decay(dt, A, starts))
     decay_BND1 = kept_BsN[:, -1, :, None, None].expand(*own_BNDZ.shape[:3], 1)  # travels as one column more
     messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
     in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done
@@ -1115,9 +1111,8 @@ class ParallelHybridLM(HybridLM):
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
-        self.local = local_config(config, grid.tp)
         with torch.device("meta"):  # shapes first, without memory
-            super().__init__(self.local)
+            super().__init__(local_config(config, grid.tp))
             for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
                 mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
         self.config, self.grid = config, grid
@@ -1141,10 +1136,10 @@ class ParallelHybridLM(HybridLM):
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
         return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
+    def new_cache(self, capacity: int) -> Cache:
         if self.grid.cp > 1:
             raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
-        return Cache(self.local, batch, capacity, self.head.weight.dtype, self.head.weight.device)
+        return super().new_cache(capacity)
 
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
@@ -1158,7 +1153,7 @@ class ParallelHybridLM(HybridLM):
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
 #     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
 
-Piece = namedtuple("Piece", "here there size copies")  # first row on the rank, in the whole; rows; ranks that hold them
+Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows; ranks that hold them
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
@@ -1173,11 +1168,11 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
         "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
     }  # fmt: skip
     columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
-    kind, here, there, pieces = name.split("mixer.")[-1], 0, 0, []
+    kind, first, pieces = name.split("mixer.")[-1], 0, []
     for units, width in (rows | columns).get(kind, [(1, config.hidden_size)]):  # the norms in front of layers, the last
         mine = held(units, rank, tp)
-        pieces.append(Piece(here, there + mine.start * width, len(mine) * width, max(1, tp // units)))
-        here, there = here + len(mine) * width, there + units * width
+        pieces.append(Piece(first + mine.start * width, len(mine) * width, max(1, tp // units)))
+        first += units * width
     return int(kind in columns), pieces
 
 
@@ -1187,7 +1182,7 @@ def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: 
     whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
     """
     dim, pieces = pieces_of(name, config, rank, tp)
-    return torch.cat([whole.narrow(dim, p.there, p.size) for p in pieces], dim)
+    return torch.cat([whole.narrow(dim, p.first, p.size) for p in pieces], dim)
 
 
 def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
@@ -1209,18 +1204,18 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 
     shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
     `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
-    the copies of a group: they have drifted apart. Needs: `pieces_of`, `shard_tensor`, `parameter_shapes`.
+    the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
     """
     full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
         full[name] = shards[0][name].new_empty(shape)
         for rank, shard in enumerate(shards):
             dim, pieces = pieces_of(name, config, rank, tp)
-            for p in pieces:
-                full[name].narrow(dim, p.there, p.size).copy_(shard[name].narrow(dim, p.here, p.size))
-        for rank, shard in enumerate(shards):  # what several ranks hold was written several times: was it the same?
-            if not torch.equal(shard_tensor(name, full[name], config, rank, tp), shard[name]):
-                raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+            for piece, mine in zip(pieces, shard[name].split([piece.size for piece in pieces], dim)):
+                place = full[name].narrow(dim, piece.first, piece.size)
+                if rank % piece.copies and not torch.equal(place, mine):  # the first who holds it has written it
+                    raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+                place.copy_(mine)
     return full
 
 
@@ -1285,7 +1280,7 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
 # Three kinds of gradients meet at the end of a backward pass, and each wants something else:
 #
 #     all parameters                 every cp rank has seen its own tokens alone: summed over cp, one message
-#     copies of a group's weights    every tp rank has its own heads' part: the copies are summed, one message over tp
+#     copies of a group's weights    each neighbour has its own heads' part: summed over those with a copy, one message
 #     everything else                complete, thanks to the doors
 #
 # Then the norm before clipping, in which the shares' squares are summed over tp, and of p copies each counts 1/p. Left
@@ -1308,37 +1303,39 @@ def _sum_over(parts: list[Tensor], group) -> None:
             part.copy_(total.view_as(part))
 
 
+def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
+    """The gradients cut as `pieces_of` says: parameter, its rows, and the number of tp ranks that hold these rows.
+
+    Returns: the rows as views of the gradients, so that what is written into them is written there. Source: ours.
+    Needs: `pieces_of`, `Grid`.
+    """
+    grid, found = getattr(model, "grid", Grid()), []
+    for name, p in model.named_parameters():
+        if p.grad is not None:  # frozen ones have none
+            dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
+            parts = p.grad.split([piece.size for piece in pieces], dim)
+            found += [(name, part, piece.copies) for part, piece in zip(parts, pieces)]
+    return found
+
+
 def reduce_gradients(model: ParallelHybridLM) -> None:
     """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
 
-    Needs: `pieces_of`, `_sum_over`, and the block groups.
+    Needs: `gradient_pieces`, `_sum_over`, and the block groups.
     """
-    grid, copies = model.grid, []
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}  # frozen ones have none
-    _sum_over(list(grads.values()), grid.cp_group)
-    for name, grad in grads.items():
-        for piece in pieces_of(name, model.config, grid.tp_rank, grid.tp)[1] if "mixer" in name else []:
-            if piece.copies > 1:  # a slot for each group, so that one message over all tp ranks serves every group
-                mine, slot = grad.narrow(0, piece.here, piece.size), grid.tp_rank // piece.copies
-                slots = mine.new_zeros(grid.tp // piece.copies, *mine.shape)
-                slots[slot] = mine
-                copies.append((mine, slots, slot))
-    _sum_over([slots for _, slots, _ in copies], grid.tp_group)
-    for mine, slots, slot in copies:
-        mine.copy_(slots[slot])
+    found = gradient_pieces(model)
+    _sum_over([part for _, part, _ in found], model.grid.cp_group)
+    for size, group in model.grid.neighbours.items():
+        _sum_over([part for name, part, copies in found if copies == size and "mixer" in name], group)
 
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient before clipping, a scalar, the same on every rank.
 
-    Needs: `pieces_of`, `Grid`, `wide`, and the block groups.
+    Needs: `gradient_pieces`, `Grid`, `wide`, and the block groups.
     """
-    grid, squares = getattr(model, "grid", Grid()), []
-    for name, p in model.named_parameters():
-        dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-        for q in pieces if p.grad is not None else []:  # what several ranks hold counts once
-            squares.append(wide(p.grad.narrow(dim, q.here, q.size)).square().sum() / q.copies)
-    total = torch.stack(squares).sum()
+    total = torch.stack([wide(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]).sum()
+    grid = getattr(model, "grid", Grid())
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
 
 
@@ -1491,7 +1488,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
     """
     if not tokens_BS.shape[1]:
         raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
-    cache, new_BS = model.new_cache(tokens_BS.shape[0], tokens_BS.shape[1] + new_tokens), tokens_BS
+    cache, new_BS = model.new_cache(tokens_BS.shape[1] + new_tokens), tokens_BS
     for _ in range(new_tokens):
         logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
         new_BS = logits_BV.argmax(-1, keepdim=True)
@@ -1510,10 +1507,13 @@ def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     world, rank = dist.get_world_size(), dist.get_rank()
     if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    rows = [list(range(first, first + tp)) for first in range(0, world, tp)]
     columns = [list(range(first, world, tp)) for first in range(tp)]
-    groups = dict(tp_group=make_group(rows, device, timeout), cp_group=make_group(columns, device, timeout))
-    return Grid(tp, world // tp, rank % tp, rank // tp, **groups)
+    neighbours = {}
+    for size in (size for size in range(1, tp + 1) if tp % size == 0):
+        rows = [list(range(first, first + size)) for first in range(0, world, size)]
+        neighbours[size] = make_group(rows, device, timeout)
+    cp_group = make_group(columns, device, timeout)
+    return Grid(tp, world // tp, rank % tp, rank // tp, neighbours[tp], cp_group, neighbours)
 
 
 def grids(device: torch.device, timeout: float) -> list[Grid]:
@@ -1614,7 +1614,8 @@ def decode_times(config: HybridConfig, contexts: list[int], device: torch.device
     """Milliseconds for one token on a single device, behind so many tokens: states and caches hold random numbers."""
     model, times = HybridLM(config).to(device).eval(), []
     for context in contexts:
-        cache, token_BS = model.new_cache(1, context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        cache, token_BS = model.new_cache(context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        model(token_BS, cache=cache)  # makes what the layers keep
         for x in (x for layer in cache.layers for x in layer.values()):
             x.normal_()
         cache.tokens, of_token = context, []

@@ -1295,7 +1295,7 @@ def clip_grad_norm_(
 
     Args:
         parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s, whose formula it follows.
+        max_norm: as torch.nn.utils.clip_grad_norm_'s.
         sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
@@ -1306,17 +1306,16 @@ def clip_grad_norm_(
     shares = {id(p) for p in sharded}  # by identity: == compares elements
     device = parameters[0].grad.device if parameters else None
 
-    def squares(grads: list[Tensor]) -> Tensor:
+    def squares(of_shares: bool) -> Tensor:
+        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
         norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
         return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
 
-    of_shares = squares([p.grad for p in parameters if id(p) in shares])
+    total = squares(of_shares=True)
     if shares and dist.is_initialized():
-        dist.all_reduce(of_shares, group=group)
-    norm = (of_shares + squares([p.grad for p in parameters if id(p) not in shares])).sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for p in parameters:
-        p.grad.mul_(scale.to(p.grad.dtype))
+        dist.all_reduce(total, group=group)
+    norm = (total + squares(of_shares=False)).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
     return norm
 
 

@@ -37,7 +37,8 @@ def measure(batch: int, seq: int, hidden: int, rounds: int, dtype: str) -> dict[
     config = tp.GPTConfig(hidden_size=hidden, num_heads=hidden // 64, num_layers=1)
     torch.manual_seed(0)
     plain = tp.Block(config, tp.Attention(config), tp.MLP(config)).to(device, dtype)
-    ours = tp.Block(config, tp.ParallelAttention(config), tp.ParallelMLP(config)).to(device, dtype)
+    matrices = tp.parallel_matrices()
+    ours = tp.Block(config, tp.Attention(config, *matrices), tp.MLP(config, *matrices)).to(device, dtype)
     shares = {}
     for name, whole in plain.state_dict().items():
         dim = tp.shard_dim("x." + name)

@@ -452,8 +452,9 @@ EXAMPLES = {
         "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3)),
         "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(3, 4)),
         "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(3, 4)),
-        "ParallelAttention": lambda m, folder: through(m.ParallelAttention(small()), normal(2, 5, 16), Streams()),
-        "ParallelMLP": lambda m, folder: through(m.ParallelMLP(small()), normal(2, 5, 16), Streams()),
+        "parallel_matrices": lambda m, folder: through(
+            torch.nn.Sequential(*(matrix(16, 16) for matrix in m.parallel_matrices())), normal(2, 16)
+        ),
         "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
         "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
@@ -469,7 +470,6 @@ EXAMPLES = {
         "load_gpt2": published,
         "make_grid": one_grid,
         "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
-        "train_step": lambda m, folder: m.train_step(model := gpt(), optimizer_of(model), *BATCHES[0], m.Grid()),
         "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },
@@ -533,6 +533,7 @@ EXAMPLES = {
     },
     "mamba_hybrid": {
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
+        "log_decay": lambda m, folder: m.log_decay(-normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1),
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
@@ -548,7 +549,7 @@ EXAMPLES = {
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
         "CachedPast": lambda m, folder: cached(m),
-        "Cache": lambda m, folder: [list(kept.values()) for kept in m.Cache(hybrid_config(), 2, 8).layers],
+        "Cache": lambda m, folder: [vars(past) for past in m.Cache(2, 8).admit(TOKENS)],
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
         "ParallelRMSNorm": lambda m, folder: through(
             m.ParallelRMSNorm(8, 1e-5, 2, __import__("mamba_hybrid").Grid()), normal(2, 5, 8)
@@ -563,6 +564,7 @@ EXAMPLES = {
         "shard_state_dict": lambda m, folder: m.shard_state_dict(hybrid_weights(), hybrid_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([hybrid_weights()], hybrid_config()),
         "load_nemotron_h": published_hybrid,
+        "gradient_pieces": lambda m, folder: [part for _, part, _ in m.gradient_pieces(hybrid_gradients())],
         "reduce_gradients": lambda m, folder: hybrid_reduced(m),
         "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
         "train_step": lambda m, folder: hybrid_step(m),

@@ -17,6 +17,8 @@ import measure_differences
 import shared_blocks
 import torch
 
+import notebooks
+
 ROOT = shared_blocks.ROOT
 KEPT = ROOT / "notebooks/results/00_numbers.json"
 
@@ -30,7 +32,7 @@ def claims(output: str) -> list[list[str]]:
 
 
 def measure() -> dict:
-    """Runs every chapter once, by itself, as a reader would."""
+    """Runs every chapter and every notebook once, by itself, as a reader would."""
     chapters = {}
     for path in shared_blocks.chapters():
         print(f"── {path.relative_to(ROOT)}", flush=True)
@@ -38,12 +40,19 @@ def measure() -> dict:
         done = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
         seconds = round(time.monotonic() - begin)
         chapters[path.parent.name] = dict(seconds=seconds, claims=claims(done.stdout))
+    seconds = {}
+    for path in notebooks.notebooks():
+        print(f"── {path.relative_to(ROOT)}", flush=True)
+        begin = time.monotonic()
+        notebooks.execute(path)
+        seconds[path.stem] = round(time.monotonic() - begin)
     return dict(
         command="make numbers",
         machine=f"{os.cpu_count()} cores, gloo, torch {torch.__version__}, Python {platform.python_version()}",
         tests=f"{len(collected()):,}",
         bugs=len({name.split("[")[0] for name in collected("-m", "planted_bug")}),
         chapters=chapters,
+        notebooks=seconds,
     )
 
 
@@ -68,6 +77,8 @@ def rendered(page: Path, kept: dict) -> str:
     facts = {name: str(kept[name]) for name in ("command", "machine", "tests", "bugs")}
     measured = json.loads(measure_differences.RESULTS.read_text("utf-8"))
     facts["differences"] = f"\n\n{measure_differences.markdown(measured)}\n\n"
+    facts["notebooks"] = ", ".join(f"{name} {seconds} s" for name, seconds in kept["notebooks"].items())
+    facts["runs"] = ", ".join(f"{name} {chapter['seconds']} s" for name, chapter in chapters.items())
     facts["minutes"] = f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
     for name, chapter in chapters.items():
         text = re.sub(rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M)
@@ -83,7 +94,8 @@ def rendered(page: Path, kept: dict) -> str:
 
 
 def pages() -> list[Path]:
-    return [ROOT / "README.md", ROOT / "CLAIMS.md", *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
+    shared = [ROOT / name for name in ("README.md", "CLAIMS.md", "notebooks/README.md")]
+    return [*shared, *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
 
 
 def main() -> None:

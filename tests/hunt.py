@@ -167,7 +167,7 @@ BUGS = {
     2: Bug("tensor", bug_2, {"clip_grad_norm_"}),
     3: Bug("tensor", bug_3, {"RowParallelLinear"}),
     4: Bug("data", bug_4, {"sum_over_ranks", "_SumOverRanks", "SequenceBatchNorm"}),
-    5: Bug("pipeline", bug_5, {"tied_copies", "PipelineStage.tied_copies", "sum_gradients", "train_step"}),
+    5: Bug("pipeline", bug_5, {"tied_copies", "PipelineStage.tied_copies", "run_step", "train"}),
     6: Bug("sequence", bug_6, {"reduce_sequence_parallel_grads"}),
     7: Bug("tokens", bug_7, {"halo"}),
     8: Bug("experts", bug_8, {"reduce_gradients"}),

@@ -210,13 +210,11 @@ def test_linear_layers(layer, shape, bias):
     """Started from one seed, equal to nn.Linear to the bit; then outputs and every gradient, any leading dimensions."""
     world, rank = dist.get_world_size(), dist.get_rank()
     kind = tp.ColumnParallelLinear if layer.startswith("column") else tp.RowParallelLinear
-    option = {"column, gathered": dict(gather_output=True), "row, whole input": dict(input_is_parallel=False)}.get(
-        layer, {}
-    )
     torch.manual_seed(3)
     plain = nn.Linear(8, 12, bias)
     torch.manual_seed(3)
-    parallel = kind(8, 12, bias, **option)
+    options = {"column, gathered": dict(gather_output=True), "row, whole input": dict(input_is_parallel=False)}
+    parallel = kind(8, 12, bias, **options.get(layer, {}))
     dim = 0 if kind is tp.ColumnParallelLinear else 1
     assert torch.equal(parallel.weight, plain.weight.chunk(world, dim)[rank])
     plain, parallel = on_device(plain), on_device(parallel)
@@ -308,13 +306,12 @@ def test_autocast_leaves_float64_alone():
 def test_layers(part, norm):
     world, rank, cfg = dist.get_world_size(), dist.get_rank(), config(norm=norm)
 
-    def build(attention, mlp, *group):
-        block = tp.Block(cfg, attention(cfg, *group), mlp(cfg, *group))
+    def build(*matrices):
+        block = tp.Block(cfg, tp.Attention(cfg, *matrices), tp.MLP(cfg, *matrices))
         return on_device({"attention": block.attention, "mlp": block.mlp, "block": block}[part])
 
     torch.manual_seed(5)
-    plain = build(tp.Attention, tp.MLP)
-    parallel = build(tp.ParallelAttention, tp.ParallelMLP, None)
+    plain, parallel = build(), build(*tp.parallel_matrices())
     same_weights(plain, parallel, rank, world)
     x, upstream = random(3, 7, 32), random(3, 7, 32, seed=2)  # an odd batch, an odd length
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -497,16 +494,16 @@ def test_five_steps(optimizer):
             return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
         return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
 
-    ours, theirs = make(parallel), make(plain)
+    ours, theirs, rate = make(parallel), make(plain), 0.1 if optimizer == "sgd" else 1e-3
     max_norm, grid = (1e9, 0.1)[optimizer == "adamw"], grid_of(dist.get_world_size())
-    for step in range(5):
-        tokens, targets = batch_of(seed=step)
+    batches = [batch_of(seed=step) for step in range(5)]
+    together = tp.train(parallel, batches, lambda step: rate, grid, max_norm=max_norm, optimizer=ours)
+    for (tokens, targets), (loss, norm_here) in zip(batches, together, strict=True):
         theirs.zero_grad()
         expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
         expected.backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
         theirs.step()
-        loss, norm_here = tp.train_step(parallel, ours, tokens, targets, grid, max_norm=max_norm)
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
         assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
         assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
@@ -1090,9 +1087,8 @@ def test_messages_of_a_step_and_their_groups():
     """Over replicas: the token count, one message of all gradients, the loss. Over tp: layers, ends, loss, the norm."""
     cfg, grid = config(), grid_of(2)
     model = on_device(tp.ParallelGPT(cfg, grid.tp_group))
-    optimizer = tp.make_optimizer(model)
     with tp.Counter() as counter:
-        tp.train_step(model, optimizer, *batch_of(), grid)
+        list(tp.train(model, [batch_of()], lambda step: 1e-3, grid))
     over_dp = [m.bytes for m in counter.messages if m.group == grid.dp_group.group_name]
     over_tp = [m.bytes for m in counter.messages if m.group == grid.tp_group.group_name]
     assert over_dp == [8, 8 * sum(p.numel() for p in model.parameters()), 8]
@@ -1550,7 +1546,8 @@ def test_mean_of_means_over_replicas():
 
 @pytest.mark.ranks(4)
 def test_sizes_that_do_not_divide_are_refused_on_every_rank():
-    with pytest.raises(ValueError, match=r"num_heads=6 does not divide over 4 ranks: choose a multiple of 4"):
+    sizes = "num_heads=6 and ffn_hidden_size=144 do not both divide over tp=4 ranks"
+    with pytest.raises(ValueError, match=rf"{sizes}: choose tp from \[1, 2, 3\]"):
         tp.ParallelGPT(config(hidden_size=36, num_heads=6))
     with pytest.raises(ValueError, match="out_features=10 does not divide over 4 ranks"):
         tp.ColumnParallelLinear(4, 10)
@@ -1893,14 +1890,13 @@ def test_a_killed_rank_ends_the_run_and_is_named_last():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 def test_an_exception_in_one_rank_ends_the_run_and_is_shown_last(tmp_path):
-    """A copy of the script in which rank 1 raises in a step of training."""
-    bad = tmp_path / "bad.py"
-    wrong = "    optimizer.zero_grad()\n    train_step.calls = getattr(train_step, 'calls', 0) + 1\n"
-    wrong += "    if dist.get_rank() == 1 and train_step.calls == 9:\n"
-    wrong += "        raise ArithmeticError('the ninth step of rank 1')\n"
-    source = SCRIPT.read_text("utf-8")
-    head, tail = source.split("def train_step(", 1)
-    bad.write_text(head + "def train_step(" + tail.replace("    optimizer.zero_grad()\n", wrong, 1), "utf-8")
+    """A copy of the script in which rank 1 raises in a step of training, behind the five that equivalence takes."""
+    bad, right = tmp_path / "bad.py", "        optimizer.zero_grad()\n"
+    wrong = "        if dist.get_rank() == 1 and step == 8:\n"
+    wrong += "            raise ArithmeticError('the ninth step of rank 1')\n"
+    head, tail = SCRIPT.read_text("utf-8").split("def train(", 1)
+    assert right in tail
+    bad.write_text(head + "def train(" + tail.replace(right, wrong + right, 1), "utf-8")
     with scripts.started(str(bad), *TINY, "--ranks", "2", "--steps", "9") as process:
         seen = set()
         while process.poll() is None and len(seen) < 2:

@@ -102,7 +102,8 @@ def train(name: str, state: int, seed: int, start: str, steps: int) -> dict:
         schedule.step()
         if step % 100 == 0:
             curve.append(accuracy(model))
-    cache = model.new_cache(1, 2 * ENTRIES)
+    cache = model.new_cache(2 * ENTRIES)
+    model(torch.zeros(1, 2 * ENTRIES, dtype=torch.int64), cache=cache)
     return dict(
         model=name, pattern=MODELS[name], state=state, seed=seed, start=start, steps=steps,
         parameters=sum(p.numel() for p in model.parameters()), ffn=model.config.ffn_hidden_size,
