@@ -66,8 +66,8 @@ def needed(notebook) -> list[dict]:
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next(n for n, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith("## "))
-    tasks = [code.index(n) for n in code if cells[n] in exercises(notebook).values()]
-    open_ = {n for n in code if n < first} | {code[-1]} | {code[i + k] for i in tasks for k in (0, 1)}
+    tasks = {n for n in code if re.search(r"# exercise \d|exercise \d+:", cells[n].source)}  # to fill in, and to check
+    open_ = {n for n in code if n < first} | {code[-1]} | tasks
     on_ranks = {n: cells[n].source.startswith("%%px") for n in code}
     while open_:
         wanted.add(cell := open_.pop())
