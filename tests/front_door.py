@@ -58,7 +58,7 @@ def measure() -> dict:
 
 def collected(*options: str) -> list[str]:
     """The tests that pytest would run."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *options]
+    command = [sys.executable, "-m", "pytest", "--collect-only", *options]
     output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     return [line for line in output.splitlines() if "::" in line]
 
