@@ -9,14 +9,15 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def started(*command: str, **options):
-    """`python *command` with pipes for its output and without GPUs, so that a test means the same on every machine.
+def started(*command: str, program: str = sys.executable, **options):
+    """`python *command` (or another program's) with pipes for its output, and without GPUs, so that a test means the
+    same on every machine.
 
     However the with statement is left, the process is asked to stop, which makes torchrun stop its ranks; then killed.
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen([sys.executable, *command], **pipes, env=environment, **options)
+    process = subprocess.Popen([program, *command], **pipes, env=environment, **options)
     try:
         yield process
     finally:

@@ -2,10 +2,13 @@
 """Docs that hold: what a public docstring must say, links that lead somewhere, commands that run."""
 
 import ast
+import contextlib
+import functools
 import importlib
 import json
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from pathlib import Path
 import front_door
 import numpy as np
 import pytest
+import scripts
 import shared_blocks
 import soundfile
 import tiktoken
@@ -203,8 +207,13 @@ def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tiktoken, "get_encoding", published_encoding)
     monkeypatch.setattr(sys, "argv", [Path(words[script]).name, *words[script + 1 :]])
+    if sys.argv[1:2] == ["plan"]:  # which test_03_pipeline.py runs
+        monkeypatch.setattr(chapter, "plan", lambda **sizes: sys.exit(f"understood {sizes['layers']} layers"))
+        with pytest.raises(SystemExit, match="understood"):
+            chapter.plan_command(sys.argv[2:])
+        return
     try:
-        chapter.plan_command(sys.argv[2:]) if sys.argv[1:2] == ["plan"] else chapter.flags()
+        chapter.flags()
     except SystemExit as end:
         pytest.fail(f"{command}: {capsys.readouterr().err.splitlines()[-1:]}, exit {end.code}")
 
@@ -221,6 +230,51 @@ def test_no_flag_is_needed_on_any_server(path, gpus, nodes, monkeypatch, capsys)
     except SystemExit as end:
         pytest.fail(f"{capsys.readouterr().err.splitlines()[-1:]}, exit {end.code}")
     assert args.world_size % gpus == 0
+
+
+FRONT = commands(ROOT / "README.md")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", FRONT)
+def test_the_front_doors_commands_run(command):
+    """Each one, as a reader would type it, with few steps; servers are this machine, with a rank each."""
+    words = shlex.split(command, comments=True)
+    if words[:2] == ["make", "test"]:
+        pytest.skip("that is this")
+    if words[0] == "make":
+        words = [*words, "CHAPTER=02", "ARGS=--steps 3", f"PY={sys.executable}"]
+    elif words[1:] == ["02_megatron_tp/megatron_tp.py"]:
+        printed = subprocess.check_output(["make", "-n", "run", "CHAPTER=02", "PY=python"], cwd=ROOT, text=True)
+        assert f"script in {words[1]}" in printed and "python $script" in printed  # it is what make run runs
+        return
+    elif "--check" not in words:
+        words += ["--steps", "2"]
+    servers, program = 1, words[0]
+    if program == "torchrun":
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ours = {
+            "--nproc-per-node=8": "--nproc-per-node=1",
+            "--rdzv-endpoint=HOST:29500": f"--rdzv-endpoint=127.0.0.1:{port}",
+        }
+        assert ours.keys() <= set(words)
+        words, servers = ["-m", "torch.distributed.run", *(ours.get(word, word) for word in words[1:])], 2
+    else:
+        words = words[1:]
+    start = functools.partial(
+        scripts.started, *words, program=program if program == "make" else sys.executable, cwd=ROOT
+    )
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(start()) for _ in range(servers)]
+        outputs = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0] * servers, outputs
+    text = "".join(out for out, _ in outputs)
+    assert ("bound 1e-10" if "--check" in words else "verdict") in text and "FAILED" not in text
+    if program == "make":  # every claim, among them a model of 8.3 B parameters on pretended ranks
+        verdicts = [line.split()[-1] for line in text.split("\nclaim ")[1].splitlines()[1:] if line]
+        assert "4 ranks: tp 2 × dp 2" in text and verdicts[:11] == ["ok"] * 11
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────

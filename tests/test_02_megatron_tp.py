@@ -1810,16 +1810,6 @@ def test_three_ways_to_start_give_the_same_numbers(checked):
 
 
 @pytest.mark.slow
-def test_a_run_on_four_ranks():
-    """Its losses beside one device's, and every claim; among them a model of 8.3 B parameters on pretended ranks."""
-    result = run(*TINY)
-    assert result.returncode == 0 and "4 ranks: tp 2 × dp 2" in result.stdout, result.stderr
-    assert len(losses(result.stdout)) == 3
-    verdicts = [line.split()[-1] for line in result.stdout.splitlines()[-13:]]
-    assert verdicts[:11] == ["ok"] * 11 and "FAILED" not in verdicts
-
-
-@pytest.mark.slow
 def test_a_run_with_dropout_and_its_checkpoint(tmp_path):
     """--data with odd letters in its name, --dropout, --recompute; the checkpoint on another number of ranks."""
     text = tmp_path / "größe x.txt"
