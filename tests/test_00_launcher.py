@@ -47,3 +47,18 @@ def test_a_rank_that_merely_notices_lets_the_other_be_named(where, words):
             stack.enter_context(plant(ds.dist, name, lost if name == where else lambda *args, **kwargs: None))
         ds.run_rank(lambda args, device: None, args)
     assert slept == [5]
+
+
+@pytest.mark.parametrize("code", [0, 1])
+def test_a_rank_that_leaves_by_exit_still_meets_the_others(code):
+    """--check, and claims that failed: the last barrier and the end of the group come first, then the exit code."""
+
+    def leaves(args, device):
+        raise SystemExit(code)
+
+    args, called = argparse.Namespace(device="cpu", backend="gloo", timeout=9.0, trace=None), []
+    with contextlib.ExitStack() as stack, pytest.raises(SystemExit) as left:
+        for name in ("init_process_group", "all_reduce", "barrier", "destroy_process_group"):
+            stack.enter_context(plant(ds.dist, name, lambda *args, name=name, **kwargs: called.append(name)))
+        ds.run_rank(leaves, args)
+    assert left.value.code == code and called[-2:] == ["barrier", "destroy_process_group"]
