@@ -393,7 +393,7 @@ def train_alone(
 # prints what the loss shows of that, and what a comparison of gradients shows. The loss often shows nothing.
 
 
-# ── shared: groups ──
+# region shared: groups
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -417,7 +417,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ── end of groups ──
+# endregion
 
 # ── 2.1 The CTC loss ────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1253,7 +1253,7 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
-# ── shared: precision ──
+# region shared: precision
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1265,7 +1265,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# ── end of precision ──
+# endregion
 
 
 @torch.no_grad()
@@ -1749,7 +1749,7 @@ def frames_needed(text: str) -> int:
 # and a collective is an operator of the namespace c10d. So messages and bytes are counted, not estimated.
 
 
-# ── shared: counter ──
+# region shared: counter
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1770,14 +1770,14 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
+# endregion
 
 
 # The claims table is the last thing that a chapter prints. `here` is measured in this run, or computed by part 5. A
 # claim that fails sets the exit code; one that this machine cannot test says what it needs, and is never "ok".
 
 
-# ── shared: claims table ──
+# region shared: claims table
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1791,14 +1791,14 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
+# endregion
 
 
 # Flags are read, and every "auto" settled, in one process before any rank starts: what is wrong is one line, and not
 # one from each rank. Nothing falls back in silence from what a flag asked for.
 
 
-# ── shared: flags ──
+# region shared: flags
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1852,7 +1852,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
+# endregion
 
 
 # The launcher makes a script its own torchrun: started plainly, it replaces itself by torchrun with itself as the
@@ -1861,7 +1861,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
 # rank's error is printed last, and the other ranks are ended.
 
 
-# ── shared: launcher ──
+# region shared: launcher
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1934,7 +1934,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":

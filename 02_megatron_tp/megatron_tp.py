@@ -86,7 +86,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 
-# ── shared: GPT config ──
+# region shared: GPT config
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -119,7 +119,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# ── end of GPT config ──
+# endregion
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -140,7 +140,7 @@ class GPTConfig:
 # autograd keeps of it.
 
 
-# ── shared: plain GPT ──
+# region shared: plain GPT
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -328,7 +328,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# ── end of plain GPT ──
+# endregion
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -339,7 +339,7 @@ def train_alone(
 #     all-gather    rank 0: a    rank 1: b     →    rank 0: [a, b]    rank 1: [a, b]
 
 
-# ── shared: groups ──
+# region carried: groups (home: 01_deepspeech)
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -363,10 +363,9 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ── end of groups ──
+# endregion
 
 
-# ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
 # Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
@@ -386,6 +385,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 # gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
 
 
+# region shared: tensor-parallel operators
 def _share(size: int, group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
@@ -463,7 +463,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# ── end of tensor-parallel operators ──
+# endregion
 
 # ── 2.2 Linear layers ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -604,7 +604,7 @@ def parallel_matrices(group=None) -> list[Callable]:
 # else.
 
 
-# ── shared: padded vocabulary ──
+# region shared: padded vocabulary
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
@@ -616,7 +616,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# ── end of padded vocabulary ──
+# endregion
 
 
 class VocabParallelEmbedding(nn.Embedding):
@@ -672,7 +672,7 @@ class VocabParallelEmbedding(nn.Embedding):
 # exponentials.
 
 
-# ── shared: vocabulary loss ──
+# region shared: vocabulary loss
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
@@ -738,7 +738,7 @@ def vocab_parallel_cross_entropy(
     return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
-# ── end of vocabulary loss ──
+# endregion
 
 # ── 2.6 One mask outside the region, another inside on each rank ────────────────────────────────────────
 #
@@ -857,7 +857,7 @@ def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature:
 # One table says how each parameter is cut. What is not in it is whole on every rank: norms, positions, and the biases
 # of row-parallel layers.
 
-# ── shared: tensor-parallel weights ──
+# region shared: tensor-parallel weights
 SHARD_DIM = {
     "embedding.weight": 0,  # by words
     "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
@@ -932,7 +932,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     return full
 
 
-# ── end of tensor-parallel weights ──
+# endregion
 
 
 def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None) -> dict[str, Tensor]:
@@ -1141,7 +1141,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
 # nothing.
 
 
-# ── shared: clipping ──
+# region shared: clipping
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
@@ -1174,7 +1174,7 @@ def clip_grad_norm_(
     return norm
 
 
-# ── end of clipping ──
+# endregion
 
 
 # ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────────────
@@ -1332,7 +1332,7 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# ── shared: precision ──
+# region carried: precision (home: 01_deepspeech)
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1344,7 +1344,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# ── end of precision ──
+# endregion
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1504,7 +1504,7 @@ def flags() -> argparse.Namespace:
     return args
 
 
-# ── shared: text data ──
+# region shared: text data
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
     if name == "bytes":
@@ -1548,11 +1548,11 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# ── end of text data ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: counter ──
+# region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1573,11 +1573,11 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: claims table ──
+# region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1591,11 +1591,11 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: flags ──
+# region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1649,11 +1649,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: launcher ──
+# region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1726,7 +1726,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ from torch.utils._pytree import tree_leaves
 # The configuration is explained in chapter 2.
 
 
-# ── shared: GPT config ──
+# region carried: GPT config (home: 02_megatron_tp)
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -122,7 +122,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# ── end of GPT config ──
+# endregion
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -130,7 +130,7 @@ class GPTConfig:
 # layer multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
 
 
-# ── shared: plain GPT ──
+# region carried: plain GPT (home: 02_megatron_tp)
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -318,7 +318,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# ── end of plain GPT ──
+# endregion
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1472,7 +1472,7 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# ── shared: precision ──
+# region carried: precision (home: 01_deepspeech)
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1484,7 +1484,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# ── end of precision ──
+# endregion
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1678,7 +1678,7 @@ Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(
 # The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
 
 
-# ── shared: text data ──
+# region carried: text data (home: 02_megatron_tp)
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
     if name == "bytes":
@@ -1722,10 +1722,10 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# ── end of text data ──
+# endregion
 
 
-# ── shared: counter ──
+# region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1746,10 +1746,10 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
+# endregion
 
 
-# ── shared: claims table ──
+# region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1763,10 +1763,10 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
+# endregion
 
 
-# ── shared: flags ──
+# region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1820,10 +1820,10 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
+# endregion
 
 
-# ── shared: launcher ──
+# region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1896,7 +1896,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 # The sizes of a GPT, at home in chapter 2.
-# ── shared: GPT config ──
+# region carried: GPT config (home: 02_megatron_tp)
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -136,7 +136,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# ── end of GPT config ──
+# endregion
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -146,7 +146,7 @@ class GPTConfig:
 # it is.
 
 
-# ── shared: plain GPT ──
+# region carried: plain GPT (home: 02_megatron_tp)
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -334,7 +334,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# ── end of plain GPT ──
+# endregion
 
 
 class TransformerLayer(Block):
@@ -379,7 +379,7 @@ class TransformerLayer(Block):
 # and g and ḡ are the two doors that section 2.2 adds.
 
 
-# ── shared: groups ──
+# region carried: groups (home: 01_deepspeech)
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -403,29 +403,15 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ── end of groups ──
+# endregion
 
 
-# ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
-# Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
-#
-#                       forward                backward
-#     copy_to_tp        nothing                all-reduce       every rank used x: their gradients add up
-#     reduce_from_tp    all-reduce             nothing          y is a sum: dL/dy goes to each summand
-#     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
-#     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
-#
-# Each line turned around is another line: two doors are each other's gradient. The first pair is the Megatron-LM
-# paper's f and g. So a door is two small functions, one for the way there and one for the way back, in one Function.
-# (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
-# accident, and there is no f.)
-#
-# Leave out copy_to_tp, and training still runs: the loss falls, but every weight below gets one rank's summand for its
-# gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
+# Explained in chapter 2, section 2.1.
 
 
+# region carried: tensor-parallel operators (home: 02_megatron_tp)
 def _share(size: int, group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
@@ -503,7 +489,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# ── end of tensor-parallel operators ──
+# endregion
 # ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
 #
 #                              forward           backward
@@ -1017,7 +1003,7 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 # divides it by t.
 
 
-# ── shared: vocabulary loss ──
+# region carried: vocabulary loss (home: 02_megatron_tp)
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
@@ -1083,8 +1069,8 @@ def vocab_parallel_cross_entropy(
     return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
-# ── end of vocabulary loss ──
-# ── shared: padded vocabulary ──
+# endregion
+# region carried: padded vocabulary (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
@@ -1096,7 +1082,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# ── end of padded vocabulary ──
+# endregion
 
 
 def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -> Tensor:
@@ -1172,7 +1158,7 @@ class SequenceParallelGPT(nn.Module):
 # Sequence parallelism divides activations and no weight, so this is chapter 2's part 3: one table says how each
 # parameter is cut. What is not in it is whole on every rank: norms, positions, biases of row-parallel layers.
 
-# ── shared: tensor-parallel weights ──
+# region carried: tensor-parallel weights (home: 02_megatron_tp)
 SHARD_DIM = {
     "embedding.weight": 0,  # by words
     "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
@@ -1247,7 +1233,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     return full
 
 
-# ── end of tensor-parallel weights ──
+# endregion
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1280,7 +1266,7 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
 
 
 # Clipping, from chapter 2: shares' squares are summed over the group, what is whole counts once.
-# ── shared: clipping ──
+# region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
@@ -1313,7 +1299,7 @@ def clip_grad_norm_(
     return norm
 
 
-# ── end of clipping ──
+# endregion
 
 
 def train_step(
@@ -1573,7 +1559,7 @@ def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None)
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# ── shared: precision ──
+# region carried: precision (home: 01_deepspeech)
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1585,7 +1571,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# ── end of precision ──
+# endregion
 
 
 def check(args, device: torch.device) -> bool:
@@ -1778,7 +1764,7 @@ def flags() -> argparse.Namespace:
 
 
 # The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
-# ── shared: text data ──
+# region carried: text data (home: 02_megatron_tp)
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
     if name == "bytes":
@@ -1822,8 +1808,8 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# ── end of text data ──
-# ── shared: counter ──
+# endregion
+# region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1844,8 +1830,8 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
-# ── shared: claims table ──
+# endregion
+# region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1859,8 +1845,8 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
-# ── shared: flags ──
+# endregion
+# region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1914,8 +1900,8 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
-# ── shared: launcher ──
+# endregion
+# region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1988,7 +1974,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":

@@ -749,7 +749,7 @@ class Cache:
 # Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these four functions.
 
 
-# ── shared: groups ──
+# region carried: groups (home: 01_deepspeech)
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -773,30 +773,16 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ── end of groups ──
+# endregion
 
 
 # The doors, explained in chapter 2, section 2.1.
-# ── shared: tensor-parallel operators ──
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
 #
-# Between two doors each rank works alone on its share. A door is a function with a gradient of its own:
-#
-#                       forward                backward
-#     copy_to_tp        nothing                all-reduce       every rank used x: their gradients add up
-#     reduce_from_tp    all-reduce             nothing          y is a sum: dL/dy goes to each summand
-#     scatter_to_tp     keep my share          all-gather       each rank knows the gradient of its share alone
-#     gather_from_tp    all-gather             keep my share    what follows is the same on every rank
-#
-# Each line turned around is another line: two doors are each other's gradient. The first pair is the Megatron-LM
-# paper's f and g. So a door is two small functions, one for the way there and one for the way back, in one Function.
-# (A plain dist.all_reduce has no backward: autograd passes the gradient on as it is, which is right for g by
-# accident, and there is no f.)
-#
-# Leave out copy_to_tp, and training still runs: the loss falls, but every weight below gets one rank's summand for its
-# gradient. It is the commonest bug of home-made tensor parallelism, and only a look at gradients shows it.
+# Explained in chapter 2, section 2.1.
 
 
+# region carried: tensor-parallel operators (home: 02_megatron_tp)
 def _share(size: int, group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
@@ -874,7 +860,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# ── end of tensor-parallel operators ──
+# endregion
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
@@ -1766,7 +1752,7 @@ def flags() -> argparse.Namespace:
     return args
 
 
-# ── shared: text data ──
+# region carried: text data (home: 02_megatron_tp)
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
     if name == "bytes":
@@ -1810,11 +1796,11 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# ── end of text data ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: counter ──
+# region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1835,11 +1821,11 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: claims table ──
+# region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1853,11 +1839,11 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: flags ──
+# region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1911,11 +1897,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: launcher ──
+# region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1988,7 +1974,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":

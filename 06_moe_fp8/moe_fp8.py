@@ -523,7 +523,7 @@ def train_alone(
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── shared: groups ──
+# region carried: groups (home: 01_deepspeech)
 def group_size(group=None) -> int:
     """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
@@ -547,7 +547,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# ── end of groups ──
+# endregion
 
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
@@ -1286,7 +1286,7 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
 
 
 # Explained in chapter 1, section 4.1, and for shares of a tensor in chapter 2, section 4.2: experts are such shares.
-# ── shared: clipping ──
+# region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
     parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
@@ -1319,7 +1319,7 @@ def clip_grad_norm_(
     return norm
 
 
-# ── end of clipping ──
+# endregion
 
 
 def parallel_gradients(
@@ -1508,7 +1508,7 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# ── shared: precision ──
+# region carried: precision (home: 01_deepspeech)
 def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's products or None."""
     return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
@@ -1520,7 +1520,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# ── end of precision ──
+# endregion
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1718,7 +1718,7 @@ def flags() -> argparse.Namespace:
 
 
 # Explained in chapter 2, at its end.
-# ── shared: text data ──
+# region carried: text data (home: 02_megatron_tp)
 def tokenizer(name: str) -> tiktoken.Encoding:
     """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
     if name == "bytes":
@@ -1762,11 +1762,11 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# ── end of text data ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: counter ──
+# region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
 
@@ -1787,11 +1787,11 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# ── end of counter ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: claims table ──
+# region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
 
@@ -1805,11 +1805,11 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# ── end of claims table ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: flags ──
+# region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
 
@@ -1863,11 +1863,11 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# ── end of flags ──
+# endregion
 
 
 # Explained in chapter 1, at its end.
-# ── shared: launcher ──
+# region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -1940,7 +1940,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# ── end of launcher ──
+# endregion
 
 
 if __name__ == "__main__":
