@@ -58,21 +58,23 @@ GPU kernels and the memory allocator.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
+import logging
 import math
 import os
 import random
 import sys
+import threading
 import time
 from collections import defaultdict, namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,9 +83,25 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Group = dist.ProcessGroup | None  # None: all ranks
+
+
+# region shared: config fields
+def flag(default: Any, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a flag of the command line, too.
+
+    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
+    """
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# endregion
 
 ALPHABET = "_ 'abcdefghijklmnopqrstuvwxyz"  # 29 symbols; number 0, written _, is CTC's blank: "no letter here"
 
@@ -394,27 +412,45 @@ def train_alone(
 
 
 # region shared: groups
-def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
+        would take this rank's values for the sum of all.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
 
 
-def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all ranks); 0 without process groups.
+
+    Raises: ValueError on a rank that is not in the group.
+    """
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
-def _readable(x: Tensor) -> bool:
-    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (chapter 2, part 5), which have none."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place; with a single rank there is nothing to do."""
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
 
 
 # endregion
@@ -553,7 +589,7 @@ def ctc_loss(
             raise ValueError(f"{labels.numel()} targets in one row, but target_lengths sum to {int(sizes_B.sum())}")
         labels = nn.utils.rnn.pad_sequence(labels.split(sizes_B.tolist()), True) if B else labels[None]
     valid_BU = valid_frames(sizes_B, labels.shape[1]).T
-    if B and _readable(frames_B):
+    if B and _has_values(frames_B):
         if min(frames_B.min(), sizes_B.min()) < 0 or frames_B.max() > T or sizes_B.max() > labels.shape[1]:
             found = f"input_lengths {frames_B.tolist()}, target_lengths {sizes_B.tolist()}"
             raise ValueError(f"{found}: there are {T} frames, and targets have {labels.shape[1]} columns")
@@ -771,7 +807,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
             here = valid.sum().to(x.dtype)[None]
             total = sum_over_ranks(torch.cat([torch.where(valid, x, 0).sum(frames), here]), self.group)
             count = total[-1].detach()
-            if _readable(x) and count < 2:
+            if _has_values(x) and count < 2:
                 raise ValueError(f"{count:.0f} valid frames on all ranks: a variance needs two")
             mean = total[:-1] / count
             var = sum_over_ranks(torch.where(valid, x - mean, 0).square().sum(frames), self.group) / count
@@ -1245,8 +1281,8 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
     compare("cut in time: output", cut_tBH, own(whole_TBH))
     compare("cut in time: input's gradient", own(grad_TBH), own(reference_TBH))
     compare("cut in time: weight's gradient", grad_2HH, reference_2HH)
-    worst = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
-    return dict(zip(errors, _all_reduce(worst, None, dist.ReduceOp.MAX).tolist()))
+    largest = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
+    return dict(zip(errors, _all_reduce(largest, None, dist.ReduceOp.MAX).tolist()))
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
@@ -1254,15 +1290,19 @@ BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
 # region shared: precision
-def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
-    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
-    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
-    errors = list(errors)
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error whose name starts with `kind`; NaN counts as infinite.
+
+    Raises: ValueError where no name does: nothing would be proven.
+    """
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
 
 
 # endregion
@@ -1284,7 +1324,7 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
     """Trains; returns each epoch's mean loss, and the word error rates on speech not heard before: greedy, beam."""
     from tqdm import tqdm
 
-    config, (dtype, autocast), (N, r) = config_of(args), precision(args), (group_size(), group_rank())
+    config, (dtype, autocast), (N, r) = config_of(args), dtypes(args), (group_size(), group_rank())
     if args.data:
         heard, unheard = (Speech.from_manifest(path, config, say) for path in (args.data, args.dev or args.data))
     else:
@@ -1336,19 +1376,18 @@ def main(args, device: torch.device) -> None:
     torch.set_flush_denormal(True)
     N, dtype = group_size(), args.dtype
     ring_group = make_group([list(range(N))], device, args.timeout) if N > 1 else None
-    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {N} ranks, {dtype}, seed {args.seed}\n")
+    say_setting(args)
     if args.check:
-        errors = equivalence(device, ring_group, *precision(args))
-        worst, good = within(errors.values(), BOUNDS[dtype])
+        errors = equivalence(device, ring_group, *dtypes(args))
         say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
-        say(f"\nworst {worst:.1e} relative, bound {BOUNDS[dtype]:.0e}; {N} ranks, {dtype}")
-        sys.exit(0 if good else 1)
+        say(f"\nworst {worst(errors):.1e} relative, bound {BOUNDS[dtype]:.0e}; {N} ranks, {dtype}")
+        sys.exit(0 if worst(errors) <= BOUNDS[dtype] else 1)
     errors = equivalence(device, ring_group, torch.float64)
     with Counter() as counter:
         ring_all_reduce(torch.ones(1001, device=device), ring_group)
     sent = torch.tensor(sum(m.bytes // 4 for m in counter.messages if m.op == "send"), device=device)
     rows = claims(args, errors, int(_all_reduce(sent)), *demonstrate(args, device, ring_group))
-    if group_rank() == 0 and not print_claims(rows):
+    if not print_claims(rows):
         sys.exit(1)
 
 
@@ -1356,8 +1395,8 @@ def claims(args, errors: dict, sent: int, losses: list[float], plain: float, sea
     """The rows of the claims table."""
 
     def exact(claim: str, start: str) -> tuple:
-        worst, good = within((error for name, error in errors.items() if name.startswith(start)), BOUNDS["fp64"])
-        return f"every {claim}, float64", "exact", f"worst {worst:.1e} relative", good
+        error = worst(errors, start)
+        return f"every {claim}, float64", "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]
 
     def same(claim: str, paper: str, here: str) -> tuple:
         return claim, paper, here, here == paper
@@ -1405,43 +1444,45 @@ def config_of(args) -> SpeechConfig:
         raise ValueError(f"--model {args.model}: {error}") from error
 
 
+@dataclass
+class Options:
+    """This chapter's own flags."""
+
+    data: str = flag("", "a manifest to train on", metavar="FILE")
+    dev: str = flag("", "a manifest to evaluate on", metavar="FILE")
+    size: str = flag("small", "of the network", choices=list(SIZES))
+    model: str = flag("{}", 'change SpeechConfig, as {"layers": 3, "bidirectional": false}', metavar="JSON")
+    no_sortagrad: bool = flag(False, "the first epoch in random order")
+    distort: bool = flag(False, "another pitch, tempo and noise in each epoch")
+    epochs: int = flag(8, "passes over the data; --steps above 0 ends earlier", least=1)
+    batch: int = flag(8, "utterances per step, over all ranks", least=1)
+    optimizer: str = flag("nesterov", "the papers', or AdamW with a cosine", choices=["nesterov", "adamw"])
+    lr: float = flag(0.04, "peak learning rate", least=1e-9)
+    max_norm: float = flag(3.0, "of the gradient; Deep Speech 2 has 400", least=1e-9)
+    beam: int = flag(32, "prefixes that beam search keeps", least=1)
+    alpha: float = flag(1.0, "weight of the language model", least=-1e9)
+    beta: float = flag(1.0, "bonus for each word", least=-1e9)
+    save: str = flag("", "keep the trained model", metavar="FILE")
+    load: str = flag("", "a saved model, for --evaluate or --transcribe", metavar="FILE")
+    evaluate: str = flag("", "print the word error rate on a manifest, and stop", metavar="FILE")
+    transcribe: str = flag("", "print the text of an audio file, and stop", metavar="FILE")
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError where the flags, or the files that they name, do not fit."""
+    if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
+        raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
+    if args.save and (os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)):
+        raise ValueError(f"--save {args.save}: its folder does not exist or cannot be written")
+    config = load_model(args.load)[0].config if args.load else config_of(args)
+    for path in filter(None, (args.data, args.dev, args.evaluate)):
+        Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
+    if args.transcribe:
+        load_audio(args.transcribe, config.sample_rate)
+
+
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=0)
-    flag = parser.add_argument
-    flag("--dev", default="", metavar="FILE", help="the manifest to try it on; --data takes one to learn from")
-    flag("--size", choices=SIZES, default="small", help="of the network")
-    flag("--model", default="{}", metavar="JSON", help='change SpeechConfig: {"layers": 3, "bidirectional": false}')
-    flag("--no-sortagrad", action="store_true", help="the first epoch in random order")
-    flag("--distort", action="store_true", help="other pitch, tempo, noise, in each epoch anew")
-    flag("--epochs", type=int, default=8, help="times through the data; --steps above 0 stops earlier")
-    flag("--batch", type=int, default=8, help="utterances of a step, over all ranks")
-    flag("--optimizer", choices=("nesterov", "adamw"), default="nesterov", help="the papers', or AdamW with a cosine")
-    flag("--lr", type=float, default=0.04, help="peak learning rate")
-    flag("--max-norm", type=float, default=3.0, help="longer gradients are clipped; the paper: 400")
-    flag("--beam", type=int, default=32, help="prefixes that beam search keeps")
-    flag("--alpha", type=float, default=1.0, help="weight of the language model")
-    flag("--beta", type=float, default=1.0, help="bonus for each word")
-    flag("--save", metavar="FILE", help="keep the trained model")
-    flag("--load", metavar="FILE", help="a model that --save kept, for --evaluate or --transcribe")
-    flag("--evaluate", metavar="FILE", help="print the word error rate on a manifest, and stop")
-    flag("--transcribe", metavar="FILE", help="print what is said in an audio file, and stop")
-    args = parse_flags(parser, ranks=2)
-    try:
-        if min(args.epochs, args.batch, args.beam) < 1:
-            raise ValueError(f"--epochs {args.epochs}, --batch {args.batch}, --beam {args.beam}: each at least 1")
-        if not (0 < args.lr < math.inf and args.max_norm > 0 and math.isfinite(args.alpha + args.beta)):
-            numbers = f"--lr {args.lr}, --max-norm {args.max_norm}, --alpha {args.alpha}, --beta {args.beta}"
-            raise ValueError(f"{numbers}: the first two above zero, and all of them finite")
-        if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
-            raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
-        config = load_model(args.load)[0].config if args.load else config_of(args)
-        for path in filter(None, (args.data, args.dev, args.evaluate)):
-            Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
-        if args.transcribe:
-            load_audio(args.transcribe, config.sample_rate)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    return parse_flags(__doc__, [Options], check_args, ranks=2, steps=0)
 
 
 def use_model(args) -> None:
@@ -1778,160 +1819,244 @@ class Counter(TorchDispatchMode):
 
 
 # region shared: claims table
-def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
 
-    Returns False where a claim fails.
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
     """
-    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
-    table = [("claim", "paper", "here", "verdict"), *words]
-    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
-    for row in table:
-        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return not any(row[3] is False for row in rows)
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
 
 
 # endregion
 
 
-# Flags are read, and every "auto" settled, in one process before any rank starts: what is wrong is one line, and not
-# one from each rank. Nothing falls back in silence from what a flag asked for.
+# Flags come from the fields of dataclasses. They are read, and every "auto" is resolved, in one process before any rank
+# starts: a wrong flag is one line, not one line from each rank. No flag falls back silently to something else.
 
 
 # region shared: flags
-def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
-    """The flags that every chapter has; `parse_flags` reads them."""
+@dataclass
+class RunConfig:
+    """The flags of every chapter."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # a default of None or "" says nothing
-            return super()._get_help_string(action) if action.default not in (None, "") else action.help
-
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
-    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
-    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
-    flag("--steps", type=int, default=steps, help="optimiser steps")
-    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
-    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
-    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
-    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
-    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
-    return parser
+    ranks: int | None = flag(None, "processes here; None: one per GPU, or a few", least=1)
+    device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
+    backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
+    dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
+    steps: int = flag(0, "optimizer steps")
+    seed: int = flag(0, "of weights, batches and dropout")
+    timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
+    check: bool = flag(False, "prove the equivalence, and stop")
 
 
-def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
-    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
-    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
-    if local < 1 or args.ranks not in (None, local):
-        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
+def parse_flags(
+    doc: str | None, configs: list[type], check_args: Callable, ranks: int, steps: int
+) -> argparse.Namespace:
+    """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
+
+    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
+        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
+    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
+    any rank starts.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=(doc or "").partition("\n")[0],  # python -OO strips docstrings
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in itertools.chain(*map(fields, [RunConfig, *configs])):
+        if f.metadata:
+            _add_flag(parser, f)
+    parser.set_defaults(steps=steps)
+    args = parser.parse_args()
+    try:
+        _resolve_auto(args, ranks)
+        check_args(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    keywords = dict(f.metadata)
+    kind = f.type.partition(" ")[0]  # "int" of "int | None"
+    if kind == "bool":
+        keywords["action"] = "store_true"
+    elif kind != "str":
+        number = int if kind == "int" else float
+        keywords["type"] = partial(_number, number, keywords.pop("least", 0))
+    parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **keywords)
+
+
+def _number(kind: type, least: float, text: str) -> int | float:
+    most = 2**63 - 1 if kind is int else 1e9
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:  # NaN is in no range
+        span = f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
+    return value
+
+
+def _torchrun_world() -> tuple[int, int]:
+    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
+
+    Raises: ValueError where another launcher did: each of its tasks would train alone.
+    """
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
+    if several or len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
+    return 0, 0
+
+
+def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
+    """Replaces every "auto" and None. Raises ValueError for what this machine does not have."""
+    gpus = torch.cuda.device_count()
+    local_size, args.world_size = _torchrun_world()
+    if local_size and args.ranks not in (None, local_size):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun has started {local_size}")
+    needs_gpu = args.device == "cuda" or args.backend == "nccl"
+    may_use_gpu = needs_gpu or args.device == args.backend == "auto"
+    if gpus and may_use_gpu and args.backend != "gloo":
+        ranks = gpus  # with gloo, ranks may share a GPU
+    args.ranks = local_size or args.ranks or ranks
+    args.world_size = args.world_size or args.ranks
     if args.device == "auto":
-        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
+        args.device = "cuda" if needs_gpu or (may_use_gpu and gpus >= args.ranks) else "cpu"
     if args.backend == "auto":
-        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
-    if args.device == "cuda" and not gpus:
-        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
-    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
-        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
-    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
-        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
-        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
-        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
-        path = getattr(args, name, None)
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
+        args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
         args.dtype = "bf16" if args.device == "cuda" else "fp32"
-    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
-    return args
+    if args.device == "cuda" and not gpus:
+        raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
+    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+
+
+def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
+    """An instance of the dataclass `config`: its fields with metadata from the flags, and others."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
+    return config(**values, **others)
 
 
 # endregion
 
 
-# The launcher makes a script its own torchrun: started plainly, it replaces itself by torchrun with itself as the
-# program; started by torchrun (which sets LOCAL_RANK), it joins. One rank stays in the process, with a process group of
-# one, so that a debugger works. A collective that waits longer than --timeout fails instead of hanging, the first
-# rank's error is printed last, and the other ranks are ended.
+# A script that is started plainly runs torchrun in its own process, with itself as the program of every rank. A script
+# that torchrun has started (LOCAL_RANK is set) joins. A single rank stays in the process, with a process group of one
+# rank, so that a debugger works. A collective that waits longer than --timeout fails instead of hanging; torchrun then
+# ends the other ranks, and the error of the rank that failed first is printed last.
 
 
 # region shared: launcher
 def say(text: str = "") -> None:
     """Rank 0 prints."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if group_rank() == 0:
         print(text, flush=True)
 
 
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
-    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
-    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
-    hang in a first send that only two ranks know of.
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in.
     """
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
 
 
+def wait_for_all() -> None:
+    """A barrier of all ranks with a day's limit, after work that one rank does alone.
+
+    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
-    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+    """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
+    try:
+        if "LOCAL_RANK" in os.environ or args.ranks == 1:
+            record(run_rank)(main, args)  # keeps this rank's error for torchrun
+            return
+        logging.disable(logging.WARNING)  # torchrun's, about each signal that it passes on
+        # An explicit address works also where the host's name does not resolve.
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.ranks}"]
+        torchrun.main([*options, *sys.argv])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # names the rank that failed first, with its traceback
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except KeyboardInterrupt as stop:
+        if group_rank() == 0:
+            print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
     """One rank: its device, the process group of all ranks, then main."""
     device = torch.device("cpu")
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower
+    world = {"timeout": timedelta(seconds=args.timeout)}
+    if args.backend == "nccl":
+        world["device_id"] = device
+    if "LOCAL_RANK" not in os.environ:
+        world |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    code = 0
     try:
-        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        if args.trace and dist.get_rank() == 0:
-            profile = torch.profiler.profile()
-        with profile:
-            try:
-                main(args, device)
-            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
-                code = end.code
-        dist.barrier()
+        main(args, device)
+    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
+        code = end.code
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
-            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    finally:  # also of a run that failed
-        if isinstance(profile, torch.profiler.profile):
-            write_trace(profile, args.trace)
+    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
 
-def write_trace(profile: torch.profiler.profile, path: str) -> None:
-    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
-    try:
-        profile.export_chrome_trace(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        for left in (aside, f"{aside}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(left)
-        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
+def _end_with_parent(parent: int) -> None:
+    """A launcher that was killed cannot stop its ranks, so each rank watches it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 # endregion
