@@ -58,6 +58,7 @@ GPU kernels and the memory allocator.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import logging
@@ -411,7 +412,7 @@ def train_alone(
 # prints what the loss shows of that, and what a comparison of gradients shows. The loss often shows nothing.
 
 
-# region shared: groups
+# region shared: process groups
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
@@ -441,16 +442,32 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _has_values(x: Tensor) -> bool:
     """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
     tensors and torch.compile's have none."""
     on_cpu = x.device.type == "cpu" and type(x) is Tensor
     return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in.
+    """
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier of all ranks with a day's limit, after work that one rank does alone.
+
+    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
+    """
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
 
 
 # endregion
@@ -1289,7 +1306,12 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
-# region shared: precision
+# region shared: dtypes and errors
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
     """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
     parameters = torch.float64 if args.dtype == "fp64" else torch.float32
@@ -1791,24 +1813,30 @@ def frames_needed(text: str) -> int:
 
 
 # region shared: counter
-Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
 
 class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+    """`with Counter() as counter:` lists this rank's collectives, sends and receives in .messages."""
 
-    def __enter__(self):
-        self.messages = []
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d" and "barrier" not in function.name():
-            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+            self.messages.append(self.message(function.name(), args))
         return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def message(name: str, args: tuple) -> Message:
+        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
+        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
+        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
+        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
+        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
 
 # endregion
@@ -1816,6 +1844,35 @@ class Counter(TorchDispatchMode):
 
 # The claims table is the last thing that a chapter prints. `here` is measured in this run, or computed by part 5. A
 # claim that fails sets the exit code; one that this machine cannot test says what it needs, and is never "ok".
+
+
+# region shared: training log
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    Raises: FloatingPointError where one of them is not finite. Both are equal on all ranks, so
+        every rank stops in this step.
+    """
+    values = torch.stack([loss.double(), norm.double()]).tolist()
+    if not all(map(math.isfinite, values)):
+        raise FloatingPointError(f"step {step}: loss {values[0]}, gradient norm {values[1]}")
+    return values[0], values[1]
+
+
+# endregion
 
 
 # region shared: claims table
@@ -1898,10 +1955,9 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
 
 def _number(kind: type, least: float, text: str) -> int | float:
     most = 2**63 - 1 if kind is int else 1e9
-    try:
+    value = math.nan
+    with contextlib.suppress(ValueError):
         value = kind(text)
-    except ValueError:
-        value = math.nan
     if not least <= value <= most:  # NaN is in no range
         span = f"from {least:g} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
@@ -1965,40 +2021,6 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
 
 
 # region shared: launcher
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if group_rank() == 0:
-        print(text, flush=True)
-
-
-def say_setting(args: argparse.Namespace, layout: str = "") -> None:
-    """The first line of a run: everything that it depends on."""
-    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
-    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
-    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
-
-    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
-    """
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
-
-
-def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    dist.barrier(group)
-    dist.destroy_process_group(group)
-
-
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
     try:
