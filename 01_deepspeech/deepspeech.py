@@ -1327,6 +1327,26 @@ def worst(errors: dict[str, float], kind: str = "") -> float:
     return max(math.inf if math.isnan(error) else error for error in found)
 
 
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 # endregion
 
 
@@ -1817,7 +1837,7 @@ Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the 
 
 
 class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives, sends and receives in .messages."""
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
 
     def __enter__(self) -> Counter:
         self.messages: list[Message] = []
@@ -1870,6 +1890,16 @@ def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     if not all(map(math.isfinite, values)):
         raise FloatingPointError(f"step {step}: loss {values[0]}, gradient norm {values[1]}")
     return values[0], values[1]
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # endregion
@@ -2006,7 +2036,7 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
-    """An instance of the dataclass `config`: its fields with metadata from the flags, and others."""
+    """The dataclass `config` with the values of its flags, and others."""
     values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
     return config(**values, **others)
 
