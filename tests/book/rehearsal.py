@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: MIT-0
 """A training step on an accelerator that does not exist: what breaks on a GPU and never on a CPU.
 
-Tensors are fake: they have a shape, a dtype and the device "gpu", and no values. The world is simulated as well: this
-process is rank 1 of 4, and collectives return at once. Two kinds of mistake are found, with their places:
+Tensors are fake: they have a shape, a dtype and the device "gpu", and no values. The world is
+simulated as well: this process is rank 1 of 4, and collectives return at once. Two kinds of mistake
+are found, with their places:
 
 - a CPU tensor that meets a device tensor: an error on a GPU, and nothing at all on a CPU;
-- a host synchronisation: the CPU waits until the GPU has caught up, and then the GPU waits for the CPU. `.item()`,
-  `.tolist()`, `bool(x)`, a mask as an index, a copy from or to the CPU, `torch.tensor(value, device=gpu)`.
+- a host synchronisation: the CPU waits until the GPU has caught up, and then the GPU waits for the
+  CPU. `.item()`, `.tolist()`, `bool(x)`, a mask as an index, a copy from or to the CPU,
+  `torch.tensor(value, device=gpu)`.
 
-PyTorch stops at the first synchronisation of a fake tensor, because it has no value to return. `Waits` counts it,
-returns a made-up value, and goes on.
+PyTorch stops at the first synchronisation of a fake tensor, because it has no value to return.
+`Waits` counts it, returns a made-up value, and goes on.
 
-What it does not see: kernels that only a GPU has, streams, events, and `x.is_cuda`, which is False here.
+Not seen: kernels that only a GPU has, streams, events, autocast, and code after `if x.is_cuda`,
+which is False here.
 
     python tests/book/rehearsal.py 03_pipeline          one chapter, as JSON
     python tests/book/rehearsal.py plants               planted mistakes, each found and named
@@ -101,6 +104,7 @@ class Wait:
 
 
 TORCH = str(Path(torch.__file__).parent)
+MACHINERY = {"__torch_dispatch__", "__torch_function__", "wait", "tolist", "copied", "indexed"}
 PARTS = {  # a frame with this function, in a file that ends so: the first match counts
     ("read_step", ".py"): "loop",
     ("clip_grad_norm_", ".py"): "clipping",
@@ -123,8 +127,7 @@ def part_of(frames: list[traceback.FrameSummary]) -> str:
 def place_of(frames: list[traceback.FrameSummary]) -> str:
     """file:line of the innermost frame that is neither PyTorch's nor this machinery's."""
     for frame in reversed(frames):
-        ours = frame.name in ("__torch_dispatch__", "__torch_function__", "wait", "tolist", "copied", "indexed")
-        if not ours and not frame.filename.startswith((TORCH, "<")):
+        if frame.name not in MACHINERY and not frame.filename.startswith((TORCH, "<")):
             return f"{Path(frame.filename).name}:{frame.lineno}"
     return "autograd"
 
@@ -442,13 +445,102 @@ def rehearse(chapter, training: Callable[[], Steps], device: torch.device, answe
     return {"steps": steps, "mismatch": mismatch, "loop": read_step is not None}
 
 
-def rehearse_chapter(folder: str) -> dict[str, dict]:
-    """Variant to its waits. One chapter a process: it has one world and one simulated device."""
+# ── The loop of the demonstration ───────────────────────────────────────────────────────────────
+#
+# `demonstrate` of each chapter runs as it is, until its loop ends. It prints in its first five
+# steps and in every tenth: the steps counted are those that print nothing.
+
+LOOP_STEPS = 8
+QUIET = slice(5, 8)
+LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
+    "01_deepspeech": ([], 1),
+    "02_megatron_tp": ([], 1),
+    "03_pipeline": ([], 1),
+    "04_seq_parallel": ([], 1),
+    "05_mamba_hybrid": (["--tp", "2"], 1),
+    "06_moe_fp8": (["--ep", "2", "--num-experts", "4"], 4 * 64 * 2 // 2),
+}
+
+
+class LoopEnded(Exception):
+    pass
+
+
+class Loop:
+    """Counts what a step of `demonstrate`'s loop waits for."""
+
+    def __init__(self, chapter, folder: str, device: torch.device):
+        flags, self.answer = LOOPS[folder]
+        self.chapter = chapter
+        self.device = device
+        self.steps: list[list[dict]] = []
+        sizes = ["--ranks", str(WORLD), "--steps", str(LOOP_STEPS)]
+        with mock.patch.object(sys, "argv", [f"{folder[3:]}.py", *sizes, *flags]):
+            self.args = chapter.flags()
+        self.grid = self.make_grid()
+
+    def make_grid(self) -> list:
+        """Arguments of `demonstrate` between args and device; made before the fake mode begins."""
+        for size in ("pp", "ep", "tp"):
+            if hasattr(self.chapter, "make_grid") and hasattr(self.args, size):
+                return [self.chapter.make_grid(getattr(self.args, size), CPU)]
+        return []
+
+    def run(self) -> list[list[dict]]:
+        demonstrate = self.chapter.demonstrate
+        names = list(inspect.signature(demonstrate).parameters)
+        arguments = {"args": self.args, "device": self.device}
+        if "grid" in names:
+            arguments["grid"] = self.grid[0]
+        if "ring_group" in names:
+            arguments["ring_group"] = dist.new_group(list(range(WORLD)))
+        with ExitStack() as stack:
+            waits = stack.enter_context(counting(self.device, self.answer))
+            stack.enter_context(in_threads(self.chapter, waits))
+            for patch in self.patches(waits):
+                stack.enter_context(patch)
+            with suppress(LoopEnded):
+                demonstrate(**arguments)
+        return self.steps
+
+    def patches(self, waits: Waits) -> Iterator:
+        generator = torch.Generator
+        device = self.device
+
+        def to(model: nn.Module, *_) -> nn.Module:
+            return move(model, device)
+
+        def on_cpu(_="cpu") -> torch.Generator:  # the device has none; without dropout none is used
+            return generator("cpu")
+
+        def after_a_step(iterable: Iterable, *_, **__) -> Iterator:  # in the place of tqdm
+            waits.found.clear()
+            for results in iterable:
+                yield results
+                self.steps.append([asdict(wait) for wait in waits.found])
+                waits.found.clear()
+            raise LoopEnded
+
+        yield mock.patch.object(nn.Module, "to", to)
+        yield mock.patch.object(torch, "Generator", on_cpu)
+        yield mock.patch("tqdm.tqdm", after_a_step)
+        if self.grid:
+            yield mock.patch.object(self.chapter, "make_grid", lambda *_: self.grid[0])
+        if hasattr(self.chapter, "Speech"):  # fewer recordings than the default, as fast to make
+            synthetic = self.chapter.Speech.synthetic
+            few = functools.partial(synthetic, 4 * self.args.batch)
+            yield mock.patch.object(self.chapter.Speech, "synthetic", lambda _, *args: few(*args))
+
+
+def rehearse_chapter(folder: str) -> dict:
+    """Waits of each variant and of the loop. One chapter a process: it has one simulated device."""
     sys.path.insert(0, str(ROOT / folder))
     chapter = importlib.import_module(folder[3:])
     device = register()
     variants = list(CHAPTERS[folder](chapter, device))
-    return {name: rehearse(chapter, steps, device, answer) for name, steps, answer in variants}
+    loop = Loop(chapter, folder, device) if hasattr(chapter, "read_step") else None
+    found = {name: rehearse(chapter, steps, device, answer) for name, steps, answer in variants}
+    return {"variants": found, "loop": loop.run()[QUIET] if loop else []}
 
 
 # ── Planted mistakes ────────────────────────────────────────────────────────────────────────────
