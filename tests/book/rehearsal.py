@@ -205,9 +205,9 @@ class Waits(TorchDispatchMode):
         return between
 
     def indexed(self, function, args) -> tuple:
-        """A mask is turned into numbers, and how many there are must be known to the host.
+        """A mask becomes a list of numbers, and the host must know how long it is.
 
-        With one value for all elements, x[mask] = value, it is a masked_fill, and nobody waits.
+        With one value for all elements, x[mask] = value is a masked_fill, which does not wait.
         """
         x, indices, *rest = args
         masks = [i for i in indices if isinstance(i, Tensor) and i.dtype == torch.bool]
