@@ -1125,7 +1125,8 @@ def parallel_gradients(
     the data-parallel ranks, None for all. At least one of them has an utterance.
     Needs: `ctc_loss`, `GradientRing`, and what they need; `Batch`.
     """
-    utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
+    # torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.
+    utterances = _all_reduce(torch.full((), len(batch.frames_B), device=batch.frames_B.device), group)
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
     loss_B = ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B, reduction="none")
@@ -1388,11 +1389,12 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
     rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
     options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
     steps, losses, sums = train(model, itertools.islice(batches(), total), rate, **options), [], []
-    for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+    for step, results in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+        loss, norm = read_step(step, *results)
         sums.append(loss)
         if step % epoch_steps == 0 or step == total:
-            losses.append(torch.stack(sums).mean().item())
-            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
+            losses.append(sum(sums) / len(sums))
+            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm:9.2f}")
             sums = []
     check_replicas(model)
     every: list = [None] * N
@@ -1828,6 +1830,27 @@ def frames_needed(text: str) -> int:
 
 # ── What every chapter carries ──────────────────────────────────────────────────────────────────────────
 #
+# Every value that is read from a GPU is a host synchronisation: the CPU waits until the GPU has caught up, and the GPU
+# then waits for the CPU. So a training loop reads loss and norm together, once a step.
+
+
+# region shared: training log
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+# endregion
+
+
 # The counter listens to a program's communication: PyTorch shows every operator that is called to a "dispatch mode",
 # and a collective is an operator of the namespace c10d. So messages and bytes are counted, not estimated.
 

@@ -1520,12 +1520,13 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=streams, recompute=args.recompute, bars=bars)
     steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
-        differences += [abs(loss.item() - other) for other in beside]
+        differences += [abs(loss - other) for other in beside]
         if step < 5 or step % 10 == 9:
             text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
 
     stage.eval()
     forward_only = programs([[op for op in ops if op.kind == "F"] for ops in table])[grid.pp_rank]
@@ -1720,6 +1721,23 @@ class TextData:
 
     def decode(self, tokens_S: Tensor) -> str:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+
+# endregion
+
+
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
 
 
 # endregion

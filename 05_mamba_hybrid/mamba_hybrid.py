@@ -1630,12 +1630,13 @@ def demonstrate(args, device: torch.device) -> list[float]:
     say("step      loss    single device      norm")
     differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
-        differences += [abs(loss.item() - other) for other in beside]
+        differences += [abs(loss - other) for other in beside]
         if step < 5 or step % 20 == 19:
             text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
     if grid.cp == 1:
         prompt = "import os\n\n\ndef "
         prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
@@ -1800,6 +1801,23 @@ class TextData:
 
 
 # Explained in chapter 1, at its end.
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+# endregion
+
+
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 

@@ -1590,15 +1590,20 @@ def demonstrate(args, grid: Grid, device: torch.device) -> tuple[list[float], li
         f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
     say("step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    differences, loads = [], []
+    differences, counts = [], []
     for step, (wide, fp8, slow) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
+        loss, norm = read_step(step, wide.loss, wide.norm)
+        loss_fp8, _ = read_step(step, fp8.loss, fp8.norm)
+        read_step(step, slow.loss, slow.norm)
         beside = next(alone, None) if group_rank() == 0 else None
-        differences += [abs(wide.loss - beside.loss).item()] if beside else []
-        loads.append((largest_load(wide.counts_LE), largest_load(slow.counts_LE)))
+        differences += [abs(loss - beside.loss.item())] if beside else []
+        counts.append((wide.counts_LE, slow.counts_LE))  # stay on the device: to read them is to wait for it
         if step < 5 or step % 10 == 9:
             text = f"{beside.loss.item():.6f}" if beside else ""
-            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:13.2f} ×"
-                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():18.6f}{largest_load(fp8.counts_LE):13.2f} ×")  # fmt: skip
+            load, load_slow, load_fp8 = (largest_load(run.counts_LE) for run in (wide, slow, fp8))
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}{load:13.2f} ×"
+                f"{load_slow:15.2f} ×{loss_fp8:18.6f}{load_fp8:13.2f} ×")  # fmt: skip
+    loads = [(largest_load(wide_LE), largest_load(slow_LE)) for wide_LE, slow_LE in counts]
 
     tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
     share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
@@ -1766,6 +1771,23 @@ class TextData:
 
 
 # Explained in chapter 1, at its end.
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+# endregion
+
+
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
