@@ -122,7 +122,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion
+# endregion copy 409b77
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -318,7 +318,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion
+# endregion copy bcd4a9
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1484,7 +1484,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1722,7 +1722,7 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy b4ac89
 
 
 # region carried: counter (home: 01_deepspeech)
@@ -1746,7 +1746,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # region carried: claims table (home: 01_deepspeech)
@@ -1763,7 +1763,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # region carried: flags (home: 01_deepspeech)
@@ -1820,7 +1820,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -1896,7 +1896,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

@@ -136,7 +136,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion
+# endregion copy 409b77
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -334,7 +334,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion
+# endregion copy bcd4a9
 
 
 class TransformerLayer(Block):
@@ -403,7 +403,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
@@ -489,7 +489,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# endregion
+# endregion copy 482b25
 # ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
 #
 #                              forward           backward
@@ -1069,7 +1069,7 @@ def vocab_parallel_cross_entropy(
     return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
-# endregion
+# endregion copy 03f842
 # region carried: padded vocabulary (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
@@ -1082,7 +1082,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# endregion
+# endregion copy e72b18
 
 
 def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -> Tensor:
@@ -1233,7 +1233,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     return full
 
 
-# endregion
+# endregion copy 071164
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1299,7 +1299,7 @@ def clip_grad_norm_(
     return norm
 
 
-# endregion
+# endregion copy c3a227
 
 
 def train_step(
@@ -1571,7 +1571,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, device: torch.device) -> bool:
@@ -1808,7 +1808,7 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy b4ac89
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
@@ -1830,7 +1830,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 # region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
@@ -1845,7 +1845,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 # region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
@@ -1900,7 +1900,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 # region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -1974,7 +1974,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

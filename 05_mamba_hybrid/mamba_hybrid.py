@@ -773,7 +773,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 
 # The doors, explained in chapter 2, section 2.1.
@@ -860,7 +860,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# endregion
+# endregion copy 482b25
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
@@ -1796,7 +1796,7 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy b4ac89
 
 
 # Explained in chapter 1, at its end.
@@ -1821,7 +1821,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # Explained in chapter 1, at its end.
@@ -1839,7 +1839,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # Explained in chapter 1, at its end.
@@ -1897,7 +1897,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # Explained in chapter 1, at its end.
@@ -1974,7 +1974,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

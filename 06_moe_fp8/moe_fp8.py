@@ -547,7 +547,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
@@ -1319,7 +1319,7 @@ def clip_grad_norm_(
     return norm
 
 
-# endregion
+# endregion copy c3a227
 
 
 def parallel_gradients(
@@ -1520,7 +1520,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1762,7 +1762,7 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy b4ac89
 
 
 # Explained in chapter 1, at its end.
@@ -1787,7 +1787,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # Explained in chapter 1, at its end.
@@ -1805,7 +1805,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # Explained in chapter 1, at its end.
@@ -1863,7 +1863,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # Explained in chapter 1, at its end.
@@ -1940,7 +1940,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

@@ -40,9 +40,9 @@ def parse(path: Path) -> tuple[list[str], dict[str, ast.stmt], dict[str, set[str
         elif isinstance(node, ast.Assign):
             definitions |= {name.id: node for target in node.targets for name in ast.walk(target) if name_of(name)}
     blocks = {}
-    for match in shared_blocks.BLOCK.finditer(text):
-        first, last = text[: match.start()].count("\n") + 1, text[: match.end()].count("\n")
-        blocks[match["name"]] = {name for name, node in definitions.items() if first <= node.lineno <= last}
+    for region in shared_blocks.parse(path)[0]:
+        lines = range(region.line, region.line + region.body.count("\n") + 1)
+        blocks[region.name] = {name for name, node in definitions.items() if node.lineno in lines}
     headings = {text[: m.start()].count("\n") + 1: (int(m[1]), int(m[2] or 0)) for m in HEADING.finditer(text)}
     sections = {section: set() for section in headings.values()}
     for name, node in definitions.items():

@@ -22,7 +22,7 @@ import soundfile
 import tiktoken
 import torch
 import torch.distributed as dist
-from test_00_copy import home, parse, public
+from test_lift import home, parse, public
 from torch.distributed import run
 
 CHAPTERS = shared_blocks.chapters()
@@ -78,7 +78,7 @@ def test_a_public_docstring_says_what_a_copier_must_know(path, name):
 
 ROOT = shared_blocks.ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[0-9n]*/*.md"), *ROOT.glob("notebooks/*.ipynb")])
-SOURCES = sorted([*CHAPTERS, *ROOT.glob("tests/*.py"), *ROOT.glob("notebooks/results/*.py")])
+SOURCES = sorted([*CHAPTERS, *ROOT.glob("tests/**/*.py"), *ROOT.glob("notebooks/results/*.py")])
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -115,7 +115,7 @@ def test_what_the_text_refers_to_exists():
     sections = {number: set(parse(path)[3]) for number, path in enumerate(CHAPTERS, 1)}
     for page in [*PAGES, *SOURCES]:
         text = re.sub(r"\n# *", " ", page.read_text("utf-8"))  # a reference may go on in the next line of a comment
-        for name, test in re.findall(r"\b(tests/\w+\.py)(?:::(\w+))?", text):
+        for name, test in re.findall(r"\b(tests/(?:\w+/)?\w+\.py)(?:::(\w+))?", text):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
             assert not test or f"def {test}(" in (ROOT / name).read_text("utf-8"), f"{page.name} names {name}::{test}"
         for name in re.findall(r"\bresults/(\w+\.\w+)", text):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""A small use of every function and class that says what it needs, for test_00_copy.py: chapter, name, use.
+"""A small use of every function and class that says what it needs, for test_lift.py: chapter, name, use.
 
 A use gets a module, which is the chapter or a lifted copy, and an empty folder; it returns what it computed. A shared
 block's functions stand under its home.
