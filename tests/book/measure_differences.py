@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "00_differences.json"
-PATHS = [str(ROOT / "tests"), *sorted(str(path.parent) for path in ROOT.glob("0[1-6]_*/*.py"))]
+FOLDERS = ["tests", "tests/book", *sorted(path.parent.name for path in ROOT.glob("0[1-6]_*/README.md"))]
+PATHS = [str(ROOT / folder) for folder in FOLDERS]
 sys.path.extend(path for path in PATHS if path not in sys.path)
 
 import ranks  # noqa: E402
