@@ -1,4 +1,4 @@
-# make run · test · numbers · differences · notebooks · bench · bugs · robustness · pictures · lint · shared
+# make run · test · numbers · differences · notebooks · lab · bench · bugs · robustness · pictures · lint · shared
 #      grade NOTEBOOK=mine.ipynb
 #
 #   CHAPTER=02     only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
@@ -17,7 +17,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 endif
 
-.PHONY: run test numbers differences notebooks grade bench bugs robustness pictures lint shared
+.PHONY: run test numbers differences notebooks lab grade bench bugs robustness pictures lint shared
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -43,15 +43,22 @@ differences: $(DEV)
 pictures: $(DEV)
 	@set -e; for script in $(DRAWERS); do echo "── $$script"; PYTHONPATH=$(FOLDERS) $(PY) $$script; done
 
+# An interpreter that PY names may have no ruff: one line says so. In .venv and in CI that is an error.
 lint: $(DEV)
-	$(PY) -m ruff check --quiet .
-	$(PY) -m ruff format --check --quiet .
+	@if [ -z "$(DEV)$(CI)" ] && ! $(PY) -m ruff --version > /dev/null 2>&1; then \
+		echo "lint: $(PY) has no ruff, so the style is not checked (pip install ruff)"; \
+	else \
+		$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .; \
+	fi
 
 numbers: $(DEV)
 	$(PY) tests/front_door.py $(ARGS)
 
 notebooks: $(DEV)
 	$(PY) tests/notebooks.py $(if $(filter-out undefined file,$(origin CHAPTER)),--chapter $(CHAPTER)) $(if $(SAVE),--save)
+
+lab: $(DEV)
+	$(PY) -m jupyterlab notebooks $(ARGS)
 
 grade: $(DEV)
 	$(PY) tests/notebooks.py --grade $(NOTEBOOK)
