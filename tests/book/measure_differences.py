@@ -489,10 +489,10 @@ def short(value: float) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The README's table: of each technique and width the largest error of all numbers of ranks and seeds."""
+    """The table of DIFFERENCES.md: per technique and precision the largest error over ranks and seeds."""
     title = "loss | gradient's norm | gradients | weights, SGD | weights, AdamW"
     lines = [
-        f"| technique (chapter) | numbers | {title} | *one device from float64* | *in another order* |",
+        f"| technique (chapter) | precision | {title} | *one device from float64* | *in another order* |",
         "|" + "---|" * 9,
     ]
     for technique in TECHNIQUES:
