@@ -60,9 +60,13 @@ pictures: $(DEV)
 	@$(if $(DRAWERS),,echo "no picture of chapter $(CHAPTER)"; exit 1;)
 	@set -e; for script in $(DRAWERS); do echo "── $$script"; PYTHONPATH=$(FOLDERS) $(PY) $$script; done
 
+# What is not converted to 100 columns yet stands in a list in pyproject.toml.
+WIDE := $(shell sed -n '/^extend-exclude/,/^]/p' pyproject.toml | grep -o '[0-9a-z_/]*\.py')
 lint: $(DEV)
 	$(PY) -m ruff check --quiet .
 	$(PY) -m ruff format --check --quiet .
+	$(if $(WIDE),$(PY) -m ruff check --quiet --config line-length=120 $(WIDE))
+	@$(if $(WIDE),$(PY) -m ruff format --check --quiet --config line-length=120 --config format.skip-magic-trailing-comma=false $(WIDE))
 
 style: $(DEV)
 	$(PY) tests/book/style.py $(if $(CHAPTER),$(SCRIPTS)) $(ARGS)
