@@ -60,12 +60,20 @@ pictures: $(DEV)
 	@$(if $(DRAWERS),,echo "no picture of chapter $(CHAPTER)"; exit 1;)
 	@set -e; for script in $(DRAWERS); do echo "── $$script"; PYTHONPATH=$(FOLDERS) $(PY) $$script; done
 
+# What is not converted to 100 columns yet stands in a list in pyproject.toml.
+WIDE := $(shell sed -n '/^extend-exclude/,/^]/p' pyproject.toml | grep -o '[0-9a-z_/]*\.py')
+OLD  := --config line-length=120 --config format.skip-magic-trailing-comma=false
+
 # An interpreter that PY names may have no ruff: one line says so. In .venv and in CI that is an error.
 lint: $(DEV)
 	@if [ -z "$(DEV)$(CI)" ] && ! $(PY) -m ruff --version > /dev/null 2>&1; then \
 		echo "lint: $(PY) has no ruff, so the style is not checked (pip install ruff)"; \
 	else \
-		$(PY) -m ruff check --quiet . && $(PY) -m ruff format --check --quiet .; \
+		set -e; \
+		$(PY) -m ruff check --quiet .; \
+		$(PY) -m ruff format --check --quiet .; \
+		[ -z "$(WIDE)" ] || $(PY) -m ruff check --quiet $(OLD) $(WIDE); \
+		[ -z "$(WIDE)" ] || $(PY) -m ruff format --check --quiet $(OLD) $(WIDE); \
 	fi
 
 style: $(DEV)

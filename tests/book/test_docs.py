@@ -43,12 +43,13 @@ def part_of(path: Path, name: str) -> int:
 
 
 def demonstrated(path: Path) -> int:
-    """The part that holds the demonstration, which needs no documentation: the last one."""
-    return max(part for part, _ in sections(path).values())
+    """The part that shows the chapter at work, from which on nothing needs documentation."""
+    match = re.search(r"^# ── (\d) The demonstration ", path.read_text("utf-8"), re.MULTILINE)
+    return int(match[1]) if match else 6
 
 
 def documented(path: Path) -> list[str]:
-    """What one would take from a chapter: all that is public before the last part, and what has an example."""
+    """What one would take from a chapter: all that is public before the demonstration, and what has an example."""
     own = [name for name in lift.public(path) if lift.home(path, name) == path]
     last = demonstrated(path)
     return [name for name in own if part_of(path, name) < last or name in EXAMPLES[path.stem]]
