@@ -77,7 +77,7 @@ def test_it_works_in_an_empty_file(path, name, lifted, tmp_path, monkeypatch):
     text = file.read_text("utf-8")
     assert text.startswith("# SPDX-License-Identifier: MIT-0\n# " + name)
     copied, chapter, results = loaded(text, name), importlib.import_module(path.stem), []
-    use = EXAMPLES[path.stem].get(name)
+    use = EXAMPLES.get(path.stem, {}).get(name)
     if lift.home(path, name) != path or not use:
         return  # used at its home; or the next test asks whether it needs an example
     for module in (copied, chapter):
@@ -93,7 +93,8 @@ def test_what_needs_something_has_an_example(path):
     """Or a reason why it has none. A reason that nothing needs is taken out."""
     own = [name for name in lift.public(path) if lift.home(path, name) == path]
     depends = {name for name in own if lift.dependencies(path, name)} - DEMONSTRATION
-    examples, excused = EXAMPLES[path.stem].keys(), WITHOUT_EXAMPLE[path.stem].keys()
+    examples = EXAMPLES.get(path.stem, {}).keys()
+    excused = WITHOUT_EXAMPLE.get(path.stem, {}).keys()
     assert depends - examples - excused == set(), (
         "show a use of it in examples.py, or say there why not"
     )
