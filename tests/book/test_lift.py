@@ -76,6 +76,7 @@ def test_it_works_in_an_empty_file(path, name, lifted, tmp_path, monkeypatch):
     assert not found.get(file.name), found[file.name]
     text = file.read_text("utf-8")
     assert text.startswith("# SPDX-License-Identifier: MIT-0\n# " + name)
+    assert "\n\n\n\n" not in text
     copied, chapter, results = loaded(text, name), importlib.import_module(path.stem), []
     use = EXAMPLES.get(path.stem, {}).get(name)
     if lift.home(path, name) != path or not use:
@@ -242,7 +243,7 @@ def save():
 """
     one(tmp_path, tool=tool)
     text = lift.lift(tmp_path / "01_one/tool.py", "save")
-    assert style not in text and not faults(tmp_path).get("lifted.py")
+    assert style not in text and "\n\n\n\n" not in text
     (tmp_path / "lifted.py").write_text(text)
     assert not faults(tmp_path).get("lifted.py")
     assert loaded(text, "save").save()[:2] == ('[3, "one.Base"]', None)
