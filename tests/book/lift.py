@@ -125,7 +125,7 @@ def names_used(node: ast.stmt) -> set[str]:
 
 
 def names_in_annotations(node: ast.stmt) -> set[str]:
-    """Names that only annotations use: type checkers and dataclasses read them."""
+    """Names that only annotations use, also in quotes: type checkers read them."""
     found = set()
     for item in ast.walk(node):
         for annotation in (getattr(item, "annotation", None), getattr(item, "returns", None)):

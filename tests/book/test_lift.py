@@ -172,7 +172,7 @@ def other():
     return [sys for sys in os.environ], deque(), torch
 
 
-def switch():
+def switch() -> "Pair":
     global STATE
     STATE = 1
 
@@ -211,7 +211,7 @@ def test_all_that_the_code_uses_and_nothing_more(tmp_path):
     "name, names",
     [
         ("other", {"os", "deque", "torch", "other"}),
-        ("switch", {"switch", "STATE"}),
+        ("switch", {"annotations", "namedtuple", "Pair", "STATE", "switch"}),
         ("Pair", {"namedtuple", "Pair"}),
         ("Base", {"nn", "Base", "LIMIT"}),
     ],
