@@ -125,7 +125,7 @@ def names_used(node: ast.stmt) -> set[str]:
 
 
 def names_in_annotations(node: ast.stmt) -> set[str]:
-    """Names that only annotations use: type checkers and dataclasses read them."""
+    """Names that only annotations use, also in quotes: type checkers read them."""
     found = set()
     for item in ast.walk(node):
         for annotation in (getattr(item, "annotation", None), getattr(item, "returns", None)):
@@ -354,8 +354,10 @@ def assembled(
     if any(item.alias.name == "annotations" for item in script.imports) and has_annotations(taken):
         top.append("\nfrom __future__ import annotations")
     for imports in sources:
-        top.append("")
-        top += [line for line in import_lines(imports, uses, text) if not line or line not in top]
+        lines = import_lines(imports, uses, text)
+        if lines:
+            top.append("")
+        top += [line for line in lines if not line or line not in top]
     return "\n".join(top).rstrip() + joined(body)
 
 

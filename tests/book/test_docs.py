@@ -52,7 +52,7 @@ def documented(path: Path) -> list[str]:
     """What one would take from a chapter: all that is public before the demonstration, and what has an example."""
     own = [name for name in lift.public(path) if lift.home(path, name) == path]
     last = demonstrated(path)
-    return [name for name in own if part_of(path, name) < last or name in EXAMPLES[path.stem]]
+    return [name for name in own if part_of(path, name) < last or name in EXAMPLES.get(path.stem, {})]
 
 
 CASES = [pytest.param(path, name, id=f"{path.stem}-{name}") for path in CHAPTERS for name in documented(path)]
@@ -140,6 +140,8 @@ def test_what_the_text_refers_to_exists():
     for page in [*PAGES, *SOURCES]:
         text = re.sub(r"\n# *", " ", page.read_text("utf-8"))  # a reference may go on in the next line of a comment
         for name, test in re.findall(r"\b(tests/(?:\w+/)?\w+\.py)(?:::(\w+))?", text):
+            if "NN" in name:  # any chapter's
+                continue
             assert (ROOT / name).exists(), f"{page.name} names {name}"
             assert not test or f"def {test}(" in (ROOT / name).read_text("utf-8"), f"{page.name} names {name}::{test}"
         for name in re.findall(r"\bresults/(\w+\.\w+)", text):

@@ -78,6 +78,36 @@ def test_the_order_of_parts(chapter):
 
 
 @each_chapter
+def test_a_chapter_has_all_its_places(chapter):
+    """Those that CONTRIBUTING.md lists and that no other test would miss."""
+    assert not missing_places(chapter)
+
+
+def missing_places(chapter: Path) -> list[str]:
+    folder = chapter.parent.name
+    files = [f"{folder}/README.md", f"notebooks/{folder}.ipynb", f"tests/test_{folder}.py"]
+    files += [f"tests/bench/{folder}.py", f"tests/pictures/{folder}.py"]
+    mentioned = {
+        "README.md": f"| [{folder}]({folder}/)",
+        "CLAIMS.md": f"<!-- claims of {folder} -->",
+        "notebooks/README.md": f"](../{folder}/{chapter.name})",
+        "pyproject.toml": f'"{folder}"',
+        "tests/book/robustness.py": f'"{folder[:2]}": [',
+    }
+    missing = [name for name in files if not (ROOT / name).exists()]
+    for name, words in mentioned.items():
+        if words not in (ROOT / name).read_text("utf-8"):
+            missing.append(f"{name} without {words!r}")
+    return missing
+
+
+def test_a_chapter_without_its_places_is_told():
+    missing = missing_places(ROOT / "99_dummy/dummy.py")
+    assert len(missing) == 10 and missing[0] == "99_dummy/README.md"
+    assert "README.md without '| [99_dummy](99_dummy/)'" in missing
+
+
+@each_chapter
 def test_a_chapter_imports_nothing_of_another(chapter):
     """At its top torch, numpy, einops, tiktoken and the standard library; no chapter anywhere."""
     tree = ast.parse(chapter.read_text("utf-8"))
