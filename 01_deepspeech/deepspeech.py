@@ -74,6 +74,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -123,15 +124,21 @@ class SpeechConfig:
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
-        self.convolutions = tuple((channels, *map(tuple, sides)) for channels, *sides in self.convolutions)
-        sizes = [self.sample_rate, self.layers, self.hidden_size, len(self.convolutions)]
+        for f in fields(self):  # JSON has none of our types but these: 1.5 layers, or "no" for False, are refused
+            value, allowed = getattr(self, f.name), {"float": "float int", "tuple": "tuple list"}.get(f.type, f.type)
+            if type(value).__name__ not in allowed.split():
+                raise ValueError(f"{f.name}={value!r} must be of type {f.type}")
+        self.convolutions = tuple(map(_convolution, self.convolutions))
+        sizes = [self.layers, self.hidden_size, len(self.convolutions)]
         sizes += itertools.chain(*((channels, *kernel, *stride) for channels, kernel, stride in self.convolutions))
         rules = {
+            "a sample rate of 1000 to 192000": 1000 <= self.sample_rate <= 192_000,
             "sizes of at least 1, and one convolution or more": min(sizes) > 0,
             "kernels of odd sizes": all(side % 2 for _, kernel, _ in self.convolutions for side in kernel),
             "bins and lookahead not below 0": min(self.bins, self.lookahead) >= 0,
             "dropout at least 0 and less than 1": 0 <= self.dropout < 1,
             "cell 'relu' or 'gru'": self.cell in ("relu", "gru"),
+            "a seed from 0 to 2**63 - 1": 0 <= self.seed < 2**63,
         }
         if broken := [rule for rule, kept in rules.items() if not kept]:
             raise ValueError(f"{self}: it must have {'; '.join(broken)}")
@@ -150,6 +157,18 @@ class SpeechConfig:
         for _, _, stride in self.convolutions[:convolutions]:
             size = (size - 1) // stride[axis] + 1
         return size
+
+
+def _convolution(sizes: Any) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """A convolution of SpeechConfig, from what JSON makes of it. Raises: ValueError where it is none."""
+    try:
+        channels, (frames, bins), (frame_step, bin_step) = sizes
+        if not all(type(size) is int for size in (channels, frames, bins, frame_step, bin_step)):
+            raise TypeError("not whole numbers")
+    except (TypeError, ValueError) as error:
+        need = "channels, [frames, bins] of the kernel, [frames, bins] of the stride"
+        raise ValueError(f"convolution {sizes!r}: it must be {need}") from error
+    return channels, (frames, bins), (frame_step, bin_step)
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -596,8 +615,7 @@ def ctc_loss(
         if (bad := labels[valid_BU & ((labels < 0) | (labels >= V) | (labels == blank))]).numel():
             raise ValueError(f"target {bad[0]} is the blank {blank} or no symbol: they are numbered 0 to {V - 1}")
     labels_BU = torch.where(valid_BU, labels, blank)
-    wide = log_probs_TBV.to(torch.promote_types(log_probs_TBV.dtype, torch.float32))
-    loss_B = _CTC.apply(wide, labels_BU, frames_B, sizes_B, blank)
+    loss_B = _CTC.apply(at_least_fp32(log_probs_TBV), labels_BU, frames_B, sizes_B, blank)
     if zero_infinity:
         loss_B = torch.where(loss_B == torch.inf, 0, loss_B)
     return {"none": loss_B, "sum": loss_B.sum(), "mean": (loss_B / sizes_B.clamp_min(1)).mean()}[reduction]
@@ -800,7 +818,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         self.group = group
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = at_least_fp32(x)
         valid, frames = valid.expand(x.shape[:-1])[..., None], tuple(range(x.ndim - 1))
         mean, var = self.running_mean, self.running_var
         if self.training:
@@ -1055,13 +1073,15 @@ def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    kept, aside = dict(config=json.dumps(asdict(model.config)), texts="\n".join(texts)), Path(f"{path}.unfinished")
+    kept = dict(config=json.dumps(asdict(model.config)), alphabet=ALPHABET, texts="\n".join(texts))
+    aside = Path(f"{path}.unfinished")
     try:
         save_file({name: x.contiguous() for name, x in model.state_dict().items()}, aside, kept)
         os.replace(aside, path)  # one step for the file system
     except Exception as error:  # safetensors has errors of its own
-        aside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; an older one there is untouched") from error
+    finally:
+        aside.unlink(missing_ok=True)  # also where Ctrl-C ends it
 
 
 def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
@@ -1074,10 +1094,13 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
     try:
         with safe_open(path, "pt") as file:
             kept, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if kept["alphabet"] != ALPHABET:  # the same weights would write other letters
+            raise ValueError(f"its alphabet is {kept['alphabet']!r}, and here it is {ALPHABET!r}")
         model = parallel_model(SpeechConfig(**json.loads(kept["config"])))
         model.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model that --save has written: {error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = shorten(str(error), 300)  # one line of torch's many
+        raise ValueError(f"{path} holds no model that --save has written: {reason}") from error
     return model.eval(), kept["texts"].splitlines()
 
 
@@ -1330,9 +1353,10 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
     else:
         heard, unheard = Speech.synthetic(320, config, args.seed), Speech.synthetic(60, config, args.seed + 1)
     model, lengths = parallel_model(config).to(device, dtype), [len(wave_W) for wave_W in heard.waves]
+    wait_for_all()  # one node's disk may be slower than the others'
     torch.manual_seed(args.seed + r)  # dropout: every rank has utterances, and masks, of its own
     epoch_steps = math.ceil(len(lengths) / args.batch)
-    total = min(args.steps or math.inf, args.epochs * epoch_steps)
+    total = min(args.steps or math.inf, args.epochs * epoch_steps, sys.maxsize)
 
     def batches() -> Iterator[Batch]:
         for epoch in range(args.epochs):
@@ -1345,19 +1369,25 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
         "epoch   step     loss      norm")  # fmt: skip
     rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
     options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
-    steps, losses, sums = train(model, itertools.islice(batches(), total), rate, **options), [], []
-    for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
-        sums.append(loss)
-        if step % epoch_steps == 0 or step == total:
-            losses.append(torch.stack(sums).mean().item())
-            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
-            sums = []
-    check_replicas(model)
-    every: list = [None] * N
-    mine = range(r, len(unheard.texts), N)
-    dist.all_gather_object(every, transcribe(model.eval(), unheard, mine, NGram(heard.texts), args))
-    if args.save and r == 0:
-        save_model(args.save, model, heard.texts)
+    steps, losses, sums, step = train(model, itertools.islice(batches(), total), rate, **options), [], [], 0
+    try:
+        for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+            sums.append(loss)
+            if step % epoch_steps == 0 or step == total:
+                losses.append(torch.stack(sums).mean().item())
+                say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
+                sums = []
+        check_replicas(model)
+        every: list = [None] * N
+        mine = range(r, len(unheard.texts), N)
+        found = transcribe(model.eval(), unheard, mine, NGram(heard.texts), args)
+        wait_for_all()  # a wide beam takes minutes an utterance, and some ranks may have none
+        dist.all_gather_object(every, found)
+        if args.save and r == 0:
+            save_model(args.save, model, heard.texts)
+    except KeyboardInterrupt:
+        unsaved = f"; nothing was saved in {args.save}" if args.save else ""
+        raise KeyboardInterrupt(f"after step {step}{unsaved}") from None
     return losses, *report(list(itertools.chain(*every)))
 
 
@@ -1439,7 +1469,10 @@ SIZES = {
 
 def config_of(args) -> SpeechConfig:
     try:
-        return SpeechConfig(**(SIZES[args.size] | dict(seed=args.seed) | json.loads(args.model)))
+        changes = json.loads(args.model)
+        if not isinstance(changes, dict):
+            raise ValueError(f'a JSON object is needed, such as {{"layers": 3}}, not {changes!r}')
+        return SpeechConfig(**(SIZES[args.size] | dict(seed=args.seed) | changes))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--model {args.model}: {error}") from error
 
@@ -1472,6 +1505,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where the flags, or the files that they name, do not fit."""
     if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
         raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
+    if args.load and (args.data or args.save or args.check):
+        raise ValueError("--load does not train: leave --data, --save and --check out")
     if args.save and (os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)):
         raise ValueError(f"--save {args.save}: its folder does not exist or cannot be written")
     config = load_model(args.load)[0].config if args.load else config_of(args)
