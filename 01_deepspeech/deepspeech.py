@@ -95,10 +95,7 @@ Group = dist.ProcessGroup | None  # None: all ranks
 
 # region shared: config fields
 def flag(default: Any, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a flag of the command line, too.
-
-    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
-    """
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
@@ -427,10 +424,7 @@ def group_size(group: Group = None) -> int:
 
 
 def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all ranks); 0 without process groups.
-
-    Raises: ValueError on a rank that is not in the group.
-    """
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
     return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
@@ -439,6 +433,11 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_values(x: Tensor) -> bool:
@@ -460,10 +459,7 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
+    """A barrier with a day's limit, after work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
@@ -1296,50 +1292,6 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
-# region shared: dtypes and errors
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
-    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
-    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN counts as infinite.
-
-    Raises: ValueError where no name does: nothing would be proven.
-    """
-    found = [error for name, error in errors.items() if name.startswith(kind)]
-    return max(math.inf if math.isnan(error) else error for error in found)
-
-
-def relative_errors(
-    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
-) -> dict[str, float]:
-    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
-    errors = {}
-    for name, x in tensors.items():
-        y = reference[name].detach().to(x.device)
-        scale = y.abs().max().clamp(min=floor)
-        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
-    return errors
-
-
-def print_errors(errors: dict[str, float], bound: float) -> bool:
-    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
-    for name, error in errors.items():
-        say(f"{name:60} {error:.1e}")
-    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
-    return worst(errors) <= bound
-
-
-# endregion
-
-
 @torch.no_grad()
 def transcribe(model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args) -> list[tuple[str, str, str]]:
     """(reference, greedy text, text by beam search) of some utterances, one by one. Call model.eval() before."""
@@ -1859,7 +1811,7 @@ class Counter(TorchDispatchMode):
 # claim that fails sets the exit code; one that this machine cannot test says what it needs, and is never "ok".
 
 
-# region shared: training log
+# region shared: reports
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if group_rank() == 0:
@@ -1896,10 +1848,49 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# endregion
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-# region shared: claims table
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error whose name starts with `kind`; NaN is infinite. Raises: ValueError if none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
+
+
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     """Rank 0 prints (claim, paper, here, verdict) as a table.
 
@@ -1941,10 +1932,9 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
 
-    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
-        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
-    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
-    any rank starts.
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -1989,10 +1979,8 @@ def _number(kind: type, least: float, text: str) -> int | float:
 
 
 def _torchrun_world() -> tuple[int, int]:
-    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
-
-    Raises: ValueError where another launcher did: each of its tasks would train alone.
-    """
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     missing = [name for name in names if name not in os.environ]
     if not missing:

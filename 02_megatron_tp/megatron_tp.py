@@ -93,10 +93,7 @@ Group = dist.ProcessGroup | None  # None: all ranks
 
 # region carried: config fields (home: 01_deepspeech)
 def flag(default: Any, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a flag of the command line, too.
-
-    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
-    """
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
@@ -122,8 +119,7 @@ class GPTConfig:
     def __post_init__(self):
         if self.ffn_hidden_size is None:
             self.ffn_hidden_size = 4 * self.hidden_size
-        sizes = ["vocab_size", "num_layers", "hidden_size", "num_heads", "seq_length"]
-        for name in [*sizes, "ffn_hidden_size", "vocab_multiple"]:
+        for name in vars(self).keys() - {"dropout", "init_std", "seed"}:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.hidden_size % self.num_heads:
@@ -265,17 +261,16 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 #     partial_dx = dy W    ──► all-reduce, asynchronous ─────────►  dx       network
 #                              dW = dyᵀ x,  db = Σ dy               wait     tensor cores
 #
-# This Function therefore contains copy_to_tp: calling it as well would sum the gradient twice,
-# and make it tp times too large. On a GPU the all-reduce must be enqueued before the second GEMM
-# can occupy the device; Megatron-LM sets CUDA_DEVICE_MAX_CONNECTIONS=1 for that reason.
+# This Function therefore contains copy_to_tp: calling it as well would make the gradient tp times
+# too large. On a GPU the all-reduce must be enqueued before the second GEMM can occupy the device;
+# Megatron-LM sets CUDA_DEVICE_MAX_CONNECTIONS=1 for that reason.
 #
 # Each layer draws nn.Linear's full weight from the default generator and keeps its own shard. The
 # result equals the plain layer to the bit, for every tp. Shards drawn one by one from equal seeds
 # would all be equal to each other.
 #
-# A column-parallel layer that is not followed by a row-parallel one gathers its output
-# (gather_output), and a row-parallel layer with a replicated input scatters it first
-# (input_is_parallel=False). The names are Megatron-LM's.
+# A column-parallel layer without a row-parallel one after it gathers its output (gather_output). A
+# row-parallel layer with a replicated input scatters it first (input_is_parallel=False).
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
@@ -489,23 +484,19 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
         first_padding = max(0, vocab_size - group_rank(group) * v)
-
         upcast = torch.promote_types(logits_BSv.dtype, torch.float32)
         x_BSv = logits_BSv.to(upcast, copy=True)  # the caller's logits are not modified
         x_BSv[..., first_padding:] = -torch.inf
         max_BS = _all_reduce(x_BSv.amax(dim=-1), group, dist.ReduceOp.MAX)
         x_BSv -= max_BS[..., None]
-
-        # A target on another rank contributes 0. torch.where, and not a product with the mask:
+        # A target on another rank contributes 0. torch.where, and not x · mask:
         # 0 · (−inf) is NaN.
         row_BS, is_local_BS = _local_rows(targets_BS, v, group)
         row_BS1 = row_BS[..., None]
         partial_target_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
-
         exp_BSv = x_BSv.exp_()
         partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
         target_BS, sum_BS = _all_reduce(partial_2BS, group)
-
         softmax_BSv = exp_BSv.div_(sum_BS[..., None])
         ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
         return sum_BS.log() - target_BS
@@ -566,7 +557,8 @@ def vocab_parallel_cross_entropy(
 # The paper keeps two generator states (appendix B.2). Here a mask is a function of its place: the
 # seed, the step, the replica, the module's name and, where the activation is sharded, the
 # tensor-parallel rank. So there is no state to checkpoint, and a recomputed layer draws its masks
-# again. A product with a boolean mask keeps one byte per element for backward.
+# again. Multiplied by a boolean mask, x keeps one byte
+# per element for backward.
 
 
 # region shared: dropout
@@ -880,7 +872,7 @@ def shard_state_dict(
 ) -> dict[str, Tensor]:
     """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
-    Raises: ValueError that names what is missing, unknown, misshapen, or does not divide.
+    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
     """
     check_tp(config, tp)
     expected = parameter_shapes(config)
@@ -901,15 +893,13 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     for name, first in shards[0].items():
         tensors = [shard[name] for shard in shards]
         dim = shard_dim(name)
-        if dim is not None:
-            full[name] = torch.cat(tensors, dim)
-        else:
-            for x in tensors:
-                if not torch.equal(x.nan_to_num(), first.nan_to_num()):  # NaN ≠ NaN
-                    raise ValueError(f"{name} is replicated, but differs between ranks")
-            full[name] = first.clone()
+        full[name] = first.clone() if dim is None else torch.cat(tensors, dim)
         if name.endswith("embedding.weight"):
             full[name] = full[name][: config.vocab_size].clone()
+        for rank, x in enumerate(tensors if dim is None else []):
+            if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):  # equal to the bit
+                gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
+                raise ValueError(f"{name} should be replicated, but {gap}")
     return full
 
 
@@ -919,20 +909,13 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 def gather_state_dict(
     tensors: dict[str, Tensor], config: GPTConfig, group: Group = None
 ) -> dict[str, Tensor]:
-    """Every rank's shards to full tensors on the CPU of the group's first rank; {} on the others.
+    """Every rank's shards (by parameter name) to full tensors, on the CPU of every rank.
 
-    Args: tensors by parameter name: weights, gradients or moments. Collective over `group`.
-    Raises: what `merge_state_dicts` does.
+    Collective over `group`. Raises: what `merge_state_dicts` does.
     """
-    full = {}
-    for name, x in tensors.items():  # one at a time: host memory holds one parameter's shards
-        shard = {name: x.detach().cpu()}
-        shards = [shard] * group_size(group) if group_rank(group) == 0 else None
-        if dist.is_initialized():
-            dist.gather_object(shard, shards, group=group, group_dst=0)
-        if shards:
-            full |= merge_state_dicts(shards, config)
-    return full
+    shards = [{}] * group_size(group)
+    dist.all_gather_object(shards, {name: x.cpu() for name, x in tensors.items()}, group)
+    return merge_state_dicts(shards, config)
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
@@ -971,14 +954,8 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
     tp_lists = [list(range(first, first + tp)) for first in range(0, world, tp)]
     dp_lists = [list(range(first, world, tp)) for first in range(tp)]
-    return Mesh(
-        tp=tp,
-        dp=world // tp,
-        tp_rank=rank % tp,
-        dp_rank=rank // tp,
-        tp_group=make_group(tp_lists, device, timeout),
-        dp_group=make_group(dp_lists, device, timeout),
-    )
+    groups = [make_group(lists, device, timeout) for lists in (tp_lists, dp_lists)]
+    return Mesh(tp, world // tp, rank % tp, rank // tp, *groups)
 
 
 # ── 4.1 Gradients over replicas ─────────────────────────────────────────────────────────────────
@@ -996,9 +973,8 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
 def sum_gradients(parameters: Iterable[nn.Parameter], group: Group = None) -> None:
     """All-reduces every gradient over `group`, in one flat buffer as large as the gradients.
 
-    A missing gradient counts as zero: which parameters take part must not depend on a rank's data,
-    or two ranks would all-reduce buffers of unequal size. (DistributedDataParallel sends buckets
-    while backward still runs.)
+    A missing gradient counts as zero: were it left out, two ranks could all-reduce buffers of
+    unequal size. (DistributedDataParallel sends buckets while backward still runs.)
     """
     parameters = [p for p in parameters if p.requires_grad]
     if not parameters or group_size(group) == 1:
@@ -1014,8 +990,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group = None) -> No
 # Sharded parameters are different elements on each rank: their squares are summed over the group.
 # Replicated parameters are the same elements on each rank, and count once. Summed like shards,
 # they enlarge the norm by up to √tp: training clips too much, and nothing shows it. Left out of the
-# sum, each rank would have another norm, and scale its copy of the replicated parameters by
-# another factor: the copies drift apart.
+# sum, each rank would have another norm, and the replicated parameters would drift apart.
 
 
 # region shared: clipping
@@ -1120,8 +1095,8 @@ def train(
             loss = model.loss(tokens_BS, targets_BS).sum() / count  # a partial sum of the mean
         loss.backward()
         sum_gradients(model.parameters(), mesh.dp_group)
-        sharded = model.sharded_parameters()
-        norm = clip_grad_norm_(model.parameters(), max_norm, sharded, mesh.tp_group)
+        shards = model.sharded_parameters()
+        norm = clip_grad_norm_(model.parameters(), max_norm, shards, mesh.tp_group)
         optimizer.step()
         yield _all_reduce(loss.detach(), mesh.dp_group), norm
 
@@ -1132,9 +1107,9 @@ def train(
 # and a batch of 8 it carries 8 · 1024 · 3072 elements, 50 MB in bf16. Four in each of 72 layers
 # are 14.5 GB per step, and a ring of 8 sends 25 GB through every GPU. At 150 GB/s inside a server
 # of 2019 that is 0.2 s, compared with 1.3 s of arithmetic. At 12.5 GB/s between servers it is 2 s.
-# So tp is at most 8, the GPUs of one server. A larger model must be split in another way: chapter
-# 3 splits it between layers, with one small message for many layers. And the activations of
-# LayerNorm, dropout and residual connections are still replicated: chapter 4 shards them.
+# So tp is at most 8, the GPUs of one server. Chapter 3 splits larger models between layers, with
+# one small message for many layers. And the activations of LayerNorm, dropout and residual
+# connections are still replicated: chapter 4 shards them.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
@@ -1168,7 +1143,7 @@ def equivalence(
     errors = {}
     for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
         errors[f"loss {step}"] = abs(loss / loss_alone - 1).item()
-        errors[f"norm {step}"] = abs(norm / norm_alone - 1).item()
+        errors[f"norm before clipping {step}"] = abs(norm / norm_alone - 1).item()
         if step == 0:
             full = gather_state_dict(gradients(parallel), config, mesh.tp_group)
             errors |= relative_errors("gradient", full, gradients(plain))
@@ -1176,12 +1151,12 @@ def equivalence(
         # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the weights
         # of a right program differ too.
         full = gather_state_dict(parallel.state_dict(), config, mesh.tp_group)
-        errors |= relative_errors("weight", full, plain.state_dict(), len(batches) * lr)
-    return errors
+        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
+    return over_all_ranks(errors)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad for name, p in model.named_parameters()}
+    return {name: p.grad.cpu() for name, p in model.named_parameters()}
 
 
 def count_all_reduces(model: ParallelGPT, tokens_BS: Tensor) -> list[float]:
@@ -1193,9 +1168,9 @@ def count_all_reduces(model: ParallelGPT, tokens_BS: Tensor) -> list[float]:
     size = tokens_BS.numel() * model.config.hidden_size * loss.element_size()
     counts = []
     for counter in (forward, backward):
-        large = [m for m in counter.messages if m.op == "all_reduce" and m.bytes == size]
+        large = counter.messages.count(("all_reduce", size, model.group.group_name))
         # One belongs to no layer: in forward the embedding's, in backward the output layer's.
-        counts.append((len(large) - 1) / model.config.num_layers)
+        counts.append((large - 1) / model.config.num_layers)
     return counts
 
 
@@ -1250,10 +1225,9 @@ def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[
     """The claims that this run has measured: (claim, paper, here, verdict)."""
     errors = equivalence(mesh, device, torch.float64)
     claims = []
-    kinds = {"gradient": "gradient", "norm": "norm before clipping", "weight": "weight after AdamW"}
-    for kind, name in kinds.items():
+    for kind in ("gradient", "norm before clipping", "weight after AdamW"):
         error = worst(errors, kind)
-        claim = f"every {name} equals the single device's, float64"
+        claim = f"every {kind} equals the single device's, float64"
         claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
 
     differences = demonstrate(args, mesh, device)
@@ -1375,10 +1349,7 @@ def group_size(group: Group = None) -> int:
 
 
 def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all ranks); 0 without process groups.
-
-    Raises: ValueError on a rank that is not in the group.
-    """
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
     return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
@@ -1387,6 +1358,11 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_values(x: Tensor) -> bool:
@@ -1408,10 +1384,7 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
+    """A barrier with a day's limit, after work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
@@ -1420,51 +1393,7 @@ def wait_for_all() -> None:
 # endregion
 
 
-# region carried: dtypes and errors (home: 01_deepspeech)
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
-    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
-    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN counts as infinite.
-
-    Raises: ValueError where no name does: nothing would be proven.
-    """
-    found = [error for name, error in errors.items() if name.startswith(kind)]
-    return max(math.inf if math.isnan(error) else error for error in found)
-
-
-def relative_errors(
-    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
-) -> dict[str, float]:
-    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
-    errors = {}
-    for name, x in tensors.items():
-        y = reference[name].detach().to(x.device)
-        scale = y.abs().max().clamp(min=floor)
-        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
-    return errors
-
-
-def print_errors(errors: dict[str, float], bound: float) -> bool:
-    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
-    for name, error in errors.items():
-        say(f"{name:60} {error:.1e}")
-    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
-    return worst(errors) <= bound
-
-
-# endregion
-
-
-# region carried: training log (home: 01_deepspeech)
+# region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if group_rank() == 0:
@@ -1481,13 +1410,14 @@ def say_setting(args: argparse.Namespace, layout: str = "") -> None:
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    Raises: FloatingPointError where one of them is not finite. Both are equal on all ranks, so
-        every rank stops in this step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
-    values = torch.stack([loss.double(), norm.double()]).tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"step {step}: loss {values[0]}, gradient norm {values[1]}")
-    return values[0], values[1]
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
 
 
 def peak_memory(device: torch.device) -> float:
@@ -1498,6 +1428,63 @@ def peak_memory(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error whose name starts with `kind`; NaN is infinite. Raises: ValueError if none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
+
+
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
+
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
+    """
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
 
 
 # endregion
@@ -1533,24 +1520,6 @@ class Counter(TorchDispatchMode):
 # endregion
 
 
-# region carried: claims table (home: 01_deepspeech)
-def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Rank 0 prints (claim, paper, here, verdict) as a table.
-
-    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
-    """
-    rows = [("claim", "paper", "here", "verdict")]
-    for claim, paper, here, verdict in claims:
-        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
-    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
-    for row in rows:
-        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return all(verdict is not False for *_, verdict in claims)
-
-
-# endregion
-
-
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
@@ -1571,10 +1540,9 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
 
-    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
-        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
-    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
-    any rank starts.
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -1619,10 +1587,8 @@ def _number(kind: type, least: float, text: str) -> int | float:
 
 
 def _torchrun_world() -> tuple[int, int]:
-    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
-
-    Raises: ValueError where another launcher did: each of its tasks would train alone.
-    """
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     missing = [name for name in names if name not in os.environ]
     if not missing:
