@@ -459,7 +459,7 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
 
 
 def wait_for_all() -> None:
-    """A barrier with a day's limit, after work of one rank alone: a slow disk is no lost message."""
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
@@ -1855,7 +1855,7 @@ def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
 
 
 def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN is infinite. Raises: ValueError if none."""
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
     found = [error for name, error in errors.items() if name.startswith(kind)]
     return max(math.inf if math.isnan(error) else error for error in found)
 

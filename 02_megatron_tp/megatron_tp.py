@@ -389,9 +389,8 @@ class RowParallelLinear(nn.Linear):
 # With V = 5 on two ranks, v = 3: rank 0 holds token ids 0, 1, 2, rank 1 holds 3, 4 and one padding
 # row. For the tokens 4, 1, 3 rank 0 looks up (0, e1, 0) and rank 1 (e4, 0, e3).
 #
-# 50,257 entries do not divide by 8, so the table is padded. Megatron-LM pads to a multiple of
-# 128 · tp, here 51,200, which suits the GPU's tensor cores. All ranks have v rows; the last ranks
-# may hold some padding, or nothing else.
+# 50,257 entries do not divide by 8. Megatron-LM pads the table to a multiple of 128 · tp, here to
+# 51,200, which suits the tensor cores. The last ranks may hold some padding, or nothing else.
 
 
 # region shared: vocabulary shards
@@ -428,9 +427,8 @@ def _check_ids(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None)
 class VocabParallelEmbedding(nn.Embedding):
     """nn.Embedding with sharded rows: tokens_BS (int64, replicated) to x_BSH, replicated.
 
-    Args: num_embeddings: vocabulary entries without padding. embedding_dim: H. group: None is all
-        ranks. multiple: v is padded to a multiple of it. Padding rows are zero, and stay zero as
-        long as the loss masks them.
+    Args: num_embeddings: vocabulary entries without padding. embedding_dim: H. multiple: v is
+        padded to a multiple of it. Padding rows stay zero as long as the loss masks them.
     Raises: ValueError for a token id outside the vocabulary (on the CPU only).
     Source: section 3.
     """
@@ -1384,7 +1382,7 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
 
 
 def wait_for_all() -> None:
-    """A barrier with a day's limit, after work of one rank alone: a slow disk is no lost message."""
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
@@ -1437,7 +1435,7 @@ def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
 
 
 def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN is infinite. Raises: ValueError if none."""
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
     found = [error for name, error in errors.items() if name.startswith(kind)]
     return max(math.inf if math.isnan(error) else error for error in found)
 
