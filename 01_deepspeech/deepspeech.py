@@ -412,8 +412,7 @@ def train_alone(
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -451,8 +450,11 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
@@ -1789,19 +1791,15 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
 
 # endregion
@@ -1821,7 +1819,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1986,6 +1985,7 @@ def _torchrun_world() -> tuple[int, int]:
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2009,12 +2009,13 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
     if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2051,6 +2052,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
@@ -2074,14 +2077,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
