@@ -191,7 +191,7 @@ def segsum(a: Tensor) -> Tensor:
     """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
 
     a: logarithms of decays, (..., S). The diagonal is 0: a token does not decay on the way to itself.
-    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: nothing else.
+    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060.
     """
     sums = a.to(torch.float64).cumsum(-1)
     later = torch.ones(2 * a.shape[-1:], dtype=torch.bool, device=a.device).triu(1)
@@ -206,7 +206,7 @@ def segsum(a: Tensor) -> Tensor:
 def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
     """a = dt·A: the logarithm of what each token lets live of the state before it; (B, S, N), in at least fp32.
 
-    starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours. Needs: `wide`.
+    starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours.
     """
     a_BSN = wide(dt) * wide(A)
     return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
@@ -248,7 +248,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_scan`, `_steps`, `log_decay`, `wide`.
+    Source: Mamba-2.
     """
     return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
@@ -274,7 +274,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The masked matrix; work and memory grow with S².
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_scan`, `_chunk`, `_kept`, `segsum`, `log_decay`, `wide`.
+    Source: Mamba-2.
     """
     return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
@@ -365,7 +365,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
     Raises: ValueError where heads do not divide into groups, or chunk < 1.
-    Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours. Needs: section 1.1.
+    Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
@@ -386,7 +386,7 @@ def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) ->
     previous_BKC: the tokens before u, of which the last K − 1 count; where there are fewer, or it is None, zeros.
     document: (B, K − 1 + S) numbers of the documents of the K − 1 tokens before and of u; what belongs to another
     document is not looked at.
-    Source: Mamba. Needs: nothing else.
+    Source: Mamba.
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
@@ -419,7 +419,7 @@ class Past:
 
     Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
     and `RankPast` (section 2.5), where it is on other ranks. No layer knows which one it has. x (B, S, N, D) and its
-    companions are those of `ssd`. Source: ours. Needs: `ssd`.
+    companions are those of `ssd`. Source: ours.
     """
 
     first: int = 0  # the number of tokens before
@@ -451,10 +451,7 @@ class Past:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32.
-
-    Needs: `wide`.
-    """
+    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
 
     def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
@@ -472,7 +469,7 @@ class RMSNorm(nn.Module):
 class Mamba2Mixer(nn.Module):
     """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
 
-    Source: Mamba-2; Megatron-LM's layer. Needs: `Past`, `causal_conv1d`, `RMSNorm`, `initial_value`, `HybridConfig`.
+    Source: Mamba-2; Megatron-LM's layer.
     """
 
     def __init__(self, config: HybridConfig):
@@ -521,7 +518,7 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
     """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
 
     Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
-    Source: RoFormer, arXiv 2104.09864. Needs: `wide`.
+    Source: RoFormer, arXiv 2104.09864.
     """
     S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
@@ -533,7 +530,7 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, x_BSH to (B, S, H). Needs: `rotate`, `Past`, `HybridConfig`."""
+    """Causal grouped-query attention, x_BSH to (B, S, H)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -563,7 +560,7 @@ class Attention(nn.Module):
 
 
 class SquaredReLUMLP(nn.Module):
-    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H). Needs: `HybridConfig`."""
+    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -584,7 +581,7 @@ class HybridLM(nn.Module):
     the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens. last: logits
     of the last token alone, (B, 1, V).
 
-    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H. Needs: part 1.
+    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H.
     """
 
     def __init__(self, config: HybridConfig):
@@ -639,7 +636,7 @@ class HybridLM(nn.Module):
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
     """A parameter's first value by its name, of that shape, fp32, on the CPU.
 
-    Source: Mamba-2. Needs: `HybridConfig`.
+    Source: Mamba-2.
     """
     # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
     kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
@@ -658,16 +655,13 @@ def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any. Needs: `HybridLM`."""
+    """Name and shape of every parameter of the plain model, without allocating any."""
     with torch.device("meta"):
         return {name: p.shape for name, p in HybridLM(config).named_parameters()}
 
 
 def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time.
-
-    Needs: `parameter_shapes`, `initial_value`.
-    """
+    """The initial weights, a function of `config` alone: each name and its unsharded tensor, in the model's shape."""
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         yield name, initial_value(name, shape, config, generator)
@@ -687,7 +681,7 @@ class CachedPast(Past):
     """The past of one layer out of `kept`, its box in a cache; what is asked with goes into it.
 
     inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. capacity: tokens that
-    keys and values get room for. Source: ours. Needs: `Past`, section 1.1.
+    keys and values get room for. Source: ours.
     """
 
     kept: dict[str, Tensor] | None = None
@@ -716,8 +710,7 @@ class Cache:
     """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer, which fills it.
 
     capacity: tokens that the keys and values get room for. States are at least fp32: they add up small amounts over
-    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do. Needs:
-    `CachedPast`.
+    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
     """
 
     def __init__(self, layers: int, capacity: int):
@@ -773,7 +766,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 
 # The doors, explained in chapter 2, section 2.1.
@@ -827,7 +820,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -836,7 +829,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -845,7 +838,7 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
     x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -855,12 +848,12 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
     x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
     its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# endregion
+# endregion copy 4574e3
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
@@ -902,7 +895,7 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     """The sizes of what one of `tp` ranks holds.
 
     Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
-    Source: Megatron-LM's layer; copies of groups: ours. Needs: `held`.
+    Source: Megatron-LM's layer; copies of groups: ours.
     """
     names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
     sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
@@ -916,7 +909,6 @@ class ParallelRMSNorm(RMSNorm):
     """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
 
     mean_square: of x_BSgC, the groups that this rank has a part of, to (B, S, g, 1). Source: ours.
-    Needs: `RMSNorm`, `held`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
@@ -965,8 +957,7 @@ def from_earlier_ranks(x: Tensor, group=None) -> Tensor:
     """x of the ranks before this one, (ranks, *x.shape), with zeros in the places of this rank and of those behind it.
 
     x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
-    go back through it where one does. Source: ours. Needs: `_from_earlier`, `_to_earlier`, `_Door`, `_gather`,
-    `group_size`, `group_rank`.
+    go back through it where one does. Source: ours.
     """
     return _Door.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
 
@@ -979,7 +970,7 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
     """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
 
     Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
-    Source: ours. Needs: `from_earlier_ranks`, `group_rank`.
+    Source: ours.
     """
     if u_BsC.shape[1] < width:
         raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
@@ -1019,8 +1010,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
     token, so the last rank has the whole sequence's. Every rank must call it, and differentiate it if one does.
     Messages, whatever the length: N·D·(Z + 1) numbers a sequence and rank, forward and backward.
-    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: section 1.1, `from_earlier_ranks`,
-    and the blocks groups and tensor-parallel operators.
+    Source: derived above; the operator is the one of Mamba's parallel scan.
     """
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
@@ -1058,7 +1048,6 @@ class RankPast(Past):
     """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
 
     Arguments and shapes as `Past`'s, with s tokens in place of S; D is the (N,) of `ssd`. Source: ours.
-    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `from_earlier_ranks`.
     """
 
     lengths: list[int] | None = None
@@ -1093,7 +1082,7 @@ class ParallelHybridLM(HybridLM):
     Grid() is for a process by itself.
 
     Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, or for a cache where
-    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours. Needs: parts 1 and 2, `Grid`, `shard_tensor`.
+    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
@@ -1143,7 +1132,7 @@ Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
-    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it. Needs: `Piece`, `held`."""
+    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it."""
     N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
     inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
     queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
@@ -1163,7 +1152,7 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
 
 
 def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
-    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`.
+    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy.
 
     whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
     """
@@ -1176,7 +1165,6 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
 
     full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
     Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
     """
     found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
     local_config(config, tp)  # for what it raises
@@ -1190,7 +1178,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 
     shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
     `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
-    the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    the copies of a group: they have drifted apart.
     """
     full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
@@ -1220,7 +1208,6 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
 
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
-    Needs: `HybridConfig`, `parameter_shapes`, `shard_tensor`, `local_config`.
     """
     from safetensors import safe_open
 
@@ -1293,7 +1280,6 @@ def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
     """The gradients cut as `pieces_of` says: parameter, its rows, and the number of tp ranks that hold these rows.
 
     Returns: the rows as views of the gradients, so that what is written into them is written there. Source: ours.
-    Needs: `pieces_of`, `Grid`.
     """
     grid, found = getattr(model, "grid", Grid()), []
     for name, p in model.named_parameters():
@@ -1305,10 +1291,7 @@ def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
 
 
 def reduce_gradients(model: ParallelHybridLM) -> None:
-    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
-
-    Needs: `gradient_pieces`, `_sum_over`, and the block groups.
-    """
+    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping."""
     found = gradient_pieces(model)
     _sum_over([part for _, part, _ in found], model.grid.cp_group)
     for size, group in model.grid.neighbours.items():
@@ -1316,10 +1299,7 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
 
 
 def grad_norm(model: HybridLM) -> Tensor:
-    """The norm of the whole gradient before clipping, a scalar, the same on every rank.
-
-    Needs: `gradient_pieces`, `Grid`, `wide`, and the block groups.
-    """
+    """The norm of the whole gradient before clipping, a scalar, the same on every rank."""
     total = torch.stack([wide(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]).sum()
     grid = getattr(model, "grid", Grid())
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
@@ -1331,7 +1311,6 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
     not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
     Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    Needs: `reduce_gradients`, `grad_norm`, `ParallelHybridLM`.
     """
     # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
@@ -1351,7 +1330,6 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
     batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
-    Needs: `make_optimizer`, `train_step`, whose options it takes.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -1402,7 +1380,7 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 
 
 def parameters(config: HybridConfig) -> int:
-    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours. Needs: nothing else."""
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
     inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
@@ -1418,7 +1396,7 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
-    Source: ours. Needs: `DecodeMemory`.
+    Source: ours.
     """
     inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
     state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
@@ -1470,7 +1448,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
     """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
 
     model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
-    are in the same state. Raises: ValueError for an empty prompt. Needs: `Cache`.
+    are in the same state. Raises: ValueError for an empty prompt.
     """
     if not tokens_BS.shape[1]:
         raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
@@ -1487,8 +1465,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`, and
-    `make_group` (at the end, in the block launcher).
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if tp < 1 or world % tp:
@@ -1630,12 +1607,13 @@ def demonstrate(args, device: torch.device) -> list[float]:
     say("step      loss    single device      norm")
     differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
-        differences += [abs(loss.item() - other) for other in beside]
+        differences += [abs(loss - other) for other in beside]
         if step < 5 or step % 20 == 19:
             text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
     if grid.cp == 1:
         prompt = "import os\n\n\ndef "
         prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
@@ -1768,7 +1746,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1796,10 +1777,27 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy 316961
 
 
 # Explained in chapter 1, at its end.
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+# endregion
+
+
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
@@ -1821,7 +1819,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # Explained in chapter 1, at its end.
@@ -1839,7 +1837,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # Explained in chapter 1, at its end.
@@ -1897,7 +1895,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # Explained in chapter 1, at its end.
@@ -1974,7 +1972,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":
