@@ -207,8 +207,7 @@ class Bias(nn.Module):
 
 
 def plain_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
-    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H). Needs:
-    `clip`."""
+    """h_t = clip(x_t + h_{t−1} U), each direction by itself, from a state of zero: all states, (T, D, B, H)."""
     h_DBH, states = torch.zeros_like(x_TDBH[0]), []
     for x_DBH in x_TDBH:
         h_DBH = clip(x_DBH + h_DBH @ weight_DHH)
@@ -220,7 +219,7 @@ def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Te
     """A gated recurrence, (T, D, B, 3H) to all states (T, D, B, H), with the paper's clip where others have tanh.
 
     x holds the inputs of the gate z, of the gate r and of the candidate, side by side, and so does weight.
-    Source: Deep Speech 2, section 3 (the equations of its gated unit). Needs: `clip`.
+    Source: Deep Speech 2, section 3 (the equations of its gated unit).
     """
     H = weight_DH3H.shape[1]
     h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
@@ -236,7 +235,7 @@ class RecurrentLayer(nn.Module):
     """h = recurrence(norm(W x)), both directions added up; x_TBH to (T, B, H), zero behind the end.
 
     W is shared by the directions; only U is not. The norm acts on W x alone: the recurrent term passes as it is.
-    Source: Deep Speech 2, section 3. Needs: `SpeechConfig`, a norm, a recurrence.
+    Source: Deep Speech 2, section 3.
     """
 
     def __init__(self, config: SpeechConfig, inputs: int, norm: Callable, recurrence: Callable):
@@ -284,7 +283,7 @@ class DeepSpeech2(nn.Module):
 
     forward: x_BTF, zero behind each end, and lengths_B (int64) to log_probs_TBV, at least fp32, and their lengths.
     Raises: ValueError for another number of bins than the configuration's.
-    Source: Deep Speech 2, section 3. Needs: `ALPHABET` and all of part 1 above.
+    Source: Deep Speech 2, section 3.
     """
 
     def __init__(self, config: SpeechConfig, norm: Callable = PlainBatchNorm, recurrence: Callable = plain_recurrence):
@@ -353,7 +352,7 @@ def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Opti
 def plain_gradients(model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None) -> Tensor:
     """Leaves the gradient of the batch's mean loss, PyTorch's own CTC loss, in the parameters; returns it, a scalar.
 
-    autocast: the dtype of products, None for the parameters' own. Needs: `Batch`.
+    autocast: the dtype of products, None for the parameters' own.
     """
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
@@ -369,7 +368,7 @@ def train_alone(
     """Trains on one batch after the other; yields each step's loss and norm before clipping, scalars.
 
     lr: the learning rate of step 0, 1, ...; autocast: as in `plain_gradients`; gradients: that, or what section 4.1
-    puts in its place. Needs: `make_optimizer`, `plain_gradients`, `Batch`.
+    puts in its place.
     """
     optimizer = make_optimizer(model, kind)
     for step, batch in enumerate(batches):
@@ -590,8 +589,7 @@ def ctc_loss(
     native function's contains the softmax's term already, exp(log_probs) − share. Through log_softmax both are equal.
     Raises: ValueError: shapes or lengths that contradict each other, a target that is blank or no symbol (values are
     looked at on the CPU only).
-    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2. Needs: `_CTC`, `_lattice`, `_turned`,
-    `IMPOSSIBLE`, `valid_frames`, `_readable`.
+    Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2.
     """
     (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
     frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
@@ -667,7 +665,7 @@ def ring_all_reduce(tensor: Tensor, group=None) -> Tensor:
 
     tensor: the same shape on every rank; any, also with fewer elements than ranks, or none. The result is equal on all
     ranks to the bit. Each rank sends about 2·K·(N − 1)/N elements, all ranks together exactly 2·K·(N − 1).
-    Source: Deep Speech 2, section 4.1. Needs: `_exchange`, the block groups.
+    Source: Deep Speech 2, section 4.1.
     """
     N, r = group_size(group), group_rank(group)
     if N == 1:
@@ -721,7 +719,6 @@ class GradientRing:
     utterance sends zeros. Gradients are complete when it returns. Do not call backward twice between two of them: the
     first sum would be on its way already. Its hooks stay on the parameters until close().
     Raises: ValueError where several ranks get no group. Source: Deep Speech 2, section 4.1.
-    Needs: `ring_all_reduce` and what it needs.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
@@ -798,7 +795,7 @@ def sum_over_ranks(partial_x: Tensor, group=None) -> Tensor:
     """The sum over `group`, on every rank; its gradient is summed as well, since each rank's loss depends on all x.
 
     partial_x: of any shape, the same on every rank; what is returned has it too. Right where each rank computes a loss
-    of its own, and these add up. Source: ours. Needs: `_SumOverRanks`, the block groups.
+    of its own, and these add up. Source: ours.
     """
     return _SumOverRanks.apply(partial_x, group) if group_size(group) > 1 else partial_x
 
@@ -809,7 +806,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
     forward: x (..., H); valid (...), bool, or broadcastable to it. Returns x's shape, zero where not valid, at least
     fp32. The running averages are the same on every rank. Every rank must call it in training, with frames or without.
     Raises: ValueError in training where fewer than two frames are valid on all ranks together (looked at on the CPU).
-    Source: Deep Speech 2, section 3.2. Needs: `sum_over_ranks`, `_SumOverRanks`, the block groups.
+    Source: Deep Speech 2, section 3.2.
     """
 
     def __init__(self, num_features: int, group=None, eps: float = 1e-5, momentum: float = 0.1):
@@ -893,8 +890,6 @@ def _wave(compute: Callable[[slice, Tensor], Tensor], state_2BH: Tensor, up: int
 
 
 class _Recurrence(torch.autograd.Function):
-    """Needs: `_side_by_side`, `_wave`, `_exchange`, the block groups."""
-
     @staticmethod
     def forward(ctx, x_tDBH, weight_DHH, cut, group):
         h_tDBH, start_DBH = torch.empty_like(x_tDBH), x_tDBH.new_zeros(x_tDBH.shape[1:])
@@ -933,7 +928,7 @@ class _Recurrence(torch.autograd.Function):
 def clipped_recurrence(x_TDBH: Tensor, weight_DHH: Tensor) -> Tensor:
     """`plain_recurrence`, backward by formula: all states, (T, D, B, H) in the weight's dtype.
 
-    Twice differentiated it raises RuntimeError. Source: ours. Needs: `_Recurrence` and what it needs.
+    Twice differentiated it raises RuntimeError. Source: ours.
     """
     return _Recurrence.apply(x_TDBH.to(weight_DHH.dtype), weight_DHH, False, None)
 
@@ -947,7 +942,6 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
         weight_2HH: U of either direction, the same on every rank. Its gradient is summed over `group` here.
 
     Every rank of the group must call it, and its backward. Source: Deep Speech (2014), section 4.2.
-    Needs: `_Recurrence` and what it needs.
     """
     x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1).to(weight_2HH.dtype)  # each direction in its own order
     h_t2BH = _Recurrence.apply(x_t2BH, weight_2HH, True, group)
@@ -957,7 +951,7 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
 def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
     """`DeepSpeech2` for data parallelism over `group`: the same weights, the norm over all ranks, a fast recurrence.
 
-    Source: ours. Needs: `DeepSpeech2`, `SequenceBatchNorm`, `clipped_recurrence`.
+    Source: ours.
     """
     return DeepSpeech2(config, partial(SequenceBatchNorm, group=group), clipped_recurrence)
 
@@ -984,7 +978,7 @@ def parallel_model(config: SpeechConfig, group=None) -> DeepSpeech2:
 
 
 def greedy(log_probs_TV: Tensor) -> str:
-    """The text of the most probable path. Source: Graves et al., 2006, best path decoding. Needs: `ALPHABET`."""
+    """The text of the most probable path. Source: Graves et al., 2006, best path decoding."""
     path = torch.unique_consecutive(log_probs_TV.argmax(-1)).tolist() if len(log_probs_TV) else []
     return " ".join("".join(ALPHABET[symbol] for symbol in path if symbol).split())
 
@@ -1003,7 +997,7 @@ def beam_search(
         cutoff, most: a frame's symbols are tried from the most probable on, until they add up to `cutoff`, and never
             more than `most` of them: section 7.2 of the second paper. 1.0 tries all.
 
-    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper. Needs: `ALPHABET`, `_log_add`.
+    Raises: ValueError where beam < 1. Source: section 2.2 of the first paper.
     """
     if beam < 1:
         raise ValueError(f"beam={beam}: at least 1")
@@ -1057,7 +1051,7 @@ def _log_add(a: float, b: float) -> float:
 def check_replicas(model: nn.Module, group=None) -> None:
     """Raises ValueError, on every rank, where a parameter or running average is not the same on all ranks of `group`.
 
-    Compares the lowest with the highest value of each element. Needs: the block groups.
+    Compares the lowest with the highest value of each element.
     """
     for name, x in model.state_dict().items():
         low, high = (_all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
@@ -1082,10 +1076,7 @@ def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
 
 
 def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
-    """What `save_model` has written, in eval mode. Raises ValueError for a file that is no such model.
-
-    Needs: `SpeechConfig`, `parallel_model`.
-    """
+    """What `save_model` has written, in eval mode. Raises ValueError for a file that is no such model."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -1123,9 +1114,9 @@ def parallel_gradients(
 
     batch: this rank's utterances, which may be none; every rank must call it. ring: of the model's parameters; group:
     the data-parallel ranks, None for all. At least one of them has an utterance.
-    Needs: `ctc_loss`, `GradientRing`, and what they need; `Batch`.
     """
-    utterances = _all_reduce(torch.tensor(len(batch.frames_B), device=batch.frames_B.device), group)
+    # torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.
+    utterances = _all_reduce(torch.full((), len(batch.frames_B), device=batch.frames_B.device), group)
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
     loss_B = ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B, reduction="none")
@@ -1141,8 +1132,7 @@ def train(
     """`train_alone` on many ranks: yields the same losses and norms, scalars. Every rank must iterate it.
 
     batches: this rank's share of each step's utterances. group: the data-parallel ranks, None for all; ring_group: the
-    same ranks once more, for the gradients alone; options: of `train_alone`. Needs: `train_alone`, `parallel_gradients`
-    and what they need.
+    same ranks once more, for the gradients alone; options: of `train_alone`.
     """
     ring = GradientRing(model.parameters(), ring_group)
     try:
@@ -1327,6 +1317,26 @@ def worst(errors: dict[str, float], kind: str = "") -> float:
     return max(math.inf if math.isnan(error) else error for error in found)
 
 
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 # endregion
 
 
@@ -1368,11 +1378,12 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
     rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
     options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
     steps, losses, sums = train(model, itertools.islice(batches(), total), rate, **options), [], []
-    for step, (loss, norm) in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+    for step, results in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+        loss, norm = read_step(step, *results)
         sums.append(loss)
         if step % epoch_steps == 0 or step == total:
-            losses.append(torch.stack(sums).mean().item())
-            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm.item():9.2f}")
+            losses.append(sum(sums) / len(sums))
+            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm:9.2f}")
             sums = []
     check_replicas(model)
     every: list = [None] * N
@@ -1578,7 +1589,7 @@ def log_spectrogram(wave_W: Tensor, sample_rate: int = 16_000, bins: int = 0) ->
 
     wave_W: floats, any scale. bins: mel bands, or 0 for all frequencies from 0 to half the sample rate, 50 Hz apart.
     T = 1 + (W − window) // hop, with a window of 20 ms and a hop of 10 ms; a shorter recording is padded to one window.
-    Source: Deep Speech 2, section 3 (power-normalised spectrograms). Needs: nothing else.
+    Source: Deep Speech 2, section 3 (power-normalised spectrograms).
     """
     window, hop = round(0.020 * sample_rate), round(0.010 * sample_rate)
     wave_W = F.pad(wave_W, (0, max(0, window - len(wave_W))))
@@ -1621,8 +1632,7 @@ def distort(wave_W: Tensor, config: SpeechConfig, rng: np.random.Generator) -> T
     """A spectrogram of the recording as somebody else could have made it: (T, F) of another T.
 
     Another pitch and length of the vocal tract (played faster or slower), another tempo, coloured noise 5 to 35 dB
-    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way. Needs:
-    `SpeechConfig`, `log_spectrogram`, `mix_noise`, `resample`.
+    below, a band and a moment that are missing. Half an hour of five speakers stands for more of them that way.
     """
     rate = config.sample_rate
     wave_W = resample(wave_W, rate, round(rate * rng.uniform(0.82, 1.18)))
@@ -1711,7 +1721,7 @@ def read_manifest(path: str) -> list[Utterance]:
 
     A relative audio_filepath is relative to the manifest's folder. Letters are made small. Raises: ValueError that
     names file and line for what is no JSON object, lacks a key, names no file, or has letters outside the alphabet;
-    also for a manifest without utterances. Needs: `ALPHABET`, `Utterance`.
+    also for a manifest without utterances.
     """
     utterances = []
     for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
@@ -1734,8 +1744,7 @@ def read_manifest(path: str) -> list[Utterance]:
 
 
 def load_audio(path: str, sample_rate: int) -> Tensor:
-    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file. Needs:
-    `resample`."""
+    """An audio file as wave_W at `sample_rate`, its channels averaged. Raises ValueError that names the file."""
     import soundfile
 
     try:
@@ -1808,6 +1817,10 @@ def frames_needed(text: str) -> int:
 
 # ── What every chapter carries ──────────────────────────────────────────────────────────────────────────
 #
+# Every value that is read from a GPU is a host synchronisation: the CPU waits until the GPU has caught up, and the GPU
+# then waits for the CPU. So a training loop reads loss and norm together, once a step.
+
+
 # The counter listens to a program's communication: PyTorch shows every operator that is called to a "dispatch mode",
 # and a collective is an operator of the namespace c10d. So messages and bytes are counted, not estimated.
 
@@ -1817,7 +1830,7 @@ Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the 
 
 
 class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives, sends and receives in .messages."""
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
 
     def __enter__(self) -> Counter:
         self.messages: list[Message] = []
@@ -1863,13 +1876,24 @@ def say_setting(args: argparse.Namespace, layout: str = "") -> None:
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    Raises: FloatingPointError where one of them is not finite. Both are equal on all ranks, so
-        every rank stops in this step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
-    values = torch.stack([loss.double(), norm.double()]).tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"step {step}: loss {values[0]}, gradient norm {values[1]}")
-    return values[0], values[1]
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # endregion
@@ -2006,7 +2030,7 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
-    """An instance of the dataclass `config`: its fields with metadata from the flags, and others."""
+    """The dataclass `config` with the values of its flags, and others."""
     values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
     return config(**values, **others)
 

@@ -156,7 +156,6 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 
     Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
@@ -166,7 +165,7 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
-    p is the dropout on the attention weights. Needs: `dropout`.
+    p is the dropout on the attention weights.
     """
     if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
@@ -182,7 +181,6 @@ class Attention(nn.Module):
     """Multi-head self-attention, x_BSH to (B, S, H).
 
     column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
-    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
@@ -214,7 +212,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
-    Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    Both are handed in, so that they may be parallel ones.
     """
 
     def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
@@ -237,7 +235,7 @@ class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
     words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
-    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
+    Raises: ValueError for a sequence longer than the positions.
     """
 
     def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
@@ -275,16 +273,16 @@ def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tenso
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any. Needs: `GPT`."""
+    """Name and shape of every parameter of the plain model, without allocating any."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
 def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+    """The initial weights, a function of `config` alone: each name with its unsharded tensor, on the CPU.
 
-    Drawn on the CPU because a GPU's generator gives other numbers. Source: section 4.2 of the Megatron-LM paper. Needs:
-    `parameter_shapes`.
+    One tensor at a time, in the shapes that the plain model has. Drawn on the CPU because a GPU's generator gives
+    other values. Source: section 4.2 of the Megatron-LM paper.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
@@ -313,7 +311,6 @@ def train_alone(
     clipping.
 
     lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
-    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -363,7 +360,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
@@ -430,7 +427,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -439,7 +436,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -448,7 +445,7 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
     x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -458,7 +455,7 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
     x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
     its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
@@ -534,7 +531,6 @@ class ColumnParallelLinear(nn.Linear):
     generator, which must be in the same state on every rank (torch.manual_seed).
 
     Raises: ValueError where out_features does not divide over the ranks. Source: section 3 of the paper.
-    Needs: `_ColumnParallelLinear`, `_as_autocast`, and the blocks groups and tensor-parallel operators.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, gather_output: bool = False, group=None):
@@ -556,7 +552,6 @@ class RowParallelLinear(nn.Linear):
     there: as columns of nn.Linear's weight, drawn whole.
 
     Raises: ValueError where in_features does not divide over the ranks. Source: section 3 of the paper.
-    Needs: the blocks groups and tensor-parallel operators.
     """
 
     def __init__(
@@ -589,7 +584,6 @@ def parallel_matrices(group=None) -> list[Callable]:
     """What `Attention` and `MLP` of part 1 take behind their configuration to be divided over `group`: column and row.
 
     Attention's heads must divide over the ranks (`check_tp`). Source: section 3 of the paper.
-    Needs: `ColumnParallelLinear`, `RowParallelLinear`.
     """
     return [partial(layer, group=group) for layer in (ColumnParallelLinear, RowParallelLinear)]
 
@@ -625,7 +619,7 @@ class VocabParallelEmbedding(nn.Embedding):
     Args: num_embeddings: words that exist; they are padded to a multiple of multiple·tp. embedding_dim: H.
     Rank r holds words [r·v, (r + 1)·v). Rows of padding are zero, and stay so as long as the loss masks them.
     Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
-    Source: section 3 of the paper. Needs: the blocks groups, tensor-parallel operators and padded vocabulary.
+    Source: section 3 of the paper.
     """
 
     def __init__(self, num_embeddings: int, embedding_dim: int, group=None, multiple: int = 1):
@@ -719,8 +713,7 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the Megatron-LM paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block
-    groups.
+    Source: section 3 of the Megatron-LM paper.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -759,7 +752,7 @@ def random_streams(seed: int, step: int = 0, tp_rank: int = 0, dp_rank: int = 0,
     """Dropout's generators for one step on one rank.
 
     `outside` is equal on all ranks of a replica, `inside` on no two ranks; the same arguments give the same masks.
-    Source: appendix B.2 of the paper, which keeps two states instead. Needs: `RandomStreams`.
+    Source: appendix B.2 of the paper, which keeps two states instead.
     """
 
     def stream(*place):  # a 32-bit seed from all of the place: PyTorch's CPU generator looks at 32 bits and no more
@@ -793,8 +786,7 @@ class ParallelGPT(GPT):
 
     Raises: ValueError where heads or feed-forward features do not divide over the ranks, for a sequence longer than the
     positions, for dropout on several ranks without streams, and for tied_head=False.
-    Source: section 3 of the paper. Needs: `parallel_matrices`, `VocabParallelEmbedding`, and the blocks plain GPT, GPT
-    config, vocabulary loss and tensor-parallel weights.
+    Source: section 3 of the paper.
     """
 
     def __init__(self, config: GPTConfig, group=None, recompute: bool = False):
@@ -840,7 +832,7 @@ def generate(model: ParallelGPT, tokens_S: Tensor, new_tokens: int, temperature:
 
     The text is the same on every rank, whatever their number, as long as the generators are in the same state. The
     model sees the last seq_length tokens; it computes them all again for each new one. Call model.eval() before.
-    Source: ours. Needs: `gather_from_tp`.
+    Source: ours.
     """
     for _ in range(new_tokens):
         logits_v = model(tokens_S[None, -model.config.seq_length :])[0, -1]
@@ -866,7 +858,7 @@ SHARD_DIM = {
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which parameter `name` is cut; None where each rank holds all of it. Needs: `SHARD_DIM`."""
+    """The dimension along which parameter `name` is cut; None where each rank holds all of it."""
     return SHARD_DIM.get(".".join(name.split(".")[-2:]))  # of "layers.0.attention.qkv.weight" the last two parts
 
 
@@ -889,10 +881,7 @@ def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch
 
 
 def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...).
-
-    Needs: `shard_dim`, `padded_vocab_size`.
-    """
+    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...)."""
     if shard_dim(name) is None:
         return whole.clone()
     if name.endswith("embedding.weight"):
@@ -906,7 +895,6 @@ def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, worl
 
     full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
     Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `check_shapes`, `check_tp`.
     """
     check_tp(config, world_size)
     check_shapes("the state dict", full, parameter_shapes(config))
@@ -918,7 +906,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 
     shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
     as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
-    apart. Needs: `shard_dim`, `SHARD_DIM`.
+    apart.
     """
     full = {}
     for name in shards[0]:
@@ -940,7 +928,7 @@ def gather_state_dict(tensors: dict[str, Tensor], config: GPTConfig, group=None)
 
     tensors: this rank's, by parameters' names and of their shapes: weights, gradients or moments. Every rank of the
     group must call it. Returns: the same names, of the plain model's shapes.
-    Raises: what `merge_state_dicts` does. Needs: `merge_state_dicts`, `group_size`, `group_rank`.
+    Raises: what `merge_state_dicts` does.
     """
     full = {}
     for name, x in tensors.items():
@@ -988,7 +976,7 @@ def save_checkpoint(file: Path | str, step: int, model: ParallelGPT, optimizer: 
     """Writes the run's state after `step` steps; every rank must call it. Rank 0 holds all of it in host memory.
 
     The other ranks return before the file is there. Raises: OSError, on rank 0, where it cannot be written; the file
-    that stood there before is untouched. Needs: `gather_state_dict`, `run_state`, `_checksum`, `Grid` (part 4).
+    that stood there before is untouched.
     """
     from safetensors.torch import save_file
 
@@ -1012,7 +1000,6 @@ def load_checkpoint(file: Path | str, model: ParallelGPT, optimizer: torch.optim
     """Reads what `save_checkpoint` wrote, at any tp and dp, each rank for itself; returns the number of steps done.
 
     Raises: ValueError for a file that is damaged or of another configuration; model and optimizer are as they were.
-    Needs: `shard_tensor`, `run_state`, `_checksum`, `Grid` (part 4).
     """
     from safetensors import SafetensorError, safe_open
 
@@ -1044,7 +1031,6 @@ def load_gpt2(folder: Path | str) -> tuple[GPTConfig, dict[str, Tensor]]:
 
     Returns: the weights as the plain model's state dict, of the shapes that `parameter_shapes` says.
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
-    Needs: `GPTConfig`, `parameter_shapes`, `check_shapes`.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -1096,8 +1082,7 @@ Grid = namedtuple("Grid", "tp dp tp_rank dp_rank tp_group dp_group", defaults=(1
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (dp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`, and
-    `make_group` (at the end, in the block launcher).
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % tp:
@@ -1123,7 +1108,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group=None) -> None:
 
     Which parameters take part must not depend on this rank's data, or two ranks send messages of unequal size. So all
     do that require a gradient, and one that has none here counts as zero, for another rank may have one.
-    (DistributedDataParallel sends them in buckets while backward still runs.) Needs: `_all_reduce`, `group_size`.
+    (DistributedDataParallel sends them in buckets while backward still runs.)
     """
     learned = [p for p in parameters if p.requires_grad]
     if not learned or group_size(group) == 1:
@@ -1155,7 +1140,7 @@ def clip_grad_norm_(
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
     Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless). Needs: nothing else.
+    is not (the gradients are then useless).
     """
     parameters = [p for p in parameters if p.grad is not None]
     shares = {id(p) for p in sharded}  # by identity: == compares elements
@@ -1204,7 +1189,6 @@ def train(
     batches: the global ones. Each replica takes its rows; where dp does not divide them, replicas get unequal shares,
     and the gradient is exact all the same. streams: step to what `random_streams` returns for it. first: the number
     of the first step, in a run that goes on, for which `optimizer` is its optimiser.
-    Needs: `make_optimizer`, `ParallelGPT`, `Grid`, `_all_reduce`, `sum_gradients`, `clip_grad_norm_`.
     """
     optimizer = optimizer or make_optimizer(model)
     for step, batch in enumerate(batches, first):
@@ -1262,7 +1246,7 @@ def paper_scale(name: str) -> dict:
     torch's fake process group answers every collective at once; its fake tensors have shapes and no values. Makes a
     process group, so it wants a process of its own. Returns: parameters of the whole model and of this rank; the
     all-reduces of one B·S·H tensor, forward (two a layer, and one behind the embedding) and backward (one in front of
-    the tied head). Source: ours, on table 1's sizes. Needs: `ParallelGPT`, `PAPER_MODELS`, and the block counter.
+    the tied head). Source: ours, on table 1's sizes.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools import fake_collectives  # noqa: F401  torch 2.9 learns there what collectives return
@@ -1344,7 +1328,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1520,7 +1504,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1573,7 +1560,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # Explained in chapter 1, at its end.
@@ -1591,7 +1578,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # Explained in chapter 1, at its end.
@@ -1649,7 +1636,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # Explained in chapter 1, at its end.
@@ -1726,7 +1713,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

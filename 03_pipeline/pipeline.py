@@ -122,7 +122,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion
+# endregion copy 409b77
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -146,7 +146,6 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 
     Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
@@ -156,7 +155,7 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
-    p is the dropout on the attention weights. Needs: `dropout`.
+    p is the dropout on the attention weights.
     """
     if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
@@ -172,7 +171,6 @@ class Attention(nn.Module):
     """Multi-head self-attention, x_BSH to (B, S, H).
 
     column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
-    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
@@ -204,7 +202,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
-    Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    Both are handed in, so that they may be parallel ones.
     """
 
     def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
@@ -227,7 +225,7 @@ class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
     words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
-    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
+    Raises: ValueError for a sequence longer than the positions.
     """
 
     def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
@@ -265,16 +263,16 @@ def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tenso
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any. Needs: `GPT`."""
+    """Name and shape of every parameter of the plain model, without allocating any."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
 def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+    """The initial weights, a function of `config` alone: each name with its unsharded tensor, on the CPU.
 
-    Drawn on the CPU because a GPU's generator gives other numbers. Source: section 4.2 of the Megatron-LM paper. Needs:
-    `parameter_shapes`.
+    One tensor at a time, in the shapes that the plain model has. Drawn on the CPU because a GPU's generator gives
+    other values. Source: section 4.2 of the Megatron-LM paper.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
@@ -303,7 +301,6 @@ def train_alone(
     clipping.
 
     lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
-    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -318,7 +315,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion
+# endregion copy 404407
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -391,7 +388,6 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
     Args: stages: p, ranks of the pipeline. microbatches: m; fewer than stages work, except interleaved. chunks: v,
     pieces of the model for each rank; only "interleaved" takes more than one.
     Raises: ValueError with the reason for what cannot be scheduled. Source: the paper's section 2.2; zb-h1: ZB-H1.
-    Needs: `KINDS`, `Op`.
     """
     p, m, v = stages, microbatches, chunks
     if kind not in KINDS:
@@ -439,7 +435,7 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | None:
     """(rank, op) of the neighbouring stage whose result `op` takes; None at the model's two ends, and for W.
 
-    Source: ours. Needs: `Op`.
+    Source: ours.
     """
     stage = op.chunk * stages + rank + (1 if op.kind == "B" else -1)
     if op.kind == "W" or not 0 <= stage < stages * chunks:
@@ -448,7 +444,7 @@ def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | No
 
 
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
-    """(rank, op) of all that must be done before `op` of `rank`. Source: ours. Needs: `input_of`, `Op`."""
+    """(rank, op) of all that must be done before `op` of `rank`. Source: ours."""
     earlier, source = {"B": "F", "W": "B"}.get(op.kind), input_of(op, rank, stages, chunks)
     own = [(rank, Op(earlier, op.microbatch, op.chunk))] if earlier else []
     return [*own, source] if source else own
@@ -477,7 +473,7 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
-    Source: ours. Needs: `take_turns`, `needs`, `input_of`, `chunks_of`, `Op`.
+    Source: ours.
     """
     p, v = len(schedule), chunks_of(schedule)
     done, free = {}, [0] * p  # when each operation ended; since when each rank has had nothing to do
@@ -528,7 +524,7 @@ def simulate(schedule: Schedule, t_forward=1, t_backward=2, t_weight=1, t_send=0
     t_backward is the whole backward and t_weight its part for the weights, which matters where the schedule has W's.
     t_send: of a message between ranks.
     Raises: ValueError where the schedule deadlocks.
-    Source: ours. Needs: `play`, `chunks_of`, `Bar`, `Timeline`.
+    Source: ours.
     """
     # Where backward is cut in two, B and W share its time. A chunk has 1/v of a rank's layers, and takes 1/v of it.
     v, cut = chunks_of(schedule), any(op.kind == "W" for op in schedule[0])
@@ -603,7 +599,7 @@ def programs(schedule: Schedule) -> list[Program]:
     """Each rank's program: the schedule's operations with the messages between them.
 
     Raises: ValueError where the schedule deadlocks.
-    Source: ours. Needs: `play`, `input_of`, `chunks_of`, `Hop`, `Step`.
+    Source: ours.
     """
     p, v = len(schedule), chunks_of(schedule)
     ticks = play(schedule, dict(F=1, B=1, W=1))
@@ -638,7 +634,7 @@ def verify(schedule: Schedule) -> list[int]:
     """Proves a schedule; returns, of each rank, the most activations that it holds at once (in chunks of its model).
 
     Raises: ValueError that says what is wrong: an operation missing or done twice, an order that cannot be, a deadlock.
-    Source: ours. Needs: sections 2.1 to 2.4.
+    Source: ours.
     """
     if not schedule or not all(schedule):
         raise ValueError("a schedule has at least one rank, and each rank at least one operation")
@@ -662,7 +658,7 @@ def verify_programs(all_programs: list[Program]) -> None:
     """Proves that the ranks' programs match and end, under rendezvous of whole batches.
 
     Raises: ValueError where two ends list messages in different orders, a rank uses or sends what it does not have, or
-    some wait for each other. Source: ours. Needs: `take_turns`, `needs`, `chunks_of`.
+    some wait for each other. Source: ours.
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
@@ -726,7 +722,7 @@ class PipelineStage(nn.Module):
     Its weights are those that GPT(config) has, and so are their names. They are made on the CPU in fp32 (.to moves
     them), the whole model's numbers on every rank, but no more than one tensor of another rank is in memory at a time.
     Raises: ValueError where layers are fewer than stages, or rank is not one of them.
-    Source: the paper's section 2.2. Needs: the plain GPT, `place_layers`.
+    Source: the paper's section 2.2.
     """
 
     def __init__(self, config: GPTConfig, rank: int = 0, stages: int = 1, chunks: int = 1):
@@ -782,7 +778,7 @@ class PipelineStage(nn.Module):
 def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
     """Dropout's generator for one rank; equal on no two, since no two hold the same tensor.
 
-    Source: ours. Needs: `RandomStreams`.
+    Source: ours.
     """
     generator = torch.Generator(device).manual_seed(zlib.crc32(repr((seed, pp_rank, dp_rank)).encode()))
     return RandomStreams(outside=generator, inside=generator)
@@ -843,7 +839,7 @@ class Mailbox:
 
     Args: shape_of: from a hop to the shape of its tensor, the same on both ends. Raises: ValueError for a tensor that
     is not what the receiver waits for, RuntimeError that names a peer that is lost.
-    Source: ours. Needs: `cut_for_wire`, `join_from_wire`, `Hop`, `Grid` (part 4).
+    Source: ours.
     """
 
     AIRBORNE = 4  # batches at once
@@ -938,7 +934,7 @@ class Mailbox:
 def count_targets(targets_BS: Tensor, group=None) -> Tensor:
     """How many targets count, over all replicas of `group`: a scalar tensor, so that nobody waits for a GPU.
 
-    Source: ours. Needs: `sum_over`.
+    Source: ours.
     """
     count = (targets_BS != -100).sum()
     sum_over(group, [count])
@@ -982,7 +978,6 @@ def run_step(
     Raises: ValueError for fewer rows than micro-batches, a program that is another model's, dropout without streams,
     gradients of an earlier step (the sums over the grid would count them again); RuntimeError that names a lost peer.
     Source: ours; the paper's section 2.2 has the schedules that it runs.
-    Needs: `PipelineStage`, `Mailbox`, `input_of`, `count_targets`, `replayed`, `Grid`, `sum_over`.
     """
     grid, streams = grid or Grid(), streams or RandomStreams()
     p, v, rank, H = stage.stages, stage.chunks, stage.rank, stage.config.hidden_size
@@ -1068,8 +1063,7 @@ def shard_state_dict(
 ) -> dict[str, Tensor]:
     """The plain model's state dict, `full`, to that of pipeline rank `rank` of `world_size`, copies.
 
-    Raises: ValueError that names all that is missing, unknown or of another shape. Needs: `PipelineStage`,
-    `parameter_shapes`.
+    Raises: ValueError that names all that is missing, unknown or of another shape.
     """
     found = {name: tuple(x.shape) for name, x in full.items()}
     expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
@@ -1084,8 +1078,8 @@ def shard_state_dict(
 def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
     """All ranks' state dicts, `shards`, to the plain model's: `shard_state_dict` undone to the bit; gradients as well.
 
+    Returns: each name with its tensor, in the plain model's shape.
     Raises: ValueError where something is missing, or the copies of a tied weight have drifted apart.
-    Needs: `parameter_shapes`.
     """
     full = {}
     for shard in shards:
@@ -1133,8 +1127,7 @@ class Grid:
 def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (pp, dp); every rank must call it.
 
-    timeout: seconds. Raises: ValueError where pp does not divide the ranks. Needs: `Grid`, and
-    `make_group` (at the end, in the block launcher).
+    timeout: seconds. Raises: ValueError where pp does not divide the ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if world % pp:
@@ -1175,7 +1168,7 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor
 
     Gradients are whole, as `run_step` leaves them: summed over replicas, and of no tensor-parallel share.
     Returns: the norm before clipping, a scalar, at least fp32, the same on every rank: torch.nn.utils.clip_grad_norm_'s
-    of the plain model. Needs: `sum_over`.
+    of the plain model.
     """
     copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
     grads = [p.grad for p in stage.parameters() if id(p) not in copies]
@@ -1195,7 +1188,6 @@ def train(
     batches: the global ones. Each replica takes its rows, where dp does not divide them an unequal number.
     bars: gets the operations of the latest step alone. options: `run_step`'s streams, recompute and autocast.
     Raises: ValueError for a schedule that is none, or a batch with too few rows.
-    Needs: `make_optimizer`, `run_step`, `clip_grad_norm_`, `verify`, `programs`.
     """
     grid, optimizer = grid or Grid(), make_optimizer(stage)
     verify(schedule)  # before the first message, since a reader may have written it
@@ -1279,7 +1271,7 @@ def training_days(
 ) -> float:  # fmt: skip
     """Days to train on `tokens`, from the exact count of operations, recomputation included.
 
-    Source: the paper's section 5.1. Needs: `flops`.
+    Source: the paper's section 5.1.
     """
     return flops(layers, hidden, 1, vocab, seq) / seq * tokens / (gpus * flops_per_gpu) / 86_400
 
@@ -1365,8 +1357,7 @@ def predict(
 ) -> Layout:  # fmt: skip
     """One layout's step, as this section's head has it; what must divide, does.
 
-    Source: volumes: the paper's section 3; their sum: ours. Needs: `A100`, `Machine`, `Layout`, `flops`, `in_flight`,
-    `bubble`.
+    Source: volumes: the paper's section 3; their sum: ours.
     """
     m, kind = batch // d // b, "interleaved" if v > 1 else "1f1b"
     micro = b * seq * hidden  # elements of one boundary tensor
@@ -1399,7 +1390,7 @@ def plan(
 
     t stays inside a server. All must divide: t the heads and the hidden size, p·v the layers, b·d the batch, and m by
     p where v > 1. b is at most 16, the paper's largest.
-    Raises: ValueError where nothing fits. Source: ours. Needs: `predict`, `A100`, `Machine`.
+    Raises: ValueError where nothing fits. Source: ours.
     """
     divisors = lambda n, most=math.inf: [i for i in range(1, n + 1) if n % i == 0 and i <= most]  # noqa: E731
     layouts = [
@@ -1484,7 +1475,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1520,12 +1511,13 @@ def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
     quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=streams, recompute=args.recompute, bars=bars)
     steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
-        differences += [abs(loss.item() - other) for other in beside]
+        differences += [abs(loss - other) for other in beside]
         if step < 5 or step % 10 == 9:
             text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
 
     stage.eval()
     forward_only = programs([[op for op in ops if op.kind == "F"] for ops in table])[grid.pp_rank]
@@ -1694,7 +1686,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1722,6 +1717,23 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
+# endregion copy 316961
+
+
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
 # endregion
 
 
@@ -1746,7 +1758,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # region carried: claims table (home: 01_deepspeech)
@@ -1763,7 +1775,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # region carried: flags (home: 01_deepspeech)
@@ -1820,7 +1832,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -1896,7 +1908,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

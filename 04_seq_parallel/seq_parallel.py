@@ -136,7 +136,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion
+# endregion copy 409b77
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -162,7 +162,6 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 
     Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
     Raises: ValueError where p is outside [0, 1).
-    Needs: `keep_mask`.
     """
     if not 0 <= p < 1:
         raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
@@ -172,7 +171,7 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
 def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
-    p is the dropout on the attention weights. Needs: `dropout`.
+    p is the dropout on the attention weights.
     """
     if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
@@ -188,7 +187,6 @@ class Attention(nn.Module):
     """Multi-head self-attention, x_BSH to (B, S, H).
 
     column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
-    Needs: `core_attention`, `GPTConfig`, `RandomStreams`.
     """
 
     def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
@@ -220,7 +218,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
 
-    Both are handed in, so that they may be parallel ones. Needs: `dropout`, `GPTConfig`, `RandomStreams`.
+    Both are handed in, so that they may be parallel ones.
     """
 
     def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
@@ -243,7 +241,7 @@ class GPT(nn.Module):
     """The single-device model: tokens_BS (int64) to logits (B, S, V).
 
     words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
-    Raises: ValueError for a sequence longer than the positions. Needs: the blocks plain GPT and GPT config.
+    Raises: ValueError for a sequence longer than the positions.
     """
 
     def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
@@ -281,16 +279,16 @@ def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tenso
 
 
 def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any. Needs: `GPT`."""
+    """Name and shape of every parameter of the plain model, without allocating any."""
     with torch.device("meta"):
         return {name: p.shape for name, p in GPT(config).named_parameters()}
 
 
 def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+    """The initial weights, a function of `config` alone: each name with its unsharded tensor, on the CPU.
 
-    Drawn on the CPU because a GPU's generator gives other numbers. Source: section 4.2 of the Megatron-LM paper. Needs:
-    `parameter_shapes`.
+    One tensor at a time, in the shapes that the plain model has. Drawn on the CPU because a GPU's generator gives
+    other values. Source: section 4.2 of the Megatron-LM paper.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
@@ -319,7 +317,6 @@ def train_alone(
     clipping.
 
     lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
-    Needs: `make_optimizer`.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -334,11 +331,11 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion
+# endregion copy 404407
 
 
 class TransformerLayer(Block):
-    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal. Needs: plain GPT."""
+    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config, Attention(config), MLP(config))
@@ -403,7 +400,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
@@ -456,7 +453,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -465,7 +462,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -474,7 +471,7 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
     x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -484,12 +481,12 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
     x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
     its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# endregion
+# endregion copy 4574e3
 # ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
 #
 #                              forward           backward
@@ -556,7 +553,7 @@ def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") 
     repeats.
 
     Raises: ValueError for another `backward`.
-    Source: section 4.2.2 of the paper. Needs: section 2.2, and the blocks groups and tensor-parallel operators.
+    Source: section 4.2.2 of the paper.
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
@@ -570,7 +567,7 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
     partial_x_SBH: any shape, the same on each rank, whose first dimension is tokens; not modified.
 
     Raises: ValueError where S does not divide over the ranks.
-    Source: section 4.2.2 of the paper. Needs: section 2.2, and the blocks groups and tensor-parallel operators.
+    Source: section 4.2.2 of the paper.
     """
     if group_size(group) == 1:
         return partial_x_SBH
@@ -583,7 +580,7 @@ def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
     x_SBH: any shape whose first dimension is tokens, equal on every rank.
 
     Raises: ValueError where S does not divide over the ranks.
-    Source: Megatron-LM. Needs: section 2.2, and the blocks groups and tensor-parallel operators.
+    Source: Megatron-LM.
     """
     return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
 
@@ -662,8 +659,7 @@ def column_parallel(x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group, 
         weight_fH, bias_f: this rank's rows of F.linear's; no bias is None.
         group: the tensor-parallel group; None is all ranks.
 
-    Source: section 4.2.2 of the paper. Needs: `_ColumnParallel`, `_start_nothing`, `_Sent`, `_start_all_reduce`,
-    section 2.2, and the blocks groups and tensor-parallel operators.
+    Source: section 4.2.2 of the paper.
     """
     if group_size(group) == 1:
         return F.linear(x, weight_fH, bias_f)
@@ -677,7 +673,7 @@ def sum_over_tp(partial_x_SBH: Tensor, group, sequence_parallel: bool) -> Tensor
     """The door out of a region, ḡ or f̄: the sum over `group`, (s, B, H); without sequence parallelism (S, B, H).
 
     Raises: ValueError where S does not divide over the ranks, under sequence parallelism.
-    Source: section 4.2.2 of the paper. Needs: `reduce_scatter_to_sp`.
+    Source: section 4.2.2 of the paper.
     """
     return (reduce_scatter_to_sp if sequence_parallel else reduce_from_tp)(partial_x_SBH, group)
 
@@ -695,7 +691,7 @@ class SPColumnParallelLinear(nn.Module):
     every rank (torch.manual_seed). Their gradients are complete after backward.
 
     Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 4.2.2 of the paper. Needs: `column_parallel`.
+    Source: section 4.2.2 of the paper.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -718,7 +714,7 @@ class SPRowParallelLinear(nn.Module):
     `reduce_sequence_parallel_grads` sums.
 
     Raises: ValueError where in_features or S does not divide over the ranks.
-    Source: section 4.2.2 of the paper. Needs: `sum_over_tp`, and the blocks groups and tensor-parallel operators.
+    Source: section 4.2.2 of the paper.
     """
 
     def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
@@ -748,7 +744,7 @@ def random_streams(
     """Dropout's generators for rank `rank` of a tensor-parallel group, at the start of a run.
 
     seed: any integer, the same on all ranks of the group; replicas take different ones. device: where dropout works.
-    Source: Megatron-LM. Needs: `RandomStreams`.
+    Source: Megatron-LM.
     """
 
     def stream(*key):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
@@ -787,7 +783,7 @@ def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.
     """Causal attention of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
 
     p: dropout on the attention weights, drawn from `generator`, which is on their device.
-    Source: section 4.1 of the paper. Needs: `dropout`.
+    Source: section 4.1 of the paper.
     """
     S, D = q_pSD.shape[-2:]
     future_SS = torch.full((S, S), -torch.inf, dtype=q_pSD.dtype, device=q_pSD.device).triu(1)
@@ -852,7 +848,7 @@ def recompute(function: Callable, *args, generators=()):
 
     function: must compute the same when called again, and is called again on all ranks or on none if it communicates.
     generators: all that it draws from, besides PyTorch's default one; None among them is skipped.
-    Source: section 5 of the paper. Needs: `_Replay`.
+    Source: section 5 of the paper.
     """
 
     def contexts():
@@ -874,8 +870,7 @@ class ParallelAttention(nn.Module):
     again in backward.
 
     Raises: ValueError where the heads do not divide over the ranks.
-    Source: sections 4.2.2 and 5 of the paper. Needs: `SPColumnParallelLinear`, `SPRowParallelLinear`, `recompute`,
-    `GPTConfig`, `RandomStreams`.
+    Source: sections 4.2.2 and 5 of the paper.
     """
 
     def __init__(self, config: GPTConfig, group, sequence_parallel: bool, recompute_core: bool, core: Callable):
@@ -899,8 +894,7 @@ class ParallelAttention(nn.Module):
 class ParallelMLP(nn.Module):
     """The feed-forward layer with its features divided over `group`: x_sBH to (s, B, H), or S for s.
 
-    Source: section 4.2.2 of the paper. Needs: `SPColumnParallelLinear`, `SPRowParallelLinear`, `GPTConfig`,
-    `RandomStreams`.
+    Source: section 4.2.2 of the paper.
     """
 
     def __init__(self, config: GPTConfig, group, sequence_parallel: bool):
@@ -931,8 +925,7 @@ class SequenceParallelLayer(Block):
 
     Raises: ValueError where heads, features or tokens do not divide over the ranks, for another `recompute`, and for
     dropout on several ranks without streams.
-    Source: sections 4.2.2 and 5 of the paper. Needs: `ParallelAttention`, `ParallelMLP`, `Block`, `unfused_attention`,
-    `RECOMPUTE`.
+    Source: sections 4.2.2 and 5 of the paper.
     """
 
     def __init__(
@@ -973,7 +966,7 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
 
     parameters: tensors of any shape, not to be counted. Kept.bytes is of the whole memory, also where a part of it is
     kept; Kept.line the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works
-    with fake tensors. Source: ours. Needs: `Kept`.
+    with fake tensors. Source: ours.
     """
     here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")  # their callers say more
     known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []  # a fake tensor has no data_ptr()
@@ -1050,8 +1043,7 @@ def vocab_parallel_cross_entropy(
         ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
             a GPU check targets where the data is loaded).
 
-    Source: section 3 of the Megatron-LM paper. Needs: `_VocabParallelCrossEntropy`, `_local_words`, and the block
-    groups.
+    Source: section 3 of the Megatron-LM paper.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     vocab_size = columns if vocab_size is None else vocab_size
@@ -1069,7 +1061,7 @@ def vocab_parallel_cross_entropy(
     return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
 
 
-# endregion
+# endregion copy e6dfe4
 # region carried: padded vocabulary (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
@@ -1082,7 +1074,7 @@ def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# endregion
+# endregion copy e72b18
 
 
 def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -> Tensor:
@@ -1091,7 +1083,7 @@ def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -
     tokens_SB: int64, the same on every rank. weight_vH: the rows of words [rank·v, (rank + 1)·v).
 
     Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
-    Source: Megatron-LM. Needs: `_readable`, `group_rank`.
+    Source: Megatron-LM.
     """
     if _readable(tokens_SB) and ((tokens_SB < 0) | (tokens_SB >= vocab_size)).any():
         found = f"tokens from {tokens_SB.min()} to {tokens_SB.max()}"
@@ -1110,7 +1102,7 @@ class SequenceParallelGPT(nn.Module):
 
     Raises: ValueError where heads, features or tokens do not divide over the ranks, for a head of its own, for a
     sequence longer than the positions, and for dropout on several ranks without streams.
-    Source: section 4.3 of the paper. Needs: part 2, and the blocks GPT config, plain GPT and tensor-parallel weights.
+    Source: section 4.3 of the paper.
     """
 
     def __init__(
@@ -1167,7 +1159,7 @@ SHARD_DIM = {
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which parameter `name` is cut; None where each rank holds all of it. Needs: `SHARD_DIM`."""
+    """The dimension along which parameter `name` is cut; None where each rank holds all of it."""
     return SHARD_DIM.get(".".join(name.split(".")[-2:]))  # of "layers.0.attention.qkv.weight" the last two parts
 
 
@@ -1190,10 +1182,7 @@ def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch
 
 
 def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...).
-
-    Needs: `shard_dim`, `padded_vocab_size`.
-    """
+    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...)."""
     if shard_dim(name) is None:
         return whole.clone()
     if name.endswith("embedding.weight"):
@@ -1207,7 +1196,6 @@ def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, worl
 
     full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
     Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `check_shapes`, `check_tp`.
     """
     check_tp(config, world_size)
     check_shapes("the state dict", full, parameter_shapes(config))
@@ -1219,7 +1207,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 
     shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
     as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
-    apart. Needs: `shard_dim`, `SHARD_DIM`.
+    apart.
     """
     full = {}
     for name in shards[0]:
@@ -1233,7 +1221,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     return full
 
 
-# endregion
+# endregion copy fdd9cb
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1255,7 +1243,7 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
     module: a `SequenceParallelLayer`, a `SequenceParallelGPT`, or another whose divided parameters `SHARD_DIM` names: a
     name that is not there counts as whole. group: the tensor-parallel group that `module` has; None is all ranks.
     Every rank must call it, once after all backward passes of a step, before clipping, and must have gradients of the
-    same parameters. Source: Megatron-LM. Needs: `shard_dim`, and the block groups.
+    same parameters. Source: Megatron-LM.
     """
     whole = [p for name, p in module.named_parameters() if shard_dim(name) is None]
     grads = [p.grad for p in whole if p.grad is not None]
@@ -1280,7 +1268,7 @@ def clip_grad_norm_(
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
     Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless). Needs: nothing else.
+    is not (the gradients are then useless).
     """
     parameters = [p for p in parameters if p.grad is not None]
     shares = {id(p) for p in sharded}  # by identity: == compares elements
@@ -1299,7 +1287,7 @@ def clip_grad_norm_(
     return norm
 
 
-# endregion
+# endregion copy 6d1ced
 
 
 def train_step(
@@ -1311,7 +1299,6 @@ def train_step(
     Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. autocast: the dtype of products (bf16
     on GPUs), None for the parameters' own.
     Returns: two scalars, the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    Needs: `SequenceParallelGPT`, `reduce_sequence_parallel_grads`, `clip_grad_norm_`.
     """
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
@@ -1329,7 +1316,7 @@ def train(
     model: SequenceParallelGPT, batches: Batches, lr: Callable[[int], float],
     streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
 ):  # fmt: skip
-    """`train_alone` on all ranks of the model's group: the same arguments, losses and norms. Needs: `train_step`."""
+    """`train_alone` on all ranks of the model's group: the same arguments, losses and norms."""
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
         for param_group in optimizer.param_groups:
@@ -1375,7 +1362,7 @@ SEQUENCE, WORDS = 2048, 51_200
 
 
 def published_config(model: Published) -> GPTConfig:
-    """A published model's sizes. Source: table 3 of the paper. Needs: `WORDS`, `SEQUENCE`, `Published`, `GPTConfig`."""
+    """A published model's sizes. Source: table 3 of the paper."""
     return GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
 
 
@@ -1383,8 +1370,7 @@ def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str)
     """Layers' activations on a GPU of the first pipeline stage, which holds the most.
 
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
-    some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper. Needs: `activation_bytes`,
-    `published_config`.
+    some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
     """
     one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
@@ -1394,7 +1380,7 @@ def extra_bytes(model: Published) -> float:
     """What the ends of the network add under sequence parallelism: the masks behind the embedding, and, where one stage
     is both first and last, the final norm's and the head's inputs and fp32 logits. Source: section 4.3 of the paper.
 
-    The paper says that for 22B they are less than 0.01 % of the whole; its formula gives 0.57 %. Needs: `SEQUENCE`.
+    The paper says that for 22B they are less than 0.01 % of the whole; its formula gives 0.57 %.
     """
     sbh = SEQUENCE * model.micro_batch * model.h
     return sbh / model.t * (model.p + (4 * (1 + WORDS / model.h) if model.p == 1 else 0))
@@ -1403,8 +1389,7 @@ def extra_bytes(model: Published) -> float:
 def stage_output_bytes(model: Published) -> float:
     """Freed on the first stage, if each micro-batch's output is dropped once it was sent: 2·s·b·h·p.
 
-    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix. Needs:
-    `SEQUENCE`.
+    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix.
     """
     return 2 * SEQUENCE * model.micro_batch * model.h * model.p
 
@@ -1465,8 +1450,7 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
     """One layer in bf16, forward and backward, in all six modes, on every rank of `group`, which all must call it.
 
     formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages, wire (bytes) and flops are
-    this rank's, forward and backward together. Source: ours. Needs: `SequenceParallelLayer`, `random_streams`,
-    `saved_bytes`, `activation_bytes`, `wire_bytes`, `LayerCost`, and the block counter.
+    this rank's, forward and backward together. Source: ours.
     """
     costs, t = [], group_size(group)
     for sequence_parallel, kind in itertools.product((False, True), RECOMPUTE):
@@ -1488,7 +1472,7 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
 def paper_scale(name: str) -> list[LayerCost]:
     """`layer_costs` of a published model. Makes a process group, so it wants a process of its own.
 
-    Source: ours. Needs: `layer_costs`, `PAPER_MODELS`, `Published`, `published_config`.
+    Source: ours.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.distributed._tools import fake_collectives  # noqa: F401  torch 2.9 learns there what collectives return
@@ -1571,7 +1555,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, device: torch.device) -> bool:
@@ -1616,12 +1600,13 @@ def demonstrate(args, device: torch.device) -> list[float]:
     say("step      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(), streams=streams, **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         beside = [loss_alone.item() for loss_alone, _ in itertools.islice(alone, 1)]
-        differences += [abs(loss.item() - other) for other in beside]
+        differences += [abs(loss - other) for other in beside]
         if step < 5 or step % 20 == 19:
             text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss.item():.6f}  {text:>15}  {norm.item():8.3f}")
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
     return differences
 
 
@@ -1780,7 +1765,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1808,6 +1796,21 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
+# endregion copy 316961
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
 # endregion
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
@@ -1830,7 +1833,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 # region carried: claims table (home: 01_deepspeech)
 def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
@@ -1845,7 +1848,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 # region carried: flags (home: 01_deepspeech)
 def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
     """The flags that every chapter has; `parse_flags` reads them."""
@@ -1900,7 +1903,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 # region carried: launcher (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -1974,7 +1977,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

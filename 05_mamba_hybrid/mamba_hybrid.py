@@ -100,10 +100,7 @@ Group = dist.ProcessGroup | None  # None: all ranks
 
 # region carried: config fields (home: 01_deepspeech)
 def flag(default: Any, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a flag of the command line, too.
-
-    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
-    """
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
@@ -195,7 +192,7 @@ class HybridConfig:
 #     └───────┘
 
 
-# L first. Decays, states and means are too delicate for less than fp32 (`at_least_fp32`, in part 6). Decays multiply
+# L first. Decays, states and means are too delicate for less than fp32 (`at_least_fp32`, in part 2). Decays multiply
 # over thousands of tokens, so all is done with their logarithms, and exp comes last. Traps:
 #
 # · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
@@ -208,7 +205,7 @@ def segsum(a: Tensor) -> Tensor:
     """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
 
     a: logarithms of decays, (..., S). The diagonal is 0: a token does not decay on the way to itself.
-    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060. Needs: nothing else.
+    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060.
     """
     sums = a.to(torch.float64).cumsum(-1)
     later = torch.ones(2 * a.shape[-1:], dtype=torch.bool, device=a.device).triu(1)
@@ -224,7 +221,6 @@ def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
     """a = dt·A: the logarithm of what each token lets live of the state before it; (B, S, N), in at least fp32.
 
     starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours.
-    Needs: `at_least_fp32`.
     """
     a_BSN = at_least_fp32(dt) * at_least_fp32(A)
     return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
@@ -266,7 +262,7 @@ def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_scan`, `_steps`, `log_decay`, `at_least_fp32`.
+    Source: Mamba-2.
     """
     return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
@@ -292,7 +288,7 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
     """The masked matrix; work and memory grow with S².
 
     Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
-    Source: Mamba-2. Needs: `_scan`, `_chunk`, `_kept`, `segsum`, `log_decay`, `at_least_fp32`.
+    Source: Mamba-2.
     """
     return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
@@ -383,7 +379,7 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
     in. Differentiable once, in all of its tensors.
     Raises: ValueError where heads do not divide into groups, or chunk < 1.
-    Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours. Needs: section 1.1.
+    Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
         raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
@@ -404,7 +400,7 @@ def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) ->
     previous_BKC: the tokens before u, of which the last K − 1 count; where there are fewer, or it is None, zeros.
     document: (B, K − 1 + S) numbers of the documents of the K − 1 tokens before and of u; what belongs to another
     document is not looked at.
-    Source: Mamba. Needs: nothing else.
+    Source: Mamba.
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
@@ -437,7 +433,7 @@ class Past:
 
     Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
     and `RankPast` (section 2.5), where it is on other ranks. No layer knows which one it has. x (B, S, N, D) and its
-    companions are those of `ssd`. Source: ours. Needs: `ssd`.
+    companions are those of `ssd`. Source: ours.
     """
 
     first: int = 0  # the number of tokens before
@@ -469,10 +465,7 @@ class Past:
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32.
-
-    Needs: `at_least_fp32`.
-    """
+    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
 
     def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
@@ -490,7 +483,7 @@ class RMSNorm(nn.Module):
 class Mamba2Mixer(nn.Module):
     """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
 
-    Source: Mamba-2; Megatron-LM's layer. Needs: `Past`, `causal_conv1d`, `RMSNorm`, `initial_value`, `HybridConfig`.
+    Source: Mamba-2; Megatron-LM's layer.
     """
 
     def __init__(self, config: HybridConfig):
@@ -539,7 +532,7 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
     """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
 
     Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
-    Source: RoFormer, arXiv 2104.09864. Needs: `at_least_fp32`.
+    Source: RoFormer, arXiv 2104.09864.
     """
     S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
     if not R:
@@ -551,7 +544,7 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, x_BSH to (B, S, H). Needs: `rotate`, `Past`, `HybridConfig`."""
+    """Causal grouped-query attention, x_BSH to (B, S, H)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -581,7 +574,7 @@ class Attention(nn.Module):
 
 
 class SquaredReLUMLP(nn.Module):
-    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H). Needs: `HybridConfig`."""
+    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H)."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
@@ -602,7 +595,7 @@ class HybridLM(nn.Module):
     the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens. last: logits
     of the last token alone, (B, 1, V).
 
-    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H. Needs: part 1.
+    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H.
     """
 
     def __init__(self, config: HybridConfig):
@@ -657,7 +650,7 @@ class HybridLM(nn.Module):
 def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
     """A parameter's first value by its name, of that shape, fp32, on the CPU.
 
-    Source: Mamba-2. Needs: `HybridConfig`.
+    Source: Mamba-2.
     """
     # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
     kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
@@ -676,16 +669,13 @@ def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any. Needs: `HybridLM`."""
+    """Name and shape of every parameter of the plain model, without allocating any."""
     with torch.device("meta"):
         return {name: p.shape for name, p in HybridLM(config).named_parameters()}
 
 
 def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time.
-
-    Needs: `parameter_shapes`, `initial_value`.
-    """
+    """The initial weights, a function of `config` alone: each name and its unsharded tensor, in the model's shape."""
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         yield name, initial_value(name, shape, config, generator)
@@ -705,7 +695,7 @@ class CachedPast(Past):
     """The past of one layer out of `kept`, its box in a cache; what is asked with goes into it.
 
     inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. capacity: tokens that
-    keys and values get room for. Source: ours. Needs: `Past`, section 1.1.
+    keys and values get room for. Source: ours.
     """
 
     kept: dict[str, Tensor] | None = None
@@ -734,8 +724,7 @@ class Cache:
     """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer, which fills it.
 
     capacity: tokens that the keys and values get room for. States are at least fp32: they add up small amounts over
-    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do. Needs:
-    `CachedPast`.
+    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
     """
 
     def __init__(self, layers: int, capacity: int):
@@ -783,10 +772,7 @@ def group_size(group: Group = None) -> int:
 
 
 def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all ranks); 0 without process groups.
-
-    Raises: ValueError on a rank that is not in the group.
-    """
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
     return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
@@ -795,6 +781,11 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_values(x: Tensor) -> bool:
@@ -816,10 +807,7 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
@@ -879,7 +867,7 @@ def copy_to_tp(x: Tensor, group=None) -> Tensor:
     """The way in: x as it is; its gradient is summed over `group`.
 
     x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's f, figure 3.
     """
     return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
 
@@ -888,7 +876,7 @@ def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
     """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
 
     partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3. Needs: `_Door`, `_keep`, `_sum`, `_all_reduce`, `group_size`.
+    Source: the Megatron-LM paper's g, figure 3.
     """
     return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
 
@@ -897,7 +885,7 @@ def scatter_to_tp(x: Tensor, group=None) -> Tensor:
     """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
 
     x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
 
@@ -907,12 +895,12 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
     x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
     its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it. Needs: `_Door`, `_slice`, `_gather`, `_share`, `group_size`, `group_rank`.
+    Source: ours; Megatron-LM's code has it.
     """
     return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
 
 
-# endregion
+# endregion copy 4574e3
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
@@ -954,7 +942,7 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     """The sizes of what one of `tp` ranks holds.
 
     Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
-    Source: Megatron-LM's layer; copies of groups: ours. Needs: `held`.
+    Source: Megatron-LM's layer; copies of groups: ours.
     """
     names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
     sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
@@ -968,7 +956,6 @@ class ParallelRMSNorm(RMSNorm):
     """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
 
     mean_square: of x_BSgC, the groups that this rank has a part of, to (B, S, g, 1). Source: ours.
-    Needs: `RMSNorm`, `held`, and the blocks process groups and tensor-parallel operators.
     """
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
@@ -1017,8 +1004,7 @@ def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
     """x of the ranks before this one, (ranks, *x.shape), with zeros in the places of this rank and of those behind it.
 
     x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
-    go back through it where one does. Source: ours. Needs: `_from_earlier`, `_to_earlier`, `_Door`, `_gather`,
-    `group_size`, `group_rank`.
+    go back through it where one does. Source: ours.
     """
     return _Door.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
 
@@ -1031,7 +1017,7 @@ def halo(u_BsC: Tensor, width: int, group: Group = None) -> Tensor:
     """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
 
     Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
-    Source: ours. Needs: `from_earlier_ranks`, `group_rank`.
+    Source: ours.
     """
     if u_BsC.shape[1] < width:
         raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
@@ -1071,8 +1057,7 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
     token, so the last rank has the whole sequence's. Every rank must call it, and differentiate it if one does.
     Messages, whatever the length: N·D·(Z + 1) numbers a sequence and rank, forward and backward.
-    Source: derived above; the operator is the one of Mamba's parallel scan. Needs: section 1.1, `from_earlier_ranks`,
-    and the blocks process groups and tensor-parallel operators.
+    Source: derived above; the operator is the one of Mamba's parallel scan.
     """
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
@@ -1111,7 +1096,6 @@ class RankPast(Past):
     """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
 
     Arguments and shapes as `Past`'s, with s tokens in place of S; D is the (N,) of `ssd`. Source: ours.
-    Needs: `Past`, `halo`, `ssd_sequence_parallel`, `from_earlier_ranks`.
     """
 
     lengths: list[int] | None = None
@@ -1146,7 +1130,7 @@ class ParallelHybridLM(HybridLM):
     Grid() is for a process by itself.
 
     Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, or for a cache where
-    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours. Needs: parts 1 and 2, `Grid`, `shard_tensor`.
+    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours.
     """
 
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
@@ -1196,7 +1180,7 @@ Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
-    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it. Needs: `Piece`, `held`."""
+    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it."""
     N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
     inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
     queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
@@ -1216,7 +1200,7 @@ def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int,
 
 
 def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
-    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy. Needs: `pieces_of`.
+    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy.
 
     whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
     """
@@ -1229,7 +1213,6 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
 
     full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
     Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
-    Needs: `shard_tensor`, `parameter_shapes`, `local_config`.
     """
     found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
     local_config(config, tp)  # for what it raises
@@ -1243,7 +1226,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 
     shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
     `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
-    the copies of a group: they have drifted apart. Needs: `pieces_of`, `parameter_shapes`.
+    the copies of a group: they have drifted apart.
     """
     full, tp = {}, len(shards)
     for name, shape in parameter_shapes(config).items():
@@ -1273,7 +1256,6 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
 
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
-    Needs: `HybridConfig`, `parameter_shapes`, `shard_tensor`, `local_config`.
     """
     from safetensors import safe_open
 
@@ -1346,7 +1328,6 @@ def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
     """The gradients cut as `pieces_of` says: parameter, its rows, and the number of tp ranks that hold these rows.
 
     Returns: the rows as views of the gradients, so that what is written into them is written there. Source: ours.
-    Needs: `pieces_of`, `Grid`.
     """
     grid, found = getattr(model, "grid", Grid()), []
     for name, p in model.named_parameters():
@@ -1358,10 +1339,7 @@ def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
 
 
 def reduce_gradients(model: ParallelHybridLM) -> None:
-    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping.
-
-    Needs: `gradient_pieces`, `_sum_over`, and the block process groups.
-    """
+    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping."""
     found = gradient_pieces(model)
     _sum_over([part for _, part, _ in found], model.grid.cp_group)
     for size, group in model.grid.neighbours.items():
@@ -1369,10 +1347,7 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
 
 
 def grad_norm(model: HybridLM) -> Tensor:
-    """The norm of the whole gradient before clipping, a scalar, the same on every rank.
-
-    Needs: `gradient_pieces`, `Grid`, `at_least_fp32`, and the block process groups.
-    """
+    """The norm of the whole gradient before clipping, a scalar, the same on every rank."""
     squares = [at_least_fp32(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]
     total = torch.stack(squares).sum()
     grid = getattr(model, "grid", Grid())
@@ -1385,7 +1360,6 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
     not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
     Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    Needs: `reduce_gradients`, `grad_norm`, `ParallelHybridLM`.
     """
     # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
@@ -1405,7 +1379,6 @@ def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callabl
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
     batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
-    Needs: `make_optimizer`, `train_step`, whose options it takes.
     """
     optimizer = make_optimizer(model)
     for step, (tokens_BS, targets_BS) in enumerate(batches):
@@ -1456,7 +1429,7 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 
 
 def parameters(config: HybridConfig) -> int:
-    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours. Needs: nothing else."""
+    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
     inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
@@ -1472,7 +1445,7 @@ def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, stat
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
-    Source: ours. Needs: `DecodeMemory`.
+    Source: ours.
     """
     inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
     state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
@@ -1524,7 +1497,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
     """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
 
     model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
-    are in the same state. Raises: ValueError for an empty prompt. Needs: `Cache`.
+    are in the same state. Raises: ValueError for an empty prompt.
     """
     if not tokens_BS.shape[1]:
         raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
@@ -1541,8 +1514,7 @@ def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: f
 def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks. Needs: `Grid`,
-    and the block process groups.
+    timeout: seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if tp < 1 or world % tp:
@@ -1588,8 +1560,7 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
         shards = everyones({name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)[:tp]
-        pairs = {name: (x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items()}
-        return {f"{kind} {n}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for n, (x, y) in pairs.items()}
+        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
 
     errors = {}
     runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
@@ -1599,37 +1570,11 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
             errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
     if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    largest = torch.tensor(list(errors.values()), dtype=torch.float64, device=device)
-    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf)  # a maximum over ranks may drop a NaN
-    return dict(zip(errors, _all_reduce(largest, None, dist.ReduceOp.MAX).tolist()))
+    return over_all_ranks(errors)
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
-
-
-# region carried: dtypes and errors (home: 01_deepspeech)
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
-    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
-    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN counts as infinite.
-
-    Raises: ValueError where no name does: nothing would be proven.
-    """
-    found = [error for name, error in errors.items() if name.startswith(kind)]
-    return max(math.inf if math.isnan(error) else error for error in found)
-
-
-# endregion
 
 
 def check(
@@ -1702,11 +1647,11 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     say("step      loss    single device      norm")
     differences, quiet = {}, group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
-    for step, (loss, norm) in enumerate(steps):
-        loss, norm = read_step(step, loss, norm)
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         text = ""
-        for loss_alone, norm_alone in itertools.islice(alone, 1):  # nothing once its steps are done
-            loss_alone, _ = read_step(step, loss_alone, norm_alone)
+        for results_alone in itertools.islice(alone, 1):  # nothing once its steps are done
+            loss_alone, _ = read_step(step, *results_alone)
             differences[f"loss {step}"] = abs(loss - loss_alone)
             text = f"{loss_alone:.6f}"
         if step < 5 or step % 20 == 19:
@@ -1856,7 +1801,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1884,7 +1832,7 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy 316961
 
 
 # Explained in chapter 1, at its end.
@@ -1893,7 +1841,7 @@ Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the 
 
 
 class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives, sends and receives in .messages."""
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
 
     def __enter__(self) -> Counter:
         self.messages: list[Message] = []
@@ -1919,7 +1867,86 @@ class Counter(TorchDispatchMode):
 
 
 # Explained in chapter 1, at its end.
-# region carried: claims table (home: 01_deepspeech)
+# region carried: reports (home: 01_deepspeech)
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
+
+
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     """Rank 0 prints (claim, paper, here, verdict) as a table.
 
@@ -1958,10 +1985,9 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
 
-    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
-        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
-    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
-    any rank starts.
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -2006,10 +2032,8 @@ def _number(kind: type, least: float, text: str) -> int | float:
 
 
 def _torchrun_world() -> tuple[int, int]:
-    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
-
-    Raises: ValueError where another launcher did: each of its tasks would train alone.
-    """
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     missing = [name for name in names if name not in os.environ]
     if not missing:
@@ -2047,39 +2071,9 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
-    """An instance of the dataclass `config`: its fields with metadata from the flags, and others."""
+    """The dataclass `config` with the values of its flags, and others."""
     values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
     return config(**values, **others)
-
-
-# endregion
-
-
-# Explained in chapter 1, at its end.
-# region carried: training log (home: 01_deepspeech)
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if group_rank() == 0:
-        print(text, flush=True)
-
-
-def say_setting(args: argparse.Namespace, layout: str = "") -> None:
-    """The first line of a run: everything that it depends on."""
-    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
-    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
-
-
-def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
-    """Loss and gradient norm of a step as floats, in one host synchronisation.
-
-    Raises: FloatingPointError where one of them is not finite. Both are equal on all ranks, so
-        every rank stops in this step.
-    """
-    values = torch.stack([loss.double(), norm.double()]).tolist()
-    if not all(map(math.isfinite, values)):
-        raise FloatingPointError(f"step {step}: loss {values[0]}, gradient norm {values[1]}")
-    return values[0], values[1]
 
 
 # endregion

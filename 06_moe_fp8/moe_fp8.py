@@ -177,7 +177,7 @@ class Router(nn.Module):
     `update_expert_bias` and by nothing else, and must stay fp32. `counts` gathers how often each expert was chosen, in
     training mode only: where nobody resets it, it grows.
 
-    Source: Nemotron 3 Nano; the bias: Wang et al., 2024. Needs: `MoEConfig`, `Routing`, `count_rows`.
+    Source: Nemotron 3 Nano; the bias: Wang et al., 2024.
     """
 
     def __init__(self, config: MoEConfig):
@@ -253,7 +253,7 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
 
     counts_LE: the rows of each router's experts in the whole step: `router.counts`, summed over all ranks that have
     tokens. gamma: the step of β. Raises: ValueError for a bias narrower than fp32, in which steps of γ vanish.
-    Source: Wang et al., 2024. Needs: `Router`.
+    Source: Wang et al., 2024.
     """
     for router, counts_E in zip(routers, counts_LE, strict=True):
         if router.bias.dtype.itemsize < 4:
@@ -299,7 +299,7 @@ def grouped_product(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tens
     """x_RH, sorted by expert, times each expert's own matrix: (R, F). counts: rows of each expert; they add up to R.
 
     One kernel, or a loop over experts where there is none (`_has_grouped_mm`). Differentiable; under autocast in its
-    dtype. Raises: ValueError where the counts do not fit. Needs: `_has_grouped_mm`, `product_dtype`.
+    dtype. Raises: ValueError where the counts do not fit.
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
@@ -315,7 +315,7 @@ class Experts(nn.Module):
     """E feed-forward layers: rows_RH, sorted by expert, and each expert's count to (R, H).
 
     Args: num_experts: E, or this rank's e. width: H, or any other. expert_size: F. init_std: of the first weights.
-    counts: a list on the host, since torch's products want their sizes there. Needs: `grouped_product`.
+    counts: a list on the host, since torch's products want their sizes there.
     """
 
     def __init__(self, num_experts: int, width: int, expert_size: int, init_std: float = 0.02):
@@ -343,7 +343,7 @@ class MLP(nn.Module):
 class MoELayer(nn.Module):
     """Router, experts, shared expert, undivided: x_BSH to (B, S, H) and each sequence's balancing loss, (B,).
 
-    Source: Nemotron 3 Nano. Needs: `Router`, `Experts`, `MLP`, `load_balancing_loss`, `count_rows`.
+    Source: Nemotron 3 Nano.
     """
 
     def __init__(self, config: MoEConfig):
@@ -381,7 +381,7 @@ class MoELayer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal attention with grouped queries, x_BSH to (B, S, H); and no load to balance. Needs: `MoEConfig`."""
+    """Causal attention with grouped queries, x_BSH to (B, S, H); and no load to balance."""
 
     def __init__(self, config: MoEConfig):
         super().__init__()
@@ -414,7 +414,7 @@ class MoELM(nn.Module):
 
     The balancing loss is the sum over layers. The model's first weights are `initial_weights(config)`. moe_layer makes
     the layers of experts, which may be parallel ones. Raises: ValueError for Mamba layers and latent experts, which are
-    other chapters'. Needs: part 1.
+    other chapters'.
     """
 
     def __init__(self, config: MoEConfig, moe_layer: Callable[[MoEConfig], nn.Module] = MoELayer):
@@ -453,16 +453,16 @@ class MoELM(nn.Module):
 
 
 def state_shapes(config: MoEConfig) -> dict[str, torch.Size]:
-    """Name and shape of the plain model's state (parameters, routers' biases), with no memory. Needs: `MoELM`."""
+    """Name and shape of the plain model's state (parameters, routers' biases), with no memory."""
     with torch.device("meta"):
         return {name: x.shape for name, x in MoELM(config).state_dict().items()}
 
 
 def initial_weights(config: MoEConfig) -> Iterator[tuple[str, Tensor]]:
-    """The model's first weights, a function of `config` alone, whole, one tensor at a time, on the CPU.
+    """The initial weights, a function of `config` alone: each name and its unsharded tensor, in the model's shape.
 
     Matrices are normal with init_std, those that write onto the residual stream smaller by 1/√L; norms start at 1, and
-    the routers' biases at 0. Needs: `state_shapes`.
+    the routers' biases at 0.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in state_shapes(config).items():
@@ -490,7 +490,6 @@ def plain_gradients(
 
     tokens_BS, targets_BS: int64; −100 marks a target that does not count. alpha: weight of the balancing loss.
     max_norm: of all gradients together. autocast: the dtype of products (bf16 on GPUs), None for the parameters' own.
-    Needs: `MoELM`, `Step`.
     """
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
         loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
@@ -507,7 +506,6 @@ def train_alone(
 
     lr: the learning rate of step 0, 1, ... gamma: step of the routers' biases. gradients: `plain_gradients`, which
     looks at this process alone, or what part 4 puts in its place; options are its own.
-    Needs: `make_optimizer`, `plain_gradients`, `update_expert_bias`.
     """
     optimizer = make_optimizer(model)
     for number, batch in enumerate(batches):
@@ -547,7 +545,7 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
     return x
 
 
-# endregion
+# endregion copy 552773
 
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
@@ -633,7 +631,7 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None,
         wait: False returns at once, and not the rows but a function that waits for them; call it once.
 
     Raises: ValueError where this rank's lists do not fit; what other ranks' lists say, nobody looks at.
-    Source: ours. Needs: `_Trip`, `_Depart`, `_Arrive`, `group_size`.
+    Source: ours.
     """
     ranks = group_size(group)
     if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
@@ -713,7 +711,7 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
 
     Rank i of `group` has experts i·e to i·e + e − 1. Every rank of the group must call it; tokens may be none. group:
     None is all ranks. The host waits once. A plan may be used many times. Raises: ValueError where the experts do not
-    divide over the ranks. Source: ours. Needs: `Plan`, `count_rows`, `check_ep`, `_inverse`, `group_size`.
+    divide over the ranks. Source: ours.
     """
     ep = group_size(group)
     check_ep(num_experts, ep)
@@ -735,7 +733,7 @@ def dispatch(x_TH: Tensor, plan: Plan) -> Callable[[], Tensor]:
 
     That function returns the rows of this rank's experts, (r, H), sorted by expert: plan.counts of each. What is
     computed before it is called overlaps with the journey, in backward too. Every rank of the plan's group must call
-    both, once. Source: ours. Needs: `Plan`, `_Permute`, `all_to_all`.
+    both, once. Source: ours.
     """
     rows_RH = _Permute.apply(x_TH, plan.order_R, plan.inverse_R, plan.top_k)
     arrive = all_to_all(rows_RH, plan.send, plan.receive, plan.group, wait=False)
@@ -748,7 +746,7 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     """Brings rows back to their tokens and adds them up with their weights: (T, H), in the rows' dtype.
 
     rows_rH: in the order of `dispatch`. weights_TK: at least fp32; the sum is as wide. Every rank must call it.
-    Source: ours. Needs: `Plan`, `_Permute`, `all_to_all`.
+    Source: ours.
     """
     if group_size(plan.group) > 1:
         rows_rH = _Permute.apply(rows_rH, plan.inverse_r, plan.order_r, 1)
@@ -790,7 +788,6 @@ class ExpertParallelMoELayer(MoELayer):
     every rank. Every rank must call it, forward and backward, also with B = 0; group: None is all ranks. Gradients of
     experts are sums over the group's tokens, all others are this rank's: `reduce_gradients` adds the rest.
     Raises: ValueError where the experts do not divide over the ranks. Source: Nemotron 3 Nano; how it is divided: ours.
-    Needs: `MoELayer`, sections 2.1 and 2.2, `check_ep`, and the block groups.
     """
 
     def __init__(self, config: MoEConfig, group=None):
@@ -814,7 +811,7 @@ class ParallelMoELM(MoELM):
     Its weights are those that MoELM(config) has, whatever the number of ranks, and its parameters have the same names;
     no more than one whole tensor is in memory at a time. Each rank calls it with its own tokens. group: the ranks that
     share one set of experts; None is all ranks. Raises: ValueError where the experts do not divide over the ranks.
-    Source: Nemotron 3 Nano; how it is divided: ours. Needs: `MoELM`, `ExpertParallelMoELayer`, `shard_tensor`.
+    Source: Nemotron 3 Nano; how it is divided: ours.
     """
 
     def __init__(self, config: MoEConfig, group=None):
@@ -910,7 +907,6 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
 
     The code of a finite number is finite; where x is not finite its whole tile is NaN, on all ranks that share an amax.
     Raises: ValueError for an unknown format. Source: current scaling, Nemotron-H; tiles, Nemotron Nano 2.
-    Needs: `Quantized`, `FP8_FORMATS`, `_amax`, `_spread`, and the block groups.
     """
     if format not in FP8_FORMATS:
         raise ValueError(f"format {format!r}: one of {list(FP8_FORMATS)}")
@@ -931,7 +927,7 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
 def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · inverse scale: a tensor of the codes' shape in `dtype`, which should be fp32 or wider.
 
-    Source: current scaling, Nemotron-H. Needs: `Quantized`, `_spread`.
+    Source: current scaling, Nemotron-H.
     """
     codes, inverse_scale, block = quantized
     return codes.to(dtype) * _spread(inverse_scale, block, codes.shape).to(dtype)
@@ -1000,7 +996,7 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
 
     Emulated sums are as wide as dtype, at least fp32. On Hopper's units allow an error of 2^−13 · Σ|a_i b_i| beyond
     dtype's own rounding: stated here, and not measured on one yet. Raises: ValueError for other sizes on hardware,
-    which also wants one scale for each tensor. Source: Nemotron-H. Needs: `Quantized`, `dequantize_fp8`.
+    which also wants one scale for each tensor. Source: Nemotron-H.
     """
     if hardware and a.codes.numel():
         if a.codes.shape[1] % 16 or b.codes.shape[0] % 16:
@@ -1050,7 +1046,6 @@ def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group=None)
     Args: amax_group: ranks that hold shares of the rows, all of which must call it; see `quantize_fp8`.
     Returns: x's dtype, or autocast's. Raises: ValueError on hardware where H or F are no multiples of 16.
     Source: Nemotron-H; with tiles, Nemotron Nano 2.
-    Needs: `_FP8Linear`, `_both_ways`, `fp8_product`, `product_dtype`, `quantize_fp8`.
     """
     rows_RH = x.reshape(-1, x.shape[-1])
     y_RF = _FP8Linear.apply(rows_RH, weight_FH, recipe, amax_group, product_dtype(x))
@@ -1062,7 +1057,7 @@ class FP8Linear(nn.Linear):
 
     Args: in_features, out_features: as nn.Linear's. recipe, amax_group: as `fp8_linear`'s.
     The weight itself stays wide: it is rounded for each product anew, and the optimiser never sees the rounding.
-    Source: Nemotron-H. Needs: `fp8_linear`, section 2.5.
+    Source: Nemotron-H.
     """
 
     def __init__(self, in_features: int, out_features: int, recipe: FP8Recipe = HYBRID, amax_group=None):
@@ -1092,7 +1087,7 @@ def fp8_grouped_product(
     """`grouped_product` in FP8, (R, F): each expert's rows and weights with their own scales.
 
     amax_group: the ranks that hold the same experts, all of which must call it.
-    Source: Nemotron-H's recipe, for each expert by itself: ours. Needs: `fp8_linear`.
+    Source: Nemotron-H's recipe, for each expert by itself: ours.
     """
     parts = zip(x_RH.split(counts), weight_EFH.unbind())
     return torch.cat([fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts])
@@ -1102,7 +1097,7 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     """Puts the products of the recipe's layers into FP8, in place, and returns the model; parameters stay as they are.
 
     grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
-    Source: Nemotron-H, section 2.4. Needs: sections 2.5 and 2.6, `Experts`, and what `fp8_linear` needs.
+    Source: Nemotron-H, section 2.4.
     """
     tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
     for module in model.layers[recipe.first : len(model.layers) - recipe.last].modules():
@@ -1131,15 +1126,12 @@ def check_ep(num_experts: int, ep: int) -> None:
 
 
 def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of `whole`, the plain model's tensor `name`, as a copy: (e, ...) or whole's shape.
-
-    Needs: `shard_dim`.
-    """
+    """Rank `rank`'s share of `whole`, the plain model's tensor `name`, as a copy: (e, ...) or whole's shape."""
     return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
 
 
 def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
-    """Raises RuntimeError that names what is missing in `full`, unknown or of another shape. Needs: `MoELM`."""
+    """Raises RuntimeError that names what is missing in `full`, unknown or of another shape."""
     with torch.device("meta"):
         MoELM(config).load_state_dict(full, assign=True)
 
@@ -1149,7 +1141,6 @@ def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, worl
 
     full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
     state dict does not fit the configuration; ValueError where experts do not divide.
-    Needs: `shard_tensor`, `check_state`, `check_ep`.
     """
     check_ep(config.num_experts, world_size)
     check_state(full, config)
@@ -1160,8 +1151,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The state dicts of all ranks of one group, in their order, to the plain model's, to the bit; gradients too.
 
     shards: what `shard_state_dict` makes, of ranks 0, 1, … Returns: name to whole tensor, a copy. Raises:
-    ValueError where ranks hold different values of what should be whole on each: they have drifted apart. Needs:
-    `shard_dim`.
+    ValueError where ranks hold different values of what should be whole on each: they have drifted apart.
     """
     full = {}
     for name in shards[0]:
@@ -1216,7 +1206,7 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
     """Configuration and plain state dict (name to tensor, on the CPU) of a folder with config.json and *.safetensors.
 
     Raises: FileNotFoundError; ValueError that names Mamba layers, a missing tensor, an unknown one, or a setting that
-    this model has not; RuntimeError for a shape. Needs: section 3.1, `MoEConfig`, `check_state`, `shard_dim`.
+    this model has not; RuntimeError for a shape.
     """
     from safetensors.torch import load_file
 
@@ -1259,8 +1249,7 @@ Grid = namedtuple("Grid", "ep dp ep_rank ep_group edp_group", defaults=(1, 1, 0,
 def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
     """Lays all ranks out as (dp, ep), neighbours in an ep group; every rank must call it.
 
-    timeout: seconds. Raises: ValueError where ep does not divide the ranks. Needs: `Grid`, and
-    `make_group` (at the end, in the block launcher).
+    timeout: seconds. Raises: ValueError where ep does not divide the ranks.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
     if ep < 1 or world % ep:
@@ -1272,10 +1261,7 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
 
 
 def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
-    """Sums gradients where section 2.3 says, in two messages; the same parameters must have gradients on every rank.
-
-    Needs: `_all_reduce`, `group_size`.
-    """
+    """Sums gradients where section 2.3 says, in two messages; the same parameters must have gradients on every rank."""
     experts = {id(p) for p in model.expert_parameters()}  # by identity: == compares elements
     for of_experts, group in ((True, grid.edp_group), (False, None)):
         grads = [p.grad for p in model.parameters() if (id(p) in experts) == of_experts and p.grad is not None]
@@ -1300,7 +1286,7 @@ def clip_grad_norm_(
         group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
 
     Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless). Needs: nothing else.
+    is not (the gradients are then useless).
     """
     parameters = [p for p in parameters if p.grad is not None]
     shares = {id(p) for p in sharded}  # by identity: == compares elements
@@ -1319,7 +1305,7 @@ def clip_grad_norm_(
     return norm
 
 
-# endregion
+# endregion copy 6d1ced
 
 
 def parallel_gradients(
@@ -1330,7 +1316,6 @@ def parallel_gradients(
     tokens_BS, targets_BS: this rank's. Every rank must call it, also one without any. micro_batches: pieces in which
     the tokens are computed one after the other, to save memory; changes no number, but in FP8, where each piece has
     scales of its own. All else: as `plain_gradients`'.
-    Needs: `ParallelMoELM`, `Grid`, `Step`, `_all_reduce`, `reduce_gradients`, `clip_grad_norm_`.
     """
     # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
     sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
@@ -1351,8 +1336,7 @@ def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], gr
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
-    and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'. Needs: `train_alone`,
-    `parallel_gradients`.
+    and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'.
     """
     mine = ([whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches)
     return train_alone(model, mine, lr, gradients=functools.partial(parallel_gradients, grid=grid), **options)
@@ -1390,7 +1374,7 @@ def parameters(config: MoEConfig) -> Parameters:
     """Parameters of a model, and those that one token meets: all but the experts that it has not chosen.
 
     Routers' biases count. A token meets one row of the input table, so publications also count without it.
-    Source: the published configurations. Needs: `Parameters`.
+    Source: the published configurations.
     """
     H, D, E, latent = config.hidden_size, config.head_size, config.num_experts, config.latent_size
     expert = 2 * (latent or H) * config.expert_size
@@ -1421,7 +1405,7 @@ def all_to_all_bytes(config: MoEConfig, ep: int, itemsize: int = 2) -> float:
 def quantisation_error(x: Tensor, *operand) -> float:
     """‖x − its eight-bit version‖ / ‖x‖, of x of any shape. operand: arguments of `quantize_fp8`.
 
-    Source: ours. Needs: `quantize_fp8`, `dequantize_fp8`.
+    Source: ours.
     """
     return ((dequantize_fp8(quantize_fp8(x, *operand)) - x).norm() / x.norm()).item()
 
@@ -1520,7 +1504,7 @@ def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
     return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
 
 
-# endregion
+# endregion copy 4a8517
 
 
 def check(args, grid: Grid, device: torch.device) -> bool:
@@ -1590,15 +1574,20 @@ def demonstrate(args, grid: Grid, device: torch.device) -> tuple[list[float], li
         f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
     say("step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    differences, loads = [], []
+    differences, counts = [], []
     for step, (wide, fp8, slow) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
+        loss, norm = read_step(step, wide.loss, wide.norm)
+        loss_fp8, _ = read_step(step, fp8.loss, fp8.norm)
+        read_step(step, slow.loss, slow.norm)
         beside = next(alone, None) if group_rank() == 0 else None
-        differences += [abs(wide.loss - beside.loss).item()] if beside else []
-        loads.append((largest_load(wide.counts_LE), largest_load(slow.counts_LE)))
+        differences += [abs(loss - beside.loss.item())] if beside else []
+        counts.append((wide.counts_LE, slow.counts_LE))  # stay on the device: to read them is to wait for it
         if step < 5 or step % 10 == 9:
             text = f"{beside.loss.item():.6f}" if beside else ""
-            say(f"{step:4}  {wide.loss.item():.6f}  {text:>15}  {wide.norm.item():8.3f}{loads[-1][0]:13.2f} ×"
-                f"{loads[-1][1]:15.2f} ×{fp8.loss.item():18.6f}{largest_load(fp8.counts_LE):13.2f} ×")  # fmt: skip
+            load, load_slow, load_fp8 = (largest_load(run.counts_LE) for run in (wide, slow, fp8))
+            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}{load:13.2f} ×"
+                f"{load_slow:15.2f} ×{loss_fp8:18.6f}{load_fp8:13.2f} ×")  # fmt: skip
+    loads = [(largest_load(wide_LE), largest_load(slow_LE)) for wide_LE, slow_LE in counts]
 
     tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
     share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
@@ -1734,7 +1723,10 @@ def tokenizer(name: str) -> tiktoken.Encoding:
 
 
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library."""
+    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+
+    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    """
 
     def __init__(self, path: str, tokenizer_name: str, seq_length: int):
         self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
@@ -1762,10 +1754,27 @@ class TextData:
         return self.encoding.decode(tokens_S.tolist(), errors="replace")
 
 
-# endregion
+# endregion copy 316961
 
 
 # Explained in chapter 1, at its end.
+# region carried: training log (home: 01_deepspeech)
+def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and gradient norm of a step as floats, in one host synchronisation.
+
+    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
+    """
+    loss_value, norm_value = torch.stack([loss, norm]).tolist()
+    if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+        found = f"step {step}: loss {loss_value}, gradient norm {norm_value}"
+        raise FloatingPointError(f"{found}. Lower the learning rate, or look at this step's batch")
+    return loss_value, norm_value
+
+
+# endregion
+
+
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
 
@@ -1787,7 +1796,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy 0c0eaa
 
 
 # Explained in chapter 1, at its end.
@@ -1805,7 +1814,7 @@ def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
     return not any(row[3] is False for row in rows)
 
 
-# endregion
+# endregion copy 6f0d29
 
 
 # Explained in chapter 1, at its end.
@@ -1863,7 +1872,7 @@ def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespa
     return args
 
 
-# endregion
+# endregion copy b40150
 
 
 # Explained in chapter 1, at its end.
@@ -1940,7 +1949,7 @@ def write_trace(profile: torch.profiler.profile, path: str) -> None:
         raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
 
 
-# endregion
+# endregion copy 9537e9
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Time and memory of a layer in the benchmark's experiments. `python notebooks/results/measure_04_time.py`, a minute.
 
-Writes 04_time.json beside this file: what tests/bench_04_seq_parallel.py measures, on two ranks of one thread each, in
+Writes 04_time.json beside this file: what tests/bench/04_seq_parallel.py measures, on two ranks of one thread each, in
 units of tensor parallelism's time and memory.
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-PATHS = [str(HERE.parent.parent / folder) for folder in ("tests", "04_seq_parallel")]
+PATHS = [str(HERE.parent.parent / folder) for folder in ("tests", "tests/bench", "04_seq_parallel")]
 sys.path[:0] = PATHS
 import ranks  # noqa: E402
 
@@ -22,7 +22,7 @@ SIZES = dict(hidden=384, heads=4, seq=256, batch=2, rounds=15, dtype="float32")
 if __name__ == "__main__":
     ranks.PATHS[:] = PATHS
     pool = ranks.Pool(2)
-    found = pool.run("bench_04_seq_parallel", "measure", SIZES, timeout=300)[0]
+    found = pool.run("04_seq_parallel", "measure", SIZES, timeout=300)[0]
     pool.close()
     totals = {name: [sum(pair) for pair in zip(run["forward"], run["backward"])] for name, run in found.items()}
     layers, base = {}, totals["tensor parallelism"]

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def alternate(ours, theirs, rounds: int, cuda: bool = False) -> tuple[float, float, float]:
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    ranks.PATHS[:] = [str(ROOT / "tests"), str(ROOT / "01_deepspeech")]
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/bench", "01_deepspeech")]
     torch.set_num_threads(1)
     cuda, device = args.device == "cuda", torch.device(args.device)
     name = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"

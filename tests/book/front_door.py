@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: MIT-0
 """The numbers on the front door: `make numbers` runs every chapter, keeps what it saw in a file of results, and writes
-it into README.md, CLAIMS.md and the chapters' READMEs. A test holds that they say what is kept.
+it into README.md, INSTALL.md, CLAIMS.md and the chapters' READMEs. A test holds that they say what is kept.
 """
 
 import argparse
@@ -46,7 +46,11 @@ def measure() -> dict:
         begin = time.monotonic()
         notebooks.execute(path)
         seconds[path.stem] = round(time.monotonic() - begin)
+    print("── tests", flush=True)
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, check=True)
     return dict(
+        test_minutes=round((time.monotonic() - begin) / 60, 1),
         command="make numbers",
         machine=f"{os.cpu_count()} cores, gloo, torch {torch.__version__}, Python {platform.python_version()}",
         tests=f"{len(collected()):,}",
@@ -80,6 +84,8 @@ def rendered(page: Path, kept: dict) -> str:
     facts["notebooks"] = ", ".join(f"{name} {seconds} s" for name, seconds in kept["notebooks"].items())
     facts["runs"] = ", ".join(f"{name} {chapter['seconds']} s" for name, chapter in chapters.items())
     facts["minutes"] = f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
+    if "test_minutes" in kept:
+        facts["test minutes"] = f"{kept['test_minutes']} minutes"
     for name, chapter in chapters.items():
         text = re.sub(rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M)
         table = "".join(f"| {' | '.join(row)} |\n" for row in chapter["claims"])
@@ -94,7 +100,7 @@ def rendered(page: Path, kept: dict) -> str:
 
 
 def pages() -> list[Path]:
-    shared = [ROOT / name for name in ("README.md", "CLAIMS.md", "notebooks/README.md")]
+    shared = [ROOT / name for name in ("README.md", "INSTALL.md", "DIFFERENCES.md", "CLAIMS.md", "notebooks/README.md")]
     return [*shared, *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
 
 

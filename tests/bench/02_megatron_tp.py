@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from proof import plant
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, as the vendor states them
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    ranks.PATHS[:] = [str(ROOT / "tests"), str(ROOT / "02_megatron_tp")]
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/bench", "02_megatron_tp")]
     cuda = args.device == "cuda"
     worlds = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()] if cuda else [2, 4]
     sizes = [(8, 2048, 4096)] if cuda else [(4, 128, 256), (4, 128, 512)]

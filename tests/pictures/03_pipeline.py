@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 03_pipeline/schedules.png: the four schedules on one clock. `python tests/picture_03_pipeline.py`, seconds."""
+"""Draws 03_pipeline/schedules.png: the four schedules on one clock. `make pictures CHAPTER=03`, seconds."""
 
 from pathlib import Path
 
 import pipeline as pl
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1))
 COLORS = {"F": ("#4c8fc9", "#a9cbe8"), "B": ("#e08a3c", "#f3c79f"), "W": ("#6aa56a", "#6aa56a")}  # by chunk
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 01_deepspeech/letters.png: what the network writes while it hears. `python tests/picture_01_deepspeech.py`."""
+"""Draws 01_deepspeech/letters.png: what the network writes while it hears. `make pictures CHAPTER=01`."""
 
 from functools import partial
 from pathlib import Path
@@ -7,7 +7,7 @@ from pathlib import Path
 import deepspeech as ds
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def trained(config: ds.SpeechConfig, epochs: int = 8) -> ds.DeepSpeech2:

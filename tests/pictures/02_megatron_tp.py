@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 02_megatron_tp/gradients.png: what a loss curve hides. `python tests/picture_02_megatron_tp.py`, a minute."""
+"""Draws 02_megatron_tp/gradients.png: what a loss curve hides. `make pictures CHAPTER=02`, a minute."""
 
 import contextlib
 from pathlib import Path
@@ -9,7 +9,7 @@ import ranks
 import torch.distributed as dist
 from proof import plant
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 100
 
 
@@ -82,7 +82,7 @@ def draw(right: tuple, wrong: tuple) -> None:
 
 
 if __name__ == "__main__":
-    ranks.PATHS[:] = [str(ROOT / "tests"), str(ROOT / "02_megatron_tp")]
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/pictures", "02_megatron_tp")]
     pool = ranks.Pool(2)
     draw(*(pool.run(Path(__file__).stem, "measure", dict(broken=broken), timeout=300)[0] for broken in (False, True)))
     pool.close()

@@ -25,9 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "00_differences.json"
-PATHS = [str(ROOT / "tests"), *sorted(str(path.parent) for path in ROOT.glob("0[1-6]_*/*.py"))]
+FOLDERS = ["tests", "tests/book", *sorted(path.parent.name for path in ROOT.glob("0[1-6]_*/README.md"))]
+PATHS = [str(ROOT / folder) for folder in FOLDERS]
 sys.path.extend(path for path in PATHS if path not in sys.path)
 
 import ranks  # noqa: E402
@@ -488,10 +489,10 @@ def short(value: float) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The README's table: of each technique and width the largest error of all numbers of ranks and seeds."""
+    """The table of DIFFERENCES.md: per technique and precision the largest error over ranks and seeds."""
     title = "loss | gradient's norm | gradients | weights, SGD | weights, AdamW"
     lines = [
-        f"| technique (chapter) | numbers | {title} | *one device from float64* | *in another order* |",
+        f"| technique (chapter) | precision | {title} | *one device from float64* | *in another order* |",
         "|" + "---|" * 9,
     ]
     for technique in TECHNIQUES:

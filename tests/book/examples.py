@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""A small use of every function and class that says what it needs, for test_00_copy.py: chapter, name, use.
+"""A small use of every function and class that needs others of its chapter, for test_lift.py: chapter, name, use.
 
 A use gets a module, which is the chapter or a lifted copy, and an empty folder; it returns what it computed. A shared
 block's functions stand under its home.
@@ -101,6 +101,21 @@ def speech_batches():
     return [deepspeech.Batch(*utterances())] * 2
 
 
+def saved(m, folder):
+    from deepspeech import load_model
+
+    m.save_model(str(folder / "net"), net(), ["one two"])
+    model, texts = load_model(str(folder / "net"))
+    return model.state_dict(), texts
+
+
+def counted(m):
+    """The messages of one sum, with Counter on its own."""
+    with alone(), m.Counter() as counter:
+        dist.all_reduce(normal(3))
+    return [(message.op, message.bytes) for message in counter.messages]
+
+
 # ── Chapter 2 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -190,6 +205,17 @@ def one_grid(m, folder):
     return [size for size in getattr(grid, "_asdict", lambda: vars(grid))().values() if isinstance(size, int)]
 
 
+def state_of_run(m):
+    model = gpt()
+    return m.run_state(model, optimizer_of(model))
+
+
+def text_of(m, folder):
+    """A batch of a text of one's own."""
+    (folder / "mine.txt").write_text("It was a bright cold day in April. " * 20, "utf-8")
+    return m.TextData(str(folder / "mine.txt"), "bytes", 8).batch(0, 2, seed=0)
+
+
 # ── Chapter 3 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -238,6 +264,12 @@ def stage_weights():
     return GPT(pipeline_size()).state_dict()
 
 
+def simulated():
+    import pipeline
+
+    return pipeline.simulate(lists())
+
+
 # ── Chapter 4 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -269,6 +301,13 @@ def published_model():
 def sp_step(m):
     model = sp_gpt()
     return m.train_step(model, optimizer_of(model), *BATCHES[0])
+
+
+def message(**fields):
+    """A message as a counter lists it."""
+    import types
+
+    return types.SimpleNamespace(**fields)
 
 
 # ── Chapter 5 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -326,6 +365,11 @@ def cached(m):
     kept = dict(state=torch.zeros(2, 4, 3, 5, dtype=torch.float64))
     y = m.CachedPast(0, None, kept).scan(*scan_arguments(), 4, normal(4))
     return y, kept["state"]
+
+
+def several_grids(m):
+    with alone() as device:
+        return [(grid.tp, grid.cp) for grid in m.grids(device, 60.0)]
 
 
 # ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -403,11 +447,27 @@ def published_nemotron3(m, folder):
     return m.load_nemotron3(folder)[1]
 
 
+def mixer():
+    from moe_fp8 import Attention
+
+    return Attention(moe_config())
+
+
+def codes(m):
+    with alone() as device:
+        return m.codes_agree(device)
+
+
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 EXAMPLES = {
     "deepspeech": {
+        "save_model": lambda m, folder: saved(m, folder),
+        "small_batch": lambda m, folder: vars(m.small_batch(3, speech())),
+        "synthesize": lambda m, folder: m.synthesize(["one", "two"], 8000, np.random.default_rng(0)).tolist(),
+        "Speech": lambda m, folder: vars(m.Speech.synthetic(2, speech(), 0).batch([1, 0], speech())),
+        "Counter": lambda m, folder: counted(m),
         "RecurrentLayer": lambda m, folder: through(
             m.RecurrentLayer(speech(), 5, Normless, sum_so_far), normal(4, 2, 5), torch.ones(4, 2, dtype=torch.bool)
         ),
@@ -438,6 +498,10 @@ EXAMPLES = {
         "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
     },
     "megatron_tp": {
+        "MLP": lambda m, folder: through(m.MLP(small()), normal(2, 5, 16), Streams()),
+        "check_tp": lambda m, folder: m.check_tp(small(), 2) or "it fits",
+        "run_state": lambda m, folder: state_of_run(m),
+        "TextData": lambda m, folder: text_of(m, folder),
         "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
         "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
         "Attention": lambda m, folder: through(m.Attention(small()), normal(2, 5, 16), Streams()),
@@ -474,6 +538,12 @@ EXAMPLES = {
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },
     "pipeline": {
+        "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
+        "Bar": lambda m, folder: m.Bar(lists()[0][0], 0, 1),
+        "Timeline": lambda m, folder: m.Timeline(simulated().ranks).bubble,
+        "draw": lambda m, folder: m.draw(simulated()),
+        "Hop": lambda m, folder: m.Hop(0, 1, lists()[0][0]),
+        "Step": lambda m, folder: m.Step(lists()[0][0], ()),
         "schedule": lambda m, folder: m.schedule("interleaved", 2, 4, 2),
         "input_of": lambda m, folder: m.input_of(lists()[1][0], 1, 2, 1),
         "needs": lambda m, folder: m.needs(lists()[1][0], 1, 2, 1),
@@ -500,6 +570,8 @@ EXAMPLES = {
         "plan": lambda m, folder: m.plan(**GPT_1T, gpus=3072, batch=3072),
     },
     "seq_parallel": {
+        "activation_bytes": lambda m, folder: m.activation_bytes(sp_config(), 2, True, "selective"),
+        "wire_bytes": lambda m, folder: m.wire_bytes([message(op="all_reduce", bytes=8)], 2),
         "gather_from_sp": lambda m, folder: m.gather_from_sp(normal(4, 2, 3)),
         "reduce_scatter_to_sp": lambda m, folder: m.reduce_scatter_to_sp(normal(4, 2, 3)),
         "scatter_to_sp": lambda m, folder: m.scatter_to_sp(normal(4, 2, 3)),
@@ -532,6 +604,7 @@ EXAMPLES = {
         "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
     },
     "mamba_hybrid": {
+        "grids": lambda m, folder: several_grids(m),
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
         "log_decay": lambda m, folder: m.log_decay(-normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1),
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
@@ -575,6 +648,11 @@ EXAMPLES = {
         "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {
+        "Layer": lambda m, folder: list(m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))),
+        "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
+        "all_to_all_bytes": lambda m, folder: m.all_to_all_bytes(moe_config(), 2),
+        "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
+        "codes_agree": lambda m, folder: codes(m),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
         "grouped_product": lambda m, folder: m.grouped_product(normal(5, 3), normal(2, 4, 3), [2, 3]),
@@ -618,3 +696,28 @@ EXAMPLES = {
         "quantisation_error": lambda m, folder: m.quantisation_error(torch.randn(8, 8)),
     },
 }
+
+# Why a function that needs others has no example.
+LAUNCHED = "every chapter's tests start it as a script"
+WITHOUT_EXAMPLE = {
+    "deepspeech": {
+        "launch": LAUNCHED,
+        "run_rank": "test_launcher.py calls it",
+        "transcribe": "takes the command line's arguments; test_01_deepspeech.py runs the flags",
+        "report": "prints",
+        "use_model": "prints; test_01_deepspeech.py runs --evaluate and --transcribe",
+    },
+    "megatron_tp": {},
+    "pipeline": {"plan_command": "prints; test_03_pipeline.py runs it"},
+    "seq_parallel": {"print_costs": "prints", "show_layer": "prints"},
+    "mamba_hybrid": {
+        "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
+        "decode_times": "measures time",
+    },
+    "moe_fp8": {
+        "print_formats": "prints",
+        "recipe_of": "takes the command line's arguments",
+    },
+}
+# What every chapter has, and every chapter's tests run: the command line and the demonstration.
+DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}

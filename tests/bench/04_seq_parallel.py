@@ -21,7 +21,7 @@ import seq_parallel as sp
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #              name                       SP, recomputation, core,          the paper's overhead
 EXPERIMENTS = {
     "tensor parallelism": (False, "none", "unfused", None),
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
-    ranks.PATHS[:] = [str(ROOT / "tests"), str(ROOT / "04_seq_parallel")]
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/bench", "04_seq_parallel")]
     cuda = args.device == "cuda"
     worlds = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()] if cuda else [2]
     device = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"

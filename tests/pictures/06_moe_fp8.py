@@ -10,7 +10,7 @@ from pathlib import Path
 import moe_fp8 as moe
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 
 

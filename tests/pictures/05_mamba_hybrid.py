@@ -11,7 +11,7 @@ from pathlib import Path
 import mamba_hybrid as mh
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS, CHUNK = 48, 12
 
 

@@ -18,7 +18,7 @@ import ranks
 import torch
 import torch.distributed as dist
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"gpipe": ("ScheduleGPipe", 1), "1f1b": ("Schedule1F1B", 1), "interleaved": ("ScheduleInterleaved1F1B", 2)}
 
 
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     args = parser.parse_args()
-    ranks.PATHS[:] = [str(ROOT / "tests"), str(ROOT / "03_pipeline")]
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/bench", "03_pipeline")]
     cuda = args.device == "cuda"
     world = min(4, torch.cuda.device_count()) if cuda else 4
     sizes = (

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT-0
 """What can go wrong around a run, done to real runs: ranks are killed, disks are full, ports are taken, one core is
-left, names are odd. `make robustness`, half an hour on two cores; no part of `make test`.
+left, names are odd. Half an hour on two cores; no part of `make test`.
 
-    python tests/robustness.py                           all of that, written to notebooks/results/00_robustness.json
-    python tests/robustness.py --kills --chapter 02      one part, one chapter; printed only
-    python tests/robustness.py --environment             does this Python with this torch run the book?
+    make robustness                                      all of that, written to notebooks/results/00_robustness.json
+    make robustness CHAPTER=02 ARGS=--kills              one part, one chapter; printed only
+    make robustness PY=python3.12 ARGS=--environment     does this Python with its torch run the book?
 
 Each case says what was done, what was demanded and what was seen. A verdict is "ok" only where all that was demanded
 was seen in this run; what this machine cannot do is "skipped", with the reason. Needs Linux (/proc).
@@ -42,7 +42,7 @@ ROOT = shared_blocks.ROOT
 KEPT = ROOT / "notebooks" / "results" / "00_robustness.json"
 SCRIPTS = {path.parent.name[:2]: path for path in shared_blocks.chapters()}
 ODD = "größe – 数 ✓ x"  # a name with letters outside ASCII, and spaces
-COMMAND = "python tests/robustness.py, and once in each environment python tests/robustness.py --environment"
+COMMAND = "make robustness, and once in each environment make robustness PY=... ARGS=--environment"
 TORCHRUN = ("-m", "torch.distributed.run")
 
 Row = namedtuple("Row", "case demanded seen verdict")  # verdict: True, False, or why it was skipped

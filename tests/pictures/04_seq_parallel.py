@@ -9,7 +9,7 @@ from pathlib import Path
 
 import seq_parallel as sp
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 #        what                             color      a piece of the line that keeps it
 KINDS = [
     ("gelu's and row layers' inputs", "#2b6cb0", ("gelu", "F.linear")),

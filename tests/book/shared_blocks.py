@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: MIT-0
+"""Shared blocks: code that several chapters carry word for word, between markers that editors fold.
+
+    # region shared: flags                             at its home
+    # region carried: flags (home: 01_deepspeech)      in every other chapter that needs it
+    ...
+    # endregion copy 5f3a91                            with the checksum of the copied text
+    # endregion                                        at the home
+
+`make shared` copies every block from its home to the chapters that carry it. A chapter takes a
+block in by writing the two markers with nothing between them. A copy whose text no longer has its
+checksum was edited where it stands: `make shared` then names the place and writes nothing at all,
+because the edit would be lost. The remedy is to make the edit at the home and to empty the copy.
+The checksum stands at the copy, not in a file of its own, so that it stays with its copy through
+every merge. The history of git would not do: a home may be edited twice before a commit.
+"""
+
+import hashlib
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+START = re.compile(r"# region (shared|carried): ([^()]+?)(?: \(home: (\w+)\))?$")
+END = re.compile(r"# endregion(?: copy (\w+))?$")
+ANY_MARKER = re.compile(r"\s*#\s*(region|endregion)\b")
+
+
+def chapters(root: Path = ROOT) -> list[Path]:
+    """The chapters' scripts, in the order of the book: 03_pipeline/pipeline.py."""
+    scripts = [folder / f"{folder.name[3:]}.py" for folder in root.glob("[0-9][0-9]_*")]
+    return sorted(script for script in scripts if script.is_file())
+
+
+def tables(root: Path = ROOT) -> list[Path]:
+    """The scripts that print a paper's formulas and tables: 03_pipeline/pipeline_tables.py."""
+    return sorted(root.glob("[0-9][0-9]_*/*_tables.py"))
+
+
+def tools(root: Path = ROOT) -> list[Path]:
+    """The other scripts in the folders of chapters: 03_pipeline/plan.py."""
+    others = {*chapters(root), *tables(root)}
+    return sorted(path for path in root.glob("[0-9][0-9]_*/*.py") if path not in others)
+
+
+@dataclass
+class Region:
+    """One block in one chapter."""
+
+    path: Path
+    line: int  # of its first marker, counted from 1
+    kind: str  # "shared" at its home, "carried" elsewhere
+    name: str
+    home: str  # the folder of its home
+    body: str = ""  # the lines between its markers
+    checksum: str | None = None  # what the last marker says of the copied text
+    closed: bool = False
+
+    @property
+    def place(self) -> str:
+        return f"{self.path.parent.name}/{self.path.name}:{self.line}: block {self.name!r}"
+
+    @property
+    def edited(self) -> bool:
+        """A carried block with text of its own: what stands there is not what was copied there."""
+        return (
+            self.kind == "carried"
+            and bool(self.body.strip())
+            and self.checksum != checksum(self.body)
+        )
+
+
+def checksum(body: str) -> str:
+    return hashlib.sha256(body.encode("utf-8")).hexdigest()[:6]
+
+
+def parse(path: Path) -> tuple[list[Region], list[str]]:
+    """A chapter's blocks in order, and what is wrong with its markers."""
+    found = []
+    wrong = []
+    inside = None  # the region that is being read
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+        start = START.match(line.rstrip("\n"))
+        end = END.match(line.rstrip("\n"))
+        here = f"{path.parent.name}/{path.name}:{number}"
+        if start and (start[1] == "carried") == bool(start[3]):
+            if inside:
+                wrong.append(f"{here}: a block inside block {inside.name!r}")
+            inside = Region(path, number, start[1], start[2], start[3] or path.parent.name)
+            found.append(inside)
+        elif end and inside:
+            inside.checksum = end[1]
+            inside.closed = True
+            inside = None
+        elif ANY_MARKER.match(line):
+            wrong.append(f"{here}: not a marker of a block: {line.strip()!r}")
+        elif inside:
+            inside.body += line
+    wrong += [f"{region.place} has no # endregion" for region in found if not region.closed]
+    return found, wrong
+
+
+def blocks(path: Path) -> dict[str, Region]:
+    """Name to each block of a chapter, shared or carried."""
+    return {region.name: region for region in parse(path)[0]}
+
+
+def homes(root: Path = ROOT) -> dict[str, Region]:
+    """Name to each block, as its home has it."""
+    found: dict[str, Region] = {}
+    for path in chapters(root):
+        for region in parse(path)[0]:
+            if region.kind == "shared":
+                found.setdefault(region.name, region)
+    return found
+
+
+def complaints(root: Path = ROOT) -> list[str]:
+    """What is wrong with markers: no end, or a home that does not have the block."""
+    wrong = []
+    home = homes(root)
+    for path in chapters(root):
+        regions, broken = parse(path)
+        wrong += broken
+        names = [region.name for region in regions]
+        wrong += [
+            f"{r.place} stands there twice" for n, r in enumerate(regions) if r.name in names[:n]
+        ]
+        for region in regions:
+            known = home.get(region.name)
+            if known and known.home == region.home:
+                continue
+            if region.kind == "shared":
+                wrong.append(f"{region.place} has a home already, {known.home}")
+                continue
+            folder = f"; its home is {known.home}" if known else ""
+            wrong.append(
+                f"{region.place}: {region.home} has no '# region shared: {region.name}'{folder}"
+            )
+    return wrong
+
+
+def refusals(root: Path = ROOT) -> list[str]:
+    """Each copy that was edited where it stands, and is not what its home says."""
+    home = homes(root)
+    copies = [region for path in chapters(root) for region in parse(path)[0] if region.edited]
+    return [
+        f"{region.place} was edited here and would be lost: edit {region.home}, and empty this copy"
+        for region in copies
+        if region.body != home[region.name].body
+    ]
+
+
+def copied(path: Path, home: dict[str, Region]) -> str:
+    """The text of a chapter with every carried block as its home has it."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    for region in reversed(parse(path)[0]):
+        if region.kind == "carried":
+            last = region.line + region.body.count("\n")
+            body = home[region.name].body
+            lines[region.line : last + 1] = [body, f"# endregion copy {checksum(body)}\n"]
+    return "".join(lines)
+
+
+def update(root: Path = ROOT) -> list[Path]:
+    """Copies all blocks and returns the files that it wrote.
+
+    Raises: ValueError where markers are wrong or a copy was edited; nothing is written then.
+    """
+    if wrong := complaints(root) or refusals(root):
+        raise ValueError("\n".join(wrong))
+    home = homes(root)
+    texts = {path: copied(path, home) for path in chapters(root)}
+    changed = [path for path, text in texts.items() if path.read_text("utf-8") != text]
+    for path in changed:
+        path.write_text(texts[path], "utf-8")
+    return changed
+
+
+def main() -> None:
+    try:
+        changed = update()
+    except ValueError as error:
+        sys.exit(str(error))
+    for path in changed:
+        print(f"updated {path.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
