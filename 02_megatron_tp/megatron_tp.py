@@ -105,7 +105,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion
+# endregion copy 36d020
 
 
 # region shared: GPT config
@@ -1394,7 +1394,7 @@ def wait_for_all() -> None:
     dist.destroy_process_group(group)
 
 
-# endregion
+# endregion copy 3197a3
 # region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -1490,7 +1490,7 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion
+# endregion copy 7f35e3
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
@@ -1514,7 +1514,7 @@ class Counter(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# endregion
+# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
@@ -1628,7 +1628,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion
+# endregion copy c36935
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
@@ -1693,7 +1693,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion
+# endregion copy 170f78
 
 
 if __name__ == "__main__":

@@ -97,19 +97,16 @@ Group = dist.ProcessGroup | None  # None: all ranks; in this chapter's Grid: thi
 
 # region carried: config fields (home: 01_deepspeech)
 def flag(default: Any, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a flag of the command line, too.
-
-    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
-    """
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion copy 4a8bc5
+# endregion copy 36d020
 
 # The configuration is explained in chapter 2.
 
 
-# region shared: GPT config
+# region shared: layered GPT config
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -150,7 +147,7 @@ class GPTConfig:
 # layer multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
 
 
-# region shared: plain GPT
+# region shared: layered GPT
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -1488,50 +1485,6 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# region carried: dtypes and errors (home: 01_deepspeech)
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
-    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
-    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN counts as infinite.
-
-    Raises: ValueError where no name does: nothing would be proven.
-    """
-    found = [error for name, error in errors.items() if name.startswith(kind)]
-    return max(math.inf if math.isnan(error) else error for error in found)
-
-
-def relative_errors(
-    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
-) -> dict[str, float]:
-    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
-    errors = {}
-    for name, x in tensors.items():
-        y = reference[name].detach().to(x.device)
-        scale = y.abs().max().clamp(min=floor)
-        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
-    return errors
-
-
-def print_errors(errors: dict[str, float], bound: float) -> bool:
-    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
-    for name, error in errors.items():
-        say(f"{name:60} {error:.1e}")
-    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
-    return worst(errors) <= bound
-
-
-# endregion copy 8fba6a
-
-
 def losses_alone(config: GPTConfig, batches: Batches, device: torch.device, **options) -> list[float]:
     """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
 
@@ -1549,7 +1502,8 @@ def demonstrate(args: argparse.Namespace, grid: Grid, device: torch.device) -> d
     """Trains on real text, draws a step; returns each first step's difference in loss from the single device."""
     from tqdm import tqdm
 
-    config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
+    config, data = config_of(args), TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
     dtype, autocast = dtypes(args)
 
     def batches(steps: int) -> Batches:
@@ -1561,7 +1515,7 @@ def demonstrate(args: argparse.Namespace, grid: Grid, device: torch.device) -> d
     table, bars, differences = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), [], {}
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
-    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
+    say(f"{whole:,} parameters, {held:,} on this rank; {len(data.tokens):,} tokens of {source}\n")
     compared = 0 if args.dropout else min(5, args.steps)  # with dropout the masks differ, and so must the losses
     alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
@@ -1664,11 +1618,10 @@ class Options:
     untied: bool = flag(False, "a head with a weight of its own")
     batch: int | None = flag(None, "sequences of a step; None: 16, or more if need be", least=1)
     lr: float = flag(3e-3, "learning rate, after ten steps of warm-up", least=1e-9)
-    tokenizer: str = flag("bytes", "bytes, or any name that tiktoken knows")
 
 
 def config_of(args: argparse.Namespace) -> GPTConfig:
-    words = tokenizer(args.tokenizer).n_vocab
+    words = byte_encoding().n_vocab
     return config_from(args, GPTConfig, vocab_size=words, seed=args.seed, tied_head=not args.untied)
 
 
@@ -1692,7 +1645,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.batch < least:
         need = f"the micro-batches of all replicas need at least {least} rows"
         raise ValueError(f"--batch {args.batch}: {need}")
-    TextData(args.data, args.tokenizer, args.seq_length)
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
@@ -1747,8 +1700,7 @@ Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -1759,10 +1711,7 @@ def group_size(group: Group = None) -> int:
 
 
 def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all ranks); 0 without process groups.
-
-    Raises: ValueError on a rank that is not in the group.
-    """
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
     return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
@@ -1771,6 +1720,11 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_values(x: Tensor) -> bool:
@@ -1784,74 +1738,68 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
 
 
-# endregion copy d7088f
+# endregion copy 3197a3
 
 
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy 242daf
 
 
 # region carried: counter (home: 01_deepspeech)
@@ -1866,25 +1814,21 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
+
+# endregion copy a5766d
 
 
-# endregion copy 8343f8
-
-
-# region carried: training log (home: 01_deepspeech)
+# region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if group_rank() == 0:
@@ -1894,7 +1838,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1921,10 +1866,49 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# endregion copy fda0d7
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-# region carried: claims table (home: 01_deepspeech)
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
+
+
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     """Rank 0 prints (claim, paper, here, verdict) as a table.
 
@@ -1939,7 +1923,7 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion copy 943068
+# endregion copy 7f35e3
 
 
 # region carried: flags (home: 01_deepspeech)
@@ -1962,10 +1946,9 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
 
-    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
-        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
-    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
-    any rank starts.
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -2010,15 +1993,14 @@ def _number(kind: type, least: float, text: str) -> int | float:
 
 
 def _torchrun_world() -> tuple[int, int]:
-    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
-
-    Raises: ValueError where another launcher did: each of its tasks would train alone.
-    """
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     missing = [name for name in names if name not in os.environ]
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2042,12 +2024,13 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
     if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2056,7 +2039,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy ac250c
+# endregion copy c36935
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -2078,6 +2061,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
@@ -2101,14 +2086,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
@@ -2120,7 +2106,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 1319ca
+# endregion copy 170f78
 
 
 if __name__ == "__main__":

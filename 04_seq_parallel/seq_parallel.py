@@ -107,22 +107,21 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
+StateDict = dict[str, Tensor]
 
 
 # region carried: config fields (home: 01_deepspeech)
 def flag(default: Any, text: str, **keywords: Any) -> Any:
-    """A dataclass field that is a flag of the command line, too.
-
-    Args: text: its help. keywords: argparse's, and `least`, the smallest number allowed (None: 0).
-    """
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion copy 4a8bc5
+# endregion copy 36d020
 
 
 # The sizes of a GPT, at home in chapter 3.
-# region carried: GPT config (home: 03_pipeline)
+# region carried: layered GPT config (home: 03_pipeline)
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -165,7 +164,7 @@ class GPTConfig:
 # it is.
 
 
-# region carried: plain GPT (home: 03_pipeline)
+# region carried: layered GPT (home: 03_pipeline)
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -399,8 +398,7 @@ class TransformerLayer(Block):
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -411,10 +409,7 @@ def group_size(group: Group = None) -> int:
 
 
 def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all ranks); 0 without process groups.
-
-    Raises: ValueError on a rank that is not in the group.
-    """
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
     return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
@@ -423,6 +418,11 @@ def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _has_values(x: Tensor) -> bool:
@@ -436,24 +436,24 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
 
 
 def wait_for_all() -> None:
-    """A barrier of all ranks with a day's limit, after work that one rank does alone.
-
-    A slow disk is no lost message: in an ordinary barrier the other ranks would time out.
-    """
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
     group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     dist.barrier(group)
     dist.destroy_process_group(group)
 
 
-# endregion copy d7088f
+# endregion copy 3197a3
 
 
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
@@ -462,84 +462,88 @@ def wait_for_all() -> None:
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)
-def _share(size: int, group, what: str) -> int:
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, op, conjugate_op):
+        ctx.reversed = (group, conjugate_op, op)
+        return op(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # apply(), and not a plain call: so that the second derivative is right too.
+        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
+
+
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
+
+
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    # all_reduce works in place, and the caller may still need its partial sum.
+    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(shards, x.contiguous(), group)
+    return torch.cat(shards, dim=-1)
+
+
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
+
+    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
+    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
+    """
+    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
+
+
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
+
+    Args: partial_x (...), of one shape on every rank; not modified.
+    Returns: the sum over `group` (...), replicated.
+    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
+    """
+    return _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+
+
+def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
+
+    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it.
+    """
+    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
+
+
+def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
+
+    Right only where every rank computes the same from the result: its gradient is then replicated,
+    and a sum over the ranks would count it tp times.
+    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
+    """
+    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
+
+
+# endregion copy f6acd3
+def _share(size: int, group: Group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
         raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
     return size // tp
 
 
-def _keep(x: Tensor, group) -> Tensor:
-    return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
-
-
-def _sum(partial_x: Tensor, group) -> Tensor:
-    """Of a copy: the all-reduce works in place, and somebody else may still need the summand."""
-    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
-
-
-def _gather(x: Tensor, group) -> Tensor:
-    """All ranks' x side by side along the last dimension."""
-    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
-    dist.all_gather(pieces, x.contiguous(), group)
-    return torch.cat(pieces, -1)
-
-
-def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
-    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
-    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
-    return share.clone(memory_format=torch.contiguous_format)
-
-
-class _Door(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, there, back):
-        ctx.group, ctx.there, ctx.back = group, there, back
-        return there(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
-        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
-
-
-def copy_to_tp(x: Tensor, group=None) -> Tensor:
-    """The way in: x as it is; its gradient is summed over `group`.
-
-    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3.
-    """
-    return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
-
-
-def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
-    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
-
-    partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3.
-    """
-    return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
-
-
-def scatter_to_tp(x: Tensor, group=None) -> Tensor:
-    """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
-
-    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group=None) -> Tensor:
-    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
-
-    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
-    its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
-
-
-# endregion copy 4574e3
 # ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
 #
 #                              forward           backward
@@ -611,7 +615,7 @@ def gather_from_sp(x_sBH: Tensor, group: Group = None, backward: str = "reduce_s
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
         raise ValueError(f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work")
-    return _Door.apply(x_sBH, group, _gather_tokens, ways[backward]) if group_size(group) > 1 else x_sBH
+    return _Conjugate.apply(x_sBH, group, _gather_tokens, ways[backward]) if group_size(group) > 1 else x_sBH
 
 
 def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
@@ -624,7 +628,7 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
     """
     if group_size(group) == 1:
         return partial_x_SBH
-    return _Door.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
+    return _Conjugate.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
 
 
 def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
@@ -635,7 +639,7 @@ def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
     Raises: ValueError where S does not divide over the ranks.
     Source: Megatron-LM.
     """
-    return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
+    return _Conjugate.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
 
 
 # ── 2.3 Keep the share, and gather it twice ─────────────────────────────────────────────────────────────
@@ -1056,80 +1060,99 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
-        wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
-        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
-
-        x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
-        row_BS, mine_BS = _local_words(targets_BS, v, group)
-        # A product with mine_BS in place of where() would make NaN of 0 · −inf.
-        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, row_BS[..., None])[..., 0], 0)
+        first_padding = max(0, vocab_size - group_rank(group) * v)
+        upcast = torch.promote_types(logits_BSv.dtype, torch.float32)
+        x_BSv = logits_BSv.to(upcast, copy=True)  # the caller's logits are not modified
+        x_BSv[..., first_padding:] = -torch.inf
+        max_BS = _all_reduce(x_BSv.amax(dim=-1), group, dist.ReduceOp.MAX)
+        x_BSv -= max_BS[..., None]
+        # A target on another rank contributes 0. torch.where, and not x · mask:
+        # 0 · (−inf) is NaN.
+        row_BS, is_local_BS = _local_rows(targets_BS, v, group)
+        row_BS1 = row_BS[..., None]
+        partial_target_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
         exp_BSv = x_BSv.exp_()
-
-        # One message instead of two: both summands travel side by side.
-        target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
-
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
-        return sum_BS.log() - target_BS  # whole, and the same on every rank
+        partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
+        target_BS, sum_BS = _all_reduce(partial_2BS, group)
+        if ctx.needs_input_grad[0]:
+            softmax_BSv = exp_BSv.div_(sum_BS[..., None])
+            ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
+        return sum_BS.log() - target_BS
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
+        softmax_BSv, row_BS1, is_local_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
-        grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
+        grad_BSv.scatter_add_(-1, row_BS1, -(grad_BS * is_local_BS)[..., None])
+        return grad_BSv, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits_BSv: Tensor, targets_BS: Tensor, group=None, vocab_size: int | None = None, ignore_index: int = -100
+    logits_BSv: Tensor,
+    targets_BS: Tensor,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Cross entropy of each token, from logits whose vocabulary is divided over `group`.
+    """Per-token cross entropy from logits whose vocabulary is sharded over `group`.
 
     Args:
-        logits_BSv: this rank's columns, as many on every rank; rank r holds words [r·v, (r + 1)·v). Not modified.
-        targets_BS: word numbers in [0, vocab_size) or `ignore_index`; int64, the same on every rank.
+        logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
+        targets_BS: int64 token ids in [0, vocab_size), or `ignore_index`; replicated.
         group: the tensor-parallel group; None is all ranks.
-        vocab_size: words that exist; columns from there on are padding. None: all columns of all ranks are words.
+        vocab_size: number of vocabulary entries; columns from there on are padding. None: no
+            column is padding.
 
-    Returns: loss_BS in nats, not reduced, the same on every rank; 0 where the target is `ignore_index`. At least fp32.
-
-    Raises:
-        ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
-            a GPU check targets where the data is loaded).
-
-    Source: section 3 of the Megatron-LM paper.
+    Returns: loss_BS in nats, replicated, at least fp32; 0 where the target is `ignore_index`.
+    Memory: backward keeps the softmax, 4 bytes per logit, also for bf16 logits.
+    Raises: ValueError where the shapes disagree, vocab_size does not fit, or a target is out of
+        range; on a GPU the loss of such a target is NaN.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 3.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
-    vocab_size = columns if vocab_size is None else vocab_size
+    if vocab_size is None:
+        vocab_size = columns
     if logits_BSv.shape[:-1] != targets_BS.shape:
         shapes = f"logits {tuple(logits_BSv.shape)} and targets {tuple(targets_BS.shape)}"
         raise ValueError(f"{shapes}: all dimensions but the last must agree")
     if not 0 < vocab_size <= columns:
-        raise ValueError(f"a vocabulary of {vocab_size} words does not fit the {columns} columns that the group holds")
-    if _has_values(targets_BS):
-        no_word_BS = ((targets_BS < 0) | (targets_BS >= vocab_size)) & (targets_BS != ignore_index)
-        if no_word_BS.any():
-            word = targets_BS[no_word_BS][0]
-            raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
+        raise ValueError(f"vocab_size={vocab_size}, but the group holds {columns} columns")
+    is_id_BS = _is_id(targets_BS, vocab_size, ignore_index)
     loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
-    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
+    # where(), and not a product: 0 · ∞ would be NaN at an ignored position.
+    loss_BS = torch.where(targets_BS != ignore_index, loss_BS, 0)
+    return torch.where(is_id_BS, loss_BS, torch.nan)
 
 
-# endregion copy 8f7847
-# region carried: padded vocabulary (home: 02_megatron_tp)
+# endregion copy 11a94b
+# region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
+    """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
-def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
-    """Of each word its row on this rank, which holds words [r·v, (r + 1)·v), and whether it has one; else any row."""
-    row_BS = words_BS - group_rank(group) * v
+def _local_rows(ids_BS: Tensor, v: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Rows of token ids in this rank's shard, and which ids are local."""
+    row_BS = ids_BS - group_rank(group) * v
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# endregion copy e72b18
+def _is_id(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> Tensor:
+    """Which ids are in range. Others are local to no rank, and would silently become zeros.
+
+    On the CPU they raise ValueError. On a GPU that would stall the CPU: the caller puts NaN.
+    """
+    is_id_BS = (ids_BS >= 0) & (ids_BS < vocab_size)
+    if ignore_index is not None:
+        is_id_BS |= ids_BS == ignore_index
+    if _has_values(ids_BS) and not is_id_BS.all():
+        allowed = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
+        raise ValueError(f"token id {ids_BS[~is_id_BS][0]} is not in [0, {vocab_size}){allowed}")
+    return is_id_BS
+
+
+# endregion copy 6bca7f
 
 
 def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group: Group = None) -> Tensor:
@@ -1207,76 +1230,78 @@ class SequenceParallelGPT(nn.Module):
 
 # region carried: tensor-parallel weights (home: 02_megatron_tp)
 SHARD_DIM = {
-    "embedding.weight": 0,  # by words
-    "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
-    "up.weight": 0, "up.bias": 0, "down.weight": 1,  # by features
-}  # fmt: skip
+    "embedding.weight": 0,  # by vocabulary entries
+    "qkv.weight": 0,  # by heads: the outputs of the column-parallel matrix
+    "qkv.bias": 0,
+    "out.weight": 1,  # by heads: the inputs of the row-parallel matrix
+    "up.weight": 0,  # by features
+    "up.bias": 0,
+    "down.weight": 1,
+}
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which parameter `name` is cut; None where each rank holds all of it."""
-    return SHARD_DIM.get(".".join(name.split(".")[-2:]))  # of "layers.0.attention.qkv.weight" the last two parts
+    """The dimension along which parameter `name` is sharded, or None."""
+    module_and_kind = name.split(".")[-2:]  # of "layers.0.attention.qkv.weight" the last two
+    return SHARD_DIM.get(".".join(module_and_kind))
 
 
 def check_tp(config: GPTConfig, tp: int) -> None:
-    """Raises ValueError, with the remedy, where heads or feed-forward features do not divide over `tp` ranks."""
-    fits = [n for n in range(1, tp + 1) if config.num_heads % n == 0 == config.ffn_hidden_size % n]
-    if tp not in fits:
-        sizes = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
-        raise ValueError(f"{sizes} do not both divide over tp={tp} ranks: choose tp from {fits}, or other sizes")
+    """Raises ValueError where heads or feed-forward features do not divide over `tp` ranks."""
+    largest = math.gcd(config.num_heads, config.ffn_hidden_size)
+    if largest % tp:
+        possible = [n for n in range(1, largest + 1) if largest % n == 0]
+        have = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
+        raise ValueError(f"{have} do not divide over tp={tp} ranks: choose tp from {possible}")
 
 
-def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    """Raises ValueError, with what is expected, where a tensor is missing, unknown or of another shape. found: by name,
-    of any shapes."""
-    has, wants = {n: tuple(x.shape) for n, x in found.items()}, {n: tuple(shape) for n, shape in expected.items()}
-    wrong = [name for name in sorted({*has, *wants}) if has.get(name) != wants.get(name)]
-    if wrong:
-        each = (f"{name} is {has.get(name, 'missing')} and should be {wants.get(name, 'left out')}" for name in wrong)
-        raise ValueError(f"{where}: " + "; ".join(itertools.islice(each, 5)))
-
-
-def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...)."""
-    if shard_dim(name) is None:
-        return whole.clone()
+def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
+    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    dim = shard_dim(name)
+    if dim is None:
+        return full.clone()
     if name.endswith("embedding.weight"):
-        rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
-        whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
-    return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
+        rows = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple)
+        full = F.pad(full, (0, 0, 0, rows - config.vocab_size))
+    return full.chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
-    """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
+def shard_state_dict(full: StateDict, config: GPTConfig, rank: int, tp: int) -> StateDict:
+    """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
-    full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
-    Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
+    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
     """
-    check_tp(config, world_size)
-    check_shapes("the state dict", full, parameter_shapes(config))
-    return {name: shard_tensor(name, whole, config, rank, world_size) for name, whole in full.items()}
+    check_tp(config, tp)
+    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
+    wrong = expected.items() ^ {name: tuple(x.shape) for name, x in full.items()}.items()
+    if wrong:
+        raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
+    return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
 
 
-def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
-    """All ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
+def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
+    """All ranks' state dicts, in order of rank, to the plain model's: undoes `shard_state_dict`.
 
-    shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
-    as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
-    apart.
+    Args: shards have the same names; some of the model's are enough; gradients work as well.
+    Raises: ValueError where replicated tensors differ between ranks.
     """
     full = {}
-    for name in shards[0]:
-        pieces, dim = [shard[name] for shard in shards], shard_dim(name)
-        for rank, piece in enumerate(pieces):
-            if dim is None and not torch.equal(piece, pieces[0]):
-                gap = f"rank {rank}'s differs from rank 0's by {(piece - pieces[0]).abs().max():.1e}"
-                raise ValueError(f"{name} should be the same on every rank, but {gap}")
-        whole = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-        full[name] = whole[: config.vocab_size].clone() if name.endswith("embedding.weight") else whole
+    for name, first in shards[0].items():
+        tensors = [shard[name] for shard in shards]
+        if shard_dim(name) is None:
+            full[name] = first.clone()
+            for rank, x in enumerate(tensors):
+                if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
+                    gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
+                    raise ValueError(f"{name} should be replicated, but {gap}")
+        else:
+            full[name] = torch.cat(tensors, shard_dim(name))
+        if name.endswith("embedding.weight"):
+            full[name] = full[name][: config.vocab_size].clone()
     return full
 
 
-# endregion copy fdd9cb
+# endregion copy b78d30
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1312,37 +1337,35 @@ def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> No
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+    parameters: Parameters, max_norm: float, *, sharded: Parameters = (), group: Group = None
 ) -> Tensor:
-    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+    """Scales all gradients so that their norm over `group` is at most max_norm.
 
-    Args:
-        parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s.
-        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
-        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
-
-    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless).
+    Args: parameters: all of this rank's. sharded: those of which each rank of `group` holds other
+        elements; all others are replicated. Empty on every rank or on none: without `sharded`
+        nothing is communicated.
+    Returns: the norm before clipping, a scalar tensor, at least fp32, the same on every rank; not
+        finite where a gradient is not.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
-    shares = {id(p) for p in sharded}  # by identity: == compares elements
-    device = parameters[0].grad.device if parameters else None
-
-    def squares(of_shares: bool) -> Tensor:
-        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-
-    total = squares(of_shares=True)
-    if shares and dist.is_initialized():
-        dist.all_reduce(total, group=group)
-    norm = (total + squares(of_shares=False)).sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
+    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
+    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    for p in parameters:
+        # In at least fp32: PyTorch's own norm has the precision of the gradients.
+        dtype = torch.promote_types(p.grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
+        squares[id(p) in sharded_ids].append(norm.square())
+    square = torch.stack(squares[True]).sum()
+    if sharded_ids:
+        _all_reduce(square, group)
+    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy 6d1ced
+# endregion copy bb8e72
 
 
 def train_step(
@@ -1362,7 +1385,7 @@ def train_step(
     if model.sequence_parallel:
         reduce_sequence_parallel_grads(model, model.group)
     sharded = [p for name, p in model.named_parameters() if shard_dim(name) is not None]
-    norm = clip_grad_norm_(model.parameters(), max_norm, sharded, model.group)
+    norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=model.group)
     optimizer.step()
     return loss.detach(), norm
 
@@ -1600,50 +1623,6 @@ def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None)
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# region carried: dtypes and errors (home: 01_deepspeech)
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
-    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
-    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: dict[str, float], kind: str = "") -> float:
-    """The largest error whose name starts with `kind`; NaN counts as infinite.
-
-    Raises: ValueError where no name does: nothing would be proven.
-    """
-    found = [error for name, error in errors.items() if name.startswith(kind)]
-    return max(math.inf if math.isnan(error) else error for error in found)
-
-
-def relative_errors(
-    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
-) -> dict[str, float]:
-    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
-    errors = {}
-    for name, x in tensors.items():
-        y = reference[name].detach().to(x.device)
-        scale = y.abs().max().clamp(min=floor)
-        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
-    return errors
-
-
-def print_errors(errors: dict[str, float], bound: float) -> bool:
-    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
-    for name, error in errors.items():
-        say(f"{name:60} {error:.1e}")
-    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
-    return worst(errors) <= bound
-
-
-# endregion copy 8fba6a
-
-
 def check(args: argparse.Namespace, device: torch.device) -> bool:
     """--check: every tensor's error in all modes, on the ranks, backend and dtype that are there."""
     good = True
@@ -1683,7 +1662,8 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), dtypes(args)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
     def batches(steps: int) -> Batches:
         return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
@@ -1691,7 +1671,7 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(device, dtype)
     streams = random_streams(args.seed, group_rank(), args.sequence_parallel, device)
-    say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {data.source}")
+    say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {source}")
     compared = 0 if args.dropout else min(5, args.steps)  # with dropout the masks differ, and so must the losses
     alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
@@ -1841,12 +1821,11 @@ class Options(GPTConfig):
     recompute: str = flag("selective", "what backward computes again", choices=list(RECOMPUTE))
     batch: int = flag(8, "sequences of a step", least=1)
     lr: float = flag(1e-3, "learning rate, after ten steps of warm-up", least=1e-9)
-    tokenizer: str = flag("bytes", "bytes, or any name that tiktoken knows")
     paper_scale: str = flag("", "count a layer of that model, and stop", choices=list(PAPER_MODELS))
 
 
 def config_of(args: argparse.Namespace) -> GPTConfig:
-    return config_from(args, GPTConfig, vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed)
+    return config_from(args, GPTConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
 
 
 def multiple_above(least: int, divisor: int) -> int:
@@ -1865,7 +1844,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.seq_length % t:
         remedy = f"try {multiple_above(args.seq_length, t)}"
         raise ValueError(f"--seq-length {args.seq_length} does not divide over {t} ranks: {remedy}")
-    TextData(args.data, args.tokenizer, args.seq_length)
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
@@ -1874,56 +1853,50 @@ def flags() -> argparse.Namespace:
 
 # The rest is carried: text data, at home in chapter 2; all other blocks, at home in chapter 1.
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy 242daf
 
 
-# region carried: training log (home: 01_deepspeech)
+# region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
     if group_rank() == 0:
@@ -1933,7 +1906,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1960,40 +1934,49 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# endregion copy fda0d7
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
 
 
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
-
-    def __enter__(self) -> Counter:
-        self.messages: list[Message] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
-        return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
 
 
-# endregion copy 8343f8
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
 
 
-# region carried: claims table (home: 01_deepspeech)
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
 def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     """Rank 0 prints (claim, paper, here, verdict) as a table.
 
@@ -2008,7 +1991,33 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion copy 943068
+# endregion copy 7f35e3
+
+
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
 
 
 # region carried: flags (home: 01_deepspeech)
@@ -2031,10 +2040,9 @@ def parse_flags(
 ) -> argparse.Namespace:
     """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
 
-    Args: doc: the script's docstring; --help prints its first line. check_args(args) resolves the
-        chapter's own flags. ranks: processes on a machine without GPUs. steps: --steps by default.
-    A wrong flag, and a ValueError or OSError of check_args, ends the process with one line, before
-    any rank starts.
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -2079,15 +2087,14 @@ def _number(kind: type, least: float, text: str) -> int | float:
 
 
 def _torchrun_world() -> tuple[int, int]:
-    """Ranks on this machine and in all, as torchrun says; (0, 0) where nothing has started ranks.
-
-    Raises: ValueError where another launcher did: each of its tasks would train alone.
-    """
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
     names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
     missing = [name for name in names if name not in os.environ]
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2111,12 +2118,13 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
     if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2125,7 +2133,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy ac250c
+# endregion copy c36935
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -2147,6 +2155,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
@@ -2170,14 +2180,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
@@ -2189,7 +2200,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 1319ca
+# endregion copy 170f78
 
 
 if __name__ == "__main__":

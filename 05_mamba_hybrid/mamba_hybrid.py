@@ -96,6 +96,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
 
 
 # region carried: config fields (home: 01_deepspeech)
@@ -104,7 +105,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion
+# endregion copy 36d020
 
 
 @dataclass
@@ -760,8 +761,7 @@ class Cache:
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -799,8 +799,11 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
@@ -813,7 +816,7 @@ def wait_for_all() -> None:
     dist.destroy_process_group(group)
 
 
-# endregion
+# endregion copy 3197a3
 
 
 # The doors, explained in chapter 2, section 2.1.
@@ -823,84 +826,81 @@ def wait_for_all() -> None:
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)
-def _share(size: int, group, what: str) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
-    return size // tp
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, op, conjugate_op):
+        ctx.reversed = (group, conjugate_op, op)
+        return op(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # apply(), and not a plain call: so that the second derivative is right too.
+        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
-def _keep(x: Tensor, group) -> Tensor:
-    return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
 
 
-def _sum(partial_x: Tensor, group) -> Tensor:
-    """Of a copy: the all-reduce works in place, and somebody else may still need the summand."""
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    # all_reduce works in place, and the caller may still need its partial sum.
     return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
 
 
-def _gather(x: Tensor, group) -> Tensor:
-    """All ranks' x side by side along the last dimension."""
-    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
-    dist.all_gather(pieces, x.contiguous(), group)
-    return torch.cat(pieces, -1)
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    dist.all_gather(shards, x.contiguous(), group)
+    return torch.cat(shards, dim=-1)
 
 
-def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
-    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
-    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
-    return share.clone(memory_format=torch.contiguous_format)
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
-class _Door(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, there, back):
-        ctx.group, ctx.there, ctx.back = group, there, back
-        return there(x, group)
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
 
-    @staticmethod
-    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
-        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
-
-
-def copy_to_tp(x: Tensor, group=None) -> Tensor:
-    """The way in: x as it is; its gradient is summed over `group`.
-
-    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3.
+    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
+    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
 
 
-def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
-    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
 
-    partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3.
+    Args: partial_x (...), of one shape on every rank; not modified.
+    Returns: the sum over `group` (...), replicated.
+    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
+    return _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
 
 
-def scatter_to_tp(x: Tensor, group=None) -> Tensor:
-    """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
+def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
 
-    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
     Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
 
 
-def gather_from_tp(x: Tensor, group=None) -> Tensor:
-    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
+def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
 
-    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
-    its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it.
+    Right only where every rank computes the same from the result: its gradient is then replicated,
+    and a sum over the ranks would count it tp times.
+    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy 4574e3
+# endregion copy f6acd3
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
@@ -988,7 +988,7 @@ class ParallelRMSNorm(RMSNorm):
 
 
 def _from_earlier(x: Tensor, group) -> Tensor:
-    x_of_ranks = torch.stack(_gather(x, group).chunk(group_size(group), -1))
+    x_of_ranks = torch.stack(_all_gather(x, group).chunk(group_size(group), -1))
     x_of_ranks[group_rank(group) :] = 0
     return x_of_ranks
 
@@ -1006,7 +1006,7 @@ def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
     x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
     go back through it where one does. Source: ours.
     """
-    return _Door.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
+    return _Conjugate.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
 
 
 # The convolution first: each rank but the first needs the last K − 1 inputs of the one before, a *halo*. Two neighbours
@@ -1634,7 +1634,8 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     from tqdm import tqdm
 
     config, (dtype, autocast), grid = config_of(args), dtypes(args), make_grid(args.tp, device, args.timeout)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
     def batches(steps: int):
         return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
@@ -1643,7 +1644,7 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     model = ParallelHybridLM(config, grid).to(device, dtype)
     # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
     alone = train(HybridLM(config).to(device, dtype), batches(min(5, args.steps)), **options)
-    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
+    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {source}")
     say("step      loss    single device      norm")
     differences, quiet = {}, group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
@@ -1660,7 +1661,7 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
         prompt = "import os\n\n\ndef "
         prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
         text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
-        say(f"\nafter {prompt!r} it writes\n{data.decode(text_S[prompt_BS.shape[1] :])!r}")
+        say(f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_S[prompt_BS.shape[1] :].tolist())!r}")
     return differences
 
 
@@ -1734,7 +1735,7 @@ def claims(
 
 
 def config_of(args: argparse.Namespace) -> HybridConfig:
-    return config_from(args, HybridConfig, vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed)
+    return config_from(args, HybridConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
 
 
 @dataclass
@@ -1747,7 +1748,6 @@ class Options:
     seq_length: int = flag(128, "tokens of a sequence, S", least=1)
     batch: int = flag(8, "sequences of a step", least=1)
     lr: float = flag(3e-3, "learning rate, after ten steps of warm-up", least=1e-9)
-    tokenizer: str = flag("bytes", "bytes, or any name that tiktoken knows")
 
 
 def largest_tp(config: HybridConfig, ranks: int) -> int:
@@ -1778,7 +1778,7 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError(f"{text}: choose at least {args.cp * before}, or a smaller cp")
     if not args.check:
         local_config(config, args.tp)  # for what it raises
-    TextData(args.data, args.tokenizer, args.seq_length)
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
@@ -1786,53 +1786,47 @@ def flags() -> argparse.Namespace:
 
 
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy 242daf
 
 
 # Explained in chapter 1, at its end.
@@ -1848,22 +1842,18 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
-
-# endregion
+# endregion copy a5766d
 
 
 # Explained in chapter 1, at its end.
@@ -1877,7 +1867,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1961,7 +1952,7 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion
+# endregion copy 7f35e3
 
 
 # Explained in chapter 1, at its end.
@@ -2039,6 +2030,7 @@ def _torchrun_world() -> tuple[int, int]:
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2062,12 +2054,13 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
     if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2076,7 +2069,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion
+# endregion copy c36935
 
 
 # Explained in chapter 1, at its end.
@@ -2099,6 +2092,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
@@ -2122,14 +2117,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
@@ -2141,7 +2137,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion
+# endregion copy 170f78
 
 
 if __name__ == "__main__":

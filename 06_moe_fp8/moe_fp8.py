@@ -96,6 +96,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
 
 
 # region carried: config fields (home: 01_deepspeech)
@@ -104,7 +105,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion
+# endregion copy 36d020
 
 
 @dataclass
@@ -540,8 +541,7 @@ def train_alone(
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -579,8 +579,11 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
@@ -593,7 +596,7 @@ def wait_for_all() -> None:
     dist.destroy_process_group(group)
 
 
-# endregion
+# endregion copy 3197a3
 
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
@@ -1329,37 +1332,35 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+    parameters: Parameters, max_norm: float, *, sharded: Parameters = (), group: Group = None
 ) -> Tensor:
-    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+    """Scales all gradients so that their norm over `group` is at most max_norm.
 
-    Args:
-        parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s.
-        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
-        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
-
-    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless).
+    Args: parameters: all of this rank's. sharded: those of which each rank of `group` holds other
+        elements; all others are replicated. Empty on every rank or on none: without `sharded`
+        nothing is communicated.
+    Returns: the norm before clipping, a scalar tensor, at least fp32, the same on every rank; not
+        finite where a gradient is not.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
-    shares = {id(p) for p in sharded}  # by identity: == compares elements
-    device = parameters[0].grad.device if parameters else None
-
-    def squares(of_shares: bool) -> Tensor:
-        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-
-    total = squares(of_shares=True)
-    if shares and dist.is_initialized():
-        dist.all_reduce(total, group=group)
-    norm = (total + squares(of_shares=False)).sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
+    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
+    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    for p in parameters:
+        # In at least fp32: PyTorch's own norm has the precision of the gradients.
+        dtype = torch.promote_types(p.grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
+        squares[id(p) in sharded_ids].append(norm.square())
+    square = torch.stack(squares[True]).sum()
+    if sharded_ids:
+        _all_reduce(square, group)
+    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy 6d1ced
+# endregion copy bb8e72
 
 
 def parallel_gradients(
@@ -1382,7 +1383,7 @@ def parallel_gradients(
         (loss + alpha * balance_B.sum() / sequences).backward()
         total = total + loss.detach()
     reduce_gradients(model, grid)
-    norm = clip_grad_norm_(model.parameters(), max_norm, model.expert_parameters(), grid.ep_group)
+    norm = clip_grad_norm_(model.parameters(), max_norm, sharded=model.expert_parameters(), group=grid.ep_group)
     return Step(_all_reduce(total), norm, _all_reduce(model.counts()))
 
 
@@ -1593,7 +1594,8 @@ def demonstrate(
     from tqdm import tqdm
 
     config, (dtype, autocast) = config_of(args), dtypes(args)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
     def batches(steps: int = args.steps) -> Batches:
         return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
@@ -1608,7 +1610,7 @@ def demonstrate(
     alone = train_alone(plain, batches(min(5, args.steps)), gamma=args.gamma, **options)
     held = sum(p.numel() for p in models[0].parameters())
     say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
-        f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
+        f"{len(data.tokens):,} tokens of {source}\n")  # fmt: skip
     say("step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     differences, counts = {}, []
@@ -1628,7 +1630,7 @@ def demonstrate(
                 f"{load_slow:15.2f} ×{loss_fp8:18.6f}{load_fp8:13.2f} ×")  # fmt: skip
     loads = [(largest_load(wide_LE), largest_load(slow_LE)) for wide_LE, slow_LE in counts]
 
-    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
+    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, evaluation=True))
     share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
     for model in models[:2]:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
@@ -1708,7 +1710,6 @@ class Options:
     gamma: float = flag(0.01, "step of the routers' biases; the paper's is 0.001")
     fp8: str = flag("auto", "auto: FP8 units if any", choices=["auto", "hardware", "emulate"])
     recipe: str = flag("hybrid", "one scale a tensor, or tiles", choices=list(RECIPES))
-    tokenizer: str = flag("bytes", "bytes, or any name that tiktoken knows")
 
 
 def is_default(args: argparse.Namespace) -> bool:
@@ -1720,7 +1721,7 @@ def is_default(args: argparse.Namespace) -> bool:
 
 def config_of(args: argparse.Namespace) -> MoEConfig:
     # A small model wants larger first weights: with 0.02 all scores are nearly equal, and steps of γ jump over them.
-    vocab_size = tokenizer(args.tokenizer).n_vocab
+    vocab_size = byte_encoding().n_vocab
     return config_from(args, MoEConfig, vocab_size=vocab_size, seed=args.seed, init_std=0.06)
 
 
@@ -1739,7 +1740,7 @@ def check_args(args: argparse.Namespace) -> None:
     check_ep(config.num_experts, args.ep)
     state_shapes(config)  # raises for layers that this model has not
     recipe_of(args, torch.device(args.device))
-    TextData(args.data, args.tokenizer, args.seq_length)
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
@@ -1748,53 +1749,47 @@ def flags() -> argparse.Namespace:
 
 # Explained in chapter 2, at its end.
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy 242daf
 
 
 # Explained in chapter 1, at its end.
@@ -1810,22 +1805,18 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
-
-# endregion
+# endregion copy a5766d
 
 
 # Explained in chapter 1, at its end.
@@ -1839,7 +1830,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1923,7 +1915,7 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion
+# endregion copy 7f35e3
 
 
 # Explained in chapter 1, at its end.
@@ -2001,6 +1993,7 @@ def _torchrun_world() -> tuple[int, int]:
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2024,12 +2017,13 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
     if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2038,7 +2032,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion
+# endregion copy c36935
 
 
 # Explained in chapter 1, at its end.
@@ -2061,6 +2055,8 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
 
 
@@ -2084,14 +2080,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
@@ -2103,7 +2100,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion
+# endregion copy 170f78
 
 
 if __name__ == "__main__":
