@@ -1303,7 +1303,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
