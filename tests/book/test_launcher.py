@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT-0
 """The launcher and the flags of every chapter; `make robustness` does more of that to whole runs.
 
-The regions "flags" and "launcher" are equal to the letter in all chapters. What one process can show is tried in each
-chapter; what needs real ranks is tried with chapter 1, or with a small program that has its launcher.
+The regions "flags" and "launcher" are equal to the letter in all chapters. What one process can
+show is tried in each chapter; what needs real ranks is tried with chapter 1, or with a small
+program that has its launcher.
 """
 
 import argparse
@@ -34,8 +35,12 @@ EVERY_CHAPTER = pytest.mark.parametrize("chapter", [path.stem for path in CHAPTE
 FIRST = Path(ds.__file__)
 VARIABLES = [
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "NCCL_MULTI_RANK_GPU_ENABLE",
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE",
+    "NCCL_MULTI_RANK_GPU_ENABLE",
 ]  # fmt: skip
+
+
+ALL_MISSING = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"
 
 
 def test_no_chapter_is_left_out():
@@ -80,22 +85,24 @@ def refused(chapter: str, monkeypatch, capsys, *words: str) -> str:
     return line
 
 
-# ── Who has started this process ────────────────────────────────────────────────────────────────────────
+# ── Who has started this process ──────────────────────────────────────────────────────────────────
 
 
 @EVERY_CHAPTER
 @pytest.mark.parametrize("variables, missing", [
-    (dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29511), "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
+    (dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29511),
+     "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
     (dict(RANK=1, WORLD_SIZE=2), "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29511), "LOCAL_WORLD_SIZE not set"),
+    (dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29511),
+     "LOCAL_WORLD_SIZE not set"),
     (dict(LOCAL_RANK=0), "RANK, WORLD_SIZE, LOCAL_WORLD_SIZE not set"),
-    (dict(SLURM_PROCID=0, SLURM_NTASKS=2), "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(SLURM_PROCID=1, SLURM_NTASKS=2), "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2), "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(PMI_RANK=0, PMI_SIZE=2), "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
+    (dict(SLURM_PROCID=0, SLURM_NTASKS=2), ALL_MISSING),
+    (dict(SLURM_PROCID=1, SLURM_NTASKS=2), ALL_MISSING),
+    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2), ALL_MISSING),
+    (dict(PMI_RANK=0, PMI_SIZE=2), ALL_MISSING),
 ], ids=str)  # fmt: skip
 def test_another_launcher_is_refused(chapter, variables, missing, monkeypatch, capsys):
-    """Each of its tasks would take itself for the only one, train alone, and write the same files."""
+    """Each of its tasks would train alone, and write the same files."""
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
     line = refused(chapter, monkeypatch, capsys)
@@ -104,7 +111,8 @@ def test_another_launcher_is_refused(chapter, variables, missing, monkeypatch, c
 
 @EVERY_CHAPTER
 @pytest.mark.parametrize("variables", [
-    dict(SLURM_PROCID=0, SLURM_NTASKS=1), dict(SLURM_NTASKS=4), dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1),
+    dict(SLURM_PROCID=0, SLURM_NTASKS=1), dict(SLURM_NTASKS=4),
+    dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1),
 ], ids=str)  # fmt: skip
 def test_a_single_task_starts_ranks_itself(chapter, variables, monkeypatch):
     for name, value in variables.items():
@@ -128,25 +136,30 @@ def test_torchruns_world_is_joined(chapter, monkeypatch, capsys):
     assert line.endswith("--ranks 2, but torchrun has started 4")
 
 
-# ── What "auto" becomes ─────────────────────────────────────────────────────────────────────────────────
+# ── What "auto" becomes ───────────────────────────────────────────────────────────────────────────
 
 NO_GPU, NO_CPU = "a GPU was asked for, but torch sees none", "--backend nccl has no --device cpu"
 TOO_FEW = "--backend nccl needs {} GPUs, here are {}: use gloo"
 CHOICES = [  # GPUs, flags, what is chosen for a chapter of 2 ranks, or the error
-    (0, "", "2 cpu gloo fp32"), (1, "", "1 cuda nccl bf16"), (2, "", "2 cuda nccl bf16"), (3, "", "3 cuda nccl bf16"),
-    (5, "", "5 cuda nccl bf16"), (8, "", "8 cuda nccl bf16"), (0, "--ranks 4", "4 cpu gloo fp32"),
-    (1, "--ranks 1", "1 cuda nccl bf16"), (1, "--ranks 2", "2 cpu gloo fp32"), (3, "--ranks 4", "4 cpu gloo fp32"),
+    (0, "", "2 cpu gloo fp32"), (1, "", "1 cuda nccl bf16"), (2, "", "2 cuda nccl bf16"),
+    (3, "", "3 cuda nccl bf16"), (5, "", "5 cuda nccl bf16"), (8, "", "8 cuda nccl bf16"),
+    (0, "--ranks 4", "4 cpu gloo fp32"), (1, "--ranks 1", "1 cuda nccl bf16"),
+    (1, "--ranks 2", "2 cpu gloo fp32"), (3, "--ranks 4", "4 cpu gloo fp32"),
     (8, "--ranks 2", "2 cuda nccl bf16"), (5, "--ranks 5", "5 cuda nccl bf16"),
     (0, "--device cpu", "2 cpu gloo fp32"), (8, "--device cpu", "2 cpu gloo fp32"),
     (8, "--device cpu --ranks 3", "3 cpu gloo fp32"), (0, "--device cuda", NO_GPU),
     (1, "--device cuda", "1 cuda nccl bf16"), (5, "--device cuda", "5 cuda nccl bf16"),
-    (1, "--device cuda --ranks 2", "2 cuda gloo bf16"), (8, "--device cuda --ranks 3", "3 cuda nccl bf16"),
-    (8, "--device cuda --dtype fp64", "8 cuda nccl fp64"), (0, "--backend gloo", "2 cpu gloo fp32"),
-    (8, "--backend gloo", "2 cpu gloo fp32"), (1, "--backend gloo --device cuda", "2 cuda gloo bf16"),
-    (3, "--backend gloo --device cuda", "2 cuda gloo bf16"), (0, "--backend gloo --device cuda", NO_GPU),
-    (0, "--backend nccl", NO_GPU), (2, "--backend nccl", "2 cuda nccl bf16"),
-    (3, "--backend nccl", "3 cuda nccl bf16"), (3, "--backend nccl --ranks 5", TOO_FEW.format(5, 3)),
-    (8, "--backend nccl --device cpu", NO_CPU), (5, "--backend nccl --device cuda", "5 cuda nccl bf16"),
+    (1, "--device cuda --ranks 2", "2 cuda gloo bf16"),
+    (8, "--device cuda --ranks 3", "3 cuda nccl bf16"),
+    (8, "--device cuda --dtype fp64", "8 cuda nccl fp64"),
+    (0, "--backend gloo", "2 cpu gloo fp32"), (8, "--backend gloo", "2 cpu gloo fp32"),
+    (1, "--backend gloo --device cuda", "2 cuda gloo bf16"),
+    (3, "--backend gloo --device cuda", "2 cuda gloo bf16"),
+    (0, "--backend gloo --device cuda", NO_GPU), (0, "--backend nccl", NO_GPU),
+    (2, "--backend nccl", "2 cuda nccl bf16"), (3, "--backend nccl", "3 cuda nccl bf16"),
+    (3, "--backend nccl --ranks 5", TOO_FEW.format(5, 3)),
+    (8, "--backend nccl --device cpu", NO_CPU),
+    (5, "--backend nccl --device cuda", "5 cuda nccl bf16"),
 ]  # fmt: skip
 
 
@@ -202,7 +215,7 @@ def test_the_check_is_exact_where_nobody_says_otherwise(
     assert args.dtype == expected
 
 
-# ── Flags ───────────────────────────────────────────────────────────────────────────────────────────────
+# ── Flags ─────────────────────────────────────────────────────────────────────────────────────────
 
 
 def numbers_of(chapter: str) -> list[dataclasses.Field]:
@@ -218,7 +231,7 @@ def numbers_of(chapter: str) -> list[dataclasses.Field]:
 
 @EVERY_CHAPTER
 def test_numbers_that_are_none_are_one_line(chapter, monkeypatch, capsys):
-    """Not a number, infinite, below the least, too large, text: the flag and the value are named, whatever flag."""
+    """Not a number, infinite, too small, too large, text: flag and value are named."""
     flags = numbers_of(chapter)
     assert {"ranks", "steps", "seed", "timeout"} < {f.name for f in flags}
     for f in flags:
@@ -283,7 +296,7 @@ def test_the_defaults_that_depend_on_the_chapter(monkeypatch, capsys):
     assert ds.__doc__.partition("\n")[0] in printed and "optimizer steps (default: 0)" in printed
 
 
-# ── One rank, from the first message to the last ────────────────────────────────────────────────────────
+# ── One rank, from the first message to the last ──────────────────────────────────────────────────
 
 
 def a_rank(**changes) -> argparse.Namespace:
@@ -298,7 +311,7 @@ def a_rank(**changes) -> argparse.Namespace:
 )
 @pytest.mark.parametrize("where", ["init_process_group", "all_reduce", "barrier"])
 def test_a_rank_that_merely_notices_lets_the_other_be_named(chapter, where, words):
-    """From the first message to the last: it waits before it fails, so that torchrun finds the dead one first."""
+    """From the first message to the last it waits: torchrun should find the dead one first."""
 
     def lost(*args, **kwargs):
         raise RuntimeError(words)
@@ -332,7 +345,7 @@ def test_a_rank_with_an_error_of_its_own_fails_at_once(chapter):
 @EVERY_CHAPTER
 @pytest.mark.parametrize("end", [SystemExit(0), SystemExit(1), None], ids=str)
 def test_a_rank_that_leaves_by_exit_still_meets_the_others(chapter, end):
-    """--check, and claims that failed: all ranks wait, and end the group, then comes the exit code."""
+    """--check, and claims that failed: all ranks wait, then comes the exit code."""
 
     def leaves(args, device):
         if end is not None:
@@ -370,7 +383,7 @@ def test_the_last_wait_has_a_days_limit(chapter):
 @EVERY_CHAPTER
 @pytest.mark.parametrize("world", [1, 2])
 def test_an_interrupted_process(chapter, world, capsys, monkeypatch):
-    """One line of rank 0; a rank of several is gone at once, and a process that may be a notebook's kernel stays."""
+    """One line of rank 0. A rank of several is gone at once; a notebook's kernel stays."""
 
     def interrupted(main, args):
         raise KeyboardInterrupt("after step 7")
@@ -393,12 +406,12 @@ def test_an_interrupted_process(chapter, world, capsys, monkeypatch):
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("lists", [[[0]], [[0], []], [[0], [1, 2]], [[0, 1], [1]], []], ids=str)
 def test_lists_that_leave_a_rank_out_make_no_groups(lists):
-    """torch would give None to a rank in no list, and None is the group of all ranks: its all-reduce would hang."""
+    """torch would give it None, the group of all ranks: its all-reduce would hang."""
     with pytest.raises(ValueError, match="must name each of the 2 ranks once"):
         ds.make_group(lists, torch.device("cpu"), 60.0)
 
 
-# ── Real starts ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Real starts ───────────────────────────────────────────────────────────────────────────────────
 
 real = pytest.mark.slow
 PROGRAM = """
@@ -478,7 +491,7 @@ def test_a_host_name_without_an_address(program):
 
 @real
 def test_files_of_the_working_directory_are_not_imported(tmp_path):
-    """The chapter under another name, without docstrings, beside files that are named as modules are."""
+    """The chapter under another name, without docstrings, beside files named as modules are."""
     path = tmp_path / "odd" / "an other name.py"
     path.parent.mkdir()
     shutil.copy(FIRST, path)
@@ -522,7 +535,7 @@ def test_a_notebooks_kernel_lives_on(program, monkeypatch):
 
 @real
 def test_ranks_end_when_their_launcher_does(program):
-    """Killed, or ended by a signal that torchrun does not handle; nobody is left who could stop them."""
+    """Killed, or ended by a signal that torchrun does not handle: it cannot stop them."""
     path = program("print('ready', flush=True)", "time.sleep(600)")
     with robustness.started(path) as one, robustness.started(path) as other:
         for run, number in ((one, signal.SIGKILL), (other, signal.SIGUSR1)):
@@ -539,7 +552,7 @@ def test_ranks_end_when_their_launcher_does(program):
 
 @real
 def test_ctrl_c(tmp_path):
-    """It reaches the process group, launcher and ranks alike: one line, no traceback, nobody left."""
+    """It reaches the process group: one line, no traceback, nobody left."""
     model = tmp_path / "model.safetensors"
     with robustness.started(FIRST, "--ranks", 2, "--save", model, start_new_session=True) as run:
         run.until(lambda: run.printed("^epoch"))
@@ -557,7 +570,8 @@ def test_ctrl_c(tmp_path):
 
 @real
 @pytest.mark.parametrize("end, words", [
-    ("raise ValueError('what is wrong')", "ValueError: what is wrong"), ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ("raise ValueError('what is wrong')", "ValueError: what is wrong"),
+    ("os.kill(os.getpid(), 9)", "SIGKILL"),
 ])  # fmt: skip
 def test_the_rank_that_failed_first_is_named_last(program, end, words):
     """The other one waits for it in a collective, and only notices."""
