@@ -1419,7 +1419,8 @@ def claims(args, errors: dict, sent: int, losses: list[float], plain: float, sea
         return claim, paper, here, here == paper
 
     def rate(claim: str, here: float) -> tuple:
-        known = not args.data and not args.steps  # of the default run we know what to expect
+        usual = all(getattr(args, f.name) == f.default for f in fields(Options) if f.name != "save")
+        known = usual and not args.steps  # of the default run we know what to expect
         return claim, "below 5 %" if known else "–", f"{here:.1%}", here < 0.05 if known else "–"
 
     N, shares, (first, second) = group_size(), [noisy_share(*rates) for rates in NOISY_SPEECH.values()], OWN_TEST_SET
