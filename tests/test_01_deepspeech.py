@@ -1443,6 +1443,20 @@ def test_the_check(dtype):
     assert dist.get_rank() > 0 or f"bound {ds.BOUNDS[dtype]:.0e}; 3 ranks, {dtype}" in printed.getvalue()
 
 
+@pytest.mark.parametrize("flags", [[], ["--save", "m"], ["--seed", "3"], ["--epochs", "1"], ["--size", "digits"],
+    ["--beam", "1"], ["--steps", "1"], ["--model", '{"layers": 2}']], ids=str)  # fmt: skip
+def test_words_that_are_wrong_are_judged_in_the_default_run_alone(flags, monkeypatch, tmp_path):
+    """Of another run nobody knows what to expect; where half of the words are wrong, the default one has failed."""
+    monkeypatch.chdir(tmp_path)
+    errors = dict.fromkeys(("gradient", "norm", "after", "CTC", "cut"), 0.0)
+    rows = ds.claims(arguments(monkeypatch, *flags), errors, 0, [2.0, 1.0], 0.5, 0.5)
+    verdicts = [
+        verdict for claim, _, _, verdict in rows if "words wrong in speech" in claim or "the same with" in claim
+    ]
+    is_default = flags == [] or flags[0] in ("--save", "--seed")
+    assert verdicts == ([False, False] if is_default else ["–", "–"])
+
+
 @pytest.mark.slow
 def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
     """Two ranks learn from files; one process reads the model, names its error rate, and writes what it hears."""
