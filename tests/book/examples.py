@@ -243,6 +243,12 @@ def pipeline_size():
     return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
 
 
+def pipeline_gpt():
+    from pipeline import GPT
+
+    return GPT(pipeline_size()).double()
+
+
 def pipeline_step(m):
     import pipeline
 
@@ -538,6 +544,21 @@ EXAMPLES = {
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
     },
     "pipeline": {
+        "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
+        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
+        "Attention": lambda m, folder: through(m.Attention(pipeline_size()), normal(2, 5, 16), Streams()),
+        "MLP": lambda m, folder: through(m.MLP(pipeline_size()), normal(2, 5, 16), Streams()),
+        "Block": lambda m, folder: through(
+            m.Block(pipeline_size(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()
+        ),
+        "GPT": lambda m, folder: through(m.GPT(pipeline_size()), TOKENS),
+        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(pipeline_size()).values()),
+        "initial_weights": lambda m, folder: dict(m.initial_weights(pipeline_size())),
+        "train_alone": lambda m, folder: losses(m.train_alone(pipeline_gpt(), BATCHES, lambda step: 1e-3)),
+        "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16, num_heads=2)),
+        "join_from_wire": lambda m, folder: m.join_from_wire(normal(6), (3, 2)),
+        "sum_over": lambda m, folder: m.sum_over(None, [normal(3)]) or "one rank",
+        "Grid": lambda m, folder: vars(m.Grid()),
         "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
         "Bar": lambda m, folder: m.Bar(lists()[0][0], 0, 1),
         "Timeline": lambda m, folder: m.Timeline(simulated().ranks).bubble,
@@ -708,8 +729,17 @@ WITHOUT_EXAMPLE = {
         "use_model": "prints; test_01_deepspeech.py runs --evaluate and --transcribe",
     },
     "megatron_tp": {},
-    "pipeline": {"plan_command": "prints; test_03_pipeline.py runs it"},
-    "seq_parallel": {"print_costs": "prints", "show_layer": "prints"},
+    "pipeline": {
+        "plan_command": "prints; test_03_pipeline.py runs it",
+        "draw_step": "prints",
+        "losses_alone": "part of the demonstration; test_03_pipeline.py runs it",
+    },
+    "seq_parallel": {
+        "print_costs": "prints",
+        "show_layer": "prints",
+        "print_paper_scale": "prints",
+        "losses_alone": "part of the demonstration; test_04_seq_parallel.py runs it",
+    },
     "mamba_hybrid": {
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "decode_times": "measures time",
@@ -721,3 +751,4 @@ WITHOUT_EXAMPLE = {
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}
+DEMONSTRATION |= {"Options", "check_args"}

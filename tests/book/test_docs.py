@@ -198,7 +198,7 @@ def pretend_gpus(monkeypatch, gpus: int, world_size: int | None) -> None:
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
     if world_size:
-        for name, value in dict(LOCAL_RANK=0, LOCAL_WORLD_SIZE=gpus, WORLD_SIZE=world_size).items():
+        for name, value in dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=gpus, WORLD_SIZE=world_size).items():
             monkeypatch.setenv(name, str(value))
 
 
