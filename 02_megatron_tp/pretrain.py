@@ -59,6 +59,7 @@ import megatron_tp as mtp
 # checkpoint or the new one. And disks fail: each tensor and the metadata have a checksum.
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MAY_CHANGE = ("dtype", "vocab_multiple")  # rounding and padding: the run says what they were
 
 
 def run_state(model: mtp.ParallelGPT, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
@@ -98,7 +99,6 @@ def save_checkpoint(
             tensors |= _gather_to_first({name: x.cpu()}, model.config, mesh.tp_group)
     if mesh.dp_rank == 0 and mesh.tp_rank == 0:
         run = {"step": step, "settings": settings, "mesh": f"tp {mesh.tp} × dp {mesh.dp}"}
-        run["dtype"] = str(tensors["final_norm.weight"].dtype).removeprefix("torch.")
         run["checksums"] = {name: _checksum(x) for name, x in tensors.items()}
         _write(Path(file), tensors, run)
     if dist.is_initialized():
@@ -158,7 +158,7 @@ def read_run(file: Path | str) -> dict[str, Any]:
 def check_settings(file: Path | str, saved: dict[str, Any], settings: dict[str, Any]) -> None:
     """Raises ValueError that names each setting in which the checkpoint and this run differ."""
     changed = []
-    for name in sorted(saved.keys() | settings.keys()):
+    for name in sorted((saved.keys() | settings.keys()).difference(MAY_CHANGE)):
         if saved.get(name) != settings.get(name):
             changed.append(f"{name} was {saved.get(name)!r} and is {settings.get(name)!r}")
     if changed:
@@ -175,8 +175,9 @@ def load_checkpoint(
 ) -> int:
     """Reads what `save_checkpoint` wrote, at any tp and dp, each rank for itself.
 
-    Returns: the number of steps done. Raises: OSError, ValueError for a file that is damaged, of
-        other settings or of other shapes; model and optimizer are then unchanged.
+    Returns: the number of steps done.
+    Raises: OSError; ValueError for a file that is damaged, of other settings or of other shapes.
+        Model and optimizer are then unchanged.
     """
     run = read_run(file)
     check_settings(file, run["settings"], settings)
@@ -469,7 +470,7 @@ def learning_rate(
     return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def pretrain(
+def train_and_save(
     args: argparse.Namespace,
     model: mtp.ParallelGPT,
     optimizer: torch.optim.AdamW,
@@ -569,11 +570,12 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     first_step = 0
     if args.saved:
         first_step = load_checkpoint(args.checkpoint, model, optimizer, mesh, args.settings)
-        place = f"step {first_step}, written on {args.saved['mesh']} in {args.saved['dtype']}"
+        dtype = args.saved["settings"]["dtype"]
+        place = f"step {first_step}, written on {args.saved['mesh']} in {dtype}"
         mtp.say(f"{args.checkpoint} goes on from {place}")
     mtp.wait_for_all()  # files are read at the speed of each rank's disk
     mtp.say()
-    pretrain(args, model, optimizer, mesh, first_step)
+    train_and_save(args, model, optimizer, mesh, first_step)
     evaluate(args, model)
 
 
@@ -628,6 +630,7 @@ def check_args(args: argparse.Namespace) -> None:
         args.decay_steps = args.steps
     args.settings = {
         **asdict(args.config),
+        "dtype": args.dtype,
         "batch": args.batch,
         "lr": args.lr,
         "warmup": args.warmup,

@@ -180,15 +180,36 @@ def optimizer_of(model):
 def checkpoint(m, folder):
     """Saves with one of the two functions and loads with the other, whichever was lifted."""
     import megatron_tp
+    import pretrain
 
-    model, grid = gpt(), megatron_tp.Grid()
-    optimizer = optimizer_of(model)
-    (getattr(m, "save_checkpoint", None) or megatron_tp.save_checkpoint)(folder / "run", 3, model, optimizer, grid)
+    model, mesh, settings = gpt(), megatron_tp.Mesh(), {"batch": 4}
+    save = getattr(m, "save_checkpoint", None) or pretrain.save_checkpoint
+    save(folder / "run", 3, model, optimizer_of(model), mesh, settings)
     other = gpt()
     with torch.no_grad():
         [p.zero_() for p in other.parameters()]
-    load = getattr(m, "load_checkpoint", None) or megatron_tp.load_checkpoint
-    return load(folder / "run", other, optimizer_of(other), grid), other.state_dict()
+    load = getattr(m, "load_checkpoint", None) or pretrain.load_checkpoint
+    step = load(folder / "run", other, optimizer_of(other), mesh, settings)
+    return step, pretrain.read_run(folder / "run")["id"], other.state_dict()
+
+
+def run_of(m, folder):
+    """The metadata of a checkpoint."""
+    import pretrain
+
+    checkpoint(pretrain, folder)
+    return list(m.read_run(folder / "run").items())
+
+
+def merges(m, folder):
+    """A tokenizer of 256 bytes and one merge, from files as GPT-2's."""
+    import json
+
+    letters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    (folder / "vocab.json").write_text(json.dumps({x: i for i, x in enumerate([*letters, "th"])}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n", "utf-8")
+    return m.folder_tokenizer(folder).encode("with the")
 
 
 def published(m, folder):
@@ -500,7 +521,6 @@ EXAMPLES = {
     "megatron_tp": {
         "MLP": lambda m, folder: through(m.MLP(small()), normal(2, 5, 16), Streams()),
         "check_tp": lambda m, folder: m.check_tp(small(), 2) or "it fits",
-        "run_state": lambda m, folder: state_of_run(m),
         "TextData": lambda m, folder: text_of(m, folder),
         "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
         "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
@@ -523,19 +543,26 @@ EXAMPLES = {
         "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
         "ParallelGPT": lambda m, folder: through(m.ParallelGPT(small()), TOKENS),
-        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
         "shard_dim": lambda m, folder: m.shard_dim("layers.0.attention.out.weight"),
         "shard_tensor": lambda m, folder: m.shard_tensor("embedding.weight", normal(13, 16), small(), 1, 2),
         "shard_state_dict": lambda m, folder: m.shard_state_dict(weights(), small(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([weights()], small()),
         "gather_state_dict": lambda m, folder: m.gather_state_dict(weights(), small()),
-        "save_checkpoint": checkpoint,
-        "load_checkpoint": checkpoint,
-        "load_gpt2": published,
         "make_grid": one_grid,
         "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
         "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
         "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
+    },
+    "pretrain": {
+        "run_state": lambda m, folder: state_of_run(m),
+        "save_checkpoint": checkpoint,
+        "load_checkpoint": checkpoint,
+        "read_run": run_of,
+        "load_gpt2": published,
+        "tokenizer": lambda m, folder: m.tokenizer("bytes").encode("text"),
+        "folder_tokenizer": merges,
+        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
+        "learning_rate": lambda m, folder: [m.learning_rate(step, 30) for step in range(40)],
     },
     "pipeline": {
         "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
