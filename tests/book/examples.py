@@ -207,6 +207,64 @@ def clipped(m):
     return m.clip_grad_norm_(model.parameters(), 0.1), [p.grad for p in model.parameters()]
 
 
+def checkpoint(m, folder):
+    """Saves with one of the two functions and loads with the other, whichever was lifted."""
+    import megatron_tp
+    import pretrain
+
+    model, mesh, settings = gpt(), megatron_tp.Mesh(), {"batch": 4}
+    save = getattr(m, "save_checkpoint", None) or pretrain.save_checkpoint
+    save(folder / "run", 3, model, optimizer_of(model), mesh, settings)
+    other = gpt()
+    with torch.no_grad():
+        [p.zero_() for p in other.parameters()]
+    load = getattr(m, "load_checkpoint", None) or pretrain.load_checkpoint
+    step = load(folder / "run", other, optimizer_of(other), mesh, settings)
+    return step, pretrain.read_run(folder / "run")["id"], other.state_dict()
+
+
+def run_of(m, folder):
+    """The metadata of a checkpoint."""
+    import pretrain
+
+    checkpoint(pretrain, folder)
+    return list(m.read_run(folder / "run").items())
+
+
+def merges(m, folder):
+    """A tokenizer of 256 bytes and one merge, from files as GPT-2's."""
+    import json
+
+    letters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    (folder / "vocab.json").write_text(json.dumps({x: i for i, x in enumerate([*letters, "th"])}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n", "utf-8")
+    return m.folder_tokenizer(folder).encode("with the")
+
+
+def published(m, folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    settings = GPT2Config(vocab_size=13, n_positions=8, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(settings).save_pretrained(folder)
+    return m.load_gpt2(folder)[1]
+
+
+def state_of_run(m):
+    model = gpt()
+    return m.run_state(model, optimizer_of(model))
+
+
+class Sublayer(torch.nn.Linear):
+    """Stands in for attention and for the feed-forward layer."""
+
+    def __init__(self):
+        super().__init__(16, 16)
+
+    def forward(self, x, streams):
+        return super().forward(x)
+
+
 def one_grid(m, folder):
     with alone() as device:
         grid = m.make_grid(1, device)
@@ -538,6 +596,17 @@ EXAMPLES = {
         "train_alone": lambda m, folder: losses(m.train_alone(*with_optimizer(gpt()), BATCHES)),
         "train": lambda m, folder: losses(m.train(*with_optimizer(gpt()), BATCHES, mesh_of_one())),
         "TextData": lambda m, folder: text_of(m, folder),
+    },
+    "pretrain": {
+        "run_state": lambda m, folder: state_of_run(m),
+        "save_checkpoint": checkpoint,
+        "load_checkpoint": checkpoint,
+        "read_run": run_of,
+        "load_gpt2": published,
+        "tokenizer": lambda m, folder: m.tokenizer("bytes").encode("text"),
+        "folder_tokenizer": merges,
+        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
+        "learning_rate": lambda m, folder: [m.learning_rate(step, 30) for step in range(40)],
     },
     "pipeline": {
         "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
