@@ -555,8 +555,7 @@ def vocab_parallel_cross_entropy(
 # The paper keeps two generator states (appendix B.2). Here a mask is a function of its place: the
 # seed, the step, the replica, the module's name and, where the activation is sharded, the
 # tensor-parallel rank. So there is no state to checkpoint, and a recomputed layer draws its masks
-# again. Multiplied by a boolean mask, x keeps one byte
-# per element for backward.
+# again. Multiplied by a boolean mask, x keeps one byte per element for backward.
 
 
 # region shared: dropout
@@ -766,8 +765,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 # over the tensor-parallel ranks.
 #
 # A model that is large for its GPUs keeps only the input of each layer, and recomputes the layer in
-# backward: a third more arithmetic, and two more all-reduces per layer. The recomputed layer draws
-# the same dropout masks, because a mask is a function of its place.  [section 4.2]
+# backward: a third more arithmetic, and two more all-reduces per layer (without dropout PyTorch
+# stops before the second: nothing after it is kept). The recomputed layer draws the same dropout
+# masks, because a mask is a function of its place.  [section 4.2]
 
 
 class ParallelGPT(GPT):
