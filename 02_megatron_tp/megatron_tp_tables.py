@@ -164,8 +164,8 @@ def simulated_ranks(world_size: int) -> Iterator[None]:
         raise RuntimeError(f"{here}: a dry run needs a process of its own, or destroy the group")
     # torch 2.9 learns here what collectives return on fake tensors.
     importlib.import_module("torch.distributed._tools.fake_collectives")
-    # TORCH_DISTRIBUTED_DEBUG=DETAIL compares collectives across ranks, and would wait for the
-    # simulated ones.
+    # With TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares collectives across ranks, and for that it
+    # needs an operation which the fake group does not have.
     level = dist.get_debug_level()
     dist.set_debug_level(dist.DebugLevel.OFF)
     try:
