@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 02_megatron_tp/gradients.png: what a loss curve hides. `make pictures CHAPTER=02`, a minute."""
+"""Draws 02_megatron_tp/gradients.png: what a loss curve hides. `make pictures CHAPTER=02`."""
 
 import contextlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import megatron_tp as tp
@@ -11,16 +12,26 @@ from proof import plant
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 100
+LEFT_OUT = "two ranks, all-reduce left out in backward"
+
+
+@dataclass
+class Measured:
+    """What rank 0 has seen."""
+
+    alone: list[float] = field(default_factory=list)  # losses of a single device
+    together: list[float] = field(default_factory=list)  # losses of two ranks
+    errors: dict[str, float] = field(default_factory=dict)  # of gradients, first step, float64
 
 
 @contextlib.contextmanager
 def without_the_backward_all_reduces():
-    """The two places that sum the gradient of a region's input, left out."""
+    """Leaves out both places that sum the gradient of a region's input."""
 
     def column_backward(ctx, grad_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
-        flat_grad, flat_x = grad_BSf.flatten(0, -2), x_BSH.flatten(0, -2)
-        return grad_BSf @ weight_fH, flat_grad.mT @ flat_x, flat_grad.sum(0), None
+        flat_grad = grad_BSf.flatten(0, -2)
+        return grad_BSf @ weight_fH, flat_grad.mT @ x_BSH.flatten(0, -2), flat_grad.sum(0), None
 
     with (
         plant(tp, "copy_to_tp", lambda x, group=None: x),
@@ -29,60 +40,92 @@ def without_the_backward_all_reduces():
         yield
 
 
-def measure(broken: bool) -> tuple[list[float], list[float], dict[str, float]]:
-    """On each of two ranks: losses of one device, of two ranks, and the first step's gradient errors in float64."""
-    cfg = tp.GPTConfig(num_layers=2, hidden_size=64, seq_length=64)
-    data, rate = tp.TextData("", "bytes", 64), lambda step: tp.learning_rate(step, STEPS, 3e-3)
+def measure(broken: bool) -> Measured:
+    """Trains on two ranks, and on a single device where nothing is broken."""
+    config = tp.GPTConfig(num_layers=2, hidden_size=64, seq_length=64)
+    data = tp.TextData("", config.seq_length)
     batches = [data.batch(step, 16, seed=0) for step in range(STEPS)]
-    alone = [] if broken else [loss.item() for loss, _ in tp.train_alone(tp.GPT(cfg), batches, rate)]
+
+    def losses_of(model, train, *mesh) -> list[float]:
+        optimizer = tp.make_optimizer(model, lr=3e-3)
+        return [loss.item() for loss, _ in train(model, optimizer, batches, *mesh)]
+
+    found = Measured()
+    if not broken:
+        found.alone = losses_of(tp.GPT(config), tp.train_alone)
     with without_the_backward_all_reduces() if broken else contextlib.nullcontext():
-        grid = tp.make_grid(2, ranks.device)
-        together = [loss.item() for loss, _ in tp.train(tp.ParallelGPT(cfg), batches, rate, grid)]
-        plain, parallel = tp.GPT(cfg).double(), tp.ParallelGPT(cfg).double()
+        mesh = tp.make_mesh(2, ranks.device)
+        found.together = losses_of(tp.ParallelGPT(config), tp.train, mesh)
+        plain = tp.GPT(config).double()
+        parallel = tp.ParallelGPT(config).double()
         plain.loss(*batches[0]).mean().backward()
         parallel.loss(*batches[0]).mean().backward()
-    errors = {}
     for name, p in plain.named_parameters():
-        share = tp.shard_tensor(name, p.grad, cfg, dist.get_rank(), 2)
-        error = (parallel.get_parameter(name).grad - share).abs().max() / p.grad.abs().max()
+        shard = tp.shard_tensor(name, p.grad, config, dist.get_rank(), 2)
+        error = (parallel.get_parameter(name).grad - shard).abs().max() / p.grad.abs().max()
         dist.all_reduce(error, dist.ReduceOp.MAX)
-        errors[name] = error.item()
-    return alone, together, errors
+        found.errors[name] = error.item()
+    return found
 
 
-def draw(right: tuple, wrong: tuple) -> None:
+def draw_losses(axis, right: Measured, wrong: Measured) -> None:
+    axis.plot(right.alone, color="0.75", linewidth=6, label="one device")
+    axis.plot(right.together, color="tab:blue", linewidth=1.5, label="two ranks")
+    axis.plot(wrong.together, color="tab:red", linewidth=1.5, linestyle="--", label=LEFT_OUT)
+    axis.set(
+        title="The loss falls, also with the bug", xlabel="step", ylabel="nats per byte"
+    )
+    axis.legend(frameon=False)
+
+
+def draw_errors(axis, right: Measured, wrong: Measured) -> None:
+    names = list(right.errors)
+    for measured, color, label in ((right, "tab:blue", "two ranks"), (wrong, "tab:red", LEFT_OUT)):
+        errors = [max(measured.errors[name], 1e-17) for name in names]
+        axis.plot(errors, "o", color=color, markersize=5, label=label)
+    axis.axhline(1e-10, color="0.6", linewidth=1, linestyle=":")
+    axis.annotate("the tests' bound", (len(names) - 1, 1e-10), ha="right", va="bottom", color="0.4")
+    groups = {"embeddings": [0, 1]}
+    for i, name in enumerate(names):
+        if name.startswith("layers"):
+            groups.setdefault(f"layer {name.split('.')[1]}", []).append(i)
+    groups["final norm"] = [len(names) - 2, len(names) - 1]
+    centres = [sum(places) / len(places) for places in groups.values()]
+    axis.set_xticks(centres, groups.keys())
+    for places in groups.values():
+        axis.axvspan(places[0] - 0.4, places[-1] + 0.4, color="0.95", zorder=0)
+    axis.set(yscale="log", ylim=(1e-18, 1e2), ylabel="max|Δ| / max|reference|")
+    axis.set_title("The gradient of every tensor in step 0, float64")
+    axis.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.62))
+
+
+def draw(right: Measured, wrong: Measured) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, (left, middle) = plt.subplots(1, 2, figsize=(10.5, 3.8), width_ratios=(1, 1.25), layout="constrained")
-    left.plot(right[0], color="0.75", linewidth=6, label="one device")
-    left.plot(right[1], color="tab:blue", linewidth=1.5, label="two ranks")
-    left.plot(wrong[1], color="tab:red", linewidth=1.5, linestyle="--", label="two ranks, no all-reduce in backward")
-    left.set(title="What one looks at: the loss", xlabel="step", ylabel="nats a byte")
-    left.legend(frameon=False)
-
-    names = list(right[2])
-    kinds = (right, "tab:blue", "two ranks"), (wrong, "tab:red", "two ranks, no all-reduce in backward")
-    for (_, _, errors), color, label in kinds:
-        middle.plot([max(errors[name], 1e-17) for name in names], "o", color=color, markersize=5, label=label)
-    middle.axhline(1e-10, color="0.6", linewidth=1, linestyle=":")
-    middle.annotate("the tests' bound", (len(names) - 1, 1e-10), ha="right", va="bottom", color="0.4")
-    parts = ["layer " + name.split(".")[1] if name.startswith("layers") else "ends" for name in names]
-    marks = {part: [i for i, own in enumerate(parts) if own == part] for part in parts if part != "ends"}
-    marks |= {"embeddings": [0, 1], "final norm": [len(names) - 2, len(names) - 1]}
-    middle.set_xticks([sum(places) / len(places) for places in marks.values()], marks.keys())
-    for places in marks.values():
-        middle.axvspan(places[0] - 0.4, places[-1] + 0.4, color="0.95", zorder=0)
-    middle.set(yscale="log", ylim=(1e-18, 1e2), title="What shows it: the gradient of every tensor, float64")
-    middle.set(ylabel="max|Δ| / max|reference|")
-    middle.legend(frameon=False, loc="center", bbox_to_anchor=(0.5, 0.62))
+    size = {"figsize": (10.5, 3.8), "width_ratios": (1, 1.25)}
+    figure, axes = plt.subplots(1, 2, layout="constrained", **size)
+    draw_losses(axes[0], right, wrong)
+    draw_errors(axes[1], right, wrong)
     figure.savefig(ROOT / "02_megatron_tp" / "gradients.png", dpi=110)
+    last = slice(STEPS // 2, None)
+    cost = sum(wrong.together[last]) - sum(right.together[last])
+    print(f"the bug costs {cost / len(right.together[last]):.2f} nats in the second half")
+
+
+def main() -> None:
+    folders = ("tests", "tests/pictures", "02_megatron_tp")
+    ranks.PATHS[:] = [str(ROOT / folder) for folder in folders]
+    pool = ranks.Pool(2)
+    found = []
+    for broken in (False, True):
+        kwargs = {"broken": broken}
+        found.append(pool.run(Path(__file__).stem, "measure", kwargs, timeout=300)[0])
+    pool.close()
+    draw(*found)
 
 
 if __name__ == "__main__":
-    ranks.PATHS[:] = [str(ROOT / folder) for folder in ("tests", "tests/pictures", "02_megatron_tp")]
-    pool = ranks.Pool(2)
-    draw(*(pool.run(Path(__file__).stem, "measure", dict(broken=broken), timeout=300)[0] for broken in (False, True)))
-    pool.close()
+    main()
