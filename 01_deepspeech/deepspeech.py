@@ -75,6 +75,7 @@ from dataclasses import Field, asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import cache, partial
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import numpy as np
@@ -121,15 +122,21 @@ class SpeechConfig:
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
-        self.convolutions = tuple((channels, *map(tuple, sides)) for channels, *sides in self.convolutions)
-        sizes = [self.sample_rate, self.layers, self.hidden_size, len(self.convolutions)]
+        for f in fields(self):  # JSON has none of our types but these: 1.5 layers, or "no" for False, are refused
+            value, allowed = getattr(self, f.name), {"float": "float int", "tuple": "tuple list"}.get(f.type, f.type)
+            if type(value).__name__ not in allowed.split():
+                raise ValueError(f"{f.name}={value!r} must be of type {f.type}")
+        self.convolutions = tuple(map(_convolution, self.convolutions))
+        sizes = [self.layers, self.hidden_size, len(self.convolutions)]
         sizes += itertools.chain(*((channels, *kernel, *stride) for channels, kernel, stride in self.convolutions))
         rules = {
+            "a sample rate of 1000 to 192000": 1000 <= self.sample_rate <= 192_000,
             "sizes of at least 1, and one convolution or more": min(sizes) > 0,
             "kernels of odd sizes": all(side % 2 for _, kernel, _ in self.convolutions for side in kernel),
             "bins and lookahead not below 0": min(self.bins, self.lookahead) >= 0,
             "dropout at least 0 and less than 1": 0 <= self.dropout < 1,
             "cell 'relu' or 'gru'": self.cell in ("relu", "gru"),
+            "a seed from 0 to 2**63 - 1": 0 <= self.seed < 2**63,
         }
         if broken := [rule for rule, kept in rules.items() if not kept]:
             raise ValueError(f"{self}: it must have {'; '.join(broken)}")
@@ -148,6 +155,18 @@ class SpeechConfig:
         for _, _, stride in self.convolutions[:convolutions]:
             size = (size - 1) // stride[axis] + 1
         return size
+
+
+def _convolution(sizes: Any) -> tuple[int, tuple[int, int], tuple[int, int]]:
+    """A convolution of SpeechConfig, from what JSON makes of it. Raises: ValueError where it is none."""
+    try:
+        channels, (frames, bins), (frame_step, bin_step) = sizes
+        if not all(type(size) is int for size in (channels, frames, bins, frame_step, bin_step)):
+            raise TypeError("not whole numbers")
+    except (TypeError, ValueError) as error:
+        need = "channels, [frames, bins] of the kernel, [frames, bins] of the stride"
+        raise ValueError(f"convolution {sizes!r}: it must be {need}") from error
+    return channels, (frames, bins), (frame_step, bin_step)
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -412,8 +431,7 @@ def train_alone(
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -451,8 +469,11 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
@@ -607,8 +628,7 @@ def ctc_loss(
         if (bad := labels[valid_BU & ((labels < 0) | (labels >= V) | (labels == blank))]).numel():
             raise ValueError(f"target {bad[0]} is the blank {blank} or no symbol: they are numbered 0 to {V - 1}")
     labels_BU = torch.where(valid_BU, labels, blank)
-    wide = log_probs_TBV.to(torch.promote_types(log_probs_TBV.dtype, torch.float32))
-    loss_B = _CTC.apply(wide, labels_BU, frames_B, sizes_B, blank)
+    loss_B = _CTC.apply(at_least_fp32(log_probs_TBV), labels_BU, frames_B, sizes_B, blank)
     if zero_infinity:
         loss_B = torch.where(loss_B == torch.inf, 0, loss_B)
     return {"none": loss_B, "sum": loss_B.sum(), "mean": (loss_B / sizes_B.clamp_min(1)).mean()}[reduction]
@@ -810,7 +830,7 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         self.group = group
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = at_least_fp32(x)
         valid, frames = valid.expand(x.shape[:-1])[..., None], tuple(range(x.ndim - 1))
         mean, var = self.running_mean, self.running_var
         if self.training:
@@ -1062,13 +1082,15 @@ def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
     """
     from safetensors.torch import save_file
 
-    kept, aside = dict(config=json.dumps(asdict(model.config)), texts="\n".join(texts)), Path(f"{path}.unfinished")
+    kept = dict(config=json.dumps(asdict(model.config)), alphabet=ALPHABET, texts="\n".join(texts))
+    aside = Path(f"{path}.unfinished")
     try:
         save_file({name: x.contiguous() for name, x in model.state_dict().items()}, aside, kept)
         os.replace(aside, path)  # one step for the file system
     except Exception as error:  # safetensors has errors of its own
-        aside.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error}; an older one there is untouched") from error
+    finally:
+        aside.unlink(missing_ok=True)  # also where Ctrl-C ends it
 
 
 def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
@@ -1078,10 +1100,13 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
     try:
         with safe_open(path, "pt") as file:
             kept, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+        if kept["alphabet"] != ALPHABET:  # the same weights would write other letters
+            raise ValueError(f"its alphabet is {kept['alphabet']!r}, and here it is {ALPHABET!r}")
         model = parallel_model(SpeechConfig(**json.loads(kept["config"])))
         model.load_state_dict(state)
-    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} holds no model that --save has written: {error}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = shorten(str(error), 300)  # one line of torch's many
+        raise ValueError(f"{path} holds no model that --save has written: {reason}") from error
     return model.eval(), kept["texts"].splitlines()
 
 
@@ -1314,9 +1339,10 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
     else:
         heard, unheard = Speech.synthetic(320, config, args.seed), Speech.synthetic(60, config, args.seed + 1)
     model, lengths = parallel_model(config).to(device, dtype), [len(wave_W) for wave_W in heard.waves]
+    wait_for_all()  # one node's disk may be slower than the others'
     torch.manual_seed(args.seed + r)  # dropout: every rank has utterances, and masks, of its own
     epoch_steps = math.ceil(len(lengths) / args.batch)
-    total = min(args.steps or math.inf, args.epochs * epoch_steps)
+    total = min(args.steps or math.inf, args.epochs * epoch_steps, sys.maxsize)
 
     def batches() -> Iterator[Batch]:
         for epoch in range(args.epochs):
@@ -1329,20 +1355,26 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
         "epoch   step     loss      norm")  # fmt: skip
     rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
     options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
-    steps, losses, sums = train(model, itertools.islice(batches(), total), rate, **options), [], []
-    for step, results in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
-        loss, norm = read_step(step, *results)
-        sums.append(loss)
-        if step % epoch_steps == 0 or step == total:
-            losses.append(sum(sums) / len(sums))
-            say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm:9.2f}")
-            sums = []
-    check_replicas(model)
-    every: list = [None] * N
-    mine = range(r, len(unheard.texts), N)
-    dist.all_gather_object(every, transcribe(model.eval(), unheard, mine, NGram(heard.texts), args))
-    if args.save and r == 0:
-        save_model(args.save, model, heard.texts)
+    steps, losses, sums, step = train(model, itertools.islice(batches(), total), rate, **options), [], [], 0
+    try:
+        for step, results in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+            loss, norm = read_step(step, *results)
+            sums.append(loss)
+            if step % epoch_steps == 0 or step == total:
+                losses.append(sum(sums) / len(sums))
+                say(f"{len(losses):5} {step:6} {losses[-1]:8.4f} {norm:9.2f}")
+                sums = []
+        check_replicas(model)
+        every: list = [None] * N
+        mine = range(r, len(unheard.texts), N)
+        found = transcribe(model.eval(), unheard, mine, NGram(heard.texts), args)
+        wait_for_all()  # a wide beam takes minutes an utterance, and some ranks may have none
+        dist.all_gather_object(every, found)
+        if args.save and r == 0:
+            save_model(args.save, model, heard.texts)
+    except KeyboardInterrupt:
+        unsaved = f"; nothing was saved in {args.save}" if args.save else ""
+        raise KeyboardInterrupt(f"after step {step}{unsaved}") from None
     return losses, *report(list(itertools.chain(*every)))
 
 
@@ -1387,7 +1419,8 @@ def claims(args, errors: dict, sent: int, losses: list[float], plain: float, sea
         return claim, paper, here, here == paper
 
     def rate(claim: str, here: float) -> tuple:
-        known = not args.data and not args.steps  # of the default run we know what to expect
+        usual = all(getattr(args, f.name) == f.default for f in fields(Options) if f.name != "save")
+        known = usual and not args.steps  # of the default run we know what to expect
         return claim, "below 5 %" if known else "–", f"{here:.1%}", here < 0.05 if known else "–"
 
     N, shares, (first, second) = group_size(), [noisy_share(*rates) for rates in NOISY_SPEECH.values()], OWN_TEST_SET
@@ -1424,7 +1457,10 @@ SIZES = {
 
 def config_of(args) -> SpeechConfig:
     try:
-        return SpeechConfig(**(SIZES[args.size] | dict(seed=args.seed) | json.loads(args.model)))
+        changes = json.loads(args.model)
+        if not isinstance(changes, dict):
+            raise ValueError(f'a JSON object is needed, such as {{"layers": 3}}, not {changes!r}')
+        return SpeechConfig(**(SIZES[args.size] | dict(seed=args.seed) | changes))
     except (ValueError, TypeError) as error:
         raise ValueError(f"--model {args.model}: {error}") from error
 
@@ -1457,6 +1493,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where the flags, or the files that they name, do not fit."""
     if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
         raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
+    if args.load and (args.data or args.save or args.check):
+        raise ValueError("--load does not train: leave --data, --save and --check out")
     if args.save and (os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)):
         raise ValueError(f"--save {args.save}: its folder does not exist or cannot be written")
     config = load_model(args.load)[0].config if args.load else config_of(args)
@@ -1789,19 +1827,15 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
 
 # endregion
@@ -1821,7 +1855,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1986,6 +2021,7 @@ def _torchrun_world() -> tuple[int, int]:
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -2009,12 +2045,15 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -2051,7 +2090,12 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -2074,14 +2118,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 

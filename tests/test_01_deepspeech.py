@@ -7,6 +7,7 @@ functions, or a sum over everything that is possible.
 
 import argparse
 import contextlib
+import inspect
 import io
 import itertools
 import json
@@ -655,6 +656,88 @@ def test_ranks_that_have_drifted_apart_are_found():
         ds.check_replicas(model)
 
 
+def test_a_model_that_was_interrupted_as_it_was_written(tmp_path):
+    """Ctrl-C between the file and its place: the older one stands there, and nothing beside it."""
+    path, model = tmp_path / "m", ds.parallel_model(config())
+    ds.save_model(str(path), model, ["one"])
+    before = path.read_bytes()
+
+    def interrupted(aside, path):
+        assert aside.exists()
+        raise KeyboardInterrupt
+
+    with plant(ds.os, "replace", interrupted), pytest.raises(KeyboardInterrupt):
+        ds.save_model(str(path), model, ["two"])
+    assert [file.name for file in tmp_path.iterdir()] == ["m"] and path.read_bytes() == before
+
+
+def one_utterance() -> ds.Batch:
+    return batch_of().rows([3])
+
+
+def a_time_parallel_layer(group):
+    return ds.time_parallel_birnn(random(4, 1, 3), random(2, 3, 3), group)
+
+
+def a_batch_norm(group):
+    return ds.SequenceBatchNorm(3, group).double()(random(5, 2, 3), torch.ones(5, 2, dtype=torch.bool))
+
+
+def a_parallel_model(group):
+    batch = one_utterance()
+    model = ds.parallel_model(config(), group).to(ranks.device, torch.float64)
+    return model(batch.features_BTF, batch.frames_B)
+
+
+def a_gradient(group):
+    model, ring = models(config())[0], argparse.Namespace(finish=lambda: None)
+    return ds.parallel_gradients(model, one_utterance(), ring=ring, group=group)
+
+
+def a_training_step(group, ring_group):
+    return next(ds.train(models(config())[0], [one_utterance()], lambda step: 0.01, group, ring_group))
+
+
+TAKE_A_GROUP = {
+    "group_size": ds.group_size,
+    "group_rank": ds.group_rank,
+    "ring_all_reduce": lambda group: ds.ring_all_reduce(torch.ones(5, device=ranks.device), group),
+    "GradientRing": lambda group: ds.GradientRing([nn.Parameter(torch.ones(2))], group),
+    "sum_over_ranks": lambda group: ds.sum_over_ranks(torch.ones(2, device=ranks.device), group),
+    "SequenceBatchNorm": a_batch_norm,
+    "time_parallel_birnn": a_time_parallel_layer,
+    "parallel_model": a_parallel_model,
+    "check_replicas": lambda group: ds.check_replicas(ds.parallel_model(config()).to(ranks.device), group),
+    "parallel_gradients": a_gradient,
+    "train": lambda group: a_training_step(group, this_rank_alone()),
+    "train, ring_group": lambda group: a_training_step(this_rank_alone(), group),
+}
+
+
+@lru_cache
+def this_rank_alone() -> dist.ProcessGroup:
+    return dist.new_subgroups_by_enumeration([[0], [1]])[0]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", TAKE_A_GROUP)
+def test_a_rank_outside_the_group_is_refused(name):
+    """torch says that its group has −1 ranks: what it holds would be taken for the sum. The rank inside is alone."""
+    group = dist.new_group([0])
+    if dist.get_rank() == 0:
+        TAKE_A_GROUP[name](group)
+    else:
+        with pytest.raises(ValueError, match="rank 1 is not in the process group"):
+            TAKE_A_GROUP[name](group)
+
+
+def test_every_function_that_takes_a_group_is_tried_from_outside():
+    public = {name: thing for name, thing in vars(ds).items() if getattr(thing, "__module__", "") == "deepspeech"}
+    public = {name: thing for name, thing in public.items() if callable(thing) and not name.startswith("_")}
+    takers = {name for name, thing in public.items() if "group" in inspect.signature(thing).parameters}
+    assert takers - {"Message"} == {name.partition(",")[0] for name in TAKE_A_GROUP}
+
+
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 50), max_size=40), batch=st.integers(1, 9), world=st.integers(1, 5))
 def test_sortagrad(lengths, batch, world):
@@ -1231,18 +1314,122 @@ def test_recordings_of_people():
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("flags, message", [
-    (["--epochs", "0"], "--epochs 0"), (["--load", "x"], "--load goes with"), (["--dev", "x"], "--dev with --data"),
-    (["--data", "/nowhere/at/all"], "No such file"), (["--beam", "0"], "--beam 0"),
-    (["--lr", "nan"], "--lr nan"), (["--max-norm", "0"], "--max-norm 0.0"), (["--beta", "inf"], "--beta inf"),
-    (["--save", "/nowhere/at/all"], "its folder does not exist"), (["--evaluate", "x"], "--load goes with"),
-    (["--model", '{"layers": 0}'], "layers=0"), (["--model", '{"u": 3}'], "'u'"), (["--model", "{"], "--model {: "),
-])  # fmt: skip
-def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
+def refused(flags: list[str], capsys, monkeypatch) -> str:
+    """The one line with which flags are refused, behind the usage."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     with pytest.raises(SystemExit, match="2"):
         ds.flags()
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    usage, line = capsys.readouterr().err.splitlines()
+    assert usage.startswith("usage: ") and line.startswith("deepspeech.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--epochs", "0"], "--epochs: '0' must be"), (["--load", "x"], "--load goes with"),
+    (["--dev", "x"], "--dev with --data"), (["--data", "/nowhere/at/all"], "No such file"),
+    (["--beam", "0"], "--beam: '0' must be"), (["--lr", "nan"], "--lr: 'nan' must be"),
+    (["--lr", "inf"], "--lr: 'inf' must be"), (["--lr", "-1"], "--lr: '-1' must be"),
+    (["--max-norm", "0"], "--max-norm: '0' must be"), (["--beta", "inf"], "--beta: 'inf' must be"),
+    (["--save", "/nowhere/at/all"], "its folder does not exist"), (["--evaluate", "x"], "--load goes with"),
+    (["--load", "x", "--evaluate", "x", "--check"], "leave --data, --save and --check out"),
+    (["--load", "x", "--evaluate", "x", "--data", "x"], "leave --data, --save and --check out"),
+    (["--load", "x", "--evaluate", "x", "--save", "x"], "leave --data, --save and --check out"),
+    (["--load", "/nowhere/at/all", "--evaluate", "x"], "No such file"),
+    (["--model", '{"layers": 0}'], "layers=0"), (["--model", '{"u": 3}'], "'u'"), (["--model", "{"], "--model {: "),
+    (["--model", '{"layers": 1.5}'], "layers=1.5 must be of type int"), (["--model", "[1]"], "object is needed"),
+    (["--model", "null"], "object is needed"), (["--model", '{"layers": true}'], "layers=True must be of type int"),
+    (["--model", '{"dropout": NaN}'], "dropout at least 0"), (["--model", '{"dropout": "0"}'], "must be of type float"),
+    (["--model", '{"bidirectional": "no"}'], "must be of type bool"), (["--model", '{"cell": 3}'], "of type str"),
+    (["--model", '{"convolutions": "ab"}'], "must be of type tuple"), (["--model", '{"lookahead": null}'], "type int"),
+    (["--model", '{"convolutions": [[8, 3, 2]]}'], "convolution [8, 3, 2]: it must be channels, [frames, bins]"),
+    (["--model", '{"convolutions": [[8, [3.0, 3], [2, 2]]]}'], "convolution [8, [3.0, 3], [2, 2]]"),
+    (["--model", '{"hidden_size": 1e400}'], "hidden_size=inf"), (["--model", '{"sample_rate": 10}'], "a sample rate"),
+    (["--model", '{"seed": -1}'], "a seed from 0"),
+])  # fmt: skip
+def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys, monkeypatch):
+    assert message in refused(flags, capsys, monkeypatch)
+
+
+def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(tmp_path, capsys, monkeypatch):
+    """Weights of another size than the file's configuration says, or of another alphabet."""
+    path, wave = str(tmp_path / "model"), str(tmp_path / "a.wav")
+    write(tmp_path)
+    model = ds.parallel_model(config())
+    use = ["--load", path, "--transcribe", wave]
+    model.config = config(hidden_size=11)
+    ds.save_model(path, model, ["one"])
+    line = refused(use, capsys, monkeypatch)
+    assert f"{path} holds no model" in line and "size mismatch" in line
+    model.config = config()
+    with plant(ds, "ALPHABET", ds.ALPHABET.replace("ab", "ba")):
+        ds.save_model(path, model, ["one"])
+    line = refused(use, capsys, monkeypatch)
+    assert f"{path} holds no model" in line and "its alphabet is \"_ 'bac" in line and "it is \"_ 'abc" in line
+    model.config.layers = 1.5
+    ds.save_model(path, model, ["one"])
+    assert "layers=1.5 must be of type int" in refused(use, capsys, monkeypatch)
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+@pytest.mark.parametrize("gpus", [1, 2, 3, 4, 5, 6, 7, 8, 9, 12])
+def test_no_flag_is_needed_on_any_number_of_gpus(gpus, nodes, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if nodes == 2:
+            size = gpus * nodes if name == "WORLD_SIZE" else gpus
+            monkeypatch.setenv(name, str(size if "SIZE" in name else 0))
+    args = ds.flags()
+    assert (args.ranks, args.world_size, args.device, args.backend) == (gpus, gpus * nodes, "cuda", "nccl")
+
+
+def arguments(monkeypatch, *flags: str) -> argparse.Namespace:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+    return ds.flags()
+
+
+@pytest.mark.parametrize("save, message", [([], "after step 2$"), (["--save", "m"], "2; nothing was saved in m$")])
+def test_an_interrupted_run_says_after_which_step(save, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def two_steps(*args, **options):
+        yield from [(torch.ones(()), torch.ones(()))] * 2
+        raise KeyboardInterrupt
+
+    with plant(ds, "train", two_steps), plant(ds, "wait_for_all", lambda: None):
+        with pytest.raises(KeyboardInterrupt, match=message):
+            ds.demonstrate(arguments(monkeypatch, *save), torch.device("cpu"), None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ranks(2)
+def test_ranks_that_read_or_search_longer_than_others_are_waited_for():
+    """Reading and searching have no messages, so no time limit: each ends in wait_for_all, before the next message."""
+    called, original = [], ds.transcribe
+
+    def transcribe(*args):
+        called.append("search")
+        return original(*args)
+
+    def learn(*args, **options):
+        called.append("train")
+        yield from [(torch.ones(()), torch.ones(()))] * 2
+
+    def gather(every, found):
+        called.append("gather")
+        return real_gather(every, found)
+
+    real_gather, argv = dist.all_gather_object, [str(SCRIPT), "--beam", "1"]
+    with plant(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+        args = ds.flags()
+        for target, name, double in (
+            (ds, "transcribe", transcribe), (ds, "train", learn), (ds, "wait_for_all", lambda: called.append("wait")),
+            (dist, "all_gather_object", gather), (ds, "check_replicas", lambda model: called.append("check")),
+        ):  # fmt: skip
+            stack.enter_context(plant(target, name, double))
+        ds.demonstrate(args, torch.device("cpu"), None)
+    assert called == ["wait", "train", "check", "search", "wait", "gather"]
 
 
 @pytest.mark.ranks(3)
@@ -1254,6 +1441,20 @@ def test_the_check(dtype):
         ds.main(argparse.Namespace(**args), ranks.device)
     assert stop.value.code == 0, printed.getvalue()
     assert dist.get_rank() > 0 or f"bound {ds.BOUNDS[dtype]:.0e}; 3 ranks, {dtype}" in printed.getvalue()
+
+
+@pytest.mark.parametrize("flags", [[], ["--save", "m"], ["--seed", "3"], ["--epochs", "1"], ["--size", "digits"],
+    ["--beam", "1"], ["--steps", "1"], ["--model", '{"layers": 2}']], ids=str)  # fmt: skip
+def test_words_that_are_wrong_are_judged_in_the_default_run_alone(flags, monkeypatch, tmp_path):
+    """Of another run nobody knows what to expect; where half of the words are wrong, the default one has failed."""
+    monkeypatch.chdir(tmp_path)
+    errors = dict.fromkeys(("gradient", "norm", "after", "CTC", "cut"), 0.0)
+    rows = ds.claims(arguments(monkeypatch, *flags), errors, 0, [2.0, 1.0], 0.5, 0.5)
+    verdicts = [
+        verdict for claim, _, _, verdict in rows if "words wrong in speech" in claim or "the same with" in claim
+    ]
+    is_default = flags == [] or flags[0] in ("--save", "--seed")
+    assert verdicts == ([False, False] if is_default else ["–", "–"])
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ pipelines (for the order of operations), and the paper's tables.
 
 import contextlib
 import faulthandler
+import io
 import math
 import multiprocessing
 import os
@@ -1195,6 +1196,43 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name():
         pl.merge_state_dicts(shards, cfg)
 
 
+TAKES_A_GROUP = {
+    "cut_for_wire": lambda group: pl.cut_for_wire(torch.ones(3), group),
+    "join_from_wire": lambda group: pl.join_from_wire(torch.ones(3), (3,), group),
+    "count_targets": lambda group: pl.count_targets(torch.ones(1, 2, dtype=torch.int64), group),
+    "sum_over": lambda group: pl.sum_over(group, [torch.ones(3)]),
+    "clip_grad_norm_": lambda group: pl.clip_grad_norm_(with_gradients(), 1.0, group),
+    "Grid, pp": lambda group: pl.Grid(pp_group=group),
+    "Grid, dp": lambda group: pl.Grid(dp_group=group),
+    "Grid, tied": lambda group: pl.Grid(tied_group=group),
+    "Grid, tp": lambda group: pl.Grid(tp_group=group),
+}
+
+
+def with_gradients() -> pl.PipelineStage:
+    stage = pl.PipelineStage(config(num_layers=1))
+    for p in stage.parameters():
+        p.grad = torch.ones_like(p)
+    return stage
+
+
+@lru_cache
+def group_of_rank_0():
+    return dist.new_group([0])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", TAKES_A_GROUP)
+def test_a_group_of_other_ranks_is_refused(name):
+    """torch says that such a group has -1 ranks. A local value would be returned as the group's sum."""
+    group = group_of_rank_0()
+    if dist.get_rank() == 0:
+        TAKES_A_GROUP[name](group)
+        return
+    with pytest.raises(ValueError, match="rank 1 is not in the process group"):
+        TAKES_A_GROUP[name](group)
+
+
 def mortal(rank: int, folder: str) -> None:
     """One of three ranks, of which the second kills itself in its third operation; the others write what they see."""
     torch.set_num_threads(1)
@@ -1243,13 +1281,29 @@ def run(*flags, timeout=120):
     "flags, message",
     [
         (["--pp", "3"], "--pp 3 must divide the 4 ranks"),
-        (["--num-layers", "3"], "3 layers on 4 stages: a stage needs a layer"),
+        (["--pp", "0"], "argument --pp: '0' must be of type int, from 1"),
+        (["--microbatches", "0"], "argument --microbatches: '0' must be of type int, from 1"),
+        (["--batch", "0"], "argument --batch: '0' must be of type int, from 1"),
+        (["--chunks", "0"], "argument --chunks: '0' must be of type int, from 1"),
+        (["--lr", "nan"], "argument --lr: 'nan' must be of type float"),
+        (["--lr", "-1"], "argument --lr: '-1' must be of type float"),
+        (["--lr", "inf"], "argument --lr: 'inf' must be of type float"),
+        (["--dropout", "1"], "dropout=1.0: at least 0 and less than 1"),
+        (["--dropout", "nan"], "argument --dropout: 'nan' must be of type float"),
+        (["--hidden-size", "30"], "choose a multiple, such as 32"),
+        (["--data", "/nowhere"], "No such file"),
+        (["--num-layers", "3", "--pp", "4"], "3 layers on 4 stages: a stage needs a layer"),
         (["--schedule", "interleaved", "--chunks", "2", "--microbatches", "6"], "choose 4 or 8"),
         (["--batch", "7"], "need at least 8 rows"),
         (["--chunks", "2"], "1f1b has one chunk a rank"),
         (
             ["plan", "--layers", "8", "--hidden", "30", "--heads", "4", "--gpus", "8", "--batch", "8"],
             "heads must divide",
+        ),
+        (
+            ["plan", "--layers", "8", "--hidden", "32", "--heads", "4", "--gpus", "8", "--batch", "8"]
+            + ["--network", "nan"],
+            "all must be finite and above 0",
         ),
     ],
 )
@@ -1259,6 +1313,57 @@ def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, monkeyp
     with pytest.raises(SystemExit) as error:
         pl.plan_command(flags[1:]) if flags[0] == "plan" else pl.flags()
     assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("flags", [[], ["--schedule", "interleaved", "--chunks", "2"]], ids=" ".join)
+@pytest.mark.parametrize("world", [*range(1, 10), 11, 12, 14, 16])
+def test_defaults_fit_any_number_of_ranks(world, flags, monkeypatch):
+    """4 stages where they divide the ranks; else the most that divide them and have layers for their chunks."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", str(world), *flags])
+    args = pl.flags()
+    most = 8 // args.chunks
+    assert world % args.pp == 0 and args.pp <= most
+    assert args.pp == 4 or (world % 4 and all(world % pp for pp in range(args.pp + 1, most + 1)))
+    assert args.batch >= max(16, args.microbatches * world // args.pp) and args.microbatches == 2 * args.pp
+
+
+def test_fewer_layers_make_fewer_stages(monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "4", "--num-layers", "3"])
+    assert pl.flags().pp == 2
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch):
+    """What it cannot show is replaced; nothing raises after the training."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    pl.flags()
+    pl.say("pp 4 × dp 1")
+    assert shown.buffer.getvalue() == b"pp 4 ? dp 1\n"
+
+
+def test_without_docstrings(monkeypatch):
+    """python -OO leaves none."""
+    monkeypatch.setattr(pl, "__doc__", None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert pl.flags().steps == 40
+
+
+@pytest.mark.ranks(2)
+def test_what_rank_0_does_alone_may_take_longer_than_a_message():
+    """The single-device model takes 5 s, and every group of the pipeline gives up after 3."""
+    original = pl.train_alone
+
+    def slow(*args, **options):
+        time.sleep(5)
+        yield from original(*args, **options)
+
+    argv = [str(SCRIPT), "--ranks", "2", "--steps", "2", "--num-layers", "2", "--hidden-size", "32"]
+    with plant(sys, "argv", argv), plant(pl, "train_alone", slow):
+        args = pl.flags()
+        args.device = ranks.device.type
+        differences = pl.demonstrate(args, pl.make_grid(2, ranks.device, timeout=3), ranks.device)
+    assert list(differences) == (["loss 0", "loss 1"] if dist.get_rank() == 0 else [])
 
 
 def test_a_wrong_flag_starts_nothing():
@@ -1302,6 +1407,17 @@ def test_a_whole_run():
     result = run(*TINY, *flags)
     assert result.returncode == 0, result.stderr
     assert "pp 2 × dp 2" in result.stdout and "FAILED" not in result.stdout and result.stdout.count("rank 1 ") == 2
+
+
+@pytest.mark.slow
+def test_a_whole_run_in_a_strange_environment(monkeypatch):
+    """Without docstrings, on a terminal of ASCII alone, with torch's checks of every collective."""
+    strange = dict(PYTHONOPTIMIZE="2", PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    for name, value in strange.items():
+        monkeypatch.setenv(name, value)
+    result = run(*TINY, "--ranks", "2")
+    assert result.returncode == 0, result.stderr
+    assert "pp 2 ? dp 1" in result.stdout and "verdict" in result.stdout and "FAILED" not in result.stdout
 
 
 @pytest.mark.slow

@@ -7,11 +7,14 @@ A test marked `ranks` is what every rank of that world executes. References are 
 import ast
 import contextlib
 import functools
+import importlib.util
 import io
 import itertools
 import math
 import subprocess
 import sys
+import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -1238,6 +1241,50 @@ def test_a_batch_in_which_no_target_counts(sequence_parallel):
     assert numbers == (0, 0) and all(p.isfinite().all() for p in model.parameters())
 
 
+TAKES_A_GROUP = {
+    "gather_from_sp": lambda group: sp.gather_from_sp(torch.ones(2, 1, 4), group),
+    "reduce_scatter_to_sp": lambda group: sp.reduce_scatter_to_sp(torch.ones(2, 1, 4), group),
+    "scatter_to_sp": lambda group: sp.scatter_to_sp(torch.ones(2, 1, 4), group),
+    "column_parallel": lambda group: sp.column_parallel(torch.ones(2, 1, 4), torch.ones(3, 4), None, group, True),
+    "column_parallel, TP": lambda group: sp.column_parallel(torch.ones(2, 1, 4), torch.ones(3, 4), None, group, False),
+    "sum_over_tp": lambda group: sp.sum_over_tp(torch.ones(2, 1, 4), group, True),
+    "sum_over_tp, TP": lambda group: sp.sum_over_tp(torch.ones(2, 1, 4), group, False),
+    "SPColumnParallelLinear": lambda group: sp.SPColumnParallelLinear(4, 4, group),
+    "SPRowParallelLinear": lambda group: sp.SPRowParallelLinear(4, 4, group),
+    "ParallelAttention": lambda group: sp.ParallelAttention(config(), group, True, False, sp.unfused_attention),
+    "ParallelMLP": lambda group: sp.ParallelMLP(config(), group, True),
+    "SequenceParallelLayer": lambda group: sp.SequenceParallelLayer(config(), group),
+    "SequenceParallelGPT": lambda group: sp.SequenceParallelGPT(config(), group),
+    "look_up": lambda group: sp.look_up(torch.zeros(2, 1, dtype=torch.int64), torch.ones(3, 4), 3, group),
+    "reduce_sequence_parallel_grads": lambda group: sp.reduce_sequence_parallel_grads(torch.nn.Linear(2, 2), group),
+    "layer_costs": lambda group: sp.layer_costs(config(), 1, group),
+    "copy_to_tp": lambda group: sp.copy_to_tp(torch.ones(2), group),
+    "reduce_from_tp": lambda group: sp.reduce_from_tp(torch.ones(2), group),
+    "scatter_to_tp": lambda group: sp.scatter_to_tp(torch.ones(2), group),
+    "gather_from_tp": lambda group: sp.gather_from_tp(torch.ones(2), group),
+    "vocab_parallel_cross_entropy": lambda group: sp.vocab_parallel_cross_entropy(
+        torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64), group
+    ),
+}
+
+
+@functools.cache
+def group_of_rank_0():
+    return dist.new_group([0])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", TAKES_A_GROUP)
+def test_a_group_of_other_ranks_is_refused(name):
+    """torch says that such a group has -1 ranks. A local value would be returned as the group's sum."""
+    group = group_of_rank_0()
+    if dist.get_rank() == 0:
+        TAKES_A_GROUP[name](group)
+        return
+    with pytest.raises(ValueError, match="rank 1 is not in the process group"):
+        TAKES_A_GROUP[name](group)
+
+
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1250,7 +1297,17 @@ def run(*flags, timeout=120):
     [
         (["--seq-length", "30"], "--seq-length 30 does not divide over 4 ranks: try 32"),
         (["--num-heads", "2"], "num_heads=2 and ffn_hidden_size=512 do not both divide over tp=4 ranks"),
-        (["--batch", "0"], "--batch 0"),
+        (["--batch", "0"], "argument --batch: '0' must be of type int, from 1"),
+        (["--num-heads", "0"], "argument --num-heads: '0' must be of type int, from 1"),
+        (["--hidden-size", "0"], "argument --hidden-size: '0' must be of type int, from 1"),
+        (["--seq-length", "0"], "argument --seq-length: '0' must be of type int, from 1"),
+        (["--hidden-size", "30"], "choose a multiple, such as 32"),
+        (["--lr", "nan"], "argument --lr: 'nan' must be of type float"),
+        (["--lr", "-1"], "argument --lr: '-1' must be of type float"),
+        (["--lr", "inf"], "argument --lr: 'inf' must be of type float"),
+        (["--dropout", "1"], "dropout=1.0: at least 0 and less than 1"),
+        (["--dropout", "nan"], "argument --dropout: 'nan' must be of type float"),
+        (["--data", "/nowhere"], "No such file"),
         (["--recompute", "some"], "invalid choice"),
         (["--paper-scale", "3T"], "invalid choice"),
     ],
@@ -1258,10 +1315,73 @@ def run(*flags, timeout=120):
 def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, monkeypatch, capsys):
     """`flags` comes before `launch`."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "4", *flags])
-    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "0")  # which reading the flags may set
     with pytest.raises(SystemExit) as stopped:
         sp.flags()
     assert stopped.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("world", [*range(1, 10), 11, 12, 16])
+def test_defaults_fit_any_number_of_ranks(world, monkeypatch):
+    """128 tokens, 128 features and 4 heads, or the next numbers that the ranks divide."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", str(world)])
+    args = sp.flags()
+    sizes = args.seq_length, args.hidden_size, args.num_heads
+    assert all(size % world == 0 for size in (args.seq_length, args.num_heads, 4 * args.hidden_size))
+    least = (128, 128, 4)
+    assert all(size - world < at_least <= size for size, at_least in zip(sizes[::2], least[::2]))
+    assert sizes == least or world not in (1, 2, 4)
+
+
+def test_what_a_flag_says_is_kept_or_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "3", "--num-heads", "3", "--hidden-size", "6"])
+    args = sp.flags()
+    assert (args.num_heads, args.hidden_size, args.seq_length) == (3, 6, 129)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "3", "--num-heads", "4"])
+    with pytest.raises(SystemExit):
+        sp.flags()
+    assert "choose tp from [1, 2]" in capsys.readouterr().err
+
+
+@pytest.mark.ranks(3)
+def test_a_layer_is_shown_on_any_number_of_ranks():
+    with contextlib.redirect_stdout(io.StringIO()):
+        costs, sbh = sp.show_layer(3, ranks.device)
+    assert sbh == 2 * 66 * 132 and len(costs) == 6
+    assert all(abs(cost.kept / cost.formula - 1) < 0.01 for cost in costs)
+
+
+def test_a_terminal_that_is_not_utf8(monkeypatch):
+    """What it cannot show is replaced; nothing raises after the training."""
+    shown = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    sp.flags()
+    sp.say("s·b·h")
+    assert shown.buffer.getvalue() == b"s?b?h\n"
+
+
+def test_without_docstrings(monkeypatch):
+    """python -OO leaves none."""
+    monkeypatch.setattr(sp, "__doc__", None)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT)])
+    assert sp.flags().steps == 40
+
+
+@pytest.mark.slow
+def test_the_dry_run_of_a_script_with_another_name(tmp_path, monkeypatch):
+    """It runs its own file by path: under any name, where Python does not import from the script's folder, and while
+    torch checks every collective."""
+    copy = tmp_path / "a copy.py"
+    copy.write_text(SCRIPT.read_text("utf-8"), "utf-8")
+    spec = importlib.util.spec_from_file_location("a_copy", copy)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "a_copy", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    found = module.dry_run()
+    assert list(found) == list(sp.PAPER_MODELS)
+    assert all(abs(kept / formula - 1) < 0.01 for modes in found.values() for kept, formula, _ in modes)
 
 
 def printed(function, *flags):
@@ -1277,7 +1397,7 @@ def test_five_steps_without_dropout():
     """--check: gradients, losses, norms before clipping and the weights after five steps of AdamW, in all six modes."""
     world = dist.get_world_size()
     text, good = printed(sp.check, "--dtype", "fp64")
-    assert good and text.count(f"bound 1e-10; tp {world}, fp64") == 6
+    assert good and text.count(f"; tp {world}, fp64") == text.count(" bound 1e-10") == 6
     errors = [line.split()[-1] for line in text.splitlines() if "after AdamW" in line or "norm 4" in line]
     assert len(errors) == 6 * (len(sp.parameter_shapes(config())) + 1) and max(map(float, errors)) < 1e-10
 
@@ -1286,7 +1406,27 @@ def test_five_steps_without_dropout():
 def test_training_in_another_mode_with_dropout():
     flags = "--no-sequence-parallel --recompute full --dropout 0.1 --steps 3 --num-layers 1 --batch 2".split()
     text, differences = printed(sp.demonstrate, *flags)
-    assert "training with TP + full" in text and differences == []  # nothing to compare with: masks differ
+    assert "training with TP + full" in text and differences == {}  # nothing to compare with: masks differ
+
+
+@pytest.mark.ranks(2)
+def test_what_rank_0_does_alone_may_take_longer_than_a_message():
+    """The single-device model takes 5 s, and the group of all ranks gives up after 3."""
+    original = sp.train_alone
+
+    def slow(*args, **options):
+        time.sleep(5)
+        yield from original(*args, **options)
+
+    set_timeout, world = dist.distributed_c10d._set_pg_timeout, dist.group.WORLD
+    flags = "--steps 2 --num-layers 1 --hidden-size 32 --batch 2".split()
+    set_timeout(timedelta(seconds=3), world)
+    try:
+        with plant(sp, "train_alone", slow):
+            _, differences = printed(sp.demonstrate, *flags)
+    finally:
+        set_timeout(timedelta(seconds=60), world)
+    assert list(differences) == (["loss 0", "loss 1"] if dist.get_rank() == 0 else [])
 
 
 @pytest.mark.slow
@@ -1295,4 +1435,19 @@ def test_the_script_and_its_exit_code():
     result = run("--ranks", "2", "--steps", "6", "--num-layers", "1")
     assert result.returncode == 0 and "claim" in result.stdout and "FAILED" not in result.stdout, result.stderr
     result = run("--ranks", "1", "--check", "--dtype", "fp64")
-    assert result.returncode == 0 and result.stdout.count("bound 1e-10; tp 1, fp64") == 6, result.stderr
+    assert result.returncode == 0 and result.stdout.count("; tp 1, fp64") == 6, result.stderr
+    assert result.stdout.count(" bound 1e-10") == 6
+
+
+@pytest.mark.slow
+def test_the_script_in_a_strange_environment(monkeypatch):
+    """Three ranks, without docstrings, on a terminal of ASCII alone; and with torch's checks of every collective, which
+    take minutes in a whole run, a layer on pretended ranks."""
+    monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = run("--ranks", "3", "--steps", "2", "--num-layers", "1")
+    assert result.returncode == 0, result.stderr
+    assert "3 ranks: tp 3" in result.stdout and "verdict" in result.stdout and "FAILED" not in result.stdout
+    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
+    result = run("--paper-scale", "22B")
+    assert result.returncode == 0 and "one layer of 22B" in result.stdout, result.stderr

@@ -8,8 +8,10 @@ transformers.
 import contextlib
 import dataclasses
 import functools
+import io
 import json
 import sys
+import time
 from pathlib import Path
 
 import mamba_hybrid as mh
@@ -950,12 +952,12 @@ def test_running_sums_in_fp32():
     seen_in="https://github.com/vllm-project/vllm/issues/13466",
 )
 def test_states_in_16_bits():
-    """`wide` left out, with inputs in bf16: the loop adds small amounts to a state that cannot hold them."""
+    """`at_least_fp32` left out, with inputs in bf16: the loop adds small amounts to a state that cannot hold them."""
     inputs = scan_inputs(256, N=2, G=1, state=False) | dict(A=-torch.tensor([0.002, 0.02], dtype=torch.float64))
     narrow = {name: x.to(torch.bfloat16) for name, x in inputs.items() if x is not None}
     exact = values_and_gradients(mh.ssd_recurrent, {name: x.double() for name, x in narrow.items()})
     right = values_and_gradients(mh.ssd_recurrent, narrow)
-    with plant(mh, "wide", lambda x: x):
+    with plant(mh, "at_least_fp32", lambda x: x):
         wrong = values_and_gradients(mh.ssd_recurrent, narrow)
     errors = [{n: worst_of({n: found[n].double()}, {n: x}) for n, x in exact.items()} for found in (right, wrong)]
     assert errors[1]["y"] > 10 * errors[0]["y"] and errors[1]["grad of A"] > 5 * errors[0]["grad of A"]
@@ -1362,6 +1364,64 @@ def test_state_dicts_that_do_not_fit():
         mh.merge_state_dicts(shards, cfg)
 
 
+# A group that this rank is not in: torch answers −1 for its size, and −1 is not above 1.
+
+GROUP_USERS = {
+    "copy_to_tp": lambda group: mh.copy_to_tp(random(2, 4), group),
+    "reduce_from_tp": lambda group: mh.reduce_from_tp(random(2, 4), group),
+    "scatter_to_tp": lambda group: mh.scatter_to_tp(random(2, 4), group),
+    "gather_from_tp": lambda group: mh.gather_from_tp(random(2, 4), group),
+    "from_earlier_ranks": lambda group: mh.from_earlier_ranks(random(2, 4), group),
+    "halo": lambda group: mh.halo(random(1, 6, 4), 3, group),
+    "ssd_sequence_parallel": lambda group: mh.ssd_sequence_parallel(**a_slice(), group=group),
+    "RankPast.inputs": lambda group: mh.RankPast(0, None, [6, 6], group).inputs(random(1, 6, 4), 4),
+    "RankPast.scan": lambda group: mh.RankPast(0, None, [6, 6], group).scan(**a_slice()),
+    "RankPast.keys": lambda group: mh.RankPast(0, None, [6, 6], group).keys(random(1, 2, 6, 4), random(1, 2, 6, 4)),
+    "ParallelRMSNorm": lambda group: mh.ParallelRMSNorm(12, 1e-5, 1, foreign_grid(group))(random(1, 3, 12)),
+    "ParallelHybridLM": lambda group: foreign_model(group)(tokens_of()[0]),
+    "reduce_gradients": lambda group: mh.reduce_gradients(foreign_model(group)),
+    "grad_norm": lambda group: mh.grad_norm(foreign_model(group)),
+    "train_step": lambda group: step_of(foreign_model(group)),
+}
+
+
+def foreign_grid(group) -> mh.Grid:
+    """Tensor-parallel rank 1 of 2, with another's groups."""
+    return mh.Grid(2, 1, 1, 0, group, group, {2: group})
+
+
+def foreign_model(group) -> mh.ParallelHybridLM:
+    model = mh.ParallelHybridLM(config(mamba_groups=1), foreign_grid(group)).double()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return model
+
+
+def step_of(model):
+    return mh.train_step(model, mh.make_optimizer(model), *tokens_of())
+
+
+def a_slice() -> dict:
+    """Arguments of the scan over ranks: those of `scan_inputs` without a state that enters."""
+    inputs = scan_inputs(6, state=False)
+    del inputs["initial_state"]
+    return inputs | dict(chunk=4)
+
+
+@functools.lru_cache
+def group_of_rank_0():
+    return dist.new_group([0])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", GROUP_USERS)
+def test_a_group_without_this_rank_is_refused(name):
+    group = group_of_rank_0()
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="rank 1 is not in the process group that it was given"):
+            GROUP_USERS[name](group)
+
+
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1369,19 +1429,77 @@ WRONG_FLAGS = [
     (["--pattern", "MXM"], "pattern='MXM': write M, * or - for each layer"),
     (["--ranks", "3", "--tp", "3"], "does not divide over tp=3 ranks"),
     (["--ranks", "4", "--tp", "4", "--cp", "2"], "--tp 4 times --cp 2 must be the 4 ranks"),
-    (["--batch", "0"], "--batch 0"),
-    (["--lr", "inf"], "--lr inf: above zero, and a number"),
+    (["--batch", "0"], "argument --batch: '0' must be of type int, from 1"),
+    (["--seq-length", "0"], "argument --seq-length: '0' must be of type int, from 1"),
+    (["--lr", "inf"], "argument --lr: 'inf' must be of type float, from 1e-09 to 1e+09"),
+    (["--lr", "nan"], "argument --lr: 'nan' must be of type float"),
+    (["--lr", "-1"], "argument --lr: '-1' must be of type float"),
+    (["--lr", "0"], "argument --lr: '0' must be of type float"),
+    (["--tp", "0"], "argument --tp: '0' must be of type int, from 1"),
+    (["--cp", "0"], "argument --cp: '0' must be of type int, from 1"),
+    (["--chunk", "1.5"], "argument --chunk: '1.5' must be of type int"),
     (["--tp", "3"], "--tp 3 must divide the 2 ranks"),
+    (["--cp", "3"], "--cp 3 must divide the 2 ranks"),
+    (["--data", "/nowhere"], "No such file"),
     (["--ranks", "4", "--tp", "1", "--seq-length", "5"], "choose at least 12, or a smaller cp"),
 ]
 
 
+def flags_of(*words: str):
+    """What the script reads from these words; inside of a rank, too."""
+    with plant(sys, "argv", [str(SCRIPT), *words]):
+        return mh.flags()
+
+
 @pytest.mark.parametrize("flags, message", WRONG_FLAGS)
-def test_a_wrong_flag_is_one_line(flags, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
+def test_a_wrong_flag_is_one_line(flags, message, capsys):
     with pytest.raises(SystemExit) as left:
-        mh.flags()
-    assert left.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
+        flags_of(*flags)
+    lines = capsys.readouterr().err.splitlines()
+    assert left.value.code == 2 and message in lines[-1] and len(lines) <= 2
+
+
+@pytest.mark.parametrize("ranks_here", [*range(1, 10), 12])
+def test_any_number_of_ranks_needs_no_flag(ranks_here, monkeypatch):
+    args = flags_of("--ranks", str(ranks_here))
+    assert args.tp * args.cp == args.world_size == ranks_here
+    assert args.tp == {2: 2, 4: 4, 6: 2, 8: 4, 12: 4}.get(ranks_here, 1)
+    for name, value in dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here).items():
+        monkeypatch.setenv(name, str(value))  # as torchrun does on two servers
+    args = flags_of()
+    assert args.tp * args.cp == args.world_size == 2 * ranks_here
+
+
+@pytest.mark.parametrize(
+    "flags, layout",
+    [
+        ("--ranks 2 --ffn-hidden-size 511", (1, 2)),
+        ("--ranks 4 --attention-heads 2", (2, 2)),
+        ("--ranks 4 --mamba-heads 12 --mamba-groups 3", (1, 4)),
+        ("--ranks 8 --cp 4", (2, 4)),
+        ("--ranks 8 --pattern M-", (8, 1)),
+    ],
+)
+def test_the_default_layout_follows_the_other_flags(flags, layout):
+    args = flags_of(*flags.split())
+    assert (args.tp, args.cp) == layout
+
+
+def test_the_flags_are_the_configurations_fields():
+    args = flags_of("--hidden-size", "64", "--seed", "3", "--state-size", "16")
+    assert mh.config_of(args) == mh.HybridConfig(hidden_size=64, seed=3, state_size=16)
+
+
+def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
+    """python -OO strips docstrings; an encoding without × would end a run of hours in its last line."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(mh, "__doc__", None)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as left:
+        flags_of("--help")
+    mh.say("tp 2 × cp 1")
+    terminal.flush()
+    assert left.value.code == 0 and terminal.buffer.getvalue().endswith(b"tp 2 ? cp 1\n")
 
 
 def test_a_wrong_flag_ends_the_script_before_any_rank_starts():
@@ -1391,6 +1509,60 @@ def test_a_wrong_flag_ends_the_script_before_any_rank_starts():
 
 
 SMALL = "--hidden-size", "32", "--pattern", "M*-", "--attention-heads", "2", "--mamba-heads", "2", "--batch", "2"
+
+
+@pytest.mark.ranks(2)
+def test_the_single_device_may_take_longer_than_a_collective():
+    """Every rank trains it: a rank that went on alone would time out in its next collective."""
+    slept = []
+
+    def slow(self, *batch, original=mh.HybridLM.loss):
+        if type(self) is mh.HybridLM and not slept:
+            slept.append(time.sleep(5))
+        return original(self, *batch)
+
+    args = flags_of("--ranks", "2", "--steps", "2", "--timeout", "3", *SMALL)
+    with plant(mh.HybridLM, "loss", slow):
+        differences = mh.demonstrate(args, ranks.device)
+    assert slept and list(differences) == ["loss 0", "loss 1"] and mh.worst(differences) <= mh.BOUNDS["fp32"]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
+    """The maximum over ranks may drop a NaN, and so may Python's."""
+
+    def broken(self, *batch, original=mh.HybridLM.loss):
+        alone = type(self) is mh.HybridLM and dist.get_rank() == where
+        return original(self, *batch) * (torch.nan if alone else 1)
+
+    with plant(mh.HybridLM, "loss", broken):
+        errors = mh.equivalence(grid_of(2), 2, ranks.device, torch.float64)
+    assert mh.worst(errors, "loss") == mh.worst(errors, "gradient") == float("inf")
+    with pytest.raises(ValueError):
+        mh.worst(errors, "what nobody has")
+
+
+@pytest.mark.slow
+def test_one_ranks_measurement_may_take_longer_than_a_collective(tmp_path):
+    """Rank 0 times decoding, the others wait at the end: not in a collective that times out."""
+    script = tmp_path / "slow_decoding.py"
+    script.write_text(
+        f"import sys, time\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport mamba_hybrid as mh\n"
+        "mh.decode_times = lambda config, contexts, device: time.sleep(6) or [1.0] * len(contexts)\n"
+        "if __name__ == '__main__':\n    mh.launch(mh.main, mh.flags())\n"
+    )
+    result = run(script, "--ranks", "2", "--steps", "1", "--timeout", "12", *SMALL, timeout=120)
+    assert result.returncode == 0 and "claim " in result.stdout and "FAILED" not in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+def test_the_script_in_unusual_surroundings(monkeypatch):
+    """No docstrings, a terminal without ×, and what people set when something hangs."""
+    for name, value in dict(PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL").items():
+        monkeypatch.setenv(name, str(value))
+    result = run(SCRIPT, "--ranks", "2", "--steps", "2", *SMALL, timeout=120)
+    assert result.returncode == 0 and "on tp 2 ? cp 1" in result.stdout and "claim " in result.stdout, result.stderr
 
 
 @pytest.mark.slow

@@ -5,9 +5,11 @@ A test marked `ranks` is what every rank of that world executes. References are 
 experts written out, fractions for the eight-bit numbers, or transformers.
 """
 
+import io
 import itertools
 import math
 import sys
+import time
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1636,6 +1638,57 @@ def test_bad_groups():
         moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
 
 
+# A group that this rank is not in: torch answers −1 for its size, and −1 is not above 1.
+
+GROUP_USERS = {
+    "all_to_all": lambda group: moe.all_to_all(random(3, 4), [3], [3], group),
+    "plan_dispatch": lambda group: moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 8, group),
+    "dispatch": lambda group: moe.dispatch(random(2, 4), foreign_plan(group)),
+    "combine": lambda group: moe.combine(random(2, 4), torch.ones(2, 1), foreign_plan(group)),
+    "ExpertParallelMoELayer": lambda group: moe.ExpertParallelMoELayer(config(), group),
+    "ParallelMoELM": lambda group: moe.ParallelMoELM(config(), group),
+    "quantize_fp8": lambda group: moe.quantize_fp8(random(2, 4), amax_group=group),
+    "fp8_linear": lambda group: moe.fp8_linear(random(3, 16), random(16, 16), moe.HYBRID, group),
+    "FP8Linear": lambda group: moe.FP8Linear(16, 16, amax_group=group)(torch.ones(3, 16)),
+    "fp8_grouped_product": lambda group: moe.fp8_grouped_product(
+        random(3, 16), random(1, 16, 16), [3], moe.HYBRID, group
+    ),
+    "to_fp8": lambda group: moe.to_fp8(
+        moe.MoELM(config(pattern="E", shared_size=0)),
+        moe.HYBRID._replace(first=0, last=0),
+        moe.Grid(2, 1, 1, group, group),
+    )(batch_of(1)[0]),
+    "reduce_gradients": lambda group: moe.reduce_gradients(with_gradients(), moe.Grid(2, 1, 1, group, group)),
+}
+
+
+def foreign_plan(group) -> moe.Plan:
+    """What `plan_dispatch` would make for two tokens and one expert, if it let such a group through."""
+    order = torch.arange(2)
+    return moe.Plan(order, order, order, order, [2], [2], [2], 1, group)
+
+
+def with_gradients() -> moe.ParallelMoELM:
+    model = moe.ParallelMoELM(config())
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    return model
+
+
+@lru_cache
+def group_of_rank_0():
+    return dist.new_group([0])
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("name", GROUP_USERS)
+def test_a_group_without_this_rank_is_refused(name):
+    group = group_of_rank_0()
+    if dist.get_rank() == 1:
+        with pytest.raises(ValueError, match="rank 1 is not in the process group that it was given"):
+            GROUP_USERS[name](group)
+
+
 # ── The script ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1670,25 +1723,140 @@ def test_check_on_other_layouts(dtype, ep):
         (("--fp8", "hardware", "--device", "cpu"), "FP8 units are asked for, but a cpu has none: use emulate, or auto"),
         (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
         (("--ranks", "1", "--ep", "2"), "--ep 2 must divide the 1 ranks"),
-        (("--lr", "nan"), "--lr nan must be above zero"),
-        (("--gamma", "-1"), "--gamma -1.0 not below"),
-        (("--seq-length", "0"), "--seq-length 0: at least 1"),
-        (("--num-experts", "7"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
+        (("--ep", "0"), "argument --ep: '0' must be of type int, from 1"),
+        (("--lr", "nan"), "argument --lr: 'nan' must be of type float, from 1e-09 to 1e+09"),
+        (("--lr", "-1"), "argument --lr: '-1' must be of type float"),
+        (("--lr", "inf"), "argument --lr: 'inf' must be of type float"),
+        (("--lr", "0"), "argument --lr: '0' must be of type float"),
+        (("--alpha", "nan"), "argument --alpha: 'nan' must be of type float, from 0"),
+        (("--gamma", "-1"), "argument --gamma: '-1' must be of type float, from 0"),
+        (("--seq-length", "0"), "argument --seq-length: '0' must be of type int, from 1"),
+        (("--batch", "0"), "argument --batch: '0' must be of type int, from 1"),
+        (("--gate", "tanh"), "argument --gate: invalid choice: 'tanh'"),
+        (("--num-experts", "7", "--ep", "2"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
         (("--top-k", "9"), "top_k=9, but there are 8 experts"),
         (("--pattern", "M*E"), "Mamba is chapter 5's"),
         (("--data", "/nowhere"), "No such file"),
     ],
     ids=str,
 )
-def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys):
+def test_wrong_flags_are_one_line(flags, message, capsys):
     """They are read before any rank starts; the next test sees a script that does so."""
-    for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     with pytest.raises(SystemExit) as stopped:
-        moe.flags()
+        flags_of(*flags)
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and message in lines[-1] and len(lines) <= 2
+
+
+def flags_of(*words: str):
+    """What the script reads from these words; inside of a rank, too."""
+    with plant(sys, "argv", [str(SCRIPT), *words]):
+        return moe.flags()
+
+
+@pytest.mark.parametrize("ranks_here", [*range(1, 10), 12])
+def test_any_number_of_ranks_needs_no_flag(ranks_here, monkeypatch):
+    args = flags_of("--ranks", str(ranks_here))
+    assert args.ep == (1 if ranks_here % 2 else 2) and args.world_size == ranks_here
+    for name, value in dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here).items():
+        monkeypatch.setenv(name, str(value))  # as torchrun does on two servers
+    args = flags_of()
+    assert args.ep == 2 and args.world_size == 2 * ranks_here
+
+
+def test_the_default_layout_follows_the_number_of_experts():
+    assert flags_of("--num-experts", "7").ep == 1 and flags_of("--num-experts", "6").ep == 2
+
+
+def test_the_flags_are_the_configurations_fields():
+    args = flags_of("--hidden-size", "32", "--seed", "3", "--gate", "softmax")
+    expected = moe.MoEConfig(hidden_size=32, seed=3, gate="softmax", init_std=0.06)
+    assert moe.config_of(args) == expected
+
+
+def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
+    """python -OO strips docstrings; an encoding without × would end a run of hours in its last line."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(moe, "__doc__", None)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    with pytest.raises(SystemExit) as left:
+        flags_of("--help")
+    moe.say("ep 2 × dp 1")
+    terminal.flush()
+    assert left.value.code == 0 and terminal.buffer.getvalue().endswith(b"ep 2 ? dp 1\n")
+
+
+def test_the_schedules_floor_is_never_above_its_peak():
+    small = [moe.learning_rate(step, 60, 1e-6) for step in range(60)]
+    assert max(small) == small[-1] == 1e-6 and small[0] == pytest.approx(1e-7)
+    usual = [moe.learning_rate(step, 60, 3e-3) for step in range(61)]
+    assert max(usual) == 3e-3 and usual[60] == pytest.approx(1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags, verdict",
+    [
+        ("", False),
+        ("--ep 1 --recipe blockwise --fp8 emulate", False),
+        ("--lr 1e-6", "needs the default run"),
+        ("--gamma 0.02", "needs the default run"),
+        ("--num-experts 16", "needs the default run"),
+        ("--batch 8", "needs the default run"),
+        ("--steps 59", "needs the default run"),
+    ],
+)
+def test_the_load_is_judged_in_the_default_run_alone(flags, verdict):
+    """Loads that stay uneven: a failed claim of the default run, and none of another."""
+    errors = {f"{kind} x": 0.0 for kind in ("gradient of", "norm", "after AdamW", "counts")}
+    rows = moe.claims(flags_of(*flags.split()), errors, True, {"loss 0": 0.0}, [(4.0, 4.0)] * 60, [1.0, 1.0])
+    (found,) = [row[3] for row in rows if row[0].startswith("largest load with γ")]
+    assert found == verdict
+
+
+SMALL = "--hidden-size", "32", "--pattern", "E*E", "--expert-size", "16", "--shared-size", "16", "--batch", "4"
+
+
+@pytest.mark.ranks(2)
+def test_the_single_device_may_take_longer_than_a_collective():
+    """Every rank trains it: a rank that went on alone would time out in its next collective."""
+    slept = []
+
+    def slow(self, *batch, original=moe.MoELM.loss):
+        if type(self) is moe.MoELM and not slept:
+            slept.append(time.sleep(5))
+        return original(self, *batch)
+
+    args = flags_of("--ranks", "2", "--steps", "2", "--timeout", "3", *SMALL)
+    grid = moe.make_grid(args.ep, ranks.device, args.timeout)
+    with plant(moe.MoELM, "loss", slow):
+        differences, _, _ = moe.demonstrate(args, grid, ranks.device)
+    assert slept and list(differences) == ["loss 0", "loss 1"] and moe.worst(differences) <= moe.BOUNDS["fp32"]
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("where", [0, 1])
+def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
+    """Also where another rank prints the table: each rank compares the experts that it has."""
+
+    def broken(self, *batch, original=moe.MoELM.loss):
+        loss_BS, balance_B = original(self, *batch)
+        alone = type(self) is moe.MoELM and dist.get_rank() == where
+        return loss_BS * (torch.nan if alone else 1), balance_B
+
+    with plant(moe.MoELM, "loss", broken):
+        errors = moe.equivalence(grid_of(1), ranks.device, torch.float64)
+    assert moe.worst(errors, "loss") == moe.worst(errors, "gradient") == math.inf
+    with pytest.raises(ValueError):
+        moe.worst(errors, "what nobody has")
+
+
+@pytest.mark.slow
+def test_the_script_in_unusual_surroundings(monkeypatch):
+    """No docstrings, a terminal without ×, and what people set when something hangs."""
+    for name, value in dict(PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL").items():
+        monkeypatch.setenv(name, str(value))
+    done = run("--ranks", "3", "--steps", "2", *SMALL)
+    assert done.returncode == 0 and "3 ranks: ep 1 ? dp 3" in done.stdout and "claim " in done.stdout, done.stderr
 
 
 @pytest.mark.slow

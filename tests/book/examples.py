@@ -137,16 +137,6 @@ class Streams:
     outside = inside = None
 
 
-class Sublayer(torch.nn.Linear):
-    """Stands in for attention and for the feed-forward layer."""
-
-    def __init__(self):
-        super().__init__(16, 16)
-
-    def forward(self, x, streams):
-        return super().forward(x)
-
-
 TOKENS = torch.arange(12).view(2, 6)
 
 
@@ -177,18 +167,79 @@ def optimizer_of(model):
     return torch.optim.AdamW(model.parameters(), lr=1e-3)
 
 
+def with_optimizer(model):
+    return model, optimizer_of(model)
+
+
+def mesh_of_one():
+    """Of a process without process groups."""
+    from megatron_tp import Mesh
+
+    return Mesh()
+
+
+def places(mesh) -> list:
+    return [size for size in vars(mesh).values() if isinstance(size, int)]
+
+
+def one_mesh(m):
+    with alone() as device:
+        return places(m.make_mesh(1, device))
+
+
+def gathered(m):
+    with alone():
+        return m.gather_state_dict(weights(), small())
+
+
+def masks(m):
+    """Of a dropout module that the lifted function has seeded."""
+    from megatron_tp import Dropout
+
+    model = torch.nn.Sequential((getattr(m, "Dropout", None) or Dropout)(0.5))
+    m.seed_dropout(model, seed=1, step=2)
+    return model(normal(40))
+
+
+def clipped(m):
+    model = torch.nn.Linear(3, 2).double()
+    model(normal(4, 3)).sum().backward()
+    return m.clip_grad_norm_(model.parameters(), 0.1), [p.grad for p in model.parameters()]
+
+
 def checkpoint(m, folder):
     """Saves with one of the two functions and loads with the other, whichever was lifted."""
     import megatron_tp
+    import pretrain
 
-    model, grid = gpt(), megatron_tp.Grid()
-    optimizer = optimizer_of(model)
-    (getattr(m, "save_checkpoint", None) or megatron_tp.save_checkpoint)(folder / "run", 3, model, optimizer, grid)
+    model, mesh, settings = gpt(), megatron_tp.Mesh(), {"batch": 4}
+    save = getattr(m, "save_checkpoint", None) or pretrain.save_checkpoint
+    save(folder / "run", 3, model, optimizer_of(model), mesh, settings)
     other = gpt()
     with torch.no_grad():
         [p.zero_() for p in other.parameters()]
-    load = getattr(m, "load_checkpoint", None) or megatron_tp.load_checkpoint
-    return load(folder / "run", other, optimizer_of(other), grid), other.state_dict()
+    load = getattr(m, "load_checkpoint", None) or pretrain.load_checkpoint
+    step = load(folder / "run", other, optimizer_of(other), mesh, settings)
+    return step, pretrain.read_run(folder / "run")["id"], other.state_dict()
+
+
+def run_of(m, folder):
+    """The metadata of a checkpoint."""
+    import pretrain
+
+    checkpoint(pretrain, folder)
+    return list(m.read_run(folder / "run").items())
+
+
+def merges(m, folder):
+    """A tokenizer of 256 bytes and one merge, from files as GPT-2's."""
+    import json
+
+    letters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
+    letters += [chr(256 + i) for i in range(256 - len(letters))]
+    (folder / "vocab.json").write_text(json.dumps({x: i for i, x in enumerate([*letters, "th"])}), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\nt h\n", "utf-8")
+    return m.folder_tokenizer(folder).encode("with the")
 
 
 def published(m, folder):
@@ -199,21 +250,31 @@ def published(m, folder):
     return m.load_gpt2(folder)[1]
 
 
+def state_of_run(m):
+    model = gpt()
+    return m.run_state(model, optimizer_of(model))
+
+
+class Sublayer(torch.nn.Linear):
+    """Stands in for attention and for the feed-forward layer."""
+
+    def __init__(self):
+        super().__init__(16, 16)
+
+    def forward(self, x, streams):
+        return super().forward(x)
+
+
 def one_grid(m, folder):
     with alone() as device:
         grid = m.make_grid(1, device)
     return [size for size in getattr(grid, "_asdict", lambda: vars(grid))().values() if isinstance(size, int)]
 
 
-def state_of_run(m):
-    model = gpt()
-    return m.run_state(model, optimizer_of(model))
-
-
 def text_of(m, folder):
     """A batch of a text of one's own."""
     (folder / "mine.txt").write_text("It was a bright cold day in April. " * 20, "utf-8")
-    return m.TextData(str(folder / "mine.txt"), "bytes", 8).batch(0, 2, seed=0)
+    return m.TextData(str(folder / "mine.txt"), 8).batch(0, 2, seed=0)
 
 
 # ── Chapter 3 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -241,6 +302,12 @@ def pipeline_size():
     from pipeline import GPTConfig
 
     return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
+
+
+def pipeline_gpt():
+    from pipeline import GPT
+
+    return GPT(pipeline_size()).double()
 
 
 def pipeline_step(m):
@@ -498,46 +565,65 @@ EXAMPLES = {
         "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
     },
     "megatron_tp": {
-        "MLP": lambda m, folder: through(m.MLP(small()), normal(2, 5, 16), Streams()),
-        "check_tp": lambda m, folder: m.check_tp(small(), 2) or "it fits",
-        "run_state": lambda m, folder: state_of_run(m),
-        "TextData": lambda m, folder: text_of(m, folder),
-        "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
-        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
-        "Attention": lambda m, folder: through(m.Attention(small()), normal(2, 5, 16), Streams()),
-        "Block": lambda m, folder: through(m.Block(small(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()),
+        "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16)),
+        "copy_to_tp": lambda m, folder: m.copy_to_tp(normal(3, 4)),
+        "reduce_from_tp": lambda m, folder: m.reduce_from_tp(normal(3, 4)),
+        "scatter_to_tp": lambda m, folder: m.scatter_to_tp(normal(3, 4)),
+        "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3, 4)),
+        "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(2, 4)),
+        "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(2, 4)),
+        "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
+        "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
+        "seed_dropout": lambda m, folder: masks(m),
+        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), m.Dropout(0.5)),
+        "Attention": lambda m, folder: through(m.Attention(small()), normal(2, 5, 16)),
+        "MLP": lambda m, folder: through(m.MLP(small()), normal(2, 5, 16)),
+        "Block": lambda m, folder: through(m.Block(small()), normal(2, 5, 16)),
         "GPT": lambda m, folder: through(m.GPT(small()), TOKENS),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(small()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(small())),
-        "train_alone": lambda m, folder: losses(m.train_alone(gpt(), BATCHES, lambda step: 1e-3)),
-        "copy_to_tp": lambda m, folder: m.copy_to_tp(normal(3)),
-        "reduce_from_tp": lambda m, folder: m.reduce_from_tp(normal(3)),
-        "scatter_to_tp": lambda m, folder: m.scatter_to_tp(normal(3)),
-        "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3)),
-        "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(3, 4)),
-        "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(3, 4)),
-        "parallel_matrices": lambda m, folder: through(
-            torch.nn.Sequential(*(matrix(16, 16) for matrix in m.parallel_matrices())), normal(2, 16)
-        ),
-        "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
-        "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
-        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, step=1)(2).inside),
         "ParallelGPT": lambda m, folder: through(m.ParallelGPT(small()), TOKENS),
-        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
         "shard_dim": lambda m, folder: m.shard_dim("layers.0.attention.out.weight"),
+        "check_tp": lambda m, folder: m.check_tp(small(), 2) or "it fits",
         "shard_tensor": lambda m, folder: m.shard_tensor("embedding.weight", normal(13, 16), small(), 1, 2),
         "shard_state_dict": lambda m, folder: m.shard_state_dict(weights(), small(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([weights()], small()),
-        "gather_state_dict": lambda m, folder: m.gather_state_dict(weights(), small()),
+        "gather_state_dict": lambda m, folder: gathered(m),
+        "Mesh": lambda m, folder: places(m.Mesh(tp=2, tp_rank=1)),
+        "make_mesh": lambda m, folder: one_mesh(m),
+        "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
+        "clip_grad_norm_": lambda m, folder: clipped(m),
+        "train_alone": lambda m, folder: losses(m.train_alone(*with_optimizer(gpt()), BATCHES)),
+        "train": lambda m, folder: losses(m.train(*with_optimizer(gpt()), BATCHES, mesh_of_one())),
+        "TextData": lambda m, folder: text_of(m, folder),
+    },
+    "pretrain": {
+        "run_state": lambda m, folder: state_of_run(m),
         "save_checkpoint": checkpoint,
         "load_checkpoint": checkpoint,
+        "read_run": run_of,
         "load_gpt2": published,
-        "make_grid": one_grid,
-        "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
-        "train": lambda m, folder: losses(m.train(gpt(), BATCHES, lambda step: 1e-3, m.Grid())),
-        "paper_scale": lambda m, folder: m.paper_scale("1.2B"),
+        "tokenizer": lambda m, folder: m.tokenizer("bytes").encode("text"),
+        "folder_tokenizer": merges,
+        "generate": lambda m, folder: m.generate(gpt().eval(), TOKENS[0], 4),
+        "learning_rate": lambda m, folder: [m.learning_rate(step, 30) for step in range(40)],
     },
     "pipeline": {
+        "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
+        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
+        "Attention": lambda m, folder: through(m.Attention(pipeline_size()), normal(2, 5, 16), Streams()),
+        "MLP": lambda m, folder: through(m.MLP(pipeline_size()), normal(2, 5, 16), Streams()),
+        "Block": lambda m, folder: through(
+            m.Block(pipeline_size(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()
+        ),
+        "GPT": lambda m, folder: through(m.GPT(pipeline_size()), TOKENS),
+        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(pipeline_size()).values()),
+        "initial_weights": lambda m, folder: dict(m.initial_weights(pipeline_size())),
+        "train_alone": lambda m, folder: losses(m.train_alone(pipeline_gpt(), BATCHES, lambda step: 1e-3)),
+        "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16, num_heads=2)),
+        "join_from_wire": lambda m, folder: m.join_from_wire(normal(6), (3, 2)),
+        "sum_over": lambda m, folder: m.sum_over(None, [normal(3)]) or "one rank",
+        "Grid": lambda m, folder: vars(m.Grid()),
         "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
         "Bar": lambda m, folder: m.Bar(lists()[0][0], 0, 1),
         "Timeline": lambda m, folder: m.Timeline(simulated().ranks).bubble,
@@ -707,9 +793,23 @@ WITHOUT_EXAMPLE = {
         "report": "prints",
         "use_model": "prints; test_01_deepspeech.py runs --evaluate and --transcribe",
     },
-    "megatron_tp": {},
-    "pipeline": {"plan_command": "prints; test_03_pipeline.py runs it"},
-    "seq_parallel": {"print_costs": "prints", "show_layer": "prints"},
+    "megatron_tp": {
+        "count_all_reduces": "counts what two ranks and more send: test_02_megatron_tp.py",
+        "measure": "trains and prints; test_02_megatron_tp.py runs the script",
+        "check_args": "takes the command line's arguments",
+        "Options": "the command line's flags",
+    },
+    "pipeline": {
+        "plan_command": "prints; test_03_pipeline.py runs it",
+        "draw_step": "prints",
+        "losses_alone": "part of the demonstration; test_03_pipeline.py runs it",
+    },
+    "seq_parallel": {
+        "print_costs": "prints",
+        "show_layer": "prints",
+        "print_paper_scale": "prints",
+        "losses_alone": "part of the demonstration; test_04_seq_parallel.py runs it",
+    },
     "mamba_hybrid": {
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "decode_times": "measures time",
@@ -721,3 +821,4 @@ WITHOUT_EXAMPLE = {
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}
+DEMONSTRATION |= {"Options", "check_args"}

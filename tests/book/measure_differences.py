@@ -82,6 +82,12 @@ def grid_of(chapter, *arguments):
     return chapter.make_grid(*arguments, CPU)
 
 
+@functools.cache
+def mesh_of(chapter, *arguments):
+    """As `grid_of`."""
+    return chapter.make_mesh(*arguments, CPU)
+
+
 def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -127,16 +133,27 @@ def _ring(ds):
 
 
 def tensor(seed: int, layers: int = 4, hidden: int = 64) -> Case:
-    """Chapter 2: every layer cut over the ranks; 61 words, which do not divide over them."""
+    """Chapter 2: every layer sharded over the ranks; 61 vocabulary entries, which do not divide over them."""
     import megatron_tp as tp
 
-    config = tp.GPTConfig(61, 32, hidden, layers, 8, init_std=0.05, seed=seed)
+    sizes = dict(vocab_size=61, seq_length=32, hidden_size=hidden, num_layers=layers, num_heads=8)
+    config = tp.GPTConfig(**sizes, init_std=0.05, seed=seed)
 
-    def together(model, batches, **options):
-        return tp.train(model, batches, grid=grid_of(tp, world()[1]), **options)
+    def optimizer_of(model, lr):
+        optimizer = tp.make_optimizer(model, lr(0))
+        for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
+            group["lr"] = lr(0)
+        return optimizer
+
+    def alone(model, batches, lr, **options):
+        return tp.train_alone(model, optimizer_of(model, lr), batches, **options)
+
+    def together(model, batches, lr, **options):
+        mesh = mesh_of(tp, world()[1])
+        return tp.train(model, optimizer_of(model, lr), batches, mesh, **options)
 
     return Case(
-        tp, rows_of_text(seed, 9, 32), lambda: tp.GPT(config), tp.train_alone, lambda: tp.ParallelGPT(config), together,
+        tp, rows_of_text(seed, 9, 32), lambda: tp.GPT(config), alone, lambda: tp.ParallelGPT(config), together,
         lambda shards: tp.merge_state_dicts(shards, config),
     )  # fmt: skip
 
@@ -233,7 +250,7 @@ def padding_in_the_softmax():
 
     right = tp.vocab_parallel_cross_entropy
     return plant(
-        tp, "vocab_parallel_cross_entropy", lambda logits, targets, group, words: right(logits, targets, group)
+        tp, "vocab_parallel_cross_entropy", lambda logits, targets, group, vocab_size: right(logits, targets, group)
     )
 
 

@@ -140,6 +140,8 @@ def main() -> None:
         for number, solved in grade(args.grade).items():
             print(f"exercise {number}: {'solved' if solved else 'not solved'}")
         return
+    if not notebooks(args.chapter):
+        raise SystemExit(f"no notebook of chapter {args.chapter}")
     for path in notebooks(args.chapter):
         print(f"── {path.relative_to(ROOT)}", flush=True)
         notebook = execute(path)

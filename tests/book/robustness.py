@@ -283,7 +283,8 @@ def kills(chapters: list[str], dice: random.Random) -> Iterator[Row]:
             file, sound = Path(folder, "model", "model.safetensors"), Path(folder, "a.wav")
             file.parent.mkdir()
             a_sound(sound)
-            flags = ["--steps", 1, "--beam", 1, "--hidden-size", 1024, "--layers", 3, "--save", file]
+            large = '{"hidden_size": 1024, "layers": 3}'
+            flags = ["--steps", 1, "--beam", 1, "--model", large, "--save", file]
             first = whole(SCRIPTS["01"], *flags)
             again = partial(whole, SCRIPTS["01"], "--load", file, "--transcribe", sound)
             yield attempt("chapter 01", killed_while_writing, "01", first, flags, file, again, dice)
@@ -321,8 +322,6 @@ TINY = {
     "06": ["--steps", 2],
 }
 WRITES = {
-    "trace.json": ("--trace", "02"),
-    "trace.json.gz": ("--trace", "02"),
     "run.safetensors": ("--checkpoint", "02"),
     "model.safetensors": ("--save", "01"),
 }
@@ -400,11 +399,10 @@ def full(flag: str, chapter: str, name: str, older: bool) -> Row:
 def disks(chapters: list[str], dice: random.Random) -> Iterator[Row]:
     for name, (flag, chapter) in WRITES.items():
         if chapter in chapters:
-            if not name.endswith(".gz"):
-                yield attempt(f"{flag} in a read-only folder", read_only, flag, chapter, name)
-                missing = Path(tempfile.gettempdir(), uuid.uuid4().hex, name)
-                run = whole(SCRIPTS[chapter], *TINY[chapter], flag, missing)
-                yield one_line(f"{flag} in no folder", run, missing)
+            yield attempt(f"{flag} in a read-only folder", read_only, flag, chapter, name)
+            missing = Path(tempfile.gettempdir(), uuid.uuid4().hex, name)
+            run = whole(SCRIPTS[chapter], *TINY[chapter], flag, missing)
+            yield one_line(f"{flag} in no folder", run, missing)
             for older in (False, True):
                 yield attempt(f"{flag} on a full disk", full, flag, chapter, name, older)
     if "02" in chapters:
@@ -509,9 +507,9 @@ def names(chapters: list[str], dice: random.Random) -> Iterator[Row]:
 
 
 def odd_files(chapter: str, folder: Path) -> Row:
-    """--data, --trace, --checkpoint and --save with an odd name; what was written is read again."""
-    data, trace, kept = (folder / f"{name} {chapter} {ODD}" for name in ("data", "trace", "kept"))
-    flags = [SCRIPTS[chapter], *TINY[chapter], "--data", data, "--trace", trace]
+    """--data, --checkpoint and --save with an odd name; what was written is read again."""
+    data, kept = (folder / f"{name} {chapter} {ODD}" for name in ("data", "kept"))
+    flags = [SCRIPTS[chapter], *TINY[chapter], "--data", data]
     if chapter == "01":
         a_sound(sound := folder / f"{ODD}.wav")
         line = dict(audio_filepath=sound.name, text="one two")
@@ -521,9 +519,8 @@ def odd_files(chapter: str, folder: Path) -> Row:
         data.write_text("Größe ist relativ, – 数 ✓. " * 400, "utf-8")
         again = ["--checkpoint", kept] if chapter == "02" else []
         runs = [whole(*flags, *again) for _ in range(1 + len(again) // 2)]
-    events = len(json.loads(trace.read_text("utf-8"))["traceEvents"]) if trace.exists() else 0
-    seen = ", ".join(f"exit code {run.code}{failed(run)}" for run in runs) + f", {events} events in the trace"
-    good = all(run.code == 0 and not run.left for run in runs) and events > 0
+    seen = ", ".join(f"exit code {run.code}{failed(run)}" for run in runs)
+    good = all(run.code == 0 and not run.left for run in runs) and (kept.exists() or chapter not in ("01", "02"))
     seen = seen.replace(str(folder), "…")
     return Row(f"chapter {chapter}: files of odd names", "exit code 0, files written and read", seen, good)
 
