@@ -117,6 +117,7 @@ def _gather_to_first(
 
 
 def _checksum(*tensors: Tensor) -> int:
+    """CRC-32 of the bytes of all tensors, one after another."""
     value = 0
     for x in tensors:
         value = zlib.crc32(x.contiguous().flatten().view(torch.uint8).numpy(), value)
@@ -124,6 +125,7 @@ def _checksum(*tensors: Tensor) -> int:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], run: dict[str, Any]) -> None:
+    """Replaces `file` in one step, or leaves it as it is and raises OSError."""
     text = json.dumps(run)
     unfinished = Path(f"{file}.unfinished")
     try:
@@ -207,7 +209,7 @@ def check_shapes(where: Path | str, found: dict[str, Any], expected: dict[str, A
         if is_shape != should_be:
             wrong.append(f"{name} is {is_shape} and should be {should_be}")
     if wrong:
-        raise ValueError(f"{where}: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+        raise ValueError(f"{where}: {'; '.join(wrong)}")
 
 
 def check_same_files(found: Any) -> None:
@@ -291,6 +293,7 @@ def load_gpt2(folder: Path | str) -> tuple[mtp.GPTConfig, dict[str, Tensor]]:
 
 
 def _gpt2_config(file: Path) -> mtp.GPTConfig:
+    """config.json as a GPTConfig; ValueError names what is missing, and what is not honoured."""
     theirs = _read_json(file)
     ffn = theirs.get("n_inner")
     dropouts = {key: theirs.get(key, 0.1) for key in GPT2_DROPOUTS}
@@ -334,6 +337,7 @@ def _gpt2_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    """Raises: OSError; ValueError where the file is damaged or not an object."""
     try:
         content = json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -376,6 +380,7 @@ def folder_tokenizer(folder: Path | str) -> tiktoken.Encoding:
     """
     folder = Path(folder)
     vocab, merges, added = _tokenizer_files(folder)
+    # GPT-2's alphabet: printable bytes stand for themselves, the others for letters from 256 on.
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
     letters = {chr(byte): byte for byte in printable}
     for byte in sorted(set(range(256)) - set(printable)):
@@ -418,6 +423,11 @@ def _tokenizer_files(folder: Path) -> tuple[dict[str, int], list[str], dict[str,
 
 
 # ── 4 Sampling ──────────────────────────────────────────────────────────────────────────────────
+#
+# Each rank has the logits of its own vocabulary entries. For one position they are few, so they are
+# all-gathered, and every rank chooses the same token: by argmax, or with generators in one state.
+# The logits are shifted by their maximum before the division, as a temperature near 0 would make
+# infinities of them, and a softmax of infinities is NaN.
 
 
 @torch.no_grad()
@@ -442,7 +452,7 @@ def generate(
         raise ValueError(f"temperature={temperature}: it must be at least 0, and finite")
     for _ in range(new_tokens):
         logits_v = model(tokens_S[None, -model.config.seq_length :])[0, -1]
-        # One row: here an all-gather of logits is cheap. Without the padding columns.
+        # Without the columns that pad the vocabulary: they are no tokens.
         logits_V = mtp.gather_from_tp(logits_v, model.group)[: model.config.vocab_size].double()
         next_1 = logits_V.argmax(dim=-1, keepdim=True)
         if temperature:
@@ -453,6 +463,13 @@ def generate(
 
 
 # ── 5 The run ───────────────────────────────────────────────────────────────────────────────────
+#
+# A step is read before it is saved: loss and norm are equal on all ranks, so all of them raise in
+# the same step when one value is not finite, and the file keeps the last good state.
+#
+# Ctrl-C sends a signal to every rank, each at another place in its step. A rank that stopped there
+# would leave the others waiting in a collective, and a half-written file. So the signal sets a
+# flag, and after each step one scalar is all-reduced: all ranks stop after the same step.
 
 
 def learning_rate(
@@ -477,10 +494,14 @@ def train_and_save(
     mesh: mtp.Mesh,
     first_step: int,
 ) -> None:
-    """Trains from `first_step` to args.steps; prints, saves, stops on Ctrl-C between two steps."""
+    """Trains from `first_step` to args.steps; prints, saves, and stops on Ctrl-C after a step.
+
+    Raises: FloatingPointError where loss or norm is not finite; OSError where saving fails;
+        KeyboardInterrupt that says where the same command goes on.
+    """
     device = model.final_norm.weight.device
     stop = threading.Event()
-    signal.signal(signal.SIGINT, lambda *_: stop.set())  # a step and a save are always finished
+    signal.signal(signal.SIGINT, lambda *_: stop.set())
 
     def batches() -> mtp.Batches:
         for step in range(first_step, args.steps):
@@ -494,7 +515,8 @@ def train_and_save(
     saved = first_step
     begin = time.perf_counter()
     mtp.say("step      loss    norm  learning rate  tokens/s  peak GB")
-    for step in tqdm(range(first_step, args.steps), disable=hidden):
+    bar = {"initial": first_step, "total": args.steps, "disable": hidden}
+    for step in tqdm(range(first_step, args.steps), **bar):
         rate = learning_rate(step, args.decay_steps, args.lr, args.warmup)
         for param_group in optimizer.param_groups:
             param_group["lr"] = rate
@@ -551,6 +573,7 @@ def evaluate(args: argparse.Namespace, model: mtp.ParallelGPT) -> None:
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
+    """What each rank runs."""
     if args.check:
         mtp.main(args, device)  # the proof of megatron_tp.py, on these ranks
         return
@@ -580,6 +603,14 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
 
 
 # ── 6 The command line ──────────────────────────────────────────────────────────────────────────
+#
+# All files are read before any rank starts, so that a wrong flag or file is one line. The launcher
+# and each rank read them for themselves, and the ranks compare what they have read.
+#
+# `settings` decides whether a checkpoint and a command belong together: the model, the batches and
+# the schedule. A change there would be another run, so it is refused. The mesh, the dtype and
+# --recompute change rounding only; the run says what they were. --steps may grow where
+# --decay-steps, the length of the schedule, stays the same.
 
 
 @dataclass
@@ -643,6 +674,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def _encoding(args: argparse.Namespace) -> tiktoken.Encoding:
+    """--tokenizer, or else the one of --gpt2: bytes are no token ids of a published model."""
     if args.tokenizer or not args.gpt2:
         return tokenizer(args.tokenizer or "bytes")
     folder = Path(args.gpt2)
@@ -669,12 +701,15 @@ def _config(
 
 
 def _check_checkpoint(args: argparse.Namespace) -> dict[str, Any] | None:
-    """The metadata of --checkpoint, or None where there is no such file yet."""
+    """The metadata of --checkpoint, or None where there is no such file yet.
+
+    Raises: ValueError where it is damaged or of another run, and where its folder is not writable.
+    """
     file = Path(args.checkpoint)
     if file.is_dir():
         raise ValueError(f"--checkpoint {file} is a folder: name a file in it")
     try:
-        tempfile.TemporaryFile(dir=file.parent).close()
+        tempfile.TemporaryFile(dir=file.parent).close()  # permissions alone do not tell
     except OSError as error:
         raise ValueError(f"--checkpoint {file}: cannot write there: {error.strerror}") from error
     if not file.exists():

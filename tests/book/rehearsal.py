@@ -461,7 +461,8 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "03_pipeline": ([], 1),
     "04_seq_parallel": ([], 1),
     "05_mamba_hybrid": (["--tp", "2"], 1),
-    "06_moe_fp8": (["--ep", "2", "--num-experts", "4"], 4 * 64 * 2 // 2),
+    # The single device's model has the same counts where all ranks share one set of experts.
+    "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
 }
 
 
