@@ -16,6 +16,7 @@ Left out: what needs GPUs (efficiency, speedup) or weeks of training (perplexity
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import sys
@@ -364,5 +365,12 @@ def main() -> None:
         sys.exit(1)
 
 
+def flags() -> argparse.Namespace:
+    """There are none but --help; any other is refused."""
+    description = (__doc__ or "").partition("\n")[0]  # python -OO strips docstrings
+    return argparse.ArgumentParser(description=description).parse_args()
+
+
 if __name__ == "__main__":
+    flags()
     main()

@@ -243,3 +243,33 @@ def test_the_whole_script(monkeypatch):
     rows = [row for table in found for row in table["rows"]]
     assert ["parameters, 72 layers, H = 3072", "8.3B", "8.3B", "8.3B", "ok"] in rows
     assert [row[-1] for row in rows].count("ok") >= 24
+
+
+def test_a_wrong_flag_is_refused():
+    done = scripts.run(SCRIPT, "--paper-scale", "8.3B")
+    assert done.returncode == 2
+    assert "unrecognized arguments" in done.stderr.splitlines()[-1]
+
+
+def test_one_chapters_numbers_are_measured_anew():
+    """`make numbers CHAPTER=02`: claims of the run, tables of the table file, the rest is kept."""
+    script = "step 0\n\nclaim  paper  here   verdict\na b    exact  1e-15  ok\n"
+    table = "A title\n\nclaim  paper  formula  here  verdict\nc d    1      1        –     ok\n"
+    printed = {"megatron_tp.py": (script, 7), "megatron_tp_tables.py": (table + "\n" + table, 8)}
+    kept = {"chapters": {"01_deepspeech": "kept", "02_megatron_tp": "old"}, "notebooks": {"01": 3}}
+    with (
+        plant(front_door, "run", lambda path: printed[path.name]),
+        plant(front_door, "measure_notebook", lambda path: 9),
+    ):
+        front_door.measure_one(kept, "02")
+    title = {"title": "A title", "rows": [["c d", "1", "1", "–", "ok"]]}
+    claims = [["a b", "exact", "1e-15", "ok"]]
+    measured = {"seconds": 7, "claims": claims, "tables": [title, title]}
+    assert kept["chapters"] == {"01_deepspeech": "kept", "02_megatron_tp": measured}
+    assert kept["notebooks"] == {"01": 3, "02_megatron_tp": 9}
+    page = front_door.ROOT / "CLAIMS.md"
+    text = page.read_text("utf-8")
+    changed = front_door.json.loads(front_door.KEPT.read_text("utf-8"))
+    assert front_door.rendered(page, changed) == text
+    changed["chapters"]["02_megatron_tp"]["tables"][0]["rows"][0][3] = "another number"
+    assert front_door.rendered(page, changed).count("another number") == 1
