@@ -125,6 +125,9 @@ def test_a_checkpoint_of_a_model_with_frozen_parameters(tmp_path):
     list(tp.train(model, optimizer, [batch_of()], tp.Mesh()))
     save(tmp_path / "run", config(), run=(model, optimizer))
     assert load(tmp_path / "run", config()) == 1
+    moments = [x for name, x in load_file(tmp_path / "run").items() if "exp_avg" in name]
+    frozen = [x for x in moments if x.shape == (61, 32)]
+    assert len(frozen) == 2 and not any(x.any() for x in frozen)
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
@@ -155,7 +158,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     save_file({"x": torch.ones(2)}, file)  # a safetensors file, but no checkpoint
     with pytest.raises(ValueError, match="no checkpoint"):
         load(file, cfg)
-    save_file({"x": torch.ones(2)}, file, {"run": "{", "checksum": str(zlib.crc32(b"{"))})
+    save_file({"x": torch.ones(2)}, file, {"run": f"{zlib.crc32(b'{')} {{"})
     with pytest.raises(ValueError, match="no checkpoint"):
         load(file, cfg)
 
@@ -795,7 +798,7 @@ def changed(tmp_path: Path, lines: str) -> Path:
     """A script that changes something and then does what pretrain.py does, on every rank."""
     script = tmp_path / "changed.py"
     head = f"import os, sys, time\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport pretrain\n"
-    script.write_text(f"{head}{lines}\npretrain.mtp.launch(pretrain.main, pretrain.flags())\n")
+    script.write_text(f"{head}{lines}\npretrain.mtp.launch(pretrain.pretrain, pretrain.flags())\n")
     return script
 
 
