@@ -41,7 +41,7 @@ Left out: checkpoints, published weights and sampling (pretrain.py); the paper's
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# A tensor's suffix is its shape, one letter a dimension. A CAPITAL is the full dimension,
+# A tensor's suffix is its shape, one letter per dimension. A CAPITAL is the full dimension,
 # replicated on the ranks of the group. The small letter is this rank's shard of that dimension.
 # partial_ marks a partial sum, still to be all-reduced (Partial in PyTorch's DTensor).
 #
@@ -52,6 +52,9 @@ Left out: checkpoints, published weights and sampling (pretrain.py); the paper's
 #
 # A digit is a literal size (row_BS1). tp is the number of ranks that share one copy of the model;
 # dp is the number of copies, the replicas. World size = tp · dp.
+#
+# "region carried" marks code that is copied from its home, nearly all at the end of the file, and
+# "region shared" code that later chapters copy. Editors fold both.
 
 from __future__ import annotations
 
@@ -84,11 +87,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
+StateDict = dict[str, Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 does not count
+Autocast = torch.dtype | None  # the dtype of GEMMs under autocast; None: no autocast
 
 
 # region carried: config fields (home: 01_deepspeech)
@@ -97,7 +105,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
     return field(default=default, metadata={"help": text, **keywords})
 
 
-# endregion
+# endregion copy 36d020
 
 
 # region shared: GPT config
@@ -119,21 +127,20 @@ class GPTConfig:
     def __post_init__(self):
         if self.ffn_hidden_size is None:
             self.ffn_hidden_size = 4 * self.hidden_size
-        for name in vars(self).keys() - {"dropout", "init_std", "seed"}:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
+        for name, value in vars(self).items():
+            if name not in ("dropout", "init_std", "seed") and value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1")
         if self.hidden_size % self.num_heads:
-            have = f"hidden_size={self.hidden_size} is no multiple of num_heads={self.num_heads}"
-            raise ValueError(f"{have}: choose a multiple")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
+            sizes = f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
+            raise ValueError(f"{sizes}: the first must be a multiple of the second")
 
 
 # endregion
 
 # ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────
 #
-# Two collectives are enough for this chapter (chapter 1 explains ranks, groups and collectives):
+# Two collectives are enough for this chapter. (Chapter 1 explains ranks, groups and collectives,
+# and brings `group_size`, `group_rank` and `_all_reduce`, which works in place.)
 #
 #     all-reduce    rank 0: a    rank 1: b     →    rank 0: a + b     rank 1: a + b
 #     all-gather    rank 0: a    rank 1: b     →    rank 0: [a, b]    rank 1: [a, b]
@@ -152,7 +159,8 @@ class GPTConfig:
 # The first two are f and g of the paper's figure 3. They are a conjugate pair, and so are the last
 # two: swap forward and backward of one, and you get the other. So each operator is two small
 # functions, and one autograd Function applies both. (A plain dist.all_reduce is invisible to
-# autograd: the gradient passes unchanged. That is right for g by accident, and leaves no f.)
+# autograd, as PyTorch warns: the gradient passes unchanged. That is right for g by accident, and
+# leaves no f.)
 #
 # An example with scalars: x = 3 on two ranks, with weights 2 and 5. In forward rank 0 has 3 · 2,
 # rank 1 has 3 · 5, and g makes 21 on both. In backward dL/dz = 1 passes g unchanged, so rank 0
@@ -177,7 +185,7 @@ class _Conjugate(torch.autograd.Function):
 
 
 def _identity(x: Tensor, group: Group) -> Tensor:
-    return x.view_as(x)  # a new tensor object: autograd treats a returned input specially
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
 
 
 def _sum(partial_x: Tensor, group: Group) -> Tensor:
@@ -266,47 +274,60 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 # Megatron-LM sets CUDA_DEVICE_MAX_CONNECTIONS=1 for that reason.
 #
 # Each layer draws nn.Linear's full weight from the default generator and keeps its own shard. The
-# result equals the plain layer to the bit, for every tp. Shards drawn one by one from equal seeds
-# would all be equal to each other.
+# result equals the plain layer bit for bit, for every tp. Shards drawn one by one from equal seeds
+# would all be equal to each other, so a shard refuses to be drawn again. (The model of part 2 draws
+# its weights by name instead, and loads each rank's shard.)
 #
-# A column-parallel layer without a row-parallel one after it gathers its output (gather_output). A
-# row-parallel layer with a replicated input scatters it first (input_is_parallel=False).
+# Under autocast the partial sums are added in bf16: there a right parallel layer rounds differently
+# from a single device. A column-parallel layer without a row-parallel one after it gathers its
+# output (gather_output). A row-parallel layer with a replicated input scatters it first
+# (input_is_parallel=False).
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BSH, weight_fH, bias_f, group):
-        ctx.save_for_backward(x_BSH, weight_fH)
+        needs_dx, needs_dweight = ctx.needs_input_grad[:2]  # a frozen weight keeps no activation
+        ctx.save_for_backward(x_BSH if needs_dweight else None, weight_fH if needs_dx else None)
         ctx.group = group
         return F.linear(x_BSH, weight_fH, bias_f)
 
     @staticmethod
     @once_differentiable  # autograd cannot see the all-reduce: a second derivative would be wrong
-    def backward(ctx, grad_BSf):
+    def backward(ctx, dy_BSf):
         x_BSH, weight_fH = ctx.saved_tensors
-        grad_x_BSH = grad_weight_fH = grad_bias_f = work = None
+        dx_BSH = dweight_fH = dbias_f = work = None
         if ctx.needs_input_grad[0]:
-            grad_x_BSH = grad_BSf @ weight_fH  # a partial sum until work.wait() returns
+            dx_BSH = dy_BSf @ weight_fH  # a partial sum until work.wait()
             if group_size(ctx.group) > 1:
-                work = dist.all_reduce(grad_x_BSH, group=ctx.group, async_op=True)
+                overlaps = not torch.compiler.is_compiling()  # a compiler orders the calls itself
+                work = dist.all_reduce(dx_BSH, group=ctx.group, async_op=overlaps)
         if ctx.needs_input_grad[1]:
-            grad_weight_fH = einsum(grad_BSf, x_BSH, "... f, ... H -> f H")
+            dweight_fH = einsum(dy_BSf, x_BSH, "... f, ... H -> f H")
         if ctx.needs_input_grad[2]:
-            grad_bias_f = reduce(grad_BSf, "... f -> f", "sum")
+            dbias_f = reduce(dy_BSf, "... f -> f", "sum")
         if work is not None:
             work.wait()
-        return grad_x_BSH, grad_weight_fH, grad_bias_f, None
+        return dx_BSH, dweight_fH, dbias_f, None
 
 
 def _cast_to_autocast(x: Tensor | None) -> Tensor | None:
     """Autocast downcasts F.linear's arguments, but it is off in backward, where the saved fp32
     tensors would meet bf16 gradients. So they are downcast once, before they are saved."""
-    if x is None or x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x is None or x.dtype == torch.float64 or x.is_meta:
         return x
-    return x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
 
-class ColumnParallelLinear(nn.Linear):
+class _Sharded:
+    def reset_parameters(self) -> None:  # called by nn.Linear.__init__, before there is a group
+        if hasattr(self, "group"):
+            raise NotImplementedError("a shard cannot be drawn alone: build the layer again")
+        super().reset_parameters()
+
+
+class ColumnParallelLinear(_Sharded, nn.Linear):
     """nn.Linear with sharded outputs: x_BSH, replicated, to y_BSf, f = out_features / tp.
 
     Args: in_features, out_features, bias: as in nn.Linear, over all ranks. gather_output: return
@@ -340,7 +361,7 @@ class ColumnParallelLinear(nn.Linear):
         return gather_from_tp(y_BSf, self.group) if self.gather_output else y_BSf
 
 
-class RowParallelLinear(nn.Linear):
+class RowParallelLinear(_Sharded, nn.Linear):
     """nn.Linear with sharded inputs: y_BSf, f = in_features / tp, to z_BSH, replicated.
 
     Args: as `ColumnParallelLinear`'s; the bias is replicated. input_is_parallel: False where the
@@ -395,42 +416,40 @@ class RowParallelLinear(nn.Linear):
 
 # region shared: vocabulary shards
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size rounded up to a multiple of multiple · tp. Source: section 5.1."""
+    """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
 def _local_rows(ids_BS: Tensor, v: int, group: Group) -> tuple[Tensor, Tensor]:
     """Rows of token ids in this rank's shard, and which ids are local."""
     row_BS = ids_BS - group_rank(group) * v
-    is_local_BS = (row_BS >= 0) & (row_BS < v)
-    return row_BS.clamp(0, v - 1), is_local_BS
+    return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-def _check_ids(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> None:
-    """An id out of range is local to no rank: without this check it would become zeros in silence.
+def _is_id(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> Tensor:
+    """Which ids are in range. Others are local to no rank, and would silently become zeros.
 
-    On a GPU the check would stall the CPU, and under tracing there are no values to look at.
+    On the CPU they raise ValueError. On a GPU that would stall the CPU: the caller puts NaN.
     """
-    if not _has_values(ids_BS):
-        return
-    is_wrong_BS = (ids_BS < 0) | (ids_BS >= vocab_size)
+    is_id_BS = (ids_BS >= 0) & (ids_BS < vocab_size)
     if ignore_index is not None:
-        is_wrong_BS &= ids_BS != ignore_index
-    if is_wrong_BS.any():
+        is_id_BS |= ids_BS == ignore_index
+    if _has_values(ids_BS) and not is_id_BS.all():
         allowed = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
-        raise ValueError(f"token id {ids_BS[is_wrong_BS][0]} is not in [0, {vocab_size}){allowed}")
+        raise ValueError(f"token id {ids_BS[~is_id_BS][0]} is not in [0, {vocab_size}){allowed}")
+    return is_id_BS
 
 
 # endregion
 
 
-class VocabParallelEmbedding(nn.Embedding):
+class VocabParallelEmbedding(_Sharded, nn.Embedding):
     """nn.Embedding with sharded rows: tokens_BS (int64, replicated) to x_BSH, replicated.
 
     Args: num_embeddings: vocabulary entries without padding. embedding_dim: H. multiple: v is
         padded to a multiple of it. Padding rows stay zero as long as the loss masks them.
-    Raises: ValueError for a token id outside the vocabulary (on the CPU only).
-    Source: section 3.
+    Raises: ValueError for a token id outside the vocabulary; on a GPU its embedding is NaN.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 3.
     """
 
     def __init__(
@@ -443,11 +462,11 @@ class VocabParallelEmbedding(nn.Embedding):
         self.weight = nn.Parameter(_take_shard(full, group, dim=0))
 
     def forward(self, tokens_BS: Tensor) -> Tensor:
-        _check_ids(tokens_BS, self.num_embeddings)
         row_BS, is_local_BS = _local_rows(tokens_BS, self.weight.shape[0], self.group)
         x_BSH = F.embedding(row_BS, self.weight)
         partial_x_BSH = torch.where(is_local_BS[..., None], x_BSH, 0)
-        return reduce_from_tp(partial_x_BSH, self.group)
+        x_BSH = reduce_from_tp(partial_x_BSH, self.group)
+        return torch.where(_is_id(tokens_BS, self.num_embeddings)[..., None], x_BSH, torch.nan)
 
 
 # ── 1.5 Vocab-parallel cross entropy ────────────────────────────────────────────────────────────
@@ -467,13 +486,13 @@ class VocabParallelEmbedding(nn.Embedding):
 #     x_target − m, on its owner     all-reduce(sum)  ┘ every other rank contributes 0
 #
 # The gradient needs no communication: dL/dx_j = softmax_j − 1[j = target], and each rank has both
-# for its own shard.  [section 3]
+# for its own shard.  [paper, section 3]
 #
 # Three mistakes here are silent. Padding columns count as vocabulary entries unless they are
-# masked: the loss is too large by a little. (Megatron-LM leaves them in: its initial loss is
-# log 51,200 = 10.84, not log 50,257 = 10.82.) Logits that were gathered before the call count tp
-# times: the loss is too large by log tp. And bf16 logits must be upcast before exp, because
-# autocast does not see inside a custom autograd Function.
+# masked: the loss is slightly too large. (Megatron-LM leaves them in: its initial loss is
+# log 51,200 = 10.84, not log 50,257 = 10.82.) Logits that were gathered before the call: with
+# vocab_size the loss is right, but every rank except the first gets a gradient of zero. And bf16
+# logits must be upcast before exp, because autocast does not see inside an autograd Function.
 
 
 # region shared: vocabulary loss
@@ -495,8 +514,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exp_BSv = x_BSv.exp_()
         partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
         target_BS, sum_BS = _all_reduce(partial_2BS, group)
-        softmax_BSv = exp_BSv.div_(sum_BS[..., None])
-        ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
+        if ctx.needs_input_grad[0]:
+            softmax_BSv = exp_BSv.div_(sum_BS[..., None])
+            ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
         return sum_BS.log() - target_BS
 
     @staticmethod
@@ -525,9 +545,10 @@ def vocab_parallel_cross_entropy(
             column is padding.
 
     Returns: loss_BS in nats, replicated, at least fp32; 0 where the target is `ignore_index`.
+    Memory: backward keeps the softmax, 4 bytes per logit, also for bf16 logits.
     Raises: ValueError where the shapes disagree, vocab_size does not fit, or a target is out of
-        range (on the CPU only).
-    Source: section 3.
+        range; on a GPU the loss of such a target is NaN.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 3.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
     if vocab_size is None:
@@ -537,10 +558,11 @@ def vocab_parallel_cross_entropy(
         raise ValueError(f"{shapes}: all dimensions but the last must agree")
     if not 0 < vocab_size <= columns:
         raise ValueError(f"vocab_size={vocab_size}, but the group holds {columns} columns")
-    _check_ids(targets_BS, vocab_size, ignore_index)
+    is_id_BS = _is_id(targets_BS, vocab_size, ignore_index)
     loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
-    # where() also blocks the gradient: an infinite loss at an ignored position cannot become NaN.
-    return torch.where(targets_BS != ignore_index, loss_BS, 0)
+    # where(), and not a product: 0 · ∞ would be NaN at an ignored position.
+    loss_BS = torch.where(targets_BS != ignore_index, loss_BS, 0)
+    return torch.where(is_id_BS, loss_BS, torch.nan)
 
 
 # endregion
@@ -550,13 +572,11 @@ def vocab_parallel_cross_entropy(
 # A replicated activation must lose the same elements on every tensor-parallel rank. With different
 # masks the ranks' copies drift apart, and no error says so. A sharded activation needs different
 # masks: with equal ones, head 0 and head n always lose the same attention weights. Replicas have
-# other data, and draw other masks on both sides.
+# different data, and draw different masks for both kinds.
 #
-# The paper keeps two generator states (appendix B.2). Here a mask is a function of its place: the
-# seed, the step, the replica, the module's name and, where the activation is sharded, the
-# tensor-parallel rank. So there is no state to checkpoint, and a recomputed layer draws its masks
-# again. Multiplied by a boolean mask, x keeps one byte
-# per element for backward.
+# The paper keeps two generator states (appendix B.2). Here a mask is a function of its position:
+# seed, step, replica, the module's name and, where the activation is sharded, the tensor-parallel
+# rank. So a checkpoint needs no state but the step, and a recomputed layer draws its masks again.
 
 
 # region shared: dropout
@@ -564,12 +584,15 @@ class Dropout(nn.Module):
     """Zeroes elements with probability p and scales the others by 1 / (1 − p); x (...) to (...).
 
     Args: p in [0, 1). sharded: x is sharded over the tensor-parallel group, not replicated.
-    `seed_dropout` sets `mask_seed`; None draws from PyTorch's default generator.
+    Until `seed_dropout` sets `mask_seed`, masks come from PyTorch's default generator: on several
+    ranks they are then right only by accident. Raises: ValueError for another p.
     Source: appendix B.2 of Megatron-LM (Shoeybi et al., 2019).
     """
 
     def __init__(self, p: float, sharded: bool = False):
         super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout={p}: it must be at least 0 and less than 1")
         self.p = p
         self.sharded = sharded
         self.mask_seed: int | None = None
@@ -577,25 +600,30 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.p or not self.training:
             return x
+        return (x * self.keep_mask(x)).mul_(1 / (1 - self.p))
+
+    @torch.compiler.disable  # a new seed would compile again in every step
+    def keep_mask(self, x: Tensor) -> Tensor:
+        """True where an element of x (...) is kept; a boolean tensor of its shape."""
         generator = None
         if self.mask_seed is not None:
             generator = torch.Generator(x.device).manual_seed(self.mask_seed)
         keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        keep.bernoulli_(1 - self.p, generator=generator)
-        return (x * keep).mul_(1 / (1 - self.p))
+        return keep.bernoulli_(1 - self.p, generator=generator)
 
 
 def seed_dropout(
     model: nn.Module, seed: int, step: int, tp_rank: int = 0, dp_rank: int = 0
 ) -> None:
-    """Seeds every `Dropout` of the model for one step; equal arguments give equal masks.
+    """Seeds every `Dropout` of the model; equal arguments give equal masks.
 
-    Source: appendix B.2, with a function in place of its states.
+    Call it before every forward pass, with another `step`: until then each pass draws the same
+    masks. So count micro-batches as steps. Source: appendix B.2, which keeps states instead.
     """
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
             place = (seed, step, dp_rank, name, tp_rank if module.sharded else None)
-            # 32 bits, from all of the place: PyTorch's CPU generator uses 32 bits of its seed.
+            # crc32: Python's hash() differs between processes, and CPU generators use 32 bits.
             module.mask_seed = zlib.crc32(repr(place).encode())
 
 
@@ -612,26 +640,25 @@ def seed_dropout(
 #   the first of two ranks all queries and half of the keys.
 # · The output layer has no weight of its own: it multiplies with the embedding table (tied).
 # · Each layer adds two sublayer outputs to x, 2L in all. The matrices that make them start smaller
-#   by 1/√(2L), so that the sum starts no larger than in a shallow model.  [section 4.2]
+#   by 1/√(2L), so that the sum starts no larger than in a shallow model.  [paper, section 4.2]
 #
 # The embedding and the two matrices of each sublayer are made by classes that the caller may
-# replace. In the parallel model, N and F in these lines are this rank's n and f.
+# replace. On a single device n = N and f = F.
 
 
 # region shared: plain GPT
-def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, dropout: Dropout) -> Tensor:
-    """Causal attention, each head by itself: q, k and v (B, N, S, D) to y_BNSD.
+def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Dropout) -> Tensor:
+    """Causal attention, each head by itself: q, k and v (B, n, S, D) to y_BnSD.
 
     Args: dropout is applied to the attention weights.
     """
     if not dropout.p or not dropout.training:
         # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
-        return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
-    S, D = q_BNSD.shape[-2:]
-    scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    is_future_SS = torch.ones(S, S, dtype=torch.bool, device=q_BNSD.device).triu(1)
-    weights_BNSS = at_least_fp32(scores_BNSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
-    return dropout(weights_BNSS.to(v_BNSD.dtype)) @ v_BNSD
+        return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
+    scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
+    is_future_SS = torch.ones_like(scores_BnSS[0, 0], dtype=torch.bool).triu(1)
+    weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
+    return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
 
 
 class Attention(nn.Module):
@@ -648,11 +675,11 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.dropout, sharded=True)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        qkv_3BNSD = rearrange(
-            self.qkv(x_BSH), "B S (N three D) -> three B N S D", three=3, D=self.head_size
+        qkv_3BnSD = rearrange(
+            self.qkv(x_BSH), "B S (n three D) -> three B n S D", three=3, D=self.head_size
         )
-        y_BNSD = core_attention(*qkv_3BNSD, self.dropout)
-        return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
+        y_BnSD = core_attention(*qkv_3BnSD, self.dropout)
+        return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
 
 
 class MLP(nn.Module):
@@ -664,8 +691,8 @@ class MLP(nn.Module):
         self.down = row(config.ffn_hidden_size, config.hidden_size)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        y_BSF = F.gelu(self.up(x_BSH), approximate="tanh")
-        return self.down(y_BSF)
+        y_BSf = F.gelu(self.up(x_BSH), approximate="tanh")
+        return self.down(y_BSf)
 
 
 class Block(nn.Module):
@@ -741,7 +768,7 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     """The full initial weights, a function of `config` alone, one tensor at a time.
 
     They are drawn on the CPU: a GPU's generator gives other values.
-    Source: section 4.2.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 4.2.
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
@@ -766,8 +793,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 # over the tensor-parallel ranks.
 #
 # A model that is large for its GPUs keeps only the input of each layer, and recomputes the layer in
-# backward: a third more arithmetic, and two more all-reduces per layer. The recomputed layer draws
-# the same dropout masks, because a mask is a function of its place.  [section 4.2]
+# backward: a third more arithmetic, and one or two more all-reduces per layer. (`checkpoint` stops
+# at the last tensor that backward needs; the last all-reduce may come after it.) The recomputed
+# layer draws the same dropout masks, since they are functions of position.  [paper, section 4.2]
 
 
 class ParallelGPT(GPT):
@@ -812,9 +840,8 @@ class ParallelGPT(GPT):
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross entropy per token in nats, loss_BS, replicated; 0 where the target is −100."""
-        logits_BSv = self(tokens_BS)
-        vocab_size = self.config.vocab_size
-        return vocab_parallel_cross_entropy(logits_BSv, targets_BS, self.group, vocab_size)
+        V = self.config.vocab_size
+        return vocab_parallel_cross_entropy(self(tokens_BS), targets_BS, self.group, V)
 
     def sharded_parameters(self) -> list[nn.Parameter]:
         """The parameters of which this rank holds a shard; all others are replicated."""
@@ -847,9 +874,9 @@ def shard_dim(name: str) -> int | None:
 
 def check_tp(config: GPTConfig, tp: int) -> None:
     """Raises ValueError where heads or feed-forward features do not divide over `tp` ranks."""
-    sizes = math.gcd(config.num_heads, config.ffn_hidden_size)
-    if sizes % tp:
-        possible = [n for n in range(1, sizes + 1) if sizes % n == 0]
+    largest = math.gcd(config.num_heads, config.ffn_hidden_size)
+    if largest % tp:
+        possible = [n for n in range(1, largest + 1) if largest % n == 0]
         have = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
         raise ValueError(f"{have} do not divide over tp={tp} ranks: choose tp from {possible}")
 
@@ -865,23 +892,20 @@ def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int)
     return full.chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
-def shard_state_dict(
-    full: dict[str, Tensor], config: GPTConfig, rank: int, tp: int
-) -> dict[str, Tensor]:
+def shard_state_dict(full: StateDict, config: GPTConfig, rank: int, tp: int) -> StateDict:
     """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
     Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
     """
     check_tp(config, tp)
-    expected = parameter_shapes(config)
-    found = {name: x.shape for name, x in full.items()}
-    if found != expected:
-        wrong = sorted(dict(found.items() ^ expected.items()))
-        raise ValueError(f"missing, unknown or of another shape: {wrong[:5]}")
+    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
+    wrong = expected.items() ^ {name: tuple(x.shape) for name, x in full.items()}.items()
+    if wrong:
+        raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
     return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
 
 
-def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
+def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
     """All ranks' state dicts, in order of rank, to the plain model's: undoes `shard_state_dict`.
 
     Args: shards have the same names; some of the model's are enough; gradients work as well.
@@ -890,29 +914,30 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
     full = {}
     for name, first in shards[0].items():
         tensors = [shard[name] for shard in shards]
-        dim = shard_dim(name)
-        full[name] = first.clone() if dim is None else torch.cat(tensors, dim)
+        if shard_dim(name) is None:
+            full[name] = first.clone()
+            for rank, x in enumerate(tensors):
+                if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
+                    gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
+                    raise ValueError(f"{name} should be replicated, but {gap}")
+        else:
+            full[name] = torch.cat(tensors, shard_dim(name))
         if name.endswith("embedding.weight"):
             full[name] = full[name][: config.vocab_size].clone()
-        for rank, x in enumerate(tensors if dim is None else []):
-            if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):  # equal to the bit
-                gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
-                raise ValueError(f"{name} should be replicated, but {gap}")
     return full
 
 
 # endregion
 
 
-def gather_state_dict(
-    tensors: dict[str, Tensor], config: GPTConfig, group: Group = None
-) -> dict[str, Tensor]:
+def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None) -> StateDict:
     """Every rank's shards (by parameter name) to full tensors, on the CPU of every rank.
 
     Collective over `group`. Raises: what `merge_state_dicts` does.
     """
-    shards = [{}] * group_size(group)
-    dist.all_gather_object(shards, {name: x.cpu() for name, x in tensors.items()}, group)
+    shards = [{name: x.cpu() for name, x in tensors.items()}] * group_size(group)
+    if group_size(group) > 1:
+        dist.all_gather_object(shards, shards[0], group)
     return merge_state_dicts(shards, config)
 
 
@@ -925,8 +950,7 @@ def gather_state_dict(
 #        replica 1      rank 2       rank 3
 #                         ↑ a dp group: the same shard, different tokens
 #
-# The ranks of a tp group are neighbours, because they communicate in every layer: they should
-# share a server.
+# The ranks of a tp group communicate in every layer. They are neighbours, to share a server.
 
 
 @dataclass(frozen=True)
@@ -968,11 +992,12 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
 # already have identical gradients, because copy_to_tp all-reduces them.
 
 
-def sum_gradients(parameters: Iterable[nn.Parameter], group: Group = None) -> None:
+def sum_gradients(parameters: Parameters, group: Group = None) -> None:
     """All-reduces every gradient over `group`, in one flat buffer as large as the gradients.
 
-    A missing gradient counts as zero: were it left out, two ranks could all-reduce buffers of
-    unequal size. (DistributedDataParallel sends buckets while backward still runs.)
+    A missing gradient becomes zero: were it left out, two ranks could all-reduce buffers of unequal
+    size. Afterwards all gradients are views of one buffer. (DistributedDataParallel sends buckets
+    while backward still runs.)
     """
     parameters = [p for p in parameters if p.requires_grad]
     if not parameters or group_size(group) == 1:
@@ -994,21 +1019,20 @@ def sum_gradients(parameters: Iterable[nn.Parameter], group: Group = None) -> No
 # region shared: clipping
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter],
-    max_norm: float,
-    sharded: Iterable[nn.Parameter] = (),
-    group: Group = None,
+    parameters: Parameters, max_norm: float, *, sharded: Parameters = (), group: Group = None
 ) -> Tensor:
     """Scales all gradients so that their norm over `group` is at most max_norm.
 
     Args: parameters: all of this rank's. sharded: those of which each rank of `group` holds other
-        elements; all others are replicated. Without `sharded` nothing is communicated.
+        elements; all others are replicated. Empty on every rank or on none: without `sharded`
+        nothing is communicated.
     Returns: the norm before clipping, a scalar tensor, at least fp32, the same on every rank; not
         finite where a gradient is not.
     """
-    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
-    parameters = [p for p in parameters if p.grad is not None]
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     device = parameters[0].device if parameters else None
+    parameters = [p for p in parameters if p.grad is not None]
+    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
     squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
     for p in parameters:
         # In at least fp32: PyTorch's own norm has the precision of the gradients.
@@ -1027,30 +1051,25 @@ def clip_grad_norm_(
 
 # ── 4.3 The loop ────────────────────────────────────────────────────────────────────────────────
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 does not count
-
 
 # region shared: plain training
-def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW that decays matrices, not biases and LayerNorm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
 def train_alone(
     model: GPT,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Batches,
     max_norm: float = 1.0,
-    autocast: torch.dtype | None = None,
+    autocast: Autocast = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model; yields the mean loss per token and the norm before clipping.
-
-    Args: autocast, the dtype of GEMMs; None for the parameters' own. For a schedule, set the
-        optimizer's learning rate between two steps.
-    """
+    """Trains the plain model; yields the mean loss per token and the norm before clipping. For a
+    schedule, set the optimizer's learning rate between two steps."""
     for tokens_BS, targets_BS in batches:
         optimizer.zero_grad()
         count = (targets_BS != -100).sum().clamp(min=1)
@@ -1070,11 +1089,11 @@ def train_alone(
 
 def train(
     model: ParallelGPT,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batches: Batches,
     mesh: Mesh,
     max_norm: float = 1.0,
-    autocast: torch.dtype | None = None,
+    autocast: Autocast = None,
     seed: int = 0,
     first_step: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -1093,8 +1112,8 @@ def train(
             loss = model.loss(tokens_BS, targets_BS).sum() / count  # a partial sum of the mean
         loss.backward()
         sum_gradients(model.parameters(), mesh.dp_group)
-        shards = model.sharded_parameters()
-        norm = clip_grad_norm_(model.parameters(), max_norm, shards, mesh.tp_group)
+        sharded = model.sharded_parameters()
+        norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=mesh.tp_group)
         optimizer.step()
         yield _all_reduce(loss.detach(), mesh.dp_group), norm
 
@@ -1102,59 +1121,52 @@ def train(
 # ── What remains ──────────────────────────────────────────────────────────────────────────────────
 #
 # Each sublayer ends in an all-reduce that the next sublayer waits for. For 8.3 billion parameters
-# and a batch of 8 it carries 8 · 1024 · 3072 elements, 50 MB in bf16. Four in each of 72 layers
+# and a batch of 8 it carries 8 · 1024 · 3072 elements of 2 bytes, 50 MB. Four in each of 72 layers
 # are 14.5 GB per step, and a ring of 8 sends 25 GB through every GPU. At 150 GB/s inside a server
-# of 2019 that is 0.2 s, compared with 1.3 s of arithmetic. At 12.5 GB/s between servers it is 2 s.
-# So tp is at most 8, the GPUs of one server. Chapter 3 splits larger models between layers, with
-# one small message for many layers. And the activations of LayerNorm, dropout and residual
-# connections are still replicated: chapter 4 shards them.
+# of 2019 that is 0.2 s, and at 12.5 GB/s between servers 2 s. The arithmetic takes 1.3 s:
+# 6 · 8.3e9 · 8192 operations on 8 GPUs of 39 TFLOP/s. So tp is at most 8, the GPUs of one server.
+# Chapter 3 splits larger models between layers, with one small message for many layers. And the
+# activations of LayerNorm, dropout and residual connections are replicated: chapter 4 shards them.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
-# fp64 is the proof. fp32 and bf16 show what rounding does to right code: bf16's 8 significant bits
-# are a relative 0.4 % in each GEMM.
+# fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
 def equivalence(
-    mesh: Mesh, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None
+    mesh: Mesh, device: torch.device, dtype: torch.dtype, autocast: Autocast = None
 ) -> dict[str, float]:
-    """Five AdamW steps of a small model on this mesh and on a single device: name to error.
-
-    The vocabulary and the batch do not divide over the ranks. Replicas have unequal token counts.
-    """
+    """Five AdamW steps of a small model on this mesh and on a single device: name to error."""
+    # Vocabulary and batch do not divide over the ranks; replicas have unequal token counts.
     config = GPTConfig(
         vocab_size=61, seq_length=16, num_layers=2, num_heads=2 * mesh.tp, hidden_size=16 * mesh.tp
     )
     generator = torch.Generator().manual_seed(1)
-    shape = (2, 2 * mesh.dp + 1, 13)
-    tokens_BS, targets_BS = torch.randint(61, shape, generator=generator).to(device)
+    ids_2BS = torch.randint(61, (2, 2 * mesh.dp + 1, 13), generator=generator)
+    tokens_BS, targets_BS = ids_2BS.to(device)
     targets_BS[0, 3:] = -100
     plain = GPT(config).to(device, dtype)
     parallel = ParallelGPT(config, mesh.tp_group).to(device, dtype)
-
     lr = 1e-3
     batches = [(tokens_BS, targets_BS)] * 5
-    options = {"max_norm": 0.1, "autocast": autocast}
-    alone = train_alone(plain, make_optimizer(plain, lr), batches, **options)
-    steps = train(parallel, make_optimizer(parallel, lr), batches, mesh, **options)
+    alone = train_alone(plain, make_optimizer(plain, lr), batches, 0.1, autocast)
+    steps = train(parallel, make_optimizer(parallel, lr), batches, mesh, 0.1, autocast)
     errors = {}
     for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
         errors[f"loss {step}"] = abs(loss / loss_alone - 1).item()
         errors[f"norm before clipping {step}"] = abs(norm / norm_alone - 1).item()
         if step == 0:
-            full = gather_state_dict(gradients(parallel), config, mesh.tp_group)
-            errors |= relative_errors("gradient", full, gradients(plain))
+            grads = {name: p.grad for name, p in parallel.named_parameters()}
+            full = gather_state_dict(grads, config, mesh.tp_group)
+            reference = {name: p.grad for name, p in plain.named_parameters()}
+            errors |= relative_errors("gradient", full, reference)
     if dtype == torch.float64:
         # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the weights
         # of a right program differ too.
         full = gather_state_dict(parallel.state_dict(), config, mesh.tp_group)
         errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
     return over_all_ranks(errors)
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.grad.cpu() for name, p in model.named_parameters()}
 
 
 def count_all_reduces(model: ParallelGPT, tokens_BS: Tensor) -> list[float]:
@@ -1164,12 +1176,10 @@ def count_all_reduces(model: ParallelGPT, tokens_BS: Tensor) -> list[float]:
     with Counter() as backward:
         loss.backward()
     size = tokens_BS.numel() * model.config.hidden_size * loss.element_size()
-    counts = []
-    for counter in (forward, backward):
-        large = counter.messages.count(("all_reduce", size, model.group.group_name))
-        # One belongs to no layer: in forward the embedding's, in backward the output layer's.
-        counts.append((large - 1) / model.config.num_layers)
-    return counts
+    large = ("all_reduce", size, model.group.group_name)
+    # One belongs to no layer: in forward the embedding's, in backward the output layer's.
+    counts = [counter.messages.count(large) - 1 for counter in (forward, backward)]
+    return [count / model.config.num_layers for count in counts]
 
 
 def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[float]:
@@ -1191,7 +1201,6 @@ def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> l
         optimizer = make_optimizer(plain, args.lr)
         steps = train_alone(plain, optimizer, batches(min(5, args.steps)), autocast=autocast)
         alone = [loss.item() for loss, _ in steps]
-
     model = ParallelGPT(config, mesh.tp_group, args.recompute).to(device, dtype)
     held = sum(p.numel() for p in model.parameters())
     total = sum(shape.numel() for shape in parameter_shapes(config).values())
@@ -1211,7 +1220,6 @@ def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> l
             speed = (step + 1) * args.batch * config.seq_length / (time.perf_counter() - begin)
             memory = peak_memory(device)
             say(f"{step:4}  {loss:.6f}  {reference:>13}  {norm:6.3f}  {speed:8,.0f}  {memory:7.2f}")
-
     tokens_BS, targets_BS = data.batch(0, args.batch, args.seed, evaluation=True)
     with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         loss_BS = model.eval().loss(tokens_BS.to(device), targets_BS.to(device))
@@ -1227,7 +1235,6 @@ def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[
         error = worst(errors, kind)
         claim = f"every {kind} equals the single device's, float64"
         claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
-
     differences = demonstrate(args, mesh, device)
     claim = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     if differences:
@@ -1253,13 +1260,8 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
         sys.exit(1)
 
 
-# ── 6 The command line ──────────────────────────────────────────────────────────────────────────
-
-
 @dataclass
-class Options:
-    """This chapter's own flags."""
-
+class Options:  # the chapter's own flags
     tp: int | None = flag(None, "ranks per replica; None: 2 where that divides", least=1)
     batch: int = flag(16, "sequences per step, over all replicas", least=1)
     lr: float = flag(1e-3, "learning rate", least=1e-9)
@@ -1286,10 +1288,9 @@ def flags() -> argparse.Namespace:
 
 # region shared: text data
 class TextData:
-    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Args: path: "" for the sources of Python's own library. encoding: by default one token per byte.
-    Raises: OSError, ValueError for a file that is not UTF-8, too short, or no regular file.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
     def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
@@ -1297,7 +1298,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
@@ -1329,14 +1330,11 @@ def byte_encoding() -> tiktoken.Encoding:
 
 
 # endregion
-
-
 # region carried: process groups (home: 01_deepspeech)
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
 
-    Raises: ValueError on a rank that is not in the group. torch answers −1 there, and the caller
-        would take this rank's values for the sum of all.
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
     """
     if not dist.is_initialized():
         return 1
@@ -1374,8 +1372,11 @@ def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float
     """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
 
     A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in.
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
     """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
     group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
     dist.all_reduce(torch.ones(1, device=device), group=group)
     return group
@@ -1388,9 +1389,7 @@ def wait_for_all() -> None:
     dist.destroy_process_group(group)
 
 
-# endregion
-
-
+# endregion copy 3197a3
 # region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -1401,7 +1400,8 @@ def say(text: str = "") -> None:
 def say_setting(args: argparse.Namespace, layout: str = "") -> None:
     """The first line of a run: everything that it depends on."""
     setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
-    note = ", GPUs not used" if args.device == "cpu" and torch.cuda.is_available() else ""
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
     say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
 
 
@@ -1485,9 +1485,7 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
     return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion
-
-
+# endregion copy 7f35e3
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
@@ -1500,24 +1498,18 @@ class Counter(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            self.messages.append(self.message(function.name(), args))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
 
-    @staticmethod
-    def message(name: str, args: tuple) -> Message:
-        op = name.removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-        op = op.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-        tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-        sizes = [sum(x.nbytes for x in xs) for xs in tensors]
-        groups = [x for x in args if isinstance(x, torch.ScriptObject)]
-        group = next(x for x in groups if "ProcessGroup" in str(x._type()))
-        return Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name)
 
-
-# endregion
-
-
+# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
@@ -1566,7 +1558,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -1592,6 +1584,7 @@ def _torchrun_world() -> tuple[int, int]:
     if not missing:
         return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
     tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
     several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
     if several or len(missing) < len(names):
         raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
@@ -1615,12 +1608,15 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
     if args.backend == "auto":
         args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
     if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
-        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, torch sees {gpus}: use gloo")
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
 def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
@@ -1629,9 +1625,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion
-
-
+# endregion copy 82e4fd
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
@@ -1651,7 +1645,12 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
     except KeyboardInterrupt as stop:
         if group_rank() == 0:
             print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -1674,14 +1673,15 @@ def run_rank(main: Callable, args: argparse.Namespace) -> None:
     try:
         dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        main(args, device)
-    except SystemExit as end:  # --check, or a failed claim: the ranks end together all the same
-        code = end.code
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
             time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    wait_for_all()
     dist.destroy_process_group()
     sys.exit(code)
 
@@ -1693,7 +1693,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

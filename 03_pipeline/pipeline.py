@@ -60,18 +60,22 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import logging
 import math
 import os
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from collections import defaultdict, deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
 from fractions import Fraction
-from itertools import accumulate, islice, zip_longest
+from functools import partial
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,47 +86,77 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Group = dist.ProcessGroup | None  # None: all ranks; in this chapter's Grid: this rank alone
+
+
+# region carried: config fields (home: 01_deepspeech)
+def flag(default: Any, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# endregion copy 36d020
 
 # The configuration is explained in chapter 2.
 
 
-# region carried: GPT config (home: 02_megatron_tp)
+# region shared: layered GPT config
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    seq_length: int = 128  # S: the model has this many positions
-    hidden_size: int = 128  # H
-    num_layers: int = 4  # L
-    num_heads: int = 4  # N
+    seq_length: int = flag(
+        64, "S, tokens of a sequence; the model has this many positions", least=1
+    )
+    hidden_size: int = flag(64, "H", least=1)
+    num_layers: int = flag(8, "L", least=1)
+    num_heads: int = flag(4, "N, attention heads", least=1)
     ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
-    dropout: float = 0.0  # Megatron-LM trains with 0.1
-    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    dropout: float = flag(0.0, "probability; Megatron-LM trains with 0.1")
+    norm: str = (
+        "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    )
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
-    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    tied_head: bool = (
+        True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    )
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
-        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+        for name in (
+            "vocab_size",
+            "seq_length",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "ffn_hidden_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if rest := self.hidden_size % self.num_heads:
-            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
+            sizes = (
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            )
+            raise ValueError(
+                f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion copy 409b77
+# endregion
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -130,7 +164,7 @@ class GPTConfig:
 # layer multiplies with the embedding table (tied_head), so the first stage and the last one need the same weight.
 
 
-# region carried: plain GPT (home: 02_megatron_tp)
+# region shared: layered GPT
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -138,7 +172,9 @@ RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, No
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - p, generator=generator
+    )
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -152,7 +188,9 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
-def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def core_attention(
+    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
     p is the dropout on the attention weights.
@@ -161,8 +199,12 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
     S, D = q_BNSD.shape[-2:]
     scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
-    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # said openly; PyTorch's kernels widen too
+    future_SS = torch.full(
+        (S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device
+    ).triu(1)
+    wide = torch.promote_types(
+        scores_BNSS.dtype, torch.float32
+    )  # said openly; PyTorch's kernels widen too
     weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
     return dropout(weights_BNSS, p, generator) @ v_BNSD
 
@@ -181,7 +223,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         heads = dict(three=3, D=self.config.head_size)  # einops finds out N
-        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(
+            self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads
+        )
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
@@ -233,11 +277,20 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        halves = (
+            (Attention(config, column, row), MLP(config, column, row))
+            for _ in range(config.num_layers)
+        )
         self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        self.head = (
+            None
+            if config.tied_head
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        if (
+            not self.final_norm.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
@@ -247,18 +300,24 @@ class GPT(nn.Module):
             x_BSH = layer(x_BSH, streams)
         return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BSV = self(tokens_BS, streams)
         logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+        return F.cross_entropy(
+            rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none"
+        )
 
 
 def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
     """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
     S = tokens_BS.shape[1]
     if S > positions.num_embeddings:
-        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+        raise ValueError(
+            f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions"
+        )
     return words(tokens_BS) + positions.weight[:S]
 
 
@@ -277,7 +336,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2:
-            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            onto_residual = name.endswith(
+                ("out.weight", "down.weight")
+            )  # what writes onto the residual stream
             std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
         else:  # biases 0, LayerNorm's weights 1
@@ -286,16 +347,27 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
 
 
 def train_alone(
-    model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
+    model: GPT,
+    batches: Batches,
+    lr: Callable[[int], float],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
     clipping.
@@ -315,7 +387,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy 404407
+# endregion
 
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -403,14 +475,23 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 
     # The streams: the same on every rank. With one chunk they are 0, 1, 2, ... (a slice of range(m) ends at m.)
     def order(kind: str, chunk_order: range) -> list[Op]:
-        return [Op(kind, i, c) for first in range(0, m, p) for c in chunk_order for i in range(m)[first : first + p]]
+        return [
+            Op(kind, i, c)
+            for first in range(0, m, p)
+            for c in chunk_order
+            for i in range(m)[first : first + p]
+        ]
 
     forwards, backwards = order("F", range(v)), order("B", range(v)[::-1])
     weights = [op._replace(kind="W") for op in backwards] if kind == "zb-h1" else []
     table = []
     for rank in range(p):
-        ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(kind, p - rank - 1)
-        columns = zip_longest(forwards, [None] * ahead + backwards, [None] * (ahead + rank) + weights)
+        ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(
+            kind, p - rank - 1
+        )
+        columns = zip_longest(
+            forwards, [None] * ahead + backwards, [None] * (ahead + rank) + weights
+        )
         table.append([op for column in columns for op in column if op])
     return table
 
@@ -469,14 +550,19 @@ def take_turns(lists: list[list], go: Callable[[int, Any], bool]) -> list[tuple[
     return [(rank, items[k]) for rank, (items, k) in enumerate(zip(lists, at)) if k < len(items)]
 
 
-def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0) -> dict:
+def play(
+    schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0
+) -> dict:
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
     Source: ours.
     """
     p, v = len(schedule), chunks_of(schedule)
-    done, free = {}, [0] * p  # when each operation ended; since when each rank has had nothing to do
+    done, free = (
+        {},
+        [0] * p,
+    )  # when each operation ended; since when each rank has had nothing to do
 
     def go(rank: int, op: Op) -> bool:
         needed = needs(op, rank, p, v)
@@ -487,8 +573,14 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
         return True
 
     if waiting := take_turns(schedule, go):
-        lacking = [(rank, op, [key for key in needs(op, rank, p, v) if key not in done]) for rank, op in waiting]
-        raise ValueError("deadlock: " + "; ".join(f"rank {r} cannot do {op} without {keys}" for r, op, keys in lacking))
+        lacking = [
+            (rank, op, [key for key in needs(op, rank, p, v) if key not in done])
+            for rank, op in waiting
+        ]
+        raise ValueError(
+            "deadlock: "
+            + "; ".join(f"rank {r} cannot do {op} without {keys}" for r, op, keys in lacking)
+        )
     return done
 
 
@@ -549,7 +641,9 @@ def draw(timeline: Timeline, width: int = 100) -> str:
         for op, *span in bars:
             begin, end = (round(float((t - first) / timeline.length) * width) for t in span)
             label = f"{op.microbatch}" + ("abcdefghij"[op.chunk % 10] if several else "")
-            line[begin:end] = label.ljust(end - begin, {"F": "─", "B": "═", "W": "┄"}[op.kind])[: end - begin]
+            line[begin:end] = label.ljust(end - begin, {"F": "─", "B": "═", "W": "┄"}[op.kind])[
+                : end - begin
+            ]
         lines.append(f"rank {rank:<2} " + "".join(line).rstrip())
     return "\n".join(lines)
 
@@ -607,9 +701,14 @@ def programs(schedule: Schedule) -> list[Program]:
     for (rank, op), tick in ticks.items():
         op_at[rank][tick] = op
         made = input_of(op, rank, p, v)
-        if made and made[0] != rank:  # with one rank the next stage is its own next chunk, and nothing travels
+        if (
+            made and made[0] != rank
+        ):  # with one rank the next stage is its own next chunk, and nothing travels
             hop = Hop(made[0], rank, made[1])
-            for end in (hop.source, hop.target):  # both post it in the tick in which it is made, whenever it is used
+            for end in (
+                hop.source,
+                hop.target,
+            ):  # both post it in the tick in which it is made, whenever it is used
                 hops_at[end][ticks[made]].append(hop)
     return [  # sorted, so that both ends list the messages between them in the same order
         [Step(ops.get(t), tuple(sorted(hops[t]))) for t in sorted(ops.keys() | hops.keys())]
@@ -643,11 +742,15 @@ def verify(schedule: Schedule) -> list[int]:
     if unknown := kinds - set("FBW"):
         raise ValueError(f"operations are F, B or W, not {sorted(unknown)}")
     every = {Op(kind, i, chunk) for kind in kinds for i in range(m) for chunk in range(v)}
-    for rank, ops in enumerate(schedule):  # each once: nothing is missing, and there are no more than that
+    for rank, ops in enumerate(
+        schedule
+    ):  # each once: nothing is missing, and there are no more than that
         if missing := every - set(ops):
             raise ValueError(f"rank {rank} never does {min(missing)}")
         if len(ops) > len(every):
-            raise ValueError(f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has")
+            raise ValueError(
+                f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has"
+            )
     verify_programs(programs(schedule))
     # A forward adds an activation, and the last operation that needs it takes it away: its W, or else its B.
     last = max(kinds - {"F"})
@@ -662,14 +765,18 @@ def verify_programs(all_programs: list[Program]) -> None:
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
-    channels = defaultdict(lambda: ([], []))  # source and target to what the sender lists, and what the receiver
+    channels = defaultdict(
+        lambda: ([], [])
+    )  # source and target to what the sender lists, and what the receiver
     for rank, program in enumerate(all_programs):
         for hop in (hop for step in program for hop in step.batch):
             channels[hop.source, hop.target][rank == hop.target].append(hop)
     for (source, target), ends in channels.items():
         for sent, received in zip_longest(*ends):
             if sent != received:
-                raise ValueError(f"rank {source} to {target}: one end lists {sent} where the other has {received}")
+                raise ValueError(
+                    f"rank {source} to {target}: one end lists {sent} where the other has {received}"
+                )
 
     has, posted = defaultdict(set), defaultdict(set)  # of each rank: made or received; posted
 
@@ -679,7 +786,9 @@ def verify_programs(all_programs: list[Program]) -> None:
             if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
                 raise ValueError(f"rank {rank} does {op} without {lacking}")
             has[rank].add((rank, op))
-        if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
+        if unmade := [
+            hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]
+        ]:
             raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
         posted[rank].update(batch)
         if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
@@ -710,7 +819,9 @@ def place_layers(layers: int, stages: int) -> list[range]:
     Source: ours; the paper's layers always divide.
     """
     if layers < stages:
-        raise ValueError(f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages")
+        raise ValueError(
+            f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages"
+        )
     rest = [*range(1, stages - 1), 0][: layers % stages]
     sizes = [layers // stages + (stage in rest) for stage in range(stages)]
     return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(stages)]
@@ -732,7 +843,9 @@ class PipelineStage(nn.Module):
             raise ValueError(f"{sizes}: ranks are 0 to stages - 1, chunks at least 1")
         self.config, self.rank, self.stages, self.chunks = config, rank, stages, chunks
         self.layers_of = place_layers(config.num_layers, stages * chunks)
-        with torch.device("meta"):  # the plain model as shapes without memory; this rank takes its parts of it
+        with torch.device(
+            "meta"
+        ):  # the plain model as shapes without memory; this rank takes its parts of it
             whole = GPT(config)
         first, last = rank == 0, rank == stages - 1
         self.embedding = whole.embedding if first or (last and config.tied_head) else None
@@ -745,7 +858,9 @@ class PipelineStage(nn.Module):
         if torch.get_default_device().type != "meta":  # there nobody asks for more than shapes
             names = self.state_dict().keys()
             weights = {name: x for name, x in initial_weights(config) if name in names}
-            self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
+            self.load_state_dict(
+                weights, assign=True
+            )  # in the place of the shapes; a copy into them would go nowhere
 
     def stage(self, chunk: int) -> int:
         return chunk * self.stages + self.rank
@@ -766,8 +881,8 @@ class PipelineStage(nn.Module):
 
     def loss(self, logits_BSV: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+        logits_BVS = rearrange(at_least_fp32(logits_BSV), "B S V -> B V S")
+        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
 
     def tied_copies(self) -> list[nn.Parameter]:
         """The tied weight, where another rank has a copy of it."""
@@ -775,12 +890,16 @@ class PipelineStage(nn.Module):
         return [self.embedding.weight] if copied else []
 
 
-def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
+def random_streams(
+    seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu"
+) -> RandomStreams:
     """Dropout's generator for one rank; equal on no two, since no two hold the same tensor.
 
     Source: ours.
     """
-    generator = torch.Generator(device).manual_seed(zlib.crc32(repr((seed, pp_rank, dp_rank)).encode()))
+    generator = torch.Generator(device).manual_seed(
+        zlib.crc32(repr((seed, pp_rank, dp_rank)).encode())
+    )
     return RandomStreams(outside=generator, inside=generator)
 
 
@@ -798,28 +917,29 @@ def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.
 # [the paper's section 4.1]
 
 
-def cut_for_wire(x: Tensor, group=None) -> Tensor:
+def cut_for_wire(x: Tensor, group: Group = None) -> Tensor:
     """This rank's part of x, flat, for its peer: (n,) with n = x.numel() / t, rounded up; the last parts are padded.
 
     Args: x of any shape, the same on every rank of `group`. group: the t ranks; None: there is one, and n is all of x.
-    Source: the paper's section 4.1.
+    Raises: ValueError on a rank that is not in `group`. Source: the paper's section 4.1.
     """
     flat = x.detach().reshape(-1)
     if group is None:
         return flat
-    t = dist.get_world_size(group)
-    return F.pad(flat, (0, -flat.numel() % t)).chunk(t)[dist.get_rank(group)].contiguous()
+    t = group_size(group)
+    padded = F.pad(flat, (0, -flat.numel() % t))
+    return padded.chunk(t)[group_rank(group)].contiguous()
 
 
-def join_from_wire(part: Tensor, shape: tuple[int, ...], group=None) -> Tensor:
+def join_from_wire(part: Tensor, shape: tuple[int, ...], group: Group = None) -> Tensor:
     """The whole tensor of `shape`, from the parts that the ranks of `group` have received. Undoes `cut_for_wire`.
 
     Args: part: (n,), as `cut_for_wire` returns it. Every rank of `group` must call it.
-    Source: the paper's section 4.1.
+    Raises: ValueError on a rank that is not in `group`. Source: the paper's section 4.1.
     """
     if group is None:
         return part.view(shape)
-    parts = [torch.empty_like(part) for _ in range(dist.get_world_size(group))]
+    parts = [torch.empty_like(part) for _ in range(group_size(group))]
     dist.all_gather(parts, part, group)
     return torch.cat(parts)[: math.prod(shape)].view(shape)
 
@@ -847,7 +967,10 @@ class Mailbox:
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
         self.values = {}  # (pipeline rank, op) to what is here: made, or received
-        self.flying, self.batches = {}, deque()  # a hop to its message and what to wait for; the batches, oldest first
+        self.flying, self.batches = (
+            {},
+            deque(),
+        )  # a hop to its message and what to wait for; the batches, oldest first
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
@@ -876,12 +999,16 @@ class Mailbox:
             if x.shape != shape or x.dtype != self.dtype:
                 found = f"{tuple(x.shape)} {x.dtype}"
                 raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
-            part = cut_for_wire(x, self.grid.tp_group).to(self.wire)  # a receiver's buffer is cut as the tensor is
+            part = cut_for_wire(x, self.grid.tp_group).to(
+                self.wire
+            )  # a receiver's buffer is cut as the tensor is
             kind, peer = (dist.isend, hop.target) if sends else (dist.irecv, hop.source)
             messages.append(dist.P2POp(kind, part, group=self.grid.pp_group, group_peer=peer))
         with self.named_errors(*batch):
             works = dist.batch_isend_irecv(messages)
-        works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
+        works = (
+            works * len(batch) if len(works) == 1 else works
+        )  # NCCL makes one operation of the batch
         self.flying |= zip(batch, zip(messages, works))
         self.batches.append(batch)
 
@@ -903,7 +1030,9 @@ class Mailbox:
         except RuntimeError as error:
             rank, what = self.grid.pp_rank, ", ".join(map(str, hops))
             peers = " or ".join(sorted({str(hop.source + hop.target - rank) for hop in hops}))
-            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {what}: {error}") from error
+            raise RuntimeError(
+                f"pipeline rank {rank} lost rank {peers} in {what}: {error}"
+            ) from error
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -931,7 +1060,7 @@ class Mailbox:
 # as well: what has been summed already would be summed again.
 
 
-def count_targets(targets_BS: Tensor, group=None) -> Tensor:
+def count_targets(targets_BS: Tensor, group: Group = None) -> Tensor:
     """How many targets count, over all replicas of `group`: a scalar tensor, so that nobody waits for a GPU.
 
     Source: ours.
@@ -984,21 +1113,31 @@ def run_step(
     ops = [step.op for step in program if step.op]
     m, chunks, rate = 1 + max(op.microbatch for op in ops), chunks_of([ops]), stage.config.dropout
     if len(tokens_BS) < m:
-        raise ValueError(f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least")
+        raise ValueError(
+            f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least"
+        )
     if any(op.kind == "W" for op in ops):
-        raise ValueError("zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved")
+        raise ValueError(
+            "zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved"
+        )
     if (v, p, rank) != (chunks, grid.pp, grid.pp_rank):
         built = f"the stage was built with {v} chunks for rank {rank} of {p}"
-        raise ValueError(f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, but {built}")
+        raise ValueError(
+            f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, but {built}"
+        )
     if torch.is_grad_enabled() and any(p.grad is not None for p in stage.parameters()):
-        raise ValueError("gradients of an earlier step are still there: call zero_grad(set_to_none=True) before")
+        raise ValueError(
+            "gradients of an earlier step are still there: call zero_grad(set_to_none=True) before"
+        )
     if stage.training and rate and streams.outside is None:
         raise ValueError(f"dropout={rate} needs streams=random_streams(seed, pp_rank, dp_rank)")
 
     # Every rank cuts the same batch in the same way: so it knows the shape of whatever a neighbour will send.
     tokens, targets = tokens_BS.tensor_split(m), targets_BS.tensor_split(m)
     count, dtype = count_targets(targets_BS, grid.dp_group), next(stage.parameters()).dtype
-    mailbox = Mailbox(grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H))
+    mailbox = Mailbox(
+        grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H)
+    )
     learning, generator = torch.is_grad_enabled(), streams.outside or torch.default_generator
     saved = {}  # (micro-batch, chunk) to the input, the generator's state before it, and the edge of the output
 
@@ -1006,7 +1145,11 @@ def run_step(
         """This piece's output: an activation, or of the last stage the micro-batch's part of the loss."""
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             y = stage(op.chunk, x, streams)
-            return stage.loss(y, targets[op.microbatch]).sum() / count if stage.is_last(op.chunk) else y
+            return (
+                stage.loss(y, targets[op.microbatch]).sum() / count
+                if stage.is_last(op.chunk)
+                else y
+            )
 
     for op, batch in program:
         if op is not None:
@@ -1017,7 +1160,9 @@ def run_step(
             if op.kind == "F":
                 x = tokens[op.microbatch] if received is None else received.requires_grad_()
                 state = generator.get_state() if recompute else None
-                with torch.set_grad_enabled(learning and not recompute):  # what is to be recomputed keeps no graph now
+                with torch.set_grad_enabled(
+                    learning and not recompute
+                ):  # what is to be recomputed keeps no graph now
                     y = compute(op, x)
                 if learning:
                     saved[key] = x, state, None if recompute else get_gradient_edge(y)
@@ -1068,7 +1213,10 @@ def shard_state_dict(
     found = {name: tuple(x.shape) for name, x in full.items()}
     expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
-        lines = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
+        lines = (
+            f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}"
+            for name in wrong
+        )
         raise ValueError("the state dict does not fit this configuration: " + "; ".join(lines))
     with torch.device("meta"):
         names = PipelineStage(config, rank, world_size, chunks).state_dict()
@@ -1086,7 +1234,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
         for name, x in shard.items():
             if not torch.equal(full.setdefault(name, x.clone()), x):
                 gap = (full[name] - x).abs().max()
-                raise ValueError(f"the copies of {name} differ by {gap:.1e}: they have drifted apart")
+                raise ValueError(
+                    f"the copies of {name} differ by {gap:.1e}: they have drifted apart"
+                )
     names = parameter_shapes(config)
     if missing := names.keys() - full.keys():
         raise ValueError(f"no rank has {sorted(missing)}")
@@ -1112,16 +1262,21 @@ class Grid:
 
     tied_group: the first and the last rank of a pipeline. tp_group: ranks that hold the same boundary tensors; who has
     tensor parallelism inside the stages sets it, `make_grid` does not.
+    Raises: ValueError on a rank that is not in one of the groups.
     """
 
     pp: int = 1
     dp: int = 1
     pp_rank: int = 0
     dp_rank: int = 0
-    pp_group: dist.ProcessGroup | None = None
-    dp_group: dist.ProcessGroup | None = None
-    tied_group: dist.ProcessGroup | None = None
-    tp_group: dist.ProcessGroup | None = None
+    pp_group: Group = None
+    dp_group: Group = None
+    tied_group: Group = None
+    tp_group: Group = None
+
+    def __post_init__(self):
+        for group in (self.pp_group, self.dp_group, self.tied_group, self.tp_group):
+            group_size(group)  # refuses a group of other ranks
 
 
 def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
@@ -1129,7 +1284,7 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 
     timeout: seconds. Raises: ValueError where pp does not divide the ranks.
     """
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world, rank = group_size(), group_rank()
     if world % pp:
         raise ValueError(f"pp={pp} does not divide the {world} ranks")
     dp = world // pp
@@ -1137,9 +1292,11 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     pipelines, replicas = ranks.T.tolist(), ranks.tolist()
     # Who holds the tied weight: first and last of each pipeline. All ranks must make a group together, so each of those
     # between is in a list as well, alone.
-    ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
+    ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [
+        [r] for ranks in pipelines for r in ranks[1:-1]
+    ]
     groups = (make_group(lists, device, timeout) for lists in (pipelines, replicas, ends))
-    pp_group, dp_group, tied_group = (group if dist.get_world_size(group) > 1 else None for group in groups)
+    pp_group, dp_group, tied_group = (group if group_size(group) > 1 else None for group in groups)
     return Grid(pp, dp, rank // dp, rank % dp, pp_group, dp_group, tied_group)
 
 
@@ -1151,29 +1308,36 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
 # the same factor, so the copies stay equal. Replicas need no such sum: their gradients are equal by then.
 
 
-def sum_over(group, tensors: list[Tensor]) -> None:
+def sum_over(group: Group, tensors: list[Tensor]) -> None:
     """Sums each of `tensors`, of any shapes and one dtype, over `group`, in place. group None: this rank is alone.
 
     One large message is faster than many small ones, and costs a copy of them.
+    Raises: ValueError on a rank that is not in `group`.
     """
-    if group is not None and tensors:
+    if group is not None and group_size(group) > 1 and tensors:
         flat = torch.cat([x.flatten() for x in tensors])
         dist.all_reduce(flat, group=group)
         for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
             x.copy_(total.view_as(x))
 
 
-def clip_grad_norm_(stage: PipelineStage, max_norm: float, group=None) -> Tensor:
+def clip_grad_norm_(stage: PipelineStage, max_norm: float, group: Group = None) -> Tensor:
     """Scales all gradients so that their norm over the stages of `group` is at most max_norm.
 
     Gradients are whole, as `run_step` leaves them: summed over replicas, and of no tensor-parallel share.
     Returns: the norm before clipping, a scalar, at least fp32, the same on every rank: torch.nn.utils.clip_grad_norm_'s
     of the plain model.
     """
-    copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
+    copies = (
+        {id(p) for p in stage.tied_copies()} if stage.rank else set()
+    )  # by identity: == compares elements
     grads = [p.grad for p in stage.parameters() if id(p) not in copies]
-    wide = torch.promote_types(grads[0].dtype, torch.float32)  # a sum of squares in bf16 would have three digits
-    square = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in grads]).square().sum()
+    wide = torch.promote_types(
+        grads[0].dtype, torch.float32
+    )  # a sum of squares in bf16 would have three digits
+    square = (
+        torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in grads]).square().sum()
+    )
     sum_over(group, [square])
     nn.utils.clip_grads_with_norm_(stage.parameters(), max_norm, square.sqrt())
     return square.sqrt()
@@ -1193,8 +1357,12 @@ def train(
     verify(schedule)  # before the first message, since a reader may have written it
     program, m = programs(schedule)[grid.pp_rank], 1 + max(op.microbatch for op in schedule[0])
     for step, batch in enumerate(batches):
-        if (rows := len(batch[0])) < m * grid.dp:  # before any message: the replicas would not fail together
-            raise ValueError(f"a batch of {rows} rows is too small for {m} micro-batches on {grid.dp} replicas")
+        if (
+            rows := len(batch[0])
+        ) < m * grid.dp:  # before any message: the replicas would not fail together
+            raise ValueError(
+                f"a batch of {rows} rows is too small for {m} micro-batches on {grid.dp} replicas"
+            )
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
@@ -1236,7 +1404,12 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
     1f1b's memory. zb-h1: p on every rank, since an activation is kept until its W. Source: the paper's section 2.2.
     """
     p, m, v = stages, microbatches, chunks
-    most = {"gpipe": m, "1f1b": p - rank, "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1, "zb-h1": p}[kind]
+    most = {
+        "gpipe": m,
+        "1f1b": p - rank,
+        "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1,
+        "zb-h1": p,
+    }[kind]
     return min(most, m * v)
 
 
@@ -1260,7 +1433,14 @@ def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 20
     return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
 
 
-def flops(layers: int, hidden: int, batch: int, vocab: int = 51_200, seq: int = 2048, recompute: bool = True) -> int:
+def flops(
+    layers: int,
+    hidden: int,
+    batch: int,
+    vocab: int = 51_200,
+    seq: int = 2048,
+    recompute: bool = True,
+) -> int:
     """Floating-point operations of one step of `batch` sequences. Source: the paper's section 5.1 (recomputed)."""
     per_layer = 24 * batch * seq * hidden**2 + 4 * batch * seq**2 * hidden
     return (4 if recompute else 3) * layers * per_layer + 6 * batch * seq * hidden * vocab
@@ -1283,7 +1463,9 @@ def training_days_rule(tokens: float, gpus: int, flops_per_gpu: float, parameter
 
 # A row of the paper's table 1: parameters in billions, its (t, p), micro-batch b and chunks v (from its published
 # scripts), TFLOP/s per GPU, share of the 312 peak in percent, PFLOP/s of all GPUs.
-Published = namedtuple("Published", "billions heads hidden layers tp pp gpus batch b v tflops percent petaflops")
+Published = namedtuple(
+    "Published", "billions heads hidden layers tp pp gpus batch b v tflops percent petaflops"
+)
 
 TABLE_1 = [
     Published(1.7, 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137, 44, 4.4),
@@ -1371,7 +1553,9 @@ def predict(
     head = 6 * b * seq * hidden * vocab
     slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head
     compute = slowest / t / (machine.peak * machine.efficiency) + machine.overhead * layers / p
-    tensor = 12 * micro * (t - 1) / t * 2 / machine.nvlink * layers / p  # 2 bytes an element, here and below
+    tensor = (
+        12 * micro * (t - 1) / t * 2 / machine.nvlink * layers / p
+    )  # 2 bytes an element, here and below
     hop = micro / t * 2 / machine.network + micro * (t - 1) / t * 2 / machine.nvlink
     messages = 2 * v * hop if p > 1 else 0.0
     lost, sums = float(bubble(kind, p, m, v)), 2 * (d - 1) / d * held * 2 / machine.network
@@ -1379,7 +1563,9 @@ def predict(
     seconds = rounds * (compute + tensor + messages) + sums
     speed = flops(layers, hidden, batch, vocab, seq) / (t * p * d * seconds) / 1e12
     memory = (18 * held + inputs + working) / 1e9
-    return Layout(t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed)
+    return Layout(
+        t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed
+    )
 
 
 def plan(
@@ -1407,7 +1593,9 @@ def plan(
             best.setdefault((x.t, x.p), x)  # the first that fits is the fastest
     if not best:
         what = f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs"
-        raise ValueError(f"{what} of {machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors")
+        raise ValueError(
+            f"{what} of {machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors"
+        )
     return list(best.values())
 
 
@@ -1421,7 +1609,9 @@ def plan(
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
 
-def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small odd model on this grid beside the same on a single device, under each schedule: name to relative error.
 
     Rows divide neither over replicas nor over micro-batches, which have unequal numbers of tokens that count. Errors
@@ -1430,32 +1620,46 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     config = GPTConfig(61, 16, hidden_size=16, num_layers=2 * grid.pp + 1, num_heads=2)
     m = 2 * grid.pp
     rows = m * grid.dp + 1
-    tokens_BS, targets_BS = torch.randint(61, (2, rows, 13), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens_BS, targets_BS = torch.randint(
+        61, (2, rows, 13), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     targets_BS[0, 3:] = -100
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast),
+    )
     errors = {}
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
         shards = [{name: x.detach().cpu() for name, x in here.items()}] * grid.pp
         if grid.pp_group is not None:
             dist.all_gather_object(shards, shards[0], grid.pp_group)
-        whole = merge_state_dicts(shards, config)
-        pairs = ((name, whole[name], y.detach().cpu()) for name, y in reference.items())
-        return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
+        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
 
     for kind, chunks in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
         plain = GPT(config).to(device, dtype)
         stage = PipelineStage(config, grid.pp_rank, grid.pp, chunks).to(device, dtype)
-        here = train(stage, schedule(kind, grid.pp, m, chunks), batches, grid=grid, recompute=chunks > 1, **options)
+        here = train(
+            stage,
+            schedule(kind, grid.pp, m, chunks),
+            batches,
+            grid=grid,
+            recompute=chunks > 1,
+            **options,
+        )
         runs = zip(train_alone(plain, batches, **options), here)
         for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
             errors[f"loss {step}, {kind}"] = abs(loss_here / loss - 1).item()
             errors[f"norm {step}, {kind}"] = abs(norm_here / norm - 1).item()
             if step == 0:
-                grads = ({n: p.grad for n, p in module.named_parameters()} for module in (stage, plain))
+                grads = (
+                    {n: p.grad for n, p in module.named_parameters()} for module in (stage, plain)
+                )
                 errors |= gaps(f"gradient, {kind},", *grads)
         if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself
-            errors |= gaps(f"after AdamW, {kind},", stage.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+            errors |= gaps(
+                f"after AdamW, {kind},", stage.state_dict(), plain.state_dict(), floor=5 * 1e-3
+            )
     return errors
 
 
@@ -1463,119 +1667,155 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# region carried: precision (home: 01_deepspeech)
-def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
-    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
+def losses_alone(
+    config: GPTConfig, batches: Batches, device: torch.device, **options
+) -> list[float]:
+    """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
+
+    options: `train_alone`'s lr and autocast, and dtype, the parameters'.
+    """
+    losses = []
+    if group_rank() == 0:
+        plain = GPT(config).to(device, options.pop("dtype"))
+        losses = [loss.item() for loss, _ in train_alone(plain, batches, **options)]
+    wait_for_all()  # this takes rank 0 longer, perhaps, than a message may take
+    return losses
 
 
-def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
-    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
-    errors = list(errors)
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
-
-
-# endregion copy 4a8517
-
-
-def check(args, grid: Grid, device: torch.device) -> bool:
-    """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
-    errors = equivalence(grid, device, *precision(args))
-    worst, good = within(errors.values(), BOUNDS[args.dtype])
-    say("\n".join(f"{name:70} {error:.1e}" for name, error in errors.items()))
-    say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; pp {grid.pp} × dp {grid.dp}, {args.dtype}")
-    return good
-
-
-def demonstrate(args, grid: Grid, device: torch.device) -> list[float]:
-    """Trains on real text, draws a step; returns the differences in loss of the first steps from the single device."""
+def demonstrate(args: argparse.Namespace, grid: Grid, device: torch.device) -> dict[str, float]:
+    """Trains on real text, draws a step; returns each first step's difference in loss from the single device."""
     from tqdm import tqdm
 
-    config, data = config_of(args), TextData(args.data, args.tokenizer, args.seq_length)
-    dtype, autocast = precision(args)
+    config, data = config_of(args), TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
+    dtype, autocast = dtypes(args)
 
-    def batches() -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+    def batches(steps: int) -> Batches:
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     stage = PipelineStage(config, grid.pp_rank, grid.pp, args.chunks).to(device, dtype)
     streams = random_streams(args.seed, grid.pp_rank, grid.dp_rank, device)
-    table, bars = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), []
-    alone, differences = iter(()), []
-    if dist.get_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
-        alone = train_alone(GPT(config).to(device, dtype), islice(batches(), 5), **options)
+    table, bars, differences = (
+        schedule(args.schedule, grid.pp, args.microbatches, args.chunks),
+        [],
+        {},
+    )
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
-    say(f"{whole:,} parameters, {held:,} on this rank; {data.tokens.numel():,} tokens of {data.source}\n")
+    say(f"{whole:,} parameters, {held:,} on this rank; {len(data.tokens):,} tokens of {source}\n")
+    compared = (
+        0 if args.dropout else min(5, args.steps)
+    )  # with dropout the masks differ, and so must the losses
+    alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
-    quiet = dist.get_rank() > 0 or not sys.stderr.isatty()
+    quiet = group_rank() > 0 or not sys.stderr.isatty()
     options |= dict(streams=streams, recompute=args.recompute, bars=bars)
-    steps = tqdm(train(stage, table, batches(), grid=grid, **options), total=args.steps, disable=quiet)
-    for step, results in enumerate(steps):
-        loss, norm = read_step(step, *results)
-        beside = [loss_alone.item() for loss_alone, _ in islice(alone, 1)]
-        differences += [abs(loss - other) for other in beside]
+    training = train(stage, table, batches(args.steps), grid=grid, **options)
+    for step, numbers in enumerate(tqdm(training, total=args.steps, disable=quiet)):
+        loss, norm = read_step(step, *numbers)
+        other = ""
+        if step < len(alone):
+            other = f"{alone[step]:.6f}"
+            differences[f"loss {step}"] = abs(loss - alone[step])
         if step < 5 or step % 10 == 9:
-            text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
+            say(f"{step:4}  {loss:.6f}  {other:>15}  {norm:8.3f}")
 
     stage.eval()
     forward_only = programs([[op for op in ops if op.kind == "F"] for ops in table])[grid.pp_rank]
-    rows = (x_BS.to(device).tensor_split(grid.dp)[grid.dp_rank] for x_BS in data.batch(0, args.batch, args.seed, True))
+    rows = (
+        x_BS.to(device).tensor_split(grid.dp)[grid.dp_rank]
+        for x_BS in data.batch(0, args.batch, args.seed, True)
+    )
     with torch.no_grad():
         loss = run_step(stage, forward_only, *rows, grid, autocast=autocast)
     say(f"\nheld-out loss {loss.item():.4f} nats a token\n")
+    draw_step(args, grid, table, bars)
+    return differences
 
+
+def draw_step(args: argparse.Namespace, grid: Grid, table: Schedule, bars: list[Bar]) -> None:
+    """Prints a step as it was planned, and below it the last one as it ran."""
     planned = simulate(table, t_backward=3 if args.recompute else 2)
     say(f"{args.schedule} as planned: bubble {planned.bubble} of the ideal time\n{draw(planned)}\n")
-    every = [None] * dist.get_world_size()
+    every = [None] * group_size()
     dist.all_gather_object(every, (grid.dp_rank, bars))
     measured = Timeline([bars for replica, bars in every if replica == 0 and bars])
     if measured.ranks:
         cores = f"{1e3 * measured.length:.0f} ms on {os.cpu_count()} CPU cores"
         say(f"the last step as it ran, {cores}\n{draw(measured)}\n")
-    return differences
 
 
-def main(args, device: torch.device) -> None:
+def main(args: argparse.Namespace, device: torch.device) -> None:
     grid = make_grid(args.pp, device, args.timeout)
-    where = f"{args.device}, {args.backend}, {dist.get_world_size()} ranks: pp {grid.pp} × dp {grid.dp}"
-    what = f"{args.schedule}, {args.microbatches} micro-batches, {args.chunks} chunks"
-    say(f"torch {torch.__version__}, {where}, {what}, {args.dtype}, seed {args.seed}\n")
+    work = f"{args.schedule}, {args.microbatches} micro-batches, {args.chunks} chunks"
+    say_setting(args, f": pp {grid.pp} × dp {grid.dp}, {work}")
     if args.check:
-        sys.exit(0 if check(args, grid, device) else 1)
-    errors, differences = equivalence(grid, device, torch.float64), demonstrate(args, grid, device)
-    if dist.get_rank() == 0 and not print_claims(claims(args, errors, differences)):
+        good = print_errors(equivalence(grid, device, *dtypes(args)), BOUNDS[args.dtype])
+        sys.exit(0 if good else 1)
+    errors = equivalence(grid, device, torch.float64)
+    differences = demonstrate(args, grid, device)
+    # The other ranks wait at the end of `run_rank` until rank 0 has computed the paper's numbers.
+    if group_rank() == 0 and not print_claims(claims(args, errors, differences)):
         sys.exit(1)
 
 
-def claims(args, errors: dict[str, float], differences: list[float]) -> list[tuple]:
+def claims(
+    args: argparse.Namespace, errors: dict[str, float], differences: dict[str, float]
+) -> list[tuple]:
+    """The rows of the claims table."""
     rows = []
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "gradient"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
-        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        row(f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
-    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+    for claim, kind in (
+        ("gradient", "gradient"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        error = worst(errors, kind)
+        text = f"every {claim} equals the single device's, float64"
+        row(text, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
+    if differences:
+        row(
+            text,
+            "equal",
+            f"within {worst(differences):.0e}",
+            worst(differences) <= BOUNDS[args.dtype],
+        )
+    else:
+        row(text, "equal", "–", "needs steps and --dropout 0")
     for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
         table = schedule(kind, 4, 8, v)
-        row(f"bubble of {kind}, p = 4, m = 8, v = {v}", str(bubble(kind, 4, 8, v)), str(simulate(table).bubble))
+        row(
+            f"bubble of {kind}, p = 4, m = 8, v = {v}",
+            str(bubble(kind, 4, 8, v)),
+            str(simulate(table).bubble),
+        )
         formula = [in_flight(kind, 4, 8, v, rank) for rank in range(4)]
         row("   activations held, rank by rank", str(formula), str(verify(table)))
     big = schedule("1f1b", 64, 512)
     verify(big)
     row("bubble of the 1T model's step, 64 stages, proven", "63/512", str(simulate(big).bubble))
-    same = sum(f"{parameter_count(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1)
+    same = sum(
+        f"{parameter_count(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1
+    )
     row("parameters of table 1 as printed", "10 rows", f"{same} rows")
-    days = [training_days_rule(300e9, 1024, 140e12, 175e9), training_days_rule(450e9, 3072, 163e12, 1008e9)]
+    days = [
+        training_days_rule(300e9, 1024, 140e12, 175e9),
+        training_days_rule(450e9, 3072, 163e12, 1008e9),
+    ]
     row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
     first = plan(128, 25_600, 160, 3072, 3072)[0]
     row("the plan for 1T on 3,072 GPUs", "t 8, p 64, d 6", f"t {first.t}, p {first.p}, d {first.d}")
-    best = ([x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1)
+    best = (
+        [x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1
+    )
     among = sum((r.tp, r.pp) in three for r, three in zip(TABLE_1, best))
     row("table 1's (t, p) among the plan's best three", "10 rows", f"{among} rows")
     row("throughput gained by interleaving", "up to 10 %", "–", "needs a GPU a rank")
@@ -1583,54 +1823,60 @@ def claims(args, errors: dict[str, float], differences: list[float]) -> list[tup
     return rows
 
 
-SIZES = dict(num_layers="layers, L; at least pp · chunks", hidden_size="hidden size, H", num_heads="attention heads, N",
-             seq_length="tokens of a sequence, S", dropout="probability")  # fmt: skip
-DEFAULTS = dict(num_layers=8, hidden_size=64, num_heads=4, seq_length=64, dropout=0.0)
+@dataclass
+class Options:
+    """This chapter's own flags."""
+
+    data: str = flag(
+        "", "a UTF-8 text to train on, in place of Python's own sources", metavar="FILE"
+    )
+    pp: int | None = flag(None, "ranks of one pipeline; None: 4, or the most that fit", least=1)
+    schedule: str = flag("1f1b", "the order of forwards and backwards", choices=list(KINDS[:3]))
+    chunks: int = flag(1, "pieces of the model on each rank, for interleaved", least=1)
+    microbatches: int | None = flag(None, "of a replica; None: two for each stage", least=1)
+    recompute: bool = flag(False, "keep each stage's input alone, compute the rest again")
+    untied: bool = flag(False, "a head with a weight of its own")
+    batch: int | None = flag(None, "sequences of a step; None: 16, or more if need be", least=1)
+    lr: float = flag(3e-3, "learning rate, after ten steps of warm-up", least=1e-9)
 
 
-def config_of(args) -> GPTConfig:
-    sizes = {name: getattr(args, name) for name in SIZES}
-    return GPTConfig(tokenizer(args.tokenizer).n_vocab, seed=args.seed, tied_head=not args.untied, **sizes)
+def config_of(args: argparse.Namespace) -> GPTConfig:
+    words = byte_encoding().n_vocab
+    return config_from(args, GPTConfig, vocab_size=words, seed=args.seed, tied_head=not args.untied)
+
+
+def default_pp(args: argparse.Namespace) -> int:
+    """4 stages, or else as many as divide the ranks and have a layer for each chunk."""
+    most = max(1, args.num_layers // args.chunks)
+    fits = [pp for pp in range(1, most + 1) if args.world_size % pp == 0]
+    return 4 if 4 in fits else fits[-1]
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Replaces every None. Raises ValueError or OSError where the flags, or the text, do not fit."""
+    args.pp = args.pp or default_pp(args)
+    args.microbatches = args.microbatches or 2 * args.pp
+    if args.world_size % args.pp:
+        raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
+    verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
+    place_layers(config_of(args).num_layers, args.pp * args.chunks)
+    least = args.microbatches * args.world_size // args.pp
+    args.batch = args.batch or max(16, least)
+    if args.batch < least:
+        need = f"the micro-batches of all replicas need at least {least} rows"
+        raise ValueError(f"--batch {args.batch}: {need}")
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=40)
-    flag = parser.add_argument
-    text = "ranks of one pipeline; must divide all ranks (default: 4, or all if there are fewer)"
-    flag("--pp", type=int, default=argparse.SUPPRESS, help=text)
-    flag("--schedule", choices=KINDS[:3], default="1f1b", help="the order of forwards and backwards")
-    flag("--chunks", type=int, default=1, help="pieces of the model on each rank, for interleaved")
-    text = "into which each replica cuts its rows (default: two for each stage)"
-    flag("--microbatches", type=int, default=argparse.SUPPRESS, help=text)
-    flag("--recompute", action="store_true", help="keep each stage's input alone, compute the rest again")
-    flag("--untied", action="store_true", help="a head with a weight of its own")
-    for name, text in SIZES.items():
-        flag("--" + name.replace("_", "-"), type=type(DEFAULTS[name]), default=DEFAULTS[name], help=text)
-    text = "sequences of a step, over all replicas (default: 16, or a row a micro-batch)"
-    flag("--batch", type=int, default=argparse.SUPPRESS, help=text)
-    flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
-    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    args = parse_flags(parser, ranks=4)
-    args.pp = getattr(args, "pp", min(4, args.world_size))
-    args.microbatches = getattr(args, "microbatches", 2 * args.pp)
-    try:
-        if args.pp < 1 or args.world_size % args.pp:
-            raise ValueError(f"--pp {args.pp} must divide the {args.world_size} ranks")
-        verify(schedule(args.schedule, args.pp, args.microbatches, args.chunks))
-        place_layers(config_of(args).num_layers, args.pp * args.chunks)
-        least = args.microbatches * args.world_size // args.pp
-        args.batch = getattr(args, "batch", max(16, least))
-        if args.batch < least:
-            raise ValueError(f"--batch {args.batch}: the micro-batches of all replicas need at least {least} rows")
-        TextData(args.data, args.tokenizer, args.seq_length)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    return parse_flags(__doc__, [GPTConfig, Options], check_args, ranks=4, steps=40)
 
 
 def plan_command(arguments: list[str]) -> None:
     """`pipeline.py plan ...`: the table of layouts, why the first is the first, and its schedule, proven and timed."""
-    parser = argparse.ArgumentParser(prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for name in ("layers", "hidden", "heads", "gpus", "batch"):
         parser.add_argument("--" + name, type=int, required=True)
     speeds = dict(gpu_memory="GB of one GPU", gpus_per_node="GPUs of one server", peak="FLOP/s of one GPU",
@@ -1638,13 +1884,17 @@ def plan_command(arguments: list[str]) -> None:
                   network="bytes/s of a GPU between servers", overhead="seconds a layer and micro-batch")  # fmt: skip
     for name, text in speeds.items():
         default = Machine._field_defaults[name]
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default), default=default, help=text
+        )
     parser.add_argument("--rows", type=int, default=10, help="layouts to show")
     args = vars(parser.parse_args(arguments))
     rows, machine = args.pop("rows"), Machine(**{name: args.pop(name) for name in speeds})
     try:
-        if min(*args.values(), *machine) <= 0 or args["hidden"] % args["heads"]:
-            raise ValueError(f"{args} on {machine}: all must be above 0, and the heads must divide the hidden size")
+        numbers = [*args.values(), *machine]
+        if not all(0 < x < math.inf for x in numbers) or args["hidden"] % args["heads"]:
+            why = "all must be finite and above 0, and the heads must divide the hidden size"
+            raise ValueError(f"{args} on {machine}: {why}")
         layouts = plan(**args, machine=machine)
     except ValueError as error:
         parser.error(str(error))
@@ -1667,64 +1917,162 @@ The first row by the paper's three rules:
 Its schedule, {count:,} operations: no deadlock, bubble {timeline.bubble}, {max(peaks)} activations of a chunk held""")
 
 
-# The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
+# The rest is carried: text data, at home in chapter 2; all other blocks, at home in chapter 1.
+
+
+# region carried: process groups (home: 01_deepspeech)
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
+
+
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
+
+
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
+    """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# endregion copy 3197a3
 
 
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy aaa995
 
 
-# region carried: training log (home: 01_deepspeech)
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
+
+
+# region carried: reports (home: 01_deepspeech)
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
     Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
     loss_value, norm_value = torch.stack([loss, norm]).tolist()
@@ -1734,181 +2082,262 @@ def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     return loss_value, norm_value
 
 
-# endregion
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
-
-    def __enter__(self):
-        self.messages = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
 
 
-# endregion copy 0c0eaa
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
 
 
-# region carried: claims table (home: 01_deepspeech)
-def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
 
-    Returns False where a claim fails.
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
+
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
     """
-    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
-    table = [("claim", "paper", "here", "verdict"), *words]
-    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
-    for row in table:
-        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return not any(row[3] is False for row in rows)
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion copy 6f0d29
+# endregion copy 7f35e3
 
 
 # region carried: flags (home: 01_deepspeech)
-def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
-    """The flags that every chapter has; `parse_flags` reads them."""
+@dataclass
+class RunConfig:
+    """The flags of every chapter."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # a default of None or "" says nothing
-            return super()._get_help_string(action) if action.default not in (None, "") else action.help
-
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
-    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
-    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
-    flag("--steps", type=int, default=steps, help="optimiser steps")
-    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
-    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
-    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
-    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
-    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
-    return parser
+    ranks: int | None = flag(None, "processes here; None: one per GPU, or a few", least=1)
+    device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
+    backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
+    dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
+    steps: int = flag(0, "optimizer steps")
+    seed: int = flag(0, "of weights, batches and dropout")
+    timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
+    check: bool = flag(False, "prove the equivalence, and stop")
 
 
-def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
-    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
-    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
-    if local < 1 or args.ranks not in (None, local):
-        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
-    if args.device == "auto":
-        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
-    if args.backend == "auto":
-        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
-    if args.device == "cuda" and not gpus:
-        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
-    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
-        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
-    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
-        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
-        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
-        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
-        path = getattr(args, name, None)
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
-    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+def parse_flags(
+    doc: str | None, configs: list[type], check_args: Callable, ranks: int, steps: int
+) -> argparse.Namespace:
+    """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
+
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=(doc or "").partition("\n")[0],  # python -OO strips docstrings
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in itertools.chain(*map(fields, [RunConfig, *configs])):
+        if f.metadata:
+            _add_flag(parser, f)
+    parser.set_defaults(steps=steps)
+    args = parser.parse_args()
+    try:
+        _resolve_auto(args, ranks)
+        check_args(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return args
 
 
-# endregion copy b40150
+def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    keywords = dict(f.metadata)
+    kind = f.type.partition(" ")[0]  # "int" of "int | None"
+    if kind == "bool":
+        keywords.setdefault("action", "store_true")
+    elif kind != "str":
+        number = int if kind == "int" else float
+        keywords["type"] = partial(_number, number, keywords.pop("least", 0))
+    parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **keywords)
+
+
+def _number(kind: type, least: float, text: str) -> int | float:
+    most = 2**63 - 1 if kind is int else 1e9
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if not least <= value <= most:  # NaN is in no range
+        span = f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
+    return value
+
+
+def _torchrun_world() -> tuple[int, int]:
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
+    several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
+    if several or len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
+    return 0, 0
+
+
+def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
+    """Replaces every "auto" and None. Raises ValueError for what this machine does not have."""
+    gpus = torch.cuda.device_count()
+    local_size, args.world_size = _torchrun_world()
+    if local_size and args.ranks not in (None, local_size):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun has started {local_size}")
+    needs_gpu = args.device == "cuda" or args.backend == "nccl"
+    may_use_gpu = needs_gpu or args.device == args.backend == "auto"
+    if gpus and may_use_gpu and args.backend != "gloo":
+        ranks = gpus  # with gloo, ranks may share a GPU
+    args.ranks = local_size or args.ranks or ranks
+    args.world_size = args.world_size or args.ranks
+    if args.device == "auto":
+        args.device = "cuda" if needs_gpu or (may_use_gpu and gpus >= args.ranks) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
+    if args.dtype == "auto":
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
+    if args.device == "cuda" and not gpus:
+        raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
+    may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
+
+
+def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
+    """The dataclass `config` with the values of its flags, and others."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
+    return config(**values, **others)
+
+
+# endregion copy 82e4fd
 
 
 # region carried: launcher (home: 01_deepspeech)
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
-    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
-
-    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
-    hang in a first send that only two ranks know of.
-    """
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
-
-
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
-    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+    """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
+    try:
+        if "LOCAL_RANK" in os.environ or args.ranks == 1:
+            record(run_rank)(main, args)  # keeps this rank's error for torchrun
+            return
+        logging.disable(logging.WARNING)  # torchrun's, about each signal that it passes on
+        # An explicit address works also where the host's name does not resolve.
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.ranks}"]
+        torchrun.main([*options, *sys.argv])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # names the rank that failed first, with its traceback
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except KeyboardInterrupt as stop:
+        if group_rank() == 0:
+            print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
+        os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
     """One rank: its device, the process group of all ranks, then main."""
     device = torch.device("cpu")
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower
+    world = {"timeout": timedelta(seconds=args.timeout)}
+    if args.backend == "nccl":
+        world["device_id"] = device
+    if "LOCAL_RANK" not in os.environ:
+        world |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    code = 0
     try:
-        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        if args.trace and dist.get_rank() == 0:
-            profile = torch.profiler.profile()
-        with profile:
-            try:
-                main(args, device)
-            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
-                code = end.code
-        dist.barrier()
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
-            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    finally:  # also of a run that failed
-        if isinstance(profile, torch.profiler.profile):
-            write_trace(profile, args.trace)
     dist.destroy_process_group()
     sys.exit(code)
 
 
-def write_trace(profile: torch.profiler.profile, path: str) -> None:
-    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
-    try:
-        profile.export_chrome_trace(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        for left in (aside, f"{aside}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(left)
-        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
+def _end_with_parent(parent: int) -> None:
+    """A launcher that was killed cannot stop its ranks, so each rank watches it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-# endregion copy 9537e9
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

@@ -73,20 +73,23 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import os
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 import traceback
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -95,48 +98,80 @@ import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
+StateDict = dict[str, Tensor]
 
-# The sizes of a GPT, at home in chapter 2.
-# region carried: GPT config (home: 02_megatron_tp)
+
+# region carried: config fields (home: 01_deepspeech)
+def flag(default: Any, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# endregion copy 36d020
+
+
+# The sizes of a GPT, at home in chapter 3.
+# region carried: layered GPT config (home: 03_pipeline)
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    seq_length: int = 128  # S: the model has this many positions
-    hidden_size: int = 128  # H
-    num_layers: int = 4  # L
-    num_heads: int = 4  # N
+    seq_length: int = flag(
+        64, "S, tokens of a sequence; the model has this many positions", least=1
+    )
+    hidden_size: int = flag(64, "H", least=1)
+    num_layers: int = flag(8, "L", least=1)
+    num_heads: int = flag(4, "N, attention heads", least=1)
     ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
-    dropout: float = 0.0  # Megatron-LM trains with 0.1
-    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    dropout: float = flag(0.0, "probability; Megatron-LM trains with 0.1")
+    norm: str = (
+        "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    )
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
-    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    tied_head: bool = (
+        True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    )
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
-        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+        for name in (
+            "vocab_size",
+            "seq_length",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "ffn_hidden_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if rest := self.hidden_size % self.num_heads:
-            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
+            sizes = (
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            )
+            raise ValueError(
+                f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion copy 409b77
+# endregion copy b0571d
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -146,7 +181,7 @@ class GPTConfig:
 # it is.
 
 
-# region carried: plain GPT (home: 02_megatron_tp)
+# region carried: layered GPT (home: 03_pipeline)
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -154,7 +189,9 @@ RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, No
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - p, generator=generator
+    )
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -168,7 +205,9 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
-def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def core_attention(
+    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
     p is the dropout on the attention weights.
@@ -177,8 +216,12 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
     S, D = q_BNSD.shape[-2:]
     scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
-    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # said openly; PyTorch's kernels widen too
+    future_SS = torch.full(
+        (S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device
+    ).triu(1)
+    wide = torch.promote_types(
+        scores_BNSS.dtype, torch.float32
+    )  # said openly; PyTorch's kernels widen too
     weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
     return dropout(weights_BNSS, p, generator) @ v_BNSD
 
@@ -197,7 +240,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         heads = dict(three=3, D=self.config.head_size)  # einops finds out N
-        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(
+            self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads
+        )
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
@@ -249,11 +294,20 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        halves = (
+            (Attention(config, column, row), MLP(config, column, row))
+            for _ in range(config.num_layers)
+        )
         self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        self.head = (
+            None
+            if config.tied_head
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        if (
+            not self.final_norm.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
@@ -263,18 +317,24 @@ class GPT(nn.Module):
             x_BSH = layer(x_BSH, streams)
         return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BSV = self(tokens_BS, streams)
         logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+        return F.cross_entropy(
+            rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none"
+        )
 
 
 def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
     """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
     S = tokens_BS.shape[1]
     if S > positions.num_embeddings:
-        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+        raise ValueError(
+            f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions"
+        )
     return words(tokens_BS) + positions.weight[:S]
 
 
@@ -293,7 +353,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2:
-            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            onto_residual = name.endswith(
+                ("out.weight", "down.weight")
+            )  # what writes onto the residual stream
             std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
         else:  # biases 0, LayerNorm's weights 1
@@ -302,16 +364,27 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
 
 
 def train_alone(
-    model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
+    model: GPT,
+    batches: Batches,
+    lr: Callable[[int], float],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
     clipping.
@@ -331,7 +404,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy 404407
+# endregion copy 7b4c0b
 
 
 class TransformerLayer(Block):
@@ -376,31 +449,66 @@ class TransformerLayer(Block):
 # and g and ḡ are the two doors that section 2.2 adds.
 
 
-# region carried: groups (home: 01_deepspeech)
-def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+# region carried: process groups (home: 01_deepspeech)
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
 
 
-def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
-def _readable(x: Tensor) -> bool:
-    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (chapter 2, part 5), which have none."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place; with a single rank there is nothing to do."""
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
 
 
-# endregion copy 552773
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
+    """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# endregion copy 3197a3
 
 
 # ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
@@ -409,84 +517,94 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)
-def _share(size: int, group, what: str) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
-    return size // tp
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, op, conjugate_op):
+        ctx.reversed = (group, conjugate_op, op)
+        return op(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # apply(), and not a plain call: so that the second derivative is right too.
+        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
-def _keep(x: Tensor, group) -> Tensor:
-    return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
 
 
-def _sum(partial_x: Tensor, group) -> Tensor:
-    """Of a copy: the all-reduce works in place, and somebody else may still need the summand."""
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    # all_reduce works in place, and the caller may still need its partial sum.
     return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
 
 
-def _gather(x: Tensor, group) -> Tensor:
-    """All ranks' x side by side along the last dimension."""
-    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
-    dist.all_gather(pieces, x.contiguous(), group)
-    return torch.cat(pieces, -1)
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    shards = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
+    ]
+    dist.all_gather(shards, x.contiguous(), group)
+    return torch.cat(shards, dim=-1)
 
 
-def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
-    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
-    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
-    return share.clone(memory_format=torch.contiguous_format)
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
-class _Door(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, there, back):
-        ctx.group, ctx.there, ctx.back = group, there, back
-        return there(x, group)
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
 
-    @staticmethod
-    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
-        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
-
-
-def copy_to_tp(x: Tensor, group=None) -> Tensor:
-    """The way in: x as it is; its gradient is summed over `group`.
-
-    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3.
+    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
+    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
 
 
-def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
-    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
 
-    partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3.
+    Args: partial_x (...), of one shape on every rank; not modified.
+    Returns: the sum over `group` (...), replicated.
+    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
+    return (
+        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    )
 
 
-def scatter_to_tp(x: Tensor, group=None) -> Tensor:
-    """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
+def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
 
-    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
     Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
 
 
-def gather_from_tp(x: Tensor, group=None) -> Tensor:
-    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
+def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
 
-    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
-    its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it.
+    Right only where every rank computes the same from the result: its gradient is then replicated,
+    and a sum over the ranks would count it tp times.
+    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy 4574e3
+# endregion copy f6acd3
+def _share(size: int, group: Group, what: str) -> int:
+    tp = group_size(group)
+    if size % tp:
+        raise ValueError(
+            f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks"
+        )
+    return size // tp
+
+
 # ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
 #
 #                              forward           backward
@@ -507,7 +625,9 @@ def gather_from_tp(x: Tensor, group=None) -> Tensor:
 
 def _start_gather(x_sBH: Tensor, group) -> tuple[Tensor, dist.Work]:
     """x_SBH, complete once the work has been waited for."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # its name before torch 2.13
     x_SBH = x_sBH.new_empty(x_sBH.shape[0] * group_size(group), *x_sBH.shape[1:])
     return x_SBH, gather(x_SBH, x_sBH.contiguous(), group=group, async_op=True)
 
@@ -515,7 +635,9 @@ def _start_gather(x_sBH: Tensor, group) -> tuple[Tensor, dist.Work]:
 def _start_reduce_scatter(partial_x_SBH: Tensor, group) -> tuple[Tensor, dist.Work]:
     """x_sBH, this rank's tokens of the sum, complete once the work has been waited for."""
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    x_sBH = partial_x_SBH.new_empty(_tokens_each(partial_x_SBH.shape[0], group), *partial_x_SBH.shape[1:])
+    x_sBH = partial_x_SBH.new_empty(
+        _tokens_each(partial_x_SBH.shape[0], group), *partial_x_SBH.shape[1:]
+    )
     return x_sBH, reduce_scatter(x_sBH, partial_x_SBH.contiguous(), group=group, async_op=True)
 
 
@@ -535,7 +657,7 @@ def _own_tokens(x_SBH: Tensor, group) -> Tensor:
     return x_SBH.split(_tokens_each(x_SBH.shape[0], group))[group_rank(group)].contiguous()
 
 
-def _tokens_each(S: int, group=None) -> int:
+def _tokens_each(S: int, group: Group = None) -> int:
     t = group_size(group)
     if S % t:
         more = -(-S // t) * t
@@ -545,7 +667,7 @@ def _tokens_each(S: int, group=None) -> int:
     return S // t
 
 
-def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") -> Tensor:
+def gather_from_sp(x_sBH: Tensor, group: Group = None, backward: str = "reduce_scatter") -> Tensor:
     """g: all ranks' tokens in the order of ranks, (s, B, H) to (S, B, H).
 
     x_sBH: any shape whose first dimension is divided over `group` (None: all ranks), of the same size on each.
@@ -557,11 +679,17 @@ def gather_from_sp(x_sBH: Tensor, group=None, backward: str = "reduce_scatter") 
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
-        raise ValueError(f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work")
-    return _Door.apply(x_sBH, group, _gather_tokens, ways[backward]) if group_size(group) > 1 else x_sBH
+        raise ValueError(
+            f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work"
+        )
+    return (
+        _Conjugate.apply(x_sBH, group, _gather_tokens, ways[backward])
+        if group_size(group) > 1
+        else x_sBH
+    )
 
 
-def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
+def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
     """ḡ: the sum over `group`, of which each rank gets its own tokens, (S, B, H) to (s, B, H).
 
     partial_x_SBH: any shape, the same on each rank, whose first dimension is tokens; not modified.
@@ -571,10 +699,10 @@ def reduce_scatter_to_sp(partial_x_SBH: Tensor, group=None) -> Tensor:
     """
     if group_size(group) == 1:
         return partial_x_SBH
-    return _Door.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
+    return _Conjugate.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
 
 
-def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
+def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
     """This rank's tokens of a tensor that every rank has, (S, B, H) to (s, B, H); the gradient is gathered.
 
     x_SBH: any shape whose first dimension is tokens, equal on every rank.
@@ -582,7 +710,11 @@ def scatter_to_sp(x_SBH: Tensor, group=None) -> Tensor:
     Raises: ValueError where S does not divide over the ranks.
     Source: Megatron-LM.
     """
-    return _Door.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
+    return (
+        _Conjugate.apply(x_SBH, group, _own_tokens, _gather_tokens)
+        if group_size(group) > 1
+        else x_SBH
+    )
 
 
 # ── 2.3 Keep the share, and gather it twice ─────────────────────────────────────────────────────────────
@@ -623,7 +755,11 @@ def _start_all_reduce(partial_x: Tensor, group) -> tuple[Tensor, dist.Work]:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_fH, bias_f, group, sequence_parallel):
-        door = (_start_gather, _start_reduce_scatter) if sequence_parallel else (_start_nothing, _start_all_reduce)
+        door = (
+            (_start_gather, _start_reduce_scatter)
+            if sequence_parallel
+            else (_start_nothing, _start_all_reduce)
+        )
         ctx.group, (ctx.start_gather, ctx.start_sum) = group, door  # g or f, there and back
         ctx.save_for_backward(x, weight_fH)  # the share, and not what is gathered here
         x_SBH, gathering = ctx.start_gather(x, group)
@@ -651,7 +787,9 @@ class _ColumnParallel(torch.autograd.Function):
         return grad_x, grad_fH, grad_f, None, None
 
 
-def column_parallel(x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group, sequence_parallel: bool) -> Tensor:
+def column_parallel(
+    x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group: Group, sequence_parallel: bool
+) -> Tensor:
     """The door into a region and the product behind it: x to (S, B, f).
 
     Args:
@@ -664,12 +802,14 @@ def column_parallel(x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group, 
     if group_size(group) == 1:
         return F.linear(x, weight_fH, bias_f)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        narrow = torch.get_autocast_dtype(x.device.type)  # before, because backward has no autocast, and to send less
+        narrow = torch.get_autocast_dtype(
+            x.device.type
+        )  # before, because backward has no autocast, and to send less
         x, weight_fH, bias_f = (y if y is None else y.to(narrow) for y in (x, weight_fH, bias_f))
     return _ColumnParallel.apply(x, weight_fH, bias_f, group, sequence_parallel)
 
 
-def sum_over_tp(partial_x_SBH: Tensor, group, sequence_parallel: bool) -> Tensor:
+def sum_over_tp(partial_x_SBH: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
     """The door out of a region, ḡ or f̄: the sum over `group`, (s, B, H); without sequence parallelism (S, B, H).
 
     Raises: ValueError where S does not divide over the ranks, under sequence parallelism.
@@ -694,7 +834,13 @@ class SPColumnParallelLinear(nn.Module):
     Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group = None,
+        sequence_parallel: bool = True,
+    ):
         super().__init__()
         self.group, self.sequence_parallel = group, sequence_parallel
         f, whole = _share(out_features, group, "out_features"), nn.Linear(in_features, out_features)
@@ -717,7 +863,13 @@ class SPRowParallelLinear(nn.Module):
     Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, in_features: int, out_features: int, group=None, sequence_parallel: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group = None,
+        sequence_parallel: bool = True,
+    ):
         super().__init__()
         self.group, self.sequence_parallel = group, sequence_parallel
         f, whole = _share(in_features, group, "in_features"), nn.Linear(in_features, out_features)
@@ -747,7 +899,9 @@ def random_streams(
     Source: Megatron-LM.
     """
 
-    def stream(*key):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
+    def stream(
+        *key,
+    ):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
         return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
     inside = stream(seed, rank)
@@ -779,7 +933,9 @@ def random_streams(
 # and cheap to compute again, is asked today of norms, gelu and the routers of experts.
 
 
-def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def unfused_attention(
+    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
 
     p: dropout on the attention weights, drawn from `generator`, which is on their device.
@@ -793,7 +949,9 @@ def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.
     return dropped_pSS @ v_pSD
 
 
-def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def fused_attention(
+    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """The same in one kernel that keeps no S × S tensor: (p, S, D) three times to (p, S, D).
 
     Raises: ValueError for dropout, which the kernel draws its own way. Source: FlashAttention, arXiv 2205.14135.
@@ -802,7 +960,9 @@ def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0,
         raise ValueError(
             f"dropout={p}: the fused kernel takes no generator of ours; use unfused_attention or dropout=0"
         )
-    pairs = (x_pSD[None] for x_pSD in (q_pSD, k_pSD, v_pSD))  # as one sequence of p heads: its output is then a view
+    pairs = (
+        x_pSD[None] for x_pSD in (q_pSD, k_pSD, v_pSD)
+    )  # as one sequence of p heads: its output is then a view
     return F.scaled_dot_product_attention(*pairs, is_causal=True)[0]
 
 
@@ -873,16 +1033,29 @@ class ParallelAttention(nn.Module):
     Source: sections 4.2.2 and 5 of the paper.
     """
 
-    def __init__(self, config: GPTConfig, group, sequence_parallel: bool, recompute_core: bool, core: Callable):
+    def __init__(
+        self,
+        config: GPTConfig,
+        group: Group,
+        sequence_parallel: bool,
+        recompute_core: bool,
+        core: Callable,
+    ):
         super().__init__()
         _share(config.num_heads, group, "num_heads")
         self.config, self.core, self.recompute_core = config, core, recompute_core
-        self.qkv = SPColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group, sequence_parallel)
-        self.out = SPRowParallelLinear(config.hidden_size, config.hidden_size, group, sequence_parallel)
+        self.qkv = SPColumnParallelLinear(
+            config.hidden_size, 3 * config.hidden_size, group, sequence_parallel
+        )
+        self.out = SPRowParallelLinear(
+            config.hidden_size, config.hidden_size, group, sequence_parallel
+        )
 
     def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
         heads, B = dict(three=3, D=self.config.head_size), x_sBH.shape[1]
-        q_pSD, k_pSD, v_pSD = rearrange(self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", **heads)
+        q_pSD, k_pSD, v_pSD = rearrange(
+            self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", **heads
+        )
         args = q_pSD, k_pSD, v_pSD, self.config.dropout if self.training else 0.0, streams.inside
         if self.recompute_core:
             y_pSD = recompute(self.core, *args, generators=[streams.inside])
@@ -897,10 +1070,14 @@ class ParallelMLP(nn.Module):
     Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, config: GPTConfig, group, sequence_parallel: bool):
+    def __init__(self, config: GPTConfig, group: Group, sequence_parallel: bool):
         super().__init__()
-        self.up = SPColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, group, sequence_parallel)
-        self.down = SPRowParallelLinear(config.ffn_hidden_size, config.hidden_size, group, sequence_parallel)
+        self.up = SPColumnParallelLinear(
+            config.hidden_size, config.ffn_hidden_size, group, sequence_parallel
+        )
+        self.down = SPRowParallelLinear(
+            config.ffn_hidden_size, config.hidden_size, group, sequence_parallel
+        )
 
     def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
         y_SBf = F.gelu(self.up(x_sBH), approximate="tanh")
@@ -929,12 +1106,14 @@ class SequenceParallelLayer(Block):
     """
 
     def __init__(
-        self, config: GPTConfig, group=None, sequence_parallel: bool = True, recompute: str = "none",
+        self, config: GPTConfig, group: Group = None, sequence_parallel: bool = True, recompute: str = "none",
         core: Callable = unfused_attention,
     ):  # fmt: skip
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
-        attention = ParallelAttention(config, group, sequence_parallel, recompute == "selective", core)
+        attention = ParallelAttention(
+            config, group, sequence_parallel, recompute == "selective", core
+        )
         super().__init__(config, attention, ParallelMLP(config, group, sequence_parallel))
         self.group, self.recompute = group, recompute
 
@@ -942,9 +1121,13 @@ class SequenceParallelLayer(Block):
         streams, t = streams or RandomStreams(), group_size(self.group)
         p = self.config.dropout if self.training else 0.0
         if p and t > 1 and None in (streams.inside, streams.outside):
-            raise ValueError(f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)")
+            raise ValueError(
+                f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)"
+            )
         if self.recompute == "full":
-            return recompute(super().forward, x_sBH, streams, generators=[streams.outside, streams.inside])
+            return recompute(
+                super().forward, x_sBH, streams, generators=[streams.outside, streams.inside]
+            )
         return super().forward(x_sBH, streams)
 
 
@@ -968,15 +1151,28 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
     kept; Kept.line the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works
     with fake tensors. Source: ours.
     """
-    here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")  # their callers say more
-    known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []  # a fake tensor has no data_ptr()
+    here, wrappers = (
+        saved_bytes.__code__.co_filename,
+        ("pack", "dropout", "column_parallel"),
+    )  # their callers say more
+    known, kept, held = (
+        {p.untyped_storage()._cdata for p in parameters},
+        [],
+        [],
+    )  # a fake tensor has no data_ptr()
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in known:
             known.add(x.untyped_storage()._cdata)
             held.append(x)  # so that its address is not used again
-            frames = [f for f in traceback.extract_stack() if f.filename == here and f.name not in wrappers]
-            kept.append(Kept(x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, frames[-1].line))
+            frames = [
+                f
+                for f in traceback.extract_stack()
+                if f.filename == here and f.name not in wrappers
+            ]
+            kept.append(
+                Kept(x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, frames[-1].line)
+            )
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -1001,83 +1197,102 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
-        wide = torch.promote_types(logits_BSv.dtype, torch.float32)  # at least fp32; float64 stays float64
-        x_BSv = logits_BSv.to(wide, copy=True)  # the caller's stay as they were
-        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # what is no word
-
-        x_BSv.sub_(_all_reduce(x_BSv.amax(-1), group, dist.ReduceOp.MAX)[..., None])
-        row_BS, mine_BS = _local_words(targets_BS, v, group)
-        # A product with mine_BS in place of where() would make NaN of 0 · −inf.
-        partial_target_BS = torch.where(mine_BS, x_BSv.gather(-1, row_BS[..., None])[..., 0], 0)
+        first_padding = max(0, vocab_size - group_rank(group) * v)
+        upcast = torch.promote_types(logits_BSv.dtype, torch.float32)
+        x_BSv = logits_BSv.to(upcast, copy=True)  # the caller's logits are not modified
+        x_BSv[..., first_padding:] = -torch.inf
+        max_BS = _all_reduce(x_BSv.amax(dim=-1), group, dist.ReduceOp.MAX)
+        x_BSv -= max_BS[..., None]
+        # A target on another rank contributes 0. torch.where, and not x · mask:
+        # 0 · (−inf) is NaN.
+        row_BS, is_local_BS = _local_rows(targets_BS, v, group)
+        row_BS1 = row_BS[..., None]
+        partial_target_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
         exp_BSv = x_BSv.exp_()
-
-        # One message instead of two: both summands travel side by side.
-        target_BS, sum_BS = _all_reduce(torch.stack([partial_target_BS, exp_BSv.sum(-1)]), group)
-
-        ctx.save_for_backward(exp_BSv.div_(sum_BS[..., None]), row_BS, mine_BS)
-        return sum_BS.log() - target_BS  # whole, and the same on every rank
+        partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
+        target_BS, sum_BS = _all_reduce(partial_2BS, group)
+        if ctx.needs_input_grad[0]:
+            softmax_BSv = exp_BSv.div_(sum_BS[..., None])
+            ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
+        return sum_BS.log() - target_BS
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_BS):
-        softmax_BSv, row_BS, mine_BS = ctx.saved_tensors
+        softmax_BSv, row_BS1, is_local_BS = ctx.saved_tensors
         grad_BSv = softmax_BSv * grad_BS[..., None]
-        grad_BSv.scatter_add_(-1, row_BS[..., None], -(grad_BS * mine_BS)[..., None])
-        return grad_BSv, None, None, None  # autograd brings it to the logits' dtype
+        grad_BSv.scatter_add_(-1, row_BS1, -(grad_BS * is_local_BS)[..., None])
+        return grad_BSv, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits_BSv: Tensor, targets_BS: Tensor, group=None, vocab_size: int | None = None, ignore_index: int = -100
+    logits_BSv: Tensor,
+    targets_BS: Tensor,
+    group: Group = None,
+    vocab_size: int | None = None,
+    ignore_index: int = -100,
 ) -> Tensor:
-    """Cross entropy of each token, from logits whose vocabulary is divided over `group`.
+    """Per-token cross entropy from logits whose vocabulary is sharded over `group`.
 
     Args:
-        logits_BSv: this rank's columns, as many on every rank; rank r holds words [r·v, (r + 1)·v). Not modified.
-        targets_BS: word numbers in [0, vocab_size) or `ignore_index`; int64, the same on every rank.
+        logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
+        targets_BS: int64 token ids in [0, vocab_size), or `ignore_index`; replicated.
         group: the tensor-parallel group; None is all ranks.
-        vocab_size: words that exist; columns from there on are padding. None: all columns of all ranks are words.
+        vocab_size: number of vocabulary entries; columns from there on are padding. None: no
+            column is padding.
 
-    Returns: loss_BS in nats, not reduced, the same on every rank; 0 where the target is `ignore_index`. At least fp32.
-
-    Raises:
-        ValueError: shapes disagree, the vocabulary does not fit, or a target is no word (looked at on the CPU only; on
-            a GPU check targets where the data is loaded).
-
-    Source: section 3 of the Megatron-LM paper.
+    Returns: loss_BS in nats, replicated, at least fp32; 0 where the target is `ignore_index`.
+    Memory: backward keeps the softmax, 4 bytes per logit, also for bf16 logits.
+    Raises: ValueError where the shapes disagree, vocab_size does not fit, or a target is out of
+        range; on a GPU the loss of such a target is NaN.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 3.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
-    vocab_size = columns if vocab_size is None else vocab_size
+    if vocab_size is None:
+        vocab_size = columns
     if logits_BSv.shape[:-1] != targets_BS.shape:
         shapes = f"logits {tuple(logits_BSv.shape)} and targets {tuple(targets_BS.shape)}"
         raise ValueError(f"{shapes}: all dimensions but the last must agree")
     if not 0 < vocab_size <= columns:
-        raise ValueError(f"a vocabulary of {vocab_size} words does not fit the {columns} columns that the group holds")
-    if _readable(targets_BS):
-        no_word_BS = ((targets_BS < 0) | (targets_BS >= vocab_size)) & (targets_BS != ignore_index)
-        if no_word_BS.any():
-            word = targets_BS[no_word_BS][0]
-            raise ValueError(f"target {word} is neither a word in [0, {vocab_size}) nor ignore_index={ignore_index}")
+        raise ValueError(f"vocab_size={vocab_size}, but the group holds {columns} columns")
+    is_id_BS = _is_id(targets_BS, vocab_size, ignore_index)
     loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
-    return torch.where(targets_BS != ignore_index, loss_BS, 0)  # its backward lets nothing through, not even infinity
+    # where(), and not a product: 0 · ∞ would be NaN at an ignored position.
+    loss_BS = torch.where(targets_BS != ignore_index, loss_BS, 0)
+    return torch.where(is_id_BS, loss_BS, torch.nan)
 
 
-# endregion copy e6dfe4
-# region carried: padded vocabulary (home: 02_megatron_tp)
+# endregion copy 11a94b
+# region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size, rounded up to a multiple of multiple·tp. Source: section 5.1 of the Megatron-LM paper."""
+    """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
     return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
-def _local_words(words_BS: Tensor, v: int, group=None) -> tuple[Tensor, Tensor]:
-    """Of each word its row on this rank, which holds words [r·v, (r + 1)·v), and whether it has one; else any row."""
-    row_BS = words_BS - group_rank(group) * v
+def _local_rows(ids_BS: Tensor, v: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Rows of token ids in this rank's shard, and which ids are local."""
+    row_BS = ids_BS - group_rank(group) * v
     return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-# endregion copy e72b18
+def _is_id(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> Tensor:
+    """Which ids are in range. Others are local to no rank, and would silently become zeros.
+
+    On the CPU they raise ValueError. On a GPU that would stall the CPU: the caller puts NaN.
+    """
+    is_id_BS = (ids_BS >= 0) & (ids_BS < vocab_size)
+    if ignore_index is not None:
+        is_id_BS |= ids_BS == ignore_index
+    if _has_values(ids_BS) and not is_id_BS.all():
+        allowed = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
+        raise ValueError(f"token id {ids_BS[~is_id_BS][0]} is not in [0, {vocab_size}){allowed}")
+    return is_id_BS
 
 
-def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -> Tensor:
+# endregion copy 6bca7f
+
+
+def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group: Group = None) -> Tensor:
     """This rank's words' rows and zeros for the others: a summand of the embedding, (S, B, H).
 
     tokens_SB: int64, the same on every rank. weight_vH: the rows of words [rank·v, (rank + 1)·v).
@@ -1085,7 +1300,7 @@ def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group=None) -
     Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
     Source: Megatron-LM.
     """
-    if _readable(tokens_SB) and ((tokens_SB < 0) | (tokens_SB >= vocab_size)).any():
+    if _has_values(tokens_SB) and ((tokens_SB < 0) | (tokens_SB >= vocab_size)).any():
         found = f"tokens from {tokens_SB.min()} to {tokens_SB.max()}"
         raise ValueError(f"{found}, but words are numbered 0 to {vocab_size - 1}")
     v = weight_vH.shape[0]
@@ -1106,7 +1321,7 @@ class SequenceParallelGPT(nn.Module):
     """
 
     def __init__(
-        self, config: GPTConfig, group=None, sequence_parallel: bool = True, recompute: str = "none",
+        self, config: GPTConfig, group: Group = None, sequence_parallel: bool = True, recompute: str = "none",
         core: Callable = unfused_attention,
     ):  # fmt: skip
         super().__init__()
@@ -1114,22 +1329,37 @@ class SequenceParallelGPT(nn.Module):
         rank, t = group_rank(group), group_size(group)
         check_tp(config, t)
         if not config.tied_head:
-            raise ValueError("tied_head=False: this model's last layer multiplies with the embedding table")
+            raise ValueError(
+                "tied_head=False: this model's last layer multiplies with the embedding table"
+            )
         options = group, sequence_parallel, recompute, core
         with torch.device("meta"):  # shapes first, without memory
             words = padded_vocab_size(config.vocab_size, t, config.vocab_multiple) // t
             self.embedding = nn.Embedding(words, config.hidden_size)
             self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            self.layers = nn.ModuleList(SequenceParallelLayer(config, *options) for _ in range(config.num_layers))
+            self.layers = nn.ModuleList(
+                SequenceParallelLayer(config, *options) for _ in range(config.num_layers)
+            )
             self.final_norm = nn.LayerNorm(config.hidden_size)
-        shares = {name: shard_tensor(name, whole, config, rank, t) for name, whole in initial_weights(config)}
+        shares = {
+            name: shard_tensor(name, whole, config, rank, t)
+            for name, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        S, p, streams = tokens_BS.shape[1], self.config.dropout if self.training else 0.0, streams or RandomStreams()
+        S, p, streams = (
+            tokens_BS.shape[1],
+            self.config.dropout if self.training else 0.0,
+            streams or RandomStreams(),
+        )
         if S > self.config.seq_length:
-            raise ValueError(f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions")
-        partial_x_SBH = look_up(tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group)
+            raise ValueError(
+                f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions"
+            )
+        partial_x_SBH = look_up(
+            tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group
+        )
         x_sBH = sum_over_tp(partial_x_SBH, self.group, self.sequence_parallel)
         first = group_rank(self.group) * x_sBH.shape[0] if self.sequence_parallel else 0
         positions_sH = self.positions.weight[first : first + x_sBH.shape[0]]
@@ -1137,12 +1367,18 @@ class SequenceParallelGPT(nn.Module):
         for layer in self.layers:
             x_sBH = layer(x_sBH, streams)
         x_sBH = self.final_norm(x_sBH)
-        return column_parallel(x_sBH, self.embedding.weight, None, self.group, self.sequence_parallel)
+        return column_parallel(
+            x_sBH, self.embedding.weight, None, self.group, self.sequence_parallel
+        )
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
         logits_SBv = self(tokens_BS, streams)
-        return vocab_parallel_cross_entropy(logits_SBv, targets_BS.T, self.group, self.config.vocab_size).T
+        return vocab_parallel_cross_entropy(
+            logits_SBv, targets_BS.T, self.group, self.config.vocab_size
+        ).T
 
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
@@ -1152,76 +1388,78 @@ class SequenceParallelGPT(nn.Module):
 
 # region carried: tensor-parallel weights (home: 02_megatron_tp)
 SHARD_DIM = {
-    "embedding.weight": 0,  # by words
-    "qkv.weight": 0, "qkv.bias": 0, "out.weight": 1,  # by heads: the outputs of the first, the inputs of the second
-    "up.weight": 0, "up.bias": 0, "down.weight": 1,  # by features
-}  # fmt: skip
+    "embedding.weight": 0,  # by vocabulary entries
+    "qkv.weight": 0,  # by heads: the outputs of the column-parallel matrix
+    "qkv.bias": 0,
+    "out.weight": 1,  # by heads: the inputs of the row-parallel matrix
+    "up.weight": 0,  # by features
+    "up.bias": 0,
+    "down.weight": 1,
+}
 
 
 def shard_dim(name: str) -> int | None:
-    """The dimension along which parameter `name` is cut; None where each rank holds all of it."""
-    return SHARD_DIM.get(".".join(name.split(".")[-2:]))  # of "layers.0.attention.qkv.weight" the last two parts
+    """The dimension along which parameter `name` is sharded, or None."""
+    module_and_kind = name.split(".")[-2:]  # of "layers.0.attention.qkv.weight" the last two
+    return SHARD_DIM.get(".".join(module_and_kind))
 
 
 def check_tp(config: GPTConfig, tp: int) -> None:
-    """Raises ValueError, with the remedy, where heads or feed-forward features do not divide over `tp` ranks."""
-    fits = [n for n in range(1, tp + 1) if config.num_heads % n == 0 == config.ffn_hidden_size % n]
-    if tp not in fits:
-        sizes = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
-        raise ValueError(f"{sizes} do not both divide over tp={tp} ranks: choose tp from {fits}, or other sizes")
+    """Raises ValueError where heads or feed-forward features do not divide over `tp` ranks."""
+    largest = math.gcd(config.num_heads, config.ffn_hidden_size)
+    if largest % tp:
+        possible = [n for n in range(1, largest + 1) if largest % n == 0]
+        have = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
+        raise ValueError(f"{have} do not divide over tp={tp} ranks: choose tp from {possible}")
 
 
-def check_shapes(where: str, found: dict[str, Tensor], expected: dict[str, torch.Size]) -> None:
-    """Raises ValueError, with what is expected, where a tensor is missing, unknown or of another shape. found: by name,
-    of any shapes."""
-    has, wants = {n: tuple(x.shape) for n, x in found.items()}, {n: tuple(shape) for n, shape in expected.items()}
-    wrong = [name for name in sorted({*has, *wants}) if has.get(name) != wants.get(name)]
-    if wrong:
-        each = (f"{name} is {has.get(name, 'missing')} and should be {wants.get(name, 'left out')}" for name in wrong)
-        raise ValueError(f"{where}: " + "; ".join(itertools.islice(each, 5)))
-
-
-def shard_tensor(name: str, whole: Tensor, config: GPTConfig, rank: int, world_size: int) -> Tensor:
-    """Rank `rank`'s share of the plain model's parameter `name`, a copy; whole has that parameter's shape (...)."""
-    if shard_dim(name) is None:
-        return whole.clone()
+def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
+    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    dim = shard_dim(name)
+    if dim is None:
+        return full.clone()
     if name.endswith("embedding.weight"):
-        rows = padded_vocab_size(config.vocab_size, world_size, config.vocab_multiple)
-        whole = F.pad(whole, (0, 0, 0, rows - config.vocab_size))
-    return whole.chunk(world_size, shard_dim(name))[rank].clone(memory_format=torch.contiguous_format)
+        rows = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple)
+        full = F.pad(full, (0, 0, 0, rows - config.vocab_size))
+    return full.chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: GPTConfig, rank: int, world_size: int) -> dict[str, Tensor]:
-    """The plain model's state dict to the one of tensor-parallel rank `rank` of `world_size`.
+def shard_state_dict(full: StateDict, config: GPTConfig, rank: int, tp: int) -> StateDict:
+    """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
-    full: every parameter by name, of the shape that `parameter_shapes` says. Returns: the same names, copies of shares.
-    Raises: ValueError that names what is missing, unknown or of another shape, or that heads or features do not divide.
+    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
     """
-    check_tp(config, world_size)
-    check_shapes("the state dict", full, parameter_shapes(config))
-    return {name: shard_tensor(name, whole, config, rank, world_size) for name, whole in full.items()}
+    check_tp(config, tp)
+    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
+    wrong = expected.items() ^ {name: tuple(x.shape) for name, x in full.items()}.items()
+    if wrong:
+        raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
+    return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
 
 
-def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dict[str, Tensor]:
-    """All ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
+def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
+    """All ranks' state dicts, in order of rank, to the plain model's: undoes `shard_state_dict`.
 
-    shards: the same names in each; some of the model's are enough. Returns: whole tensors, copies. Works for gradients
-    as well. Raises: ValueError where ranks hold different values of what should be whole on each: they have drifted
-    apart.
+    Args: shards have the same names; some of the model's are enough; gradients work as well.
+    Raises: ValueError where replicated tensors differ between ranks.
     """
     full = {}
-    for name in shards[0]:
-        pieces, dim = [shard[name] for shard in shards], shard_dim(name)
-        for rank, piece in enumerate(pieces):
-            if dim is None and not torch.equal(piece, pieces[0]):
-                gap = f"rank {rank}'s differs from rank 0's by {(piece - pieces[0]).abs().max():.1e}"
-                raise ValueError(f"{name} should be the same on every rank, but {gap}")
-        whole = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
-        full[name] = whole[: config.vocab_size].clone() if name.endswith("embedding.weight") else whole
+    for name, first in shards[0].items():
+        tensors = [shard[name] for shard in shards]
+        if shard_dim(name) is None:
+            full[name] = first.clone()
+            for rank, x in enumerate(tensors):
+                if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
+                    gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
+                    raise ValueError(f"{name} should be replicated, but {gap}")
+        else:
+            full[name] = torch.cat(tensors, shard_dim(name))
+        if name.endswith("embedding.weight"):
+            full[name] = full[name][: config.vocab_size].clone()
     return full
 
 
-# endregion copy fdd9cb
+# endregion copy b78d30
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1237,7 +1475,7 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
 # needs nothing: behind g its rank has seen all tokens.
 
 
-def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
+def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> None:
     """Sums over `group` the gradients of what each rank holds whole, in one message; for sequence parallelism only.
 
     module: a `SequenceParallelLayer`, a `SequenceParallelGPT`, or another whose divided parameters `SHARD_DIM` names: a
@@ -1247,7 +1485,7 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
     """
     whole = [p for name, p in module.named_parameters() if shard_dim(name) is None]
     grads = [p.grad for p in whole if p.grad is not None]
-    if grads and group_size(group) > 1:
+    if group_size(group) > 1 and grads:
         flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
         for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
             grad.copy_(total.view_as(grad))
@@ -1257,37 +1495,35 @@ def reduce_sequence_parallel_grads(module: nn.Module, group=None) -> None:
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+    parameters: Parameters, max_norm: float, *, sharded: Parameters = (), group: Group = None
 ) -> Tensor:
-    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+    """Scales all gradients so that their norm over `group` is at most max_norm.
 
-    Args:
-        parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s.
-        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
-        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
-
-    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless).
+    Args: parameters: all of this rank's. sharded: those of which each rank of `group` holds other
+        elements; all others are replicated. Empty on every rank or on none: without `sharded`
+        nothing is communicated.
+    Returns: the norm before clipping, a scalar tensor, at least fp32, the same on every rank; not
+        finite where a gradient is not.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
-    shares = {id(p) for p in sharded}  # by identity: == compares elements
-    device = parameters[0].grad.device if parameters else None
-
-    def squares(of_shares: bool) -> Tensor:
-        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-
-    total = squares(of_shares=True)
-    if shares and dist.is_initialized():
-        dist.all_reduce(total, group=group)
-    norm = (total + squares(of_shares=False)).sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
+    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
+    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    for p in parameters:
+        # In at least fp32: PyTorch's own norm has the precision of the gradients.
+        dtype = torch.promote_types(p.grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
+        squares[id(p) in sharded_ids].append(norm.square())
+    square = torch.stack(squares[True]).sum()
+    if sharded_ids:
+        _all_reduce(square, group)
+    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy 6d1ced
+# endregion copy bb8e72
 
 
 def train_step(
@@ -1302,12 +1538,14 @@ def train_step(
     """
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, streams).sum() / (targets_BS != -100).sum().clamp(min=1)
+        loss = model.loss(tokens_BS, targets_BS, streams).sum() / (targets_BS != -100).sum().clamp(
+            min=1
+        )
     loss.backward()
     if model.sequence_parallel:
         reduce_sequence_parallel_grads(model, model.group)
     sharded = [p for name, p in model.named_parameters() if shard_dim(name) is not None]
-    norm = clip_grad_norm_(model.parameters(), max_norm, sharded, model.group)
+    norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=model.group)
     optimizer.step()
     return loss.detach(), norm
 
@@ -1336,13 +1574,20 @@ def train(
 # together are said to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
 
 
-def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
+def activation_bytes(
+    config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1
+) -> float:
     """Bytes that one of `tp` ranks keeps of a layer for `batch` sequences: bf16, 1-byte masks, F = 4·H, with dropout.
 
     Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
     Source: table 2 of the paper.
     """
-    s, h, a, divided = config.seq_length, config.hidden_size, config.num_heads, tp if sequence_parallel else 1
+    s, h, a, divided = (
+        config.seq_length,
+        config.hidden_size,
+        config.num_heads,
+        tp if sequence_parallel else 1,
+    )
     if recompute == "full":
         return 2 * s * batch * h / divided
     core = 5 * a * s / h if recompute == "none" else 0
@@ -1351,7 +1596,9 @@ def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recomp
 
 # Table 3 and table 5: sequences of 2,048 tokens, 51,200 words, no data parallelism; t tensor-parallel ranks, p pipeline
 # stages in m interleaved pieces each; seconds of an iteration with full recomputation, and with what this chapter does.
-Published = namedtuple("Published", "a h L t p m gpus batch micro_batch seconds_full seconds mfu hfu")
+Published = namedtuple(
+    "Published", "a h L t p m gpus batch micro_batch seconds_full seconds mfu hfu"
+)
 PAPER_MODELS = {
     "22B": Published(64, 6144, 48, 8, 1, 1, 8, 4, 4, 1.42, 1.10, 41.5, 43.7),
     "175B": Published(96, 12288, 96, 8, 8, 3, 64, 64, 1, 18.13, 13.75, 51.4, 52.8),
@@ -1372,7 +1619,9 @@ def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str)
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
     some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
     """
-    one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
+    one = activation_bytes(
+        published_config(model), model.t, sequence_parallel, recompute, model.micro_batch
+    )
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
 
 
@@ -1438,7 +1687,9 @@ def utilization(flops: float, seconds: float, gpus: int, peak: float = 312e12) -
 # rank's layer of a model for 512 GPUs runs through this same code in seconds, without memory, and can be counted: bytes
 # kept, messages, bytes on the wire, operations. (Only numbers cannot be had, nor time.)
 
-LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula kept saved messages wire flops")
+LayerCost = namedtuple(
+    "LayerCost", "sequence_parallel recompute formula kept saved messages wire flops"
+)
 
 
 def wire_bytes(messages: Iterable[Message], t: int) -> float:
@@ -1446,7 +1697,9 @@ def wire_bytes(messages: Iterable[Message], t: int) -> float:
     return sum(m.bytes * (2 if m.op == "all_reduce" else 1) * (t - 1) / t for m in messages)
 
 
-def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device | str = "cpu") -> list[LayerCost]:
+def layer_costs(
+    config: GPTConfig, batch: int, group: Group = None, device: torch.device | str = "cpu"
+) -> list[LayerCost]:
     """One layer in bf16, forward and backward, in all six modes, on every rank of `group`, which all must call it.
 
     formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages, wire (bytes) and flops are
@@ -1458,14 +1711,26 @@ def layer_costs(config: GPTConfig, batch: int, group=None, device: torch.device 
         narrow = {name: x.to(device, torch.bfloat16) for name, x in layer.state_dict().items()}
         layer.load_state_dict(narrow, assign=True)  # layer.to(...) does not know fake tensors
         tokens = config.seq_length // (t if sequence_parallel else 1)
-        x = torch.randn(tokens, batch, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(
+            tokens,
+            batch,
+            config.hidden_size,
+            device=device,
+            dtype=torch.bfloat16,
+            requires_grad=True,
+        )
         streams = random_streams(config.seed, group_rank(group), sequence_parallel, device)
         saved = saved_bytes(partial(layer, x, streams), layer.parameters())
         with Counter() as counter, FlopCounterMode(display=False) as flops:
             layer(x, streams).sum().backward()
-        formula, kept = activation_bytes(config, t, sequence_parallel, kind, batch), sum(k.bytes for k in saved)
+        formula, kept = (
+            activation_bytes(config, t, sequence_parallel, kind, batch),
+            sum(k.bytes for k in saved),
+        )
         sent = counter.messages, wire_bytes(counter.messages, t)
-        costs.append(LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops()))
+        costs.append(
+            LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops())
+        )
     return costs
 
 
@@ -1479,6 +1744,9 @@ def paper_scale(name: str) -> list[LayerCost]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model = PAPER_MODELS[name]
+    dist.set_debug_level(
+        dist.DebugLevel.OFF
+    )  # torch's checks of each message would want a real store
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.t)
     with FakeTensorMode():
         costs = layer_costs(published_config(model), model.micro_batch)
@@ -1500,20 +1768,29 @@ MODES = list(itertools.product((False, True), RECOMPUTE))
 
 
 def mode_name(sequence_parallel: bool, recompute: str) -> str:
-    return ("TP + SP" if sequence_parallel else "TP") + ("" if recompute == "none" else f" + {recompute}")
+    return ("TP + SP" if sequence_parallel else "TP") + (
+        "" if recompute == "none" else f" + {recompute}"
+    )
 
 
-def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterator[tuple[tuple, dict]]:
+def equivalence(
+    device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> Iterator[tuple[tuple, dict]]:
     """A small odd model in each mode beside the same on a single device: the mode, and every tensor's relative error.
 
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
     t = group_size()
-    config = GPTConfig(vocab_size=61, seq_length=4 * t, hidden_size=16 * t, num_layers=2, num_heads=2 * t)
+    config = GPTConfig(
+        vocab_size=61, seq_length=4 * t, hidden_size=16 * t, num_layers=2, num_heads=2 * t
+    )
     generator = torch.Generator().manual_seed(1)
     tokens_BS, targets_BS = torch.randint(61, (2, 3, 3 * t), generator=generator).to(device)
     targets_BS[0, t:] = -100
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast),
+    )
 
     def trained(model: nn.Module, training: Callable) -> tuple[dict, dict, dict]:
         """Losses and norms of five steps, the gradients of the first one, the weights after the last one."""
@@ -1526,8 +1803,7 @@ def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None)
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
         shards = [None] * t
         dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()})
-        pairs = ((name, x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items())
-        return {f"{kind} {name}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for name, x, y in pairs}
+        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
 
     expected, first_grads, weights = trained(GPT(config), train_alone)
     for mode in MODES:
@@ -1543,35 +1819,21 @@ def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None)
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# region carried: precision (home: 01_deepspeech)
-def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
-    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
-    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
-    errors = list(errors)
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
-
-
-# endregion copy 4a8517
-
-
-def check(args, device: torch.device) -> bool:
+def check(args: argparse.Namespace, device: torch.device) -> bool:
     """--check: every tensor's error in all modes, on the ranks, backend and dtype that are there."""
     good = True
-    for mode, errors in equivalence(device, *precision(args)):
-        worst, here_good = within(errors.values(), BOUNDS[args.dtype])
-        say("\n".join(f"{mode_name(*mode):20} {name:50} {error:.1e}" for name, error in errors.items()))
-        say(f"{mode_name(*mode)}: worst {worst:.1e}, bound {BOUNDS[args.dtype]:.0e}; tp {group_size()}, {args.dtype}\n")
-        good = good and here_good
+    for mode, errors in equivalence(device, *dtypes(args)):
+        say(f"{mode_name(*mode)}; tp {group_size()}, {args.dtype}\n")
+        good = print_errors(errors, BOUNDS[args.dtype]) and good
+        say()
     return good
 
 
 def print_costs(costs: list[LayerCost], sbh: int) -> None:
     """The six modes beside each other; sbh is the number of elements of a whole x_SBH."""
-    say("mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations")
+    say(
+        "mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations"
+    )
     for cost in costs:
         names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
         sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
@@ -1580,42 +1842,69 @@ def print_costs(costs: list[LayerCost], sbh: int) -> None:
             f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
 
 
-def demonstrate(args, device: torch.device) -> list[float]:
-    """Trains on real text; returns the differences in loss of the first steps from the single device."""
+def losses_alone(
+    config: GPTConfig, batches: Batches, device: torch.device, **options
+) -> list[float]:
+    """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
+
+    options: `train_alone`'s lr and autocast, and dtype, the parameters'.
+    """
+    losses = []
+    if group_rank() == 0:
+        plain = GPT(config).to(device, options.pop("dtype"))
+        losses = [loss.item() for loss, _ in train_alone(plain, batches, **options)]
+    wait_for_all()  # this takes rank 0 longer, perhaps, than a message may take
+    return losses
+
+
+def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Trains on real text; returns each first step's difference in loss from the single device."""
     from tqdm import tqdm
 
-    config, (dtype, autocast) = config_of(args), precision(args)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    config, (dtype, autocast) = config_of(args), dtypes(args)
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
-    def batches() -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(args.steps))
+    def batches(steps: int) -> Batches:
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
-    model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(device, dtype)
+    model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(
+        device, dtype
+    )
     streams = random_streams(args.seed, group_rank(), args.sequence_parallel, device)
-    alone, differences = iter(()), []
-    if group_rank() == 0 and not args.dropout:  # with dropout the masks differ, and so must the losses
-        alone = train_alone(GPT(config).to(device, dtype), itertools.islice(batches(), 5), **options)
-    say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {data.source}")
+    say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {source}")
+    compared = (
+        0 if args.dropout else min(5, args.steps)
+    )  # with dropout the masks differ, and so must the losses
+    alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    steps = tqdm(train(model, batches(), streams=streams, **options), total=args.steps, disable=quiet)
-    for step, results in enumerate(steps):
+    training = train(model, batches(args.steps), streams=streams, **options)
+    differences = {}
+    for step, results in enumerate(tqdm(training, total=args.steps, disable=quiet)):
         loss, norm = read_step(step, *results)
-        beside = [loss_alone.item() for loss_alone, _ in itertools.islice(alone, 1)]
-        differences += [abs(loss - other) for other in beside]
+        other = ""
+        if step < len(alone):
+            other = f"{alone[step]:.6f}"
+            differences[f"loss {step}"] = abs(loss - alone[step])
         if step < 5 or step % 20 == 19:
-            text = f"{beside[0]:.6f}" if beside else ""
-            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
+            say(f"{step:4}  {loss:.6f}  {other:>15}  {norm:8.3f}")
     return differences
 
 
 def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     """Prints what a small layer keeps and what the six modes cost; returns the costs, and the elements of its x_SBH."""
-    config = GPTConfig(seq_length=64, hidden_size=128, num_heads=2 * t, dropout=0.1)
-    costs, sbh = layer_costs(config, 2, None, device), 2 * config.seq_length * config.hidden_size
-    core = 5 * config.num_heads * config.seq_length / config.hidden_size
-    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n")
+    S, H = multiple_above(64, t), multiple_above(128, 2 * t)
+    config = GPTConfig(seq_length=S, hidden_size=H, num_heads=2 * t, dropout=0.1)
+    costs, sbh = layer_costs(config, 2, None, device), 2 * S * H
+    core = 5 * config.num_heads * S / H
+    say(
+        f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n"
+    )
     for kept in costs[3].saved:
         shape = " × ".join(map(str, kept.shape))
         say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
@@ -1623,8 +1912,18 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     say(f"{t * costs[3].kept / sbh:8.3f}  {terms}")
     fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
     for layer, ranks, shape, what in (
-        (fused, t, (64 // t, 2, 128), "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks"),
-        (TransformerLayer(config), 1, (2, 64, 128), "by the plain layer on a single device: its softmax is wide"),
+        (
+            fused,
+            t,
+            (S // t, 2, H),
+            "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks",
+        ),
+        (
+            TransformerLayer(config),
+            1,
+            (2, S, H),
+            "by the plain layer on a single device: its softmax is wide",
+        ),
     ):
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
@@ -1635,37 +1934,60 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     return costs, sbh
 
 
-def main(args, device: torch.device) -> None:
-    t = group_size()
-    where = f"{args.device}, {args.backend}, {t} ranks: tp {t}"
-    say(f"torch {torch.__version__}, {where}, {args.dtype}, seed {args.seed}\n")
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    say_setting(args, f": tp {group_size()}")
     if args.check:
         sys.exit(0 if check(args, device) else 1)
-    errors = [item for _, errors in equivalence(device, torch.float64) for item in errors.items()]
-    layer, differences = show_layer(t, device), demonstrate(args, device)
+    errors = {}
+    for mode, found in equivalence(device, torch.float64):
+        errors |= {f"{name}, {mode_name(*mode)}": error for name, error in found.items()}
+    layer, differences = show_layer(group_size(), device), demonstrate(args, device)
+    # The other ranks wait at the end of `run_rank` until rank 0 has counted the paper's models.
     if group_rank() == 0 and not print_claims(claims(args, errors, differences, *layer)):
         sys.exit(1)
 
 
-def claims(args, errors: list[tuple], differences: list[float], costs: list[LayerCost], sbh: int) -> list[tuple]:
+def claims(
+    args: argparse.Namespace, errors: dict[str, float], differences: dict[str, float],
+    costs: list[LayerCost], sbh: int,
+) -> list[tuple]:  # fmt: skip
+    """The rows of the claims table."""
     rows, t = [], args.world_size
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
-        worst, good = within((error for name, error in errors if name.startswith(kind)), BOUNDS["fp64"])
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        error = worst(errors, kind)
         text = f"every {claim} equals the single device's, six modes, float64"
-        row(text, "exact", f"worst {worst:.1e} relative", good)
-    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+        row(text, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    row(text, "equal", f"within {worst:.0e}", good if differences else "needs steps and --dropout 0")
+    if differences:
+        row(
+            text,
+            "equal",
+            f"within {worst(differences):.0e}",
+            worst(differences) <= BOUNDS[args.dtype],
+        )
+    else:
+        row(text, "equal", "–", "needs steps and --dropout 0")
     published = dry_run()
-    found = {f"this run, t = {t},": [(cost.kept, cost.formula) for cost in costs]}
-    found["22B to 1T on pretended ranks,"] = [mode[:2] for modes in published.values() for mode in modes]
-    for what, modes in found.items():
-        worst, good = within((kept / formula - 1 for kept, formula in modes), 0.01)
-        row(f"bytes kept of a layer, {what} six modes", "table 2", f"within {100 * worst:.3f} %", good)
+    modes = {f"this run, t = {t},": [(cost.kept, cost.formula) for cost in costs]}
+    modes["22B to 1T on pretended ranks,"] = [
+        mode[:2] for model in published.values() for mode in model
+    ]
+    for what, pairs in modes.items():
+        error = max(abs(kept / formula - 1) for kept, formula in pairs)
+        row(
+            f"bytes kept of a layer, {what} six modes",
+            "table 2",
+            f"within {100 * error:.3f} %",
+            error <= 0.01,
+        )
     unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
     why = "2 are the second gathers: 2.3" if unit else "needs ranks"
@@ -1674,134 +1996,188 @@ def claims(args, errors: list[tuple], differences: list[float], costs: list[Laye
     for name, m in PAPER_MODELS.items():
         sizes, end = (m.batch, SEQUENCE, m.h, m.L, WORDS), (m.seconds, m.gpus)
         share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
-        good = all(abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu)))  # 22B's 1.10 s are good to 0.2 points
-        row(f"MFU and HFU of {name}", f"{m.mfu} %, {m.hfu} %", "{:.1f} %, {:.1f} %".format(*share), good)
+        good = all(
+            abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu))
+        )  # 22B's 1.10 s are good to 0.2 points
+        row(
+            f"MFU and HFU of {name}",
+            f"{m.mfu} %, {m.hfu} %",
+            "{:.1f} %, {:.1f} %".format(*share),
+            good,
+        )
     none, selective = (published["175B"][mode][2] for mode in (0, 1))
     m = PAPER_MODELS["175B"]
-    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(m.batch, SEQUENCE, m.h, m.L, WORDS)
+    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(
+        m.batch, SEQUENCE, m.h, m.L, WORDS
+    )
     here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
-    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.6")
+    row(
+        "operations that selective recomputation adds, 175B",
+        "2.7 %",
+        here,
+        "equation 8 errs: 5.2; stops early: 2.6",
+    )
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on a single device, 175B, 530B", "70 %, 65 %", here)
     models = PAPER_MODELS.values()
-    shares = [first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none") for m in models]
+    shares = [
+        first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none")
+        for m in models
+    ]
     here = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
     verdict = max(shares) < 0.2 or "530B and 1T miss it by a little"
     row("memory with both, of tensor parallelism's", "under 20 %", here, verdict)
     extra = extra_bytes(PAPER_MODELS["22B"]) / first_stage_bytes(PAPER_MODELS["22B"], True, "none")
     verdict = extra < 1e-4 or "its own formula says so"
     row("what the ends of the network add, 22B", "under 0.01 %", f"{100 * extra:.2f} %", verdict)
-    row("time added by full, selective, sequence parallelism", "39, 7, −3 %", "–", "needs 8 A100s; see make bench")
+    row(
+        "time added by full, selective, sequence parallelism",
+        "39, 7, −3 %",
+        "–",
+        "needs 8 A100s; see make bench",
+    )
     return rows
 
 
 def dry_run() -> dict[str, list[tuple[int, float, int]]]:
     """Of each published model's layer, in each mode, bytes kept, formula and operations. A process has one world, and
-    this one's is real: so it runs in another."""
-    numbers = "{name: [[c.kept, c.formula, c.flops] for c in s.paper_scale(name)] for name in s.PAPER_MODELS}"
-    program = f"import json, seq_parallel as s; print(json.dumps({numbers}))"
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    options = dict(env=clean, cwd=Path(__file__).parent, check=True, stdout=subprocess.PIPE)
+    this one's is real: so it runs in another, which runs this file by its path, whatever its name is."""
+    script = Path(__file__).resolve()
+    numbers = "{name: [[c.kept, c.formula, c.flops] for c in paper_scale(name)] for name in names}"
+    program = f"""import json, runpy
+script = runpy.run_path({str(script)!r})
+names, paper_scale = script["PAPER_MODELS"], script["paper_scale"]
+print(json.dumps({numbers}))"""
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
+    options = dict(env=clean, cwd=script.parent, check=True, stdout=subprocess.PIPE)
     return json.loads(subprocess.run([sys.executable, "-c", program], **options).stdout)
 
 
-SIZES = dict(
-    num_layers="layers, L",
-    hidden_size="hidden size, H",
-    num_heads="attention heads, N; the ranks must divide them (default: 4, or one for each rank)",
-    seq_length="tokens of a sequence, S; the ranks must divide them",
-    dropout="probability; the paper trains with 0.1",
-)
+def print_paper_scale(name: str) -> None:
+    """--paper-scale: one layer of a published model on pretended ranks."""
+    model = PAPER_MODELS[name]
+    sizes = f"s {SEQUENCE}, b {model.micro_batch}, h {model.h}, a {model.a}, t {model.t}"
+    say(f"one layer of {name}: {sizes}, pretended\n")
+    print_costs(paper_scale(name), SEQUENCE * model.micro_batch * model.h)
+    say("\nkept by a GPU of the first pipeline stage, all layers and micro-batches, in GB:")
+    kept = (f"{mode_name(*mode)} {first_stage_bytes(model, *mode) / 1e9:.1f}" for mode in MODES)
+    say(", ".join(kept))
 
 
-def config_of(args) -> GPTConfig:
-    sizes = {name: getattr(args, name) for name in SIZES}
-    return GPTConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+@dataclass
+class Options(GPTConfig):
+    """The flags: the config's, of which those that are None fit the ranks, and this chapter's own."""
+
+    seq_length: int | None = flag(None, "S, tokens of a sequence; None: 128 or a few more", least=1)
+    hidden_size: int | None = flag(None, "H; None: 128 or a few more", least=1)
+    num_layers: int = flag(2, "L", least=1)
+    num_heads: int | None = flag(None, "N; None: 4 or more, as many for each rank", least=1)
+    data: str = flag("", "a UTF-8 text in place of Python's own sources", metavar="FILE")
+    no_sequence_parallel: bool = flag(False, "tensor parallelism alone")
+    recompute: str = flag("selective", "what backward computes again", choices=list(RECOMPUTE))
+    batch: int = flag(8, "sequences of a step", least=1)
+    lr: float = flag(1e-3, "learning rate, after ten steps of warm-up", least=1e-9)
+    paper_scale: str = flag("", "count a layer of that model, and stop", choices=list(PAPER_MODELS))
+
+
+def config_of(args: argparse.Namespace) -> GPTConfig:
+    return config_from(args, GPTConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
+
+
+def multiple_above(least: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `least`."""
+    return math.ceil(least / divisor) * divisor
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Replaces every None. Raises ValueError or OSError where flags, ranks and text do not fit."""
+    t = args.world_size
+    args.sequence_parallel = not args.no_sequence_parallel
+    args.num_heads = args.num_heads or multiple_above(4, t)
+    args.hidden_size = args.hidden_size or multiple_above(128, args.num_heads)
+    args.seq_length = args.seq_length or multiple_above(128, t)
+    check_tp(config_of(args), t)
+    if args.seq_length % t:
+        remedy = f"try {multiple_above(args.seq_length, t)}"
+        raise ValueError(f"--seq-length {args.seq_length} does not divide over {t} ranks: {remedy}")
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=40)
-    flag = parser.add_argument
-    flag("--sequence-parallel", action=argparse.BooleanOptionalAction, default=True, help="or tensor parallelism alone")
-    flag("--recompute", choices=RECOMPUTE, default="selective", help="what backward computes again")
-    for name, text in SIZES.items():
-        default = getattr(GPTConfig, name)
-        shown = dict(num_layers=2, num_heads=argparse.SUPPRESS).get(name, default)
-        flag("--" + name.replace("_", "-"), type=type(default), default=shown, help=text)
-    flag("--batch", type=int, default=8, help="sequences of a step")
-    flag("--lr", type=float, default=1e-3, help="learning rate, after ten steps of warm-up")
-    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    flag("--paper-scale", choices=PAPER_MODELS, help="count a layer of that model on pretended ranks, and stop")
-    args = parse_flags(parser, ranks=4)
-    args.num_heads = getattr(args, "num_heads", max(GPTConfig.num_heads, args.world_size))
-    try:
-        if args.batch < 1:
-            raise ValueError(f"--batch {args.batch}: at least 1")
-        check_tp(config_of(args), args.world_size)
-        if args.seq_length % args.world_size:
-            more = -(-args.seq_length // args.world_size) * args.world_size
-            raise ValueError(f"--seq-length {args.seq_length} does not divide over {args.world_size} ranks: try {more}")
-        TextData(args.data, args.tokenizer, args.seq_length)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    return parse_flags(__doc__, [Options], check_args, ranks=4, steps=40)
 
 
-# The rest is carried: text data, at home in chapter 2; counter, claims table, flags and launcher, in chapter 1.
+# The rest is carried: text data, at home in chapter 2; all other blocks, at home in chapter 1.
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
-# region carried: training log (home: 01_deepspeech)
+# endregion copy aaa995
+
+
+# region carried: reports (home: 01_deepspeech)
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
     Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
     loss_value, norm_value = torch.stack([loss, norm]).tolist()
@@ -1811,183 +2187,293 @@ def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     return loss_value, norm_value
 
 
-# endregion
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
+
+
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
+
+
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
+
+
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
+
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
+
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
+    """
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
+
+
+# endregion copy 7f35e3
+
+
 # region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
 
 class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
 
-    def __enter__(self):
-        self.messages = []
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
             op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
         return function(*args, **(kwargs or {}))
 
 
-# endregion copy 0c0eaa
-# region carried: claims table (home: 01_deepspeech)
-def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
-
-    Returns False where a claim fails.
-    """
-    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
-    table = [("claim", "paper", "here", "verdict"), *words]
-    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
-    for row in table:
-        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return not any(row[3] is False for row in rows)
+# endregion copy a5766d
 
 
-# endregion copy 6f0d29
 # region carried: flags (home: 01_deepspeech)
-def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
-    """The flags that every chapter has; `parse_flags` reads them."""
+@dataclass
+class RunConfig:
+    """The flags of every chapter."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # a default of None or "" says nothing
-            return super()._get_help_string(action) if action.default not in (None, "") else action.help
-
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
-    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
-    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
-    flag("--steps", type=int, default=steps, help="optimiser steps")
-    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
-    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
-    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
-    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
-    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
-    return parser
+    ranks: int | None = flag(None, "processes here; None: one per GPU, or a few", least=1)
+    device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
+    backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
+    dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
+    steps: int = flag(0, "optimizer steps")
+    seed: int = flag(0, "of weights, batches and dropout")
+    timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
+    check: bool = flag(False, "prove the equivalence, and stop")
 
 
-def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
-    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
-    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
-    if local < 1 or args.ranks not in (None, local):
-        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
-    if args.device == "auto":
-        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
-    if args.backend == "auto":
-        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
-    if args.device == "cuda" and not gpus:
-        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
-    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
-        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
-    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
-        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
-        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
-        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
-        path = getattr(args, name, None)
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
-    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+def parse_flags(
+    doc: str | None, configs: list[type], check_args: Callable, ranks: int, steps: int
+) -> argparse.Namespace:
+    """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
+
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=(doc or "").partition("\n")[0],  # python -OO strips docstrings
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in itertools.chain(*map(fields, [RunConfig, *configs])):
+        if f.metadata:
+            _add_flag(parser, f)
+    parser.set_defaults(steps=steps)
+    args = parser.parse_args()
+    try:
+        _resolve_auto(args, ranks)
+        check_args(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return args
 
 
-# endregion copy b40150
+def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    keywords = dict(f.metadata)
+    kind = f.type.partition(" ")[0]  # "int" of "int | None"
+    if kind == "bool":
+        keywords.setdefault("action", "store_true")
+    elif kind != "str":
+        number = int if kind == "int" else float
+        keywords["type"] = partial(_number, number, keywords.pop("least", 0))
+    parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **keywords)
+
+
+def _number(kind: type, least: float, text: str) -> int | float:
+    most = 2**63 - 1 if kind is int else 1e9
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if not least <= value <= most:  # NaN is in no range
+        span = f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
+    return value
+
+
+def _torchrun_world() -> tuple[int, int]:
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
+    several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
+    if several or len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
+    return 0, 0
+
+
+def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
+    """Replaces every "auto" and None. Raises ValueError for what this machine does not have."""
+    gpus = torch.cuda.device_count()
+    local_size, args.world_size = _torchrun_world()
+    if local_size and args.ranks not in (None, local_size):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun has started {local_size}")
+    needs_gpu = args.device == "cuda" or args.backend == "nccl"
+    may_use_gpu = needs_gpu or args.device == args.backend == "auto"
+    if gpus and may_use_gpu and args.backend != "gloo":
+        ranks = gpus  # with gloo, ranks may share a GPU
+    args.ranks = local_size or args.ranks or ranks
+    args.world_size = args.world_size or args.ranks
+    if args.device == "auto":
+        args.device = "cuda" if needs_gpu or (may_use_gpu and gpus >= args.ranks) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
+    if args.dtype == "auto":
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
+    if args.device == "cuda" and not gpus:
+        raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
+    may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
+
+
+def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
+    """The dataclass `config` with the values of its flags, and others."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
+    return config(**values, **others)
+
+
+# endregion copy 82e4fd
+
+
 # region carried: launcher (home: 01_deepspeech)
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
-    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
-
-    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
-    hang in a first send that only two ranks know of.
-    """
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
-
-
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
-    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+    """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
+    try:
+        if "LOCAL_RANK" in os.environ or args.ranks == 1:
+            record(run_rank)(main, args)  # keeps this rank's error for torchrun
+            return
+        logging.disable(logging.WARNING)  # torchrun's, about each signal that it passes on
+        # An explicit address works also where the host's name does not resolve.
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.ranks}"]
+        torchrun.main([*options, *sys.argv])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # names the rank that failed first, with its traceback
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except KeyboardInterrupt as stop:
+        if group_rank() == 0:
+            print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
+        os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
     """One rank: its device, the process group of all ranks, then main."""
     device = torch.device("cpu")
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower
+    world = {"timeout": timedelta(seconds=args.timeout)}
+    if args.backend == "nccl":
+        world["device_id"] = device
+    if "LOCAL_RANK" not in os.environ:
+        world |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    code = 0
     try:
-        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        if args.trace and dist.get_rank() == 0:
-            profile = torch.profiler.profile()
-        with profile:
-            try:
-                main(args, device)
-            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
-                code = end.code
-        dist.barrier()
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
-            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    finally:  # also of a run that failed
-        if isinstance(profile, torch.profiler.profile):
-            write_trace(profile, args.trace)
     dist.destroy_process_group()
     sys.exit(code)
 
 
-def write_trace(profile: torch.profiler.profile, path: str) -> None:
-    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
-    try:
-        profile.export_chrome_trace(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        for left in (aside, f"{aside}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(left)
-        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
+def _end_with_parent(parent: int) -> None:
+    """A launcher that was killed cannot stop its ranks, so each rank watches it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-# endregion copy 9537e9
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":
     arguments = flags()
     if arguments.paper_scale:
-        model = PAPER_MODELS[arguments.paper_scale]
-        print(f"one layer of {arguments.paper_scale}: s {SEQUENCE}, b {model.micro_batch}, h {model.h}, a {model.a}, "
-              f"t {model.t}, pretended\n")  # fmt: skip
-        print_costs(paper_scale(arguments.paper_scale), SEQUENCE * model.micro_batch * model.h)
-        print("\nkept by a GPU of the first pipeline stage, all layers and micro-batches, in GB:")
-        print(", ".join(f"{mode_name(*mode)} {first_stage_bytes(model, *mode) / 1e9:.1f}" for mode in MODES))
+        print_paper_scale(arguments.paper_scale)
     else:
         launch(main, arguments)

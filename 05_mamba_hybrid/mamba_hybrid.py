@@ -64,18 +64,23 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import logging
 import math
 import os
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -84,9 +89,23 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
+
+
+# region carried: config fields (home: 01_deepspeech)
+def flag(default: Any, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# endregion copy 36d020
 
 
 @dataclass
@@ -94,28 +113,33 @@ class HybridConfig:
     """The sizes of a hybrid model. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    hidden_size: int = 128  # H
-    pattern: str = "M-M*-M-"  # a layer each: M Mamba-2, * attention, - feed-forward
-    ffn_hidden_size: int = 512  # F
-    mamba_heads: int = 8  # N of Mamba-2
+    hidden_size: int = flag(128, "hidden size, H", least=1)
+    pattern: str = flag("M-M*-M-", "a letter a layer: M Mamba-2, * attention, - feed-forward")
+    ffn_hidden_size: int = flag(512, "feed-forward size, F; tp must divide it", least=1)
+    mamba_heads: int = flag(8, "heads of a Mamba layer, N; tp must divide them", least=1)
     mamba_head_size: int = 32  # D
-    mamba_groups: int = 2  # G: heads of a group share B and C
-    state_size: int = 32  # Z
+    mamba_groups: int = flag(2, "groups of them that share B and C, G", least=1)
+    state_size: int = flag(32, "size of a state, Z", least=1)
     conv_kernel: int = 4  # K
-    chunk: int = 64  # Q
-    attention_heads: int = 4  # N of attention
-    attention_groups: int = 2  # G: heads of a group share keys and values
+    chunk: int = flag(64, "tokens of a chunk, Q", least=1)
+    attention_heads: int = flag(4, "query heads; tp must divide them", least=1)
+    attention_groups: int = flag(2, "groups of them that share keys and values", least=1)
     attention_head_size: int = 32
     rope: float = 0.0  # the share of each head that is rotated by its position; the papers' hybrids rotate nothing
     norm_eps: float = 1e-5
     init_std: float = 0.02
     A_init: tuple[float, float] = (1.0, 16.0)  # −A of a head is drawn between these
-    dt_init: tuple[float, float] = (1e-3, 0.1)  # and its step dt, on a logarithmic scale, between these
+    dt_init: tuple[float, float] = (
+        1e-3,
+        0.1,
+    )  # and its step dt, on a logarithmic scale, between these
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
         if not self.pattern or set(self.pattern) - set("M*-"):
-            raise ValueError(f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else")
+            raise ValueError(
+                f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else"
+            )
         for name, value in vars(self).items():
             least = {"seed": value, "rope": value, "conv_kernel": 2}.get(name, 1)
             if isinstance(value, int) and value < least:
@@ -123,9 +147,13 @@ class HybridConfig:
         for kind in ("mamba", "attention"):
             heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
             if heads % groups:
-                raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple")
+                raise ValueError(
+                    f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple"
+                )
         if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
-            raise ValueError(f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated")
+            raise ValueError(
+                f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated"
+            )
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -174,12 +202,8 @@ class HybridConfig:
 #     └───────┘
 
 
-def wide(x: Tensor) -> Tensor:
-    """x in at least fp32, of the same shape: decays, states and means are too delicate for less. float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-# L first. Decays multiply over thousands of tokens, so all is done with their logarithms, and exp comes last. Traps:
+# L first. Decays, states and means are too delicate for less than fp32 (`at_least_fp32`, in part 2). Decays multiply
+# over thousands of tokens, so all is done with their logarithms, and exp comes last. Traps:
 #
 # · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
 #   afterwards makes NaN of it, at the latest in backward, where the gradient 0 meets inf. So −inf goes in *before* exp.
@@ -208,7 +232,7 @@ def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
 
     starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours.
     """
-    a_BSN = wide(dt) * wide(A)
+    a_BSN = at_least_fp32(dt) * at_least_fp32(A)
     return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
 
 
@@ -222,14 +246,16 @@ def _scan(form, x, dt, A, B, C, D, state, starts):
     # Autocast is off, here and in backward: it would make the products of wide numbers narrow again.
     with torch.autocast(x.device.type, enabled=False):
         G, split = B.shape[2], "B S (G J) D -> B G J S D"
-        X_BGJSD = rearrange(wide(x) * wide(dt)[..., None], split, G=G)
+        X_BGJSD = rearrange(at_least_fp32(x) * at_least_fp32(dt)[..., None], split, G=G)
         a_BGJS1 = rearrange(log_decay(dt, A, starts)[..., None], split, G=G)
-        B_BG1SZ, C_BG1SZ = (rearrange(wide(t), "B S G Z -> B G 1 S Z") for t in (B, C))
+        B_BG1SZ, C_BG1SZ = (rearrange(at_least_fp32(t), "B S G Z -> B G 1 S Z") for t in (B, C))
         zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-        state_BGJDZ = rearrange(zeros_BNDZ if state is None else wide(state), "B (G J) D Z -> B G J D Z", G=G)
+        state_BGJDZ = rearrange(
+            zeros_BNDZ if state is None else at_least_fp32(state), "B (G J) D Z -> B G J D Z", G=G
+        )
         y_BGJSD, state_BGJDZ = form(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ)
         y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
-        y_BSND = y_BSND if D is None else y_BSND + wide(D)[:, None] * x
+        y_BSND = y_BSND if D is None else y_BSND + at_least_fp32(D)[:, None] * x
         return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
 
 
@@ -239,7 +265,9 @@ def _scan(form, x, dt, A, B, C, D, state, starts):
 def _steps(state_BGJDZ, *tensors):
     y = []
     for X_BGJD, a_BGJ1, B_BG1Z, C_BG1Z in zip(*(t.unbind(-2) for t in tensors)):
-        state_BGJDZ = a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        state_BGJDZ = (
+            a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        )
         y.append((state_BGJDZ * C_BG1Z[..., None, :]).sum(-1))
     return torch.stack(y, -2) if y else tensors[0], state_BGJDZ
 
@@ -301,25 +329,41 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # diagonal is rounded before it cancels: of a head that forgets within a token it leaves noise in the place of dA.)
 
 
-def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ):
+def _chunk_backward(
+    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ
+):
     L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
-    end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
+    end_BGJS1, whole_BGJ11, exact = (
+        L_BGJSS[..., -1, :, None],
+        kept_BGJS1[..., -1:, :],
+        dict(dtype=torch.float64),
+    )
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
     scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
-    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
+    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (
+        B_BG1SZ @ grad_state_BGJDZ.mT
+    )
     # Then B and C, which all heads of a group share: so their gradients are sums over heads.
     by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
     grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
-    by_read_BGJSZ, by_left_BGJSZ = read_BGJSD @ state_BGJDZ, (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ
+    by_read_BGJSZ, by_left_BGJSZ = (
+        read_BGJSD @ state_BGJDZ,
+        (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ,
+    )
     grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
     grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
 
     # At last the decays, by way of s: what L, the reading of the state and the writing into it tell.
-    M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
+    M_BGJSS, left_BGJS = (
+        by_head_BGJSS.mul_(scores_BG1SS),
+        (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact),
+    )
     grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
     grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
-    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum((-1, -2), **exact)
+    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum(
+        (-1, -2), **exact
+    )
     grad_a_BGJS1 = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)[..., None]
     grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
     return grad_state_BGJDZ, grad_X_BGJSD, grad_a_BGJS1, grad_B_BG1SZ, grad_C_BG1SZ
@@ -327,13 +371,17 @@ def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJS
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B and C; tokens are the last dimension but one
+    def forward(
+        ctx, chunk, state_BGJDZ, *tensors
+    ):  # X, a, B and C; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         y_BGJSD, states = torch.empty_like(tensors[0]), []
         ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
         for at in ctx.chunks:
             states.append(state_BGJDZ)
-            y_BGJSD[..., at, :], state_BGJDZ = _chunk(state_BGJDZ, *(t[..., at, :] for t in tensors))
+            y_BGJSD[..., at, :], state_BGJDZ = _chunk(
+                state_BGJDZ, *(t[..., at, :] for t in tensors)
+            )
         ctx.save_for_backward(*tensors, *states)
         return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
 
@@ -368,8 +416,20 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
-        raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
-    return _scan(lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out), x, dt, A, B, C, D, initial_state, starts)
+        raise ValueError(
+            f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0"
+        )
+    return _scan(
+        lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out),
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        initial_state,
+        starts,
+    )
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -390,11 +450,15 @@ def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) ->
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
-    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[:, 1 - K - S :]
+    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[
+        :, 1 - K - S :
+    ]
     for tap in range(K):
         of_tap_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
-            of_tap_BSC = of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+            of_tap_BSC = (
+                of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+            )
         y_BSC = torch.addcmul(y_BSC, of_tap_BSC, weight_CK[:, tap])
     return y_BSC.to(u_BSC.dtype)
 
@@ -423,14 +487,18 @@ class Past:
     """
 
     first: int = 0  # the number of tokens before
-    document_BS: Tensor | None = None  # of all tokens of the sequence, the number of the document; None: there is one
+    document_BS: Tensor | None = (
+        None  # of all tokens of the sequence, the number of the document; None: there is one
+    )
 
     def documents(self, before: int, S: int) -> Tensor | None:
         """The document's number for `before` tokens in front of `first`, and for S from there on."""
         if self.document_BS is None:
             return None
         index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
-        return self.document_BS[:, index.clamp(min=0)]  # in front of the first token of all there are only zeros
+        return self.document_BS[
+            :, index.clamp(min=0)
+        ]  # in front of the first token of all there are only zeros
 
     def starts(self, S: int) -> Tensor | None:
         """True where a document begins, for S tokens from `first` on."""
@@ -461,9 +529,9 @@ class RMSNorm(nn.Module):
         return x_BSGC.square().mean(-1, keepdim=True)
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSGC = wide(x_BSH).unflatten(-1, (self.groups, -1))
+        x_BSGC = at_least_fp32(x_BSH).unflatten(-1, (self.groups, -1))
         y_BSGC = x_BSGC * (self.mean_square(x_BSGC) + self.eps).rsqrt()
-        return (y_BSGC.flatten(-2) * wide(self.weight)).to(x_BSH.dtype)
+        return (y_BSGC.flatten(-2) * at_least_fp32(self.weight)).to(x_BSH.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -474,7 +542,11 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config, N, inner = config, config.mamba_heads, config.mamba_heads * config.mamba_head_size
+        self.config, N, inner = (
+            config,
+            config.mamba_heads,
+            config.mamba_heads * config.mamba_head_size,
+        )
         self.convolved = [inner, *2 * [config.mamba_groups * config.state_size]]  # x, B, C
         self.projected = [inner, sum(self.convolved), N]  # z, those three, dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
@@ -491,15 +563,23 @@ class Mamba2Mixer(nn.Module):
         # The order of the rows of in_proj is the published one; z and dt do not go through the convolution.
         config, past, S = self.config, past or Past(), x_BSH.shape[1]
         z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
-        before, documents = past.inputs(u_BSC, config.conv_kernel), past.documents(config.conv_kernel - 1, S)
+        before, documents = (
+            past.inputs(u_BSC, config.conv_kernel),
+            past.documents(config.conv_kernel - 1, S),
+        )
         u_BSC = F.silu(causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, before, documents))
         x_BSC, *BC_BSC = u_BSC.split(self.convolved, -1)
         x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", D=config.mamba_head_size)
         B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
-        dt_BSN, A_N = F.softplus(wide(dt_BSN) + wide(self.dt_bias)), -wide(self.A_log).exp()
+        dt_BSN, A_N = (
+            F.softplus(at_least_fp32(dt_BSN) + at_least_fp32(self.dt_bias)),
+            -at_least_fp32(self.A_log).exp(),
+        )
         y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
         # The gate first: norm(y · silu(z)). The norm of y, gated afterwards, is another function.
-        y_BSC = wide(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(wide(z_BSC))
+        y_BSC = at_least_fp32(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(
+            at_least_fp32(z_BSC)
+        )
         return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
 
 
@@ -520,13 +600,23 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
     Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
     Source: RoFormer, arXiv 2104.09864.
     """
-    S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
+    S, R, exact = (
+        x_BNSD.shape[-2],
+        round(share * x_BNSD.shape[-1]),
+        dict(dtype=torch.float64, device=x_BNSD.device),
+    )
     if not R:
         return x_BNSD
-    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (-torch.arange(0, R, 2, **exact) / R)
-    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(wide(x_BNSD).dtype.to_complex())
-    turned_BNSR = torch.complex(*wide(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
-    return torch.cat([turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1)
+    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (
+        -torch.arange(0, R, 2, **exact) / R
+    )
+    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(
+        at_least_fp32(x_BNSD).dtype.to_complex()
+    )
+    turned_BNSR = torch.complex(*at_least_fp32(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
+    return torch.cat(
+        [turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1
+    )
 
 
 class Attention(nn.Module):
@@ -536,18 +626,26 @@ class Attention(nn.Module):
         super().__init__()
         self.config, H, D = config, config.hidden_size, config.attention_head_size
         self.q_proj = nn.Linear(H, config.attention_heads * D, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (
+            nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2)
+        )
         self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
 
     def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
         past, S, D = past or Past(), x_BSH.shape[1], self.config.attention_head_size
         projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
         q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
-        k_BGTD, v_BGTD = past.keys(rotate(k_BGSD, past.first, self.config.rope), v_BGSD)  # T: up to the last of x
+        k_BGTD, v_BGTD = past.keys(
+            rotate(k_BGSD, past.first, self.config.rope), v_BGSD
+        )  # T: up to the last of x
         q_BNSD, T = rotate(q_BNSD, past.first, self.config.rope), k_BGTD.shape[2]
-        if S == 1 and past.document_BS is None:  # one token sees all: the heads of a group are queries of one head
+        if (
+            S == 1 and past.document_BS is None
+        ):  # one token sees all: the heads of a group are queries of one head
             q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
-            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
+            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[
+                :, :, None
+            ]
         else:
             mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
             if (document := past.document_BS) is not None:
@@ -555,7 +653,9 @@ class Attention(nn.Module):
             elif T == S:
                 mask = None  # plainly causal, for which the kernels need no mask
             causal = dict(attn_mask=mask, is_causal=mask is None)
-            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal)
+            y_BNSD = F.scaled_dot_product_attention(
+                q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal
+            )
         return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
 
 
@@ -591,7 +691,9 @@ class HybridLM(nn.Module):
         layers = [dict(norm=RMSNorm(H, eps), mixer=KINDS[kind](config)) for kind in config.pattern]
         self.layers, self.final_norm = nn.ModuleList(map(nn.ModuleDict, layers)), RMSNorm(H, eps)
         self.head = nn.Linear(H, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        if (
+            not self.head.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def mine(self, x_BS: Tensor) -> Tensor:
@@ -606,19 +708,33 @@ class HybridLM(nn.Module):
         """One layer of any kind, with its norm and its residual connection."""
         return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
 
-    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None, last=False):
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        starts_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        last=False,
+    ):
         if cache and starts_BS is not None:
             raise ValueError("starts_BS and a cache: decode one document a sequence")
-        pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        pasts = (
+            cache.admit(tokens_BS)
+            if cache
+            else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        )
         x_BSH = self.embedding(self.mine(tokens_BS))
         for layer, past in zip(self.layers, pasts):
             x_BSH = self.run(layer, x_BSH, past)
         return self.head(self.final_norm(x_BSH[:, -1:] if last else x_BSH))
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
-        logits_BVS = rearrange(wide(self(tokens_BS, starts_BS)), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
+        logits_BVS = rearrange(at_least_fp32(self(tokens_BS, starts_BS)), "B S V -> B V S")
+        return F.cross_entropy(
+            logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none"
+        )
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for sequences of up to `capacity` tokens."""
@@ -643,7 +759,11 @@ def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=
     if kind == "A_log":
         return torch.lerp(*torch.tensor(config.A_init), torch.rand(**drawn)).log()
     if kind == "dt_bias":
-        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn)).exp().clamp(min=1e-4)
+        dt_N = (
+            torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn))
+            .exp()
+            .clamp(min=1e-4)
+        )
         return dt_N + torch.log(-torch.expm1(-dt_N))
     if kind in ("conv_weight", "conv_bias"):
         return (2 * torch.rand(**drawn) - 1) / math.sqrt(config.conv_kernel)
@@ -694,14 +814,18 @@ class CachedPast(Past):
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
         state, one = self.kept.get("state"), x.shape[1] == 1
-        y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        y, state = (
+            ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        )
         self.kept["state"] = state.detach()
         return y
 
     def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         kv_2BGSD, last = torch.stack([k_BGSD, v_BGSD]), self.first + k_BGSD.shape[2]
         if "keys" not in self.kept:
-            self.kept["keys"] = kv_2BGSD.new_zeros(*kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3])
+            self.kept["keys"] = kv_2BGSD.new_zeros(
+                *kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3]
+            )
         self.kept["keys"][..., self.first : last, :] = kv_2BGSD
         return self.kept["keys"][..., :last, :].unbind()
 
@@ -739,34 +863,69 @@ class Cache:
 # divided over the tokens, and attention saw all of them. Megatron-LM calls that one sequence parallelism and this one
 # context parallelism (--cp); the Mamba papers call this one sequence parallelism.
 #
-# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these four functions.
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these functions.
 
 
-# region carried: groups (home: 01_deepspeech)
-def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+# region carried: process groups (home: 01_deepspeech)
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
 
 
-def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
-def _readable(x: Tensor) -> bool:
-    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (chapter 2, part 5), which have none."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place; with a single rank there is nothing to do."""
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
 
 
-# endregion copy 552773
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
+    """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# endregion copy 3197a3
 
 
 # The doors, explained in chapter 2, section 2.1.
@@ -776,88 +935,93 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)
-def _share(size: int, group, what: str) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
-    return size // tp
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, op, conjugate_op):
+        ctx.reversed = (group, conjugate_op, op)
+        return op(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # apply(), and not a plain call: so that the second derivative is right too.
+        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
-def _keep(x: Tensor, group) -> Tensor:
-    return x.view_as(x)  # a tensor object of its own: autograd treats an input that is returned specially
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
 
 
-def _sum(partial_x: Tensor, group) -> Tensor:
-    """Of a copy: the all-reduce works in place, and somebody else may still need the summand."""
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    # all_reduce works in place, and the caller may still need its partial sum.
     return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
 
 
-def _gather(x: Tensor, group) -> Tensor:
-    """All ranks' x side by side along the last dimension."""
-    pieces = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
-    dist.all_gather(pieces, x.contiguous(), group)
-    return torch.cat(pieces, -1)
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    shards = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
+    ]
+    dist.all_gather(shards, x.contiguous(), group)
+    return torch.cat(shards, dim=-1)
 
 
-def _slice(x: Tensor, group, dim: int = -1, what: str = "the last dimension") -> Tensor:
-    """This rank's share of one dimension, a copy: a view would keep all of x in memory."""
-    share = x.split(_share(x.shape[dim], group, what), dim)[group_rank(group)]
-    return share.clone(memory_format=torch.contiguous_format)
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
-class _Door(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, there, back):
-        ctx.group, ctx.there, ctx.back = group, there, back
-        return there(x, group)
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
 
-    @staticmethod
-    def backward(ctx, grad):  # the same door from the other side, and so a second derivative is right too
-        return _Door.apply(grad, ctx.group, ctx.back, ctx.there), None, None, None
-
-
-def copy_to_tp(x: Tensor, group=None) -> Tensor:
-    """The way in: x as it is; its gradient is summed over `group`.
-
-    x: any shape, equal on every rank. group: the tensor-parallel group; None is all ranks.
-    Source: the Megatron-LM paper's f, figure 3.
+    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
+    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(x, group, _keep, _sum) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
 
 
-def reduce_from_tp(partial_x: Tensor, group=None) -> Tensor:
-    """The way out: the sum of `partial_x` over `group`, the same on every rank; the gradient passes as it is.
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
 
-    partial_x: any shape, which must be the same on every rank; not modified.
-    Source: the Megatron-LM paper's g, figure 3.
+    Args: partial_x (...), of one shape on every rank; not modified.
+    Returns: the sum over `group` (...), replicated.
+    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Door.apply(partial_x, group, _sum, _keep) if group_size(group) > 1 else partial_x
+    return (
+        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    )
 
 
-def scatter_to_tp(x: Tensor, group=None) -> Tensor:
-    """This rank's share of the last dimension of x, (..., F) to (..., f); the gradient is gathered.
+def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
 
-    x: any shape, equal on every rank. Raises: ValueError where the dimension does not divide over the ranks.
+    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
     Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _slice, _gather) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
 
 
-def gather_from_tp(x: Tensor, group=None) -> Tensor:
-    """All ranks' x side by side, (..., f) to (..., F); of the gradient each rank keeps its share.
+def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
 
-    x: any shape, which must be the same on every rank. Right only where every rank does the same with the result: then
-    its gradient is whole on each, and a sum would count it tp times.
-    Source: ours; Megatron-LM's code has it.
+    Right only where every rank computes the same from the result: its gradient is then replicated,
+    and a sum over the ranks would count it tp times.
+    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
     """
-    return _Door.apply(x, group, _gather, _slice) if group_size(group) > 1 else x
+    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy 4574e3
+# endregion copy f6acd3
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
-Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group neighbours", defaults=(1, 1, 0, 0, None, None, {}))
+Grid = namedtuple(
+    "Grid",
+    "tp cp tp_rank cp_rank tp_group cp_group neighbours",
+    defaults=(1, 1, 0, 0, None, None, {}),
+)
 
 
 # ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
@@ -897,11 +1061,19 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
     Source: Megatron-LM's layer; copies of groups: ours.
     """
-    names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
-    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
+    names = {
+        "M": "mamba_heads mamba_groups",
+        "*": "attention_heads attention_groups",
+        "-": "ffn_hidden_size",
+    }
+    sizes = {
+        name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()
+    }
     for name, size in sizes.items():
         if size % tp and not (name.endswith("groups") and tp % size == 0):
-            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}")
+            raise ValueError(
+                f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}"
+            )
     return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
 
 
@@ -913,11 +1085,15 @@ class ParallelRMSNorm(RMSNorm):
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
         super().__init__(size, eps, len(held(groups, 0, grid.tp)))
-        self.holders = max(1, grid.tp // groups)  # ranks that a group's channels lie on, equal shares of them
+        self.holders = max(
+            1, grid.tp // groups
+        )  # ranks that a group's channels lie on, equal shares of them
         self.neighbours = grid.neighbours.get(self.holders)
 
     def mean_square(self, x_BSgC: Tensor) -> Tensor:
-        partial_BSg1 = super().mean_square(x_BSgC) / self.holders  # the mean of the group is the mean of their means
+        partial_BSg1 = (
+            super().mean_square(x_BSgC) / self.holders
+        )  # the mean of the group is the mean of their means
         if self.holders == 1:
             return partial_BSg1
         return copy_to_tp(reduce_from_tp(partial_BSg1, self.neighbours), self.neighbours)
@@ -941,7 +1117,7 @@ class ParallelRMSNorm(RMSNorm):
 
 
 def _from_earlier(x: Tensor, group) -> Tensor:
-    x_of_ranks = torch.stack(_gather(x, group).chunk(group_size(group), -1))
+    x_of_ranks = torch.stack(_all_gather(x, group).chunk(group_size(group), -1))
     x_of_ranks[group_rank(group) :] = 0
     return x_of_ranks
 
@@ -953,29 +1129,37 @@ def _to_earlier(partial_of_ranks: Tensor, group) -> Tensor:
     return mine
 
 
-def from_earlier_ranks(x: Tensor, group=None) -> Tensor:
+def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
     """x of the ranks before this one, (ranks, *x.shape), with zeros in the places of this rank and of those behind it.
 
     x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
     go back through it where one does. Source: ours.
     """
-    return _Door.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
+    return (
+        _Conjugate.apply(x, group, _from_earlier, _to_earlier)
+        if group_size(group) > 1
+        else x.new_zeros(1, *x.shape)
+    )
 
 
 # The convolution first: each rank but the first needs the last K − 1 inputs of the one before, a *halo*. Two neighbours
 # could send it to each other; it is small beside the state, which travels the same way.
 
 
-def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
+def halo(u_BsC: Tensor, width: int, group: Group = None) -> Tensor:
     """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
 
     Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
     Source: ours.
     """
     if u_BsC.shape[1] < width:
-        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
+        raise ValueError(
+            f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them"
+        )
     last_BKC = u_BsC[:, u_BsC.shape[1] - width :]
-    return from_earlier_ranks(last_BKC, group)[group_rank(group) - 1]  # rank 0 takes [-1]: the last rank's place, zeros
+    return from_earlier_ranks(last_BKC, group)[
+        group_rank(group) - 1
+    ]  # rank 0 takes [-1]: the last rank's place, zeros
 
 
 # ── 2.4 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
@@ -1004,7 +1188,9 @@ def halo(u_BsC: Tensor, width: int, group=None) -> Tensor:
 # enters rank 0 that could decay there. And nothing need be said about backward: autograd goes through the composition.
 
 
-def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
+def ssd_sequence_parallel(
+    x, dt, A, B, C, chunk, D=None, group=None, starts=None
+) -> tuple[Tensor, Tensor]:
     """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths but 0.
 
     Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
@@ -1014,16 +1200,21 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     """
     if group_size(group) == 1:
         return ssd(x, dt, A, B, C, chunk, D, None, starts)
-    y_BsND, own_BNDZ = ssd(wide(x), dt, A, B, C, chunk, D, None, starts)  # y is rounded once, when it is complete
+    # In fp32, so that y is rounded once, when it is complete.
+    y_BsND, own_BNDZ = ssd(at_least_fp32(x), dt, A, B, C, chunk, D, None, starts)
     kept_BsN = _kept(log_decay(dt, A, starts))
-    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(*own_BNDZ.shape[:3], 1)  # travels as one column more
+    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(
+        *own_BNDZ.shape[:3], 1
+    )  # travels as one column more
     messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
     in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done
     for message in messages[1 : group_rank(group)]:
         in_BNDZ = message[..., -1:] * in_BNDZ + message[..., :-1]
     with torch.autocast(x.device.type, enabled=False):
         in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
-        read_BsND = einsum(wide(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
+        read_BsND = einsum(at_least_fp32(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(
+            2, 3
+        )
     return (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype), own_BNDZ + decay_BND1 * in_BNDZ
 
 
@@ -1051,13 +1242,15 @@ class RankPast(Past):
     """
 
     lengths: list[int] | None = None
-    group: dist.ProcessGroup | None = None
+    group: Group = None
 
     def inputs(self, u_BsC: Tensor, K: int) -> Tensor:
         return halo(u_BsC, K - 1, self.group)
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[0]
+        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[
+            0
+        ]
 
     def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
         mine = torch.cat([k_BGsD, v_BGsD], -1)  # one message for both
@@ -1088,10 +1281,17 @@ class ParallelHybridLM(HybridLM):
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
         with torch.device("meta"):  # shapes first, without memory
             super().__init__(local_config(config, grid.tp))
-            for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
-                mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
+            for mixer in (
+                layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"
+            ):
+                mixer.norm = ParallelRMSNorm(
+                    len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid
+                )
         self.config, self.grid = config, grid
-        shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
+        shares = {
+            n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp)
+            for n, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
     def run(self, layer: nn.ModuleDict, x_BsH: Tensor, past: Past) -> Tensor:
@@ -1099,7 +1299,9 @@ class ParallelHybridLM(HybridLM):
         return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
 
     def mine(self, x_BS: Tensor) -> Tensor:
-        return x_BS.tensor_split(self.grid.cp, 1)[self.grid.cp_rank]  # the first get one more where they do not divide
+        return x_BS.tensor_split(self.grid.cp, 1)[
+            self.grid.cp_rank
+        ]  # the first get one more where they do not divide
 
     def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
         cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
@@ -1109,11 +1311,15 @@ class ParallelHybridLM(HybridLM):
         if lengths[-1] < K - 1:
             text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
-        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
+        return RankPast(
+            sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group
+        )
 
     def new_cache(self, capacity: int) -> Cache:
         if self.grid.cp > 1:
-            raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
+            raise ValueError(
+                f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone"
+            )
         return super().new_cache(capacity)
 
 
@@ -1128,23 +1334,39 @@ class ParallelHybridLM(HybridLM):
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
 #     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
 
-Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows; ranks that hold them
+Piece = namedtuple(
+    "Piece", "first size copies"
+)  # first row in the whole; rows; ranks that hold them
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
     """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it."""
     N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
-    inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
-    queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
+    inner, BC, heads = (
+        (N, config.mamba_head_size),
+        (config.mamba_groups, Z),
+        (N, 1),
+    )  # units, and rows of each
+    queries, keys, features = (
+        (config.attention_heads, D),
+        (config.attention_groups, D),
+        (config.ffn_hidden_size, 1),
+    )
     rows = {
         "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
         "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
         "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
         "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
     }  # fmt: skip
-    columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
+    columns = {
+        "out_proj.weight": [inner],
+        "o_proj.weight": [queries],
+        "down_proj.weight": [features],
+    }
     kind, first, pieces = name.split("mixer.")[-1], 0, []
-    for units, width in (rows | columns).get(kind, [(1, config.hidden_size)]):  # the norms in front of layers, the last
+    for units, width in (rows | columns).get(
+        kind, [(1, config.hidden_size)]
+    ):  # the norms in front of layers, the last
         mine = held(units, rank, tp)
         pieces.append(Piece(first + mine.start * width, len(mine) * width, max(1, tp // units)))
         first += units * width
@@ -1160,7 +1382,9 @@ def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: 
     return torch.cat([whole.narrow(dim, p.first, p.size) for p in pieces], dim)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
+def shard_state_dict(
+    full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int
+) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
 
     full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
@@ -1169,7 +1393,9 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
     found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
     local_config(config, tp)  # for what it raises
     if wrong := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
-        raise ValueError(f"missing, unknown, or of another shape than this configuration's: {wrong}")
+        raise ValueError(
+            f"missing, unknown, or of another shape than this configuration's: {wrong}"
+        )
     return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
 
 
@@ -1185,10 +1411,16 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
         full[name] = shards[0][name].new_empty(shape)
         for rank, shard in enumerate(shards):
             dim, pieces = pieces_of(name, config, rank, tp)
-            for piece, mine in zip(pieces, shard[name].split([piece.size for piece in pieces], dim)):
+            for piece, mine in zip(
+                pieces, shard[name].split([piece.size for piece in pieces], dim)
+            ):
                 place = full[name].narrow(dim, piece.first, piece.size)
-                if rank % piece.copies and not torch.equal(place, mine):  # the first who holds it has written it
-                    raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+                if rank % piece.copies and not torch.equal(
+                    place, mine
+                ):  # the first who holds it has written it
+                    raise ValueError(
+                        f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not"
+                    )
                 place.copy_(mine)
     return full
 
@@ -1204,7 +1436,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 # published, Megatron-LM's, does not clamp, and nor do we.
 
 
-def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[HybridConfig, dict[str, Tensor]]:
+def load_nemotron_h(
+    folder: Path | str, rank: int = 0, tp: int = 1
+) -> tuple[HybridConfig, dict[str, Tensor]]:
     """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
 
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
@@ -1215,7 +1449,9 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     theirs = json.loads((folder / "config.json").read_text("utf-8"))
     ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
                 use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
-    if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
+    if other := {
+        key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value
+    }:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
     # Two ages of the format have two names for each kind of layer, and for the size of a head.
     letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
@@ -1226,14 +1462,34 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
                  attention_heads="num_attention_heads", attention_groups="num_key_value_heads",
                  attention_head_size="head_dim" if theirs.get("head_dim") else "attention_head_dim",
                  norm_eps="layer_norm_epsilon")  # fmt: skip
-    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
-    config = HybridConfig(pattern=pattern, **{name: theirs[published] for name, published in names.items()})
+    pattern = theirs.get("hybrid_override_pattern") or "".join(
+        letters.get(kind, "?") for kind in kinds
+    )
+    config = HybridConfig(
+        pattern=pattern, **{name: theirs[published] for name, published in names.items()}
+    )
     local_config(config, tp)  # for what it raises
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
+    files = (
+        json.loads(index.read_text("utf-8"))["weight_map"].values()
+        if index.exists()
+        else ["model.safetensors"]
+    )
     opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
-    found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
-    full, renamed = {}, {"conv_": "conv1d.", "head.": "lm_head.", "final_norm": "norm_f", "embedding": "embeddings"}
+    found = {
+        n.removeprefix("backbone.").removeprefix("model."): (file, n)
+        for file in opened
+        for n in file.keys()
+    }
+    full, renamed = (
+        {},
+        {
+            "conv_": "conv1d.",
+            "head.": "lm_head.",
+            "final_norm": "norm_f",
+            "embedding": "embeddings",
+        },
+    )
     for name, shape in parameter_shapes(config).items():
         published = name
         for here, there in renamed.items():
@@ -1243,7 +1499,9 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
         x = found[published][0].get_tensor(found[published][1])
         x = x.squeeze(1) if name.endswith("conv_weight") else x
         if x.shape != shape:
-            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
+            raise ValueError(
+                f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}"
+            )
         full[name] = shard_tensor(name, x, config, rank, tp)
     return config, full
 
@@ -1263,12 +1521,17 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
     """AdamW that decays matrices only: not A_log, dt_bias and D, whose zero is no rest, nor norms' weights."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-def _sum_over(parts: list[Tensor], group) -> None:
+def _sum_over(parts: list[Tensor], group: Group) -> None:
     """Sums each tensor over the group, in place, all in one message."""
     if parts and group_size(group) > 1:
         flat = _all_reduce(torch.cat([part.flatten() for part in parts]), group)
@@ -1295,17 +1558,24 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
     found = gradient_pieces(model)
     _sum_over([part for _, part, _ in found], model.grid.cp_group)
     for size, group in model.grid.neighbours.items():
-        _sum_over([part for name, part, copies in found if copies == size and "mixer" in name], group)
+        _sum_over(
+            [part for name, part, copies in found if copies == size and "mixer" in name], group
+        )
 
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient before clipping, a scalar, the same on every rank."""
-    total = torch.stack([wide(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]).sum()
+    squares = [
+        at_least_fp32(part).square().sum() / copies for _, part, copies in gradient_pieces(model)
+    ]
+    total = torch.stack(squares).sum()
     grid = getattr(model, "grid", Grid())
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
 
 
-def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None):
+def train_step(
+    model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None
+):
     """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
 
     Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
@@ -1315,7 +1585,9 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
+        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (
+            targets_BS != -100
+        ).sum().clamp(min=1)
     loss.backward()
     if isinstance(model, ParallelHybridLM):
         reduce_gradients(model)
@@ -1326,7 +1598,9 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     return loss.detach(), norm
 
 
-def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
+def train(
+    model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options
+):
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
     batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
@@ -1382,24 +1656,37 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 def parameters(config: HybridConfig) -> int:
     """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
-    inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
+    inner, keys, D = (
+        N * config.mamba_head_size,
+        2 * config.mamba_groups * Z,
+        config.attention_head_size,
+    )
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
     attention = 2 * H * D * (config.attention_heads + config.attention_groups)
     kinds = {"M": mamba, "*": attention, "-": 2 * H * config.ffn_hidden_size}
     return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
 
 
-DecodeMemory = namedtuple("DecodeMemory", "state kv")  # bytes of a sequence: of all Mamba layers, of all attention
+DecodeMemory = namedtuple(
+    "DecodeMemory", "state kv"
+)  # bytes of a sequence: of all Mamba layers, of all attention
 
 
-def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2) -> DecodeMemory:
+def decode_memory(
+    config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2
+) -> DecodeMemory:
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
     Source: ours.
     """
-    inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
-    state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    inner, keys = (
+        config.mamba_heads * config.mamba_head_size,
+        2 * config.mamba_groups * config.state_size,
+    )
+    state = (
+        inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    )
     kv = 2 * config.attention_groups * config.attention_head_size * tokens * number_bytes
     return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
 
@@ -1444,20 +1731,26 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
+def generate(
+    model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None
+) -> Tensor:
     """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
 
     model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
     are in the same state. Raises: ValueError for an empty prompt.
     """
     if not tokens_BS.shape[1]:
-        raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
+        raise ValueError(
+            f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token"
+        )
     cache, new_BS = model.new_cache(tokens_BS.shape[1] + new_tokens), tokens_BS
     for _ in range(new_tokens):
         logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
         new_BS = logits_BV.argmax(-1, keepdim=True)
         if temperature:
-            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
+            new_BS = torch.multinomial(
+                (logits_BV.double() / temperature).softmax(-1), 1, generator=generator
+            )
         tokens_BS = torch.cat([tokens_BS, new_BS], 1)
     return tokens_BS
 
@@ -1485,7 +1778,9 @@ def grids(device: torch.device, timeout: float) -> list[Grid]:
     return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
 
 
-def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small odd model on this grid beside the same on a single device: name to relative error, the worst of all.
 
     Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
@@ -1493,15 +1788,27 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     """
     tp = grid.tp
     sizes = dict(mamba_heads=2 * tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
-    sizes |= dict(attention_heads=2 * tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * tp)
+    sizes |= dict(
+        attention_heads=2 * tp,
+        attention_groups=groups,
+        attention_head_size=4,
+        ffn_hidden_size=8 * tp,
+    )
     # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
     config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
     generator = torch.Generator().manual_seed(1)
-    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(device)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(
+        device
+    )
     starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
     starts_BS[0, 4], targets_BS[1, :3] = True, -100
-    plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
+    plain, parallel = (
+        model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid))
+    )
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast),
+    )
 
     def everyones(x, group=None) -> list:
         found = [x] * group_size(group)
@@ -1511,45 +1818,49 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
         shards = everyones({name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)[:tp]
-        pairs = {name: (x, reference[name].detach().cpu()) for name, x in merge_state_dicts(shards, config).items()}
-        return {f"{kind} {n}": ((x - y).abs().max() / max(y.abs().max(), floor)).item() for n, (x, y) in pairs.items()}
+        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
 
     errors = {}
-    runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
+    runs = zip(
+        *(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel))
+    )
     for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
-        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
+        errors |= {
+            f"loss {step}": abs(loss_here / loss - 1).item(),
+            f"norm {step}": abs(norm_here / norm - 1).item(),
+        }
         if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+            errors |= gaps(
+                "gradient of",
+                *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)),
+            )
+    if (
+        dtype == torch.float64
+    ):  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    everywhere = everyones(errors)
-    return {name: worst(found[name] for found in everywhere) for name in errors}
+    return over_all_ranks(errors)
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
-    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def worst(errors: Iterable[float]) -> float:
-    """The largest; NaN is worse than anything."""
-    return max((math.inf if math.isnan(error) else error for error in errors), default=math.inf)
-
-
-def check(device: torch.device, args, dtype: torch.dtype, autocast: torch.dtype | None, show: bool) -> dict[str, float]:
+def check(
+    device: torch.device,
+    timeout: float,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    show: bool = False,
+) -> dict[str, float]:
     """Every grid of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
     found = {}
-    for grid in grids(device, args.timeout):
+    for grid in grids(device, timeout):
         for groups in sorted({grid.tp, 1}, reverse=True):
             errors = equivalence(grid, groups, device, dtype, autocast)
             text = f"tp {grid.tp} × cp {grid.cp}, G {groups}"
             if show:
                 say("\n".join(f"{text:20} {name:48} {error:.1e}" for name, error in errors.items()))
-            say(f"{text}: worst of {len(errors)} {worst(errors.values()):.1e}")
+            say(f"{text}: worst of {len(errors)} {worst(errors):.1e}")
             for name, error in errors.items():
                 found[name] = max(found.get(name, 0.0), error)
     return found
@@ -1560,24 +1871,37 @@ def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
     world, found = group_size(), {}
     config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
     tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
-    for name, grid, length in (("tp", tp, 64), ("short", cp, 128 * world), ("long", cp, 512 * world)):
+    for name, grid, length in (
+        ("tp", tp, 64),
+        ("short", cp, 128 * world),
+        ("long", cp, 512 * world),
+    ):
         model = ParallelHybridLM(config, grid).to(device)
-        x_BsH = torch.randn(1, length // grid.cp, config.hidden_size, device=device, requires_grad=True)
+        x_BsH = torch.randn(
+            1, length // grid.cp, config.hidden_size, device=device, requires_grad=True
+        )
         past = Past() if grid.cp == 1 else RankPast(0, None, None, grid.cp_group)
         with Counter() as forward:
             y_BsH = model.run(model.layers[0], x_BsH, past)
         with Counter() as backward:
             y_BsH.sum().backward()
-        found[name] = [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
+        found[name] = [
+            [(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)
+        ]
     return found
 
 
 @torch.no_grad()
-def decode_times(config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15) -> list[float]:
+def decode_times(
+    config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15
+) -> list[float]:
     """Milliseconds for one token on a single device, behind so many tokens: states and caches hold random numbers."""
     model, times = HybridLM(config).to(device).eval(), []
     for context in contexts:
-        cache, token_BS = model.new_cache(context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        cache, token_BS = (
+            model.new_cache(context + repeats + 3),
+            torch.zeros(1, 1, dtype=torch.int64, device=device),
+        )
         model(token_BS, cache=cache)  # makes what the layers keep
         for x in (x for layer in cache.layers for x in layer.values()):
             x.normal_()
@@ -1590,202 +1914,317 @@ def decode_times(config: HybridConfig, contexts: list[int], device: torch.device
     return times
 
 
-def demonstrate(args, device: torch.device) -> list[float]:
-    """Trains on real text and writes; returns the differences in loss of the first steps from the single device."""
+def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
+    """Trains on real text and generates some; returns how far the first losses are from the single device's."""
     from tqdm import tqdm
 
-    config, (dtype, autocast), grid = config_of(args), precision(args), make_grid(args.tp, device, args.timeout)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    config, (dtype, autocast), grid = (
+        config_of(args),
+        dtypes(args),
+        make_grid(args.tp, device, args.timeout),
+    )
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
     def batches(steps: int):
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     model = ParallelHybridLM(config, grid).to(device, dtype)
-    alone = train(HybridLM(config).to(device, dtype), batches(5 if group_rank() == 0 else 0), **options)
-    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {data.source}")
+    # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
+    alone = train(HybridLM(config).to(device, dtype), batches(min(5, args.steps)), **options)
+    say(
+        f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {source}"
+    )
     say("step      loss    single device      norm")
-    differences, quiet = [], group_rank() > 0 or not sys.stderr.isatty()
+    differences, quiet = {}, group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
     for step, results in enumerate(steps):
         loss, norm = read_step(step, *results)
-        beside = [loss_alone.item() for loss_alone, _ in [next(alone, (None, None))] if loss_alone is not None]
-        differences += [abs(loss - other) for other in beside]
+        text = ""
+        for results_alone in itertools.islice(alone, 1):  # nothing once its steps are done
+            loss_alone, _ = read_step(step, *results_alone)
+            differences[f"loss {step}"] = abs(loss - loss_alone)
+            text = f"{loss_alone:.6f}"
         if step < 5 or step % 20 == 19:
-            text = f"{beside[0]:.6f}" if beside else ""
             say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
     if grid.cp == 1:
         prompt = "import os\n\n\ndef "
         prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
-        text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
-        say(f"\nafter {prompt!r} it writes\n{data.decode(text_S[prompt_BS.shape[1] :])!r}")
+        text_S = generate(
+            model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed)
+        )[0]
+        say(
+            f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_S[prompt_BS.shape[1] :].tolist())!r}"
+        )
     return differences
 
 
-def main(args, device: torch.device) -> None:
-    ranks = group_size()
-    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {ranks} ranks, {args.dtype}, seed {args.seed}\n")
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    say_setting(args)
     if args.check:
-        bad = worst(check(device, args, *precision(args), show=True).values()) > BOUNDS[args.dtype]
+        error = worst(check(device, args.timeout, *dtypes(args), show=True))
         say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
-        sys.exit(bad)
-    errors = check(device, args, torch.float64, None, show=False)
+        sys.exit(0 if error <= BOUNDS[args.dtype] else 1)
+    errors = check(device, args.timeout, torch.float64)
     messages, differences = count_messages(device, args.timeout), demonstrate(args, device)
-    if group_rank() > 0:
-        return
+    if (
+        group_rank() == 0
+    ):  # no collective comes after this, so no other rank waits for the measurement
+        rows = claims(args, errors, messages, differences, time_decoding(args, device))
+        if not print_claims(rows):
+            sys.exit(1)
 
+
+def time_decoding(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
+    """Prints a token's time after 1 to 32 thousand others, for three models; returns the milliseconds of each."""
     config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
-    models = {"Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")), "hybrid": config,
-              "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5)}  # fmt: skip
+    models = {
+        "Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")),
+        "hybrid": config,
+        "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5),
+    }
     times = {name: decode_times(of_model, contexts, device) for name, of_model in models.items()}
-    say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
+    say(
+        "\nmilliseconds for a token, on one rank, behind    "
+        + "".join(f"{context:>10,}" for context in contexts)
+    )
     for name, of_model in times.items():
-        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model))
+        say(
+            f"{name:14}{models[name].pattern:35}"
+            + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model)
+        )
     say()
+    return times
 
-    rows, alone = [], ranks == 1 and "needs ranks"
+
+def claims(
+    args: argparse.Namespace,
+    errors: dict[str, float],
+    messages: dict,
+    differences: dict[str, float],
+    times: dict,
+) -> list[tuple[str, str, str, bool | str]]:
+    """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
+    rows, alone = [], group_size() == 1 and "needs ranks"
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
-        off = worst(error for name, error in errors.items() if name.startswith(kind))
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        off = worst(errors, kind)
         text = f"every {claim} equals the single device's, all grids, float64"
         row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
-    off, text = worst(differences), f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
+    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    off = worst(differences) if differences else math.nan
+    row(
+        text,
+        "equal",
+        f"within {off:.0e}",
+        off <= BOUNDS[args.dtype] if differences else "needs steps",
+    )
     reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
     row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
-    short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
+    short, long = (
+        sum(size for way in messages[name] for _, size in way) for name in ("short", "long")
+    )
     text = "bytes that state passing sends, at 1 and 4 times the tokens"
     row(text, "equal", f"{short:,}, {long:,}", alone or short == long)
     study, eight = PUBLISHED["study hybrid"].pattern, PUBLISHED["Nemotron-H-8B"]
     same = study == "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study, same)
+    row(
+        "the study's 56 layers, from 8 % and 50 %",
+        "its string",
+        "the same" if same else study,
+        same,
+    )
     shares = ", ".join(f"{study.count(kind) / 56:.0%}" for kind in "M*-")
     row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
     row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(eight):,}")
     for paper in ("47B", "56B"):
         billions = parameters(PUBLISHED[f"Nemotron-H-{paper}"]) / 1e9
         row(f"parameters of Nemotron-H-{paper}", paper, f"{billions:.0f}B")
-    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-")))
-    row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
-    row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
+    here, there = (
+        sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-"))
+    )
+    row(
+        "cache at 64K tokens, Nemotron-H-8B and 32 layers of attention",
+        "–",
+        f"{here:.2f}, {there:.2f} GiB",
+        "–",
+    )
+    row(
+        "generation, study: predicted",
+        "up to 8×",
+        f"{there / here:.1f}× fewer bytes",
+        "another thing: section 5.2",
+    )
     row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
     growth = ", ".join(f"{of_model[-1] / of_model[0]:.1f}" for of_model in times.values())
-    row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
-    if not print_claims(rows):
-        sys.exit(1)
+    row(
+        "a token behind 32K, of one behind 1K: Mamba, hybrid, attention",
+        "1 for Mamba",
+        growth,
+        "a time, not judged",
+    )
+    return rows
 
 
-SIZES = dict(
-    hidden_size="hidden size, H",
-    pattern="a letter a layer: M Mamba-2, * attention, - feed-forward",
-    ffn_hidden_size="feed-forward size, F; tp must divide it",
-    mamba_heads="heads of a Mamba layer, N; tp must divide them",
-    mamba_groups="groups of them that share B and C, G",
-    state_size="size of a state, Z",
-    chunk="tokens of a chunk, Q",
-    attention_heads="query heads; tp must divide them",
-    attention_groups="groups of them that share keys and values",
-)
+def config_of(args: argparse.Namespace) -> HybridConfig:
+    return config_from(args, HybridConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
 
 
-def config_of(args) -> HybridConfig:
-    sizes = {name: getattr(args, name) for name in SIZES}
-    return HybridConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, **sizes)
+@dataclass
+class Options:
+    """This chapter's own flags."""
+
+    data: str = flag(
+        "", "a text to train on; by default the sources of Python's library", metavar="FILE"
+    )
+    tp: int | None = flag(
+        None, "ranks that share the weights, by heads; None: as many as fit", least=1
+    )
+    cp: int | None = flag(None, "ranks that share a sequence, by tokens; None: all others", least=1)
+    seq_length: int = flag(128, "tokens of a sequence, S", least=1)
+    batch: int = flag(8, "sequences of a step", least=1)
+    lr: float = flag(3e-3, "learning rate, after ten steps of warm-up", least=1e-9)
+
+
+def largest_tp(config: HybridConfig, ranks: int) -> int:
+    """The most ranks that can share these heads and features, among the divisors of `ranks`."""
+    for tp in range(ranks, 1, -1):
+        with contextlib.suppress(ValueError):
+            local_config(config, tp)
+            if ranks % tp == 0:
+                return tp
+    return 1
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Resolves --tp and --cp. Raises ValueError or OSError where the flags, or the text, do not fit."""
+    config, ranks = config_of(args), args.world_size
+    for name in ("tp", "cp"):
+        size = getattr(args, name)
+        if size and ranks % size:
+            raise ValueError(f"--{name} {size} must divide the {ranks} ranks")
+    if args.tp is None:
+        args.tp = ranks // args.cp if args.cp else largest_tp(config, ranks)
+    if args.cp not in (None, ranks // args.tp):
+        raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {ranks} ranks")
+    args.cp = ranks // args.tp
+    tokens, before = args.seq_length // args.cp, config.conv_kernel - 1
+    if args.cp > 1 and tokens < before:
+        text = f"--seq-length {args.seq_length} leaves {tokens} tokens to a rank, the convolution needs {before}"
+        raise ValueError(f"{text}: choose at least {args.cp * before}, or a smaller cp")
+    if not args.check:
+        local_config(config, args.tp)  # for what it raises
+    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=120)
-    flag = parser.add_argument
-    flag("--tp", type=int, help="ranks that share the weights, by heads (default: as many as divide the heads)")
-    flag("--cp", type=int, help="ranks that share a sequence, by tokens: all others (context parallelism)")
-    for name, text in SIZES.items():
-        default = getattr(HybridConfig, name)
-        flag("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
-    flag("--seq-length", type=int, default=128, help="tokens of a sequence, S")
-    flag("--batch", type=int, default=8, help="sequences of a step")
-    flag("--lr", type=float, default=3e-3, help="learning rate, after ten steps of warm-up")
-    flag("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    args = parse_flags(parser, ranks=2)
-    heads = math.gcd(args.world_size, args.mamba_heads, args.attention_heads)
-    args.tp = args.tp or (args.world_size // args.cp if args.cp else heads)
-    try:
-        if args.tp < 1 or args.tp * (args.cp or args.world_size // args.tp) != args.world_size:
-            times = f" times --cp {args.cp} must be" if args.cp else " must divide"
-            raise ValueError(f"--tp {args.tp}{times} the {args.world_size} ranks")
-        cp, before = args.world_size // args.tp, HybridConfig.conv_kernel - 1
-        if args.batch < 1 or args.seq_length < 1 or not 0 < args.lr < math.inf:
-            text = f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1"
-            raise ValueError(f"{text}; --lr {args.lr}: above zero, and a number")
-        if cp > 1 and args.seq_length // cp < before:
-            text = f"--seq-length {args.seq_length} leaves {args.seq_length // cp} tokens to a rank"
-            raise ValueError(f"{text}, the convolution needs {before}: choose at least {cp * before}, or a smaller cp")
-        if not args.check:
-            local_config(config_of(args), args.tp)
-        TextData(args.data, args.tokenizer, args.seq_length)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    return parse_flags(__doc__, [Options, HybridConfig], check_args, ranks=2, steps=120)
 
 
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy aaa995
 
 
 # Explained in chapter 1, at its end.
-# region carried: training log (home: 01_deepspeech)
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
+
+
+# Explained in chapter 1, at its end.
+# region carried: reports (home: 01_deepspeech)
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
     Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
     loss_value, norm_value = torch.stack([loss, norm]).tolist()
@@ -1795,184 +2234,264 @@ def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     return loss_value, norm_value
 
 
-# endregion
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
-
-    def __enter__(self):
-        self.messages = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
 
 
-# endregion copy 0c0eaa
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
 
 
-# Explained in chapter 1, at its end.
-# region carried: claims table (home: 01_deepspeech)
-def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
 
-    Returns False where a claim fails.
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
+
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
     """
-    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
-    table = [("claim", "paper", "here", "verdict"), *words]
-    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
-    for row in table:
-        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return not any(row[3] is False for row in rows)
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion copy 6f0d29
+# endregion copy 7f35e3
 
 
 # Explained in chapter 1, at its end.
 # region carried: flags (home: 01_deepspeech)
-def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
-    """The flags that every chapter has; `parse_flags` reads them."""
+@dataclass
+class RunConfig:
+    """The flags of every chapter."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # a default of None or "" says nothing
-            return super()._get_help_string(action) if action.default not in (None, "") else action.help
-
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
-    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
-    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
-    flag("--steps", type=int, default=steps, help="optimiser steps")
-    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
-    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
-    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
-    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
-    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
-    return parser
+    ranks: int | None = flag(None, "processes here; None: one per GPU, or a few", least=1)
+    device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
+    backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
+    dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
+    steps: int = flag(0, "optimizer steps")
+    seed: int = flag(0, "of weights, batches and dropout")
+    timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
+    check: bool = flag(False, "prove the equivalence, and stop")
 
 
-def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
-    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
-    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
-    if local < 1 or args.ranks not in (None, local):
-        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
-    if args.device == "auto":
-        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
-    if args.backend == "auto":
-        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
-    if args.device == "cuda" and not gpus:
-        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
-    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
-        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
-    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
-        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
-        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
-        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
-        path = getattr(args, name, None)
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
-    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+def parse_flags(
+    doc: str | None, configs: list[type], check_args: Callable, ranks: int, steps: int
+) -> argparse.Namespace:
+    """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
+
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=(doc or "").partition("\n")[0],  # python -OO strips docstrings
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in itertools.chain(*map(fields, [RunConfig, *configs])):
+        if f.metadata:
+            _add_flag(parser, f)
+    parser.set_defaults(steps=steps)
+    args = parser.parse_args()
+    try:
+        _resolve_auto(args, ranks)
+        check_args(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return args
 
 
-# endregion copy b40150
+def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    keywords = dict(f.metadata)
+    kind = f.type.partition(" ")[0]  # "int" of "int | None"
+    if kind == "bool":
+        keywords.setdefault("action", "store_true")
+    elif kind != "str":
+        number = int if kind == "int" else float
+        keywords["type"] = partial(_number, number, keywords.pop("least", 0))
+    parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **keywords)
+
+
+def _number(kind: type, least: float, text: str) -> int | float:
+    most = 2**63 - 1 if kind is int else 1e9
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if not least <= value <= most:  # NaN is in no range
+        span = f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
+    return value
+
+
+def _torchrun_world() -> tuple[int, int]:
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
+    several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
+    if several or len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
+    return 0, 0
+
+
+def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
+    """Replaces every "auto" and None. Raises ValueError for what this machine does not have."""
+    gpus = torch.cuda.device_count()
+    local_size, args.world_size = _torchrun_world()
+    if local_size and args.ranks not in (None, local_size):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun has started {local_size}")
+    needs_gpu = args.device == "cuda" or args.backend == "nccl"
+    may_use_gpu = needs_gpu or args.device == args.backend == "auto"
+    if gpus and may_use_gpu and args.backend != "gloo":
+        ranks = gpus  # with gloo, ranks may share a GPU
+    args.ranks = local_size or args.ranks or ranks
+    args.world_size = args.world_size or args.ranks
+    if args.device == "auto":
+        args.device = "cuda" if needs_gpu or (may_use_gpu and gpus >= args.ranks) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
+    if args.dtype == "auto":
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
+    if args.device == "cuda" and not gpus:
+        raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
+    may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
+
+
+def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
+    """The dataclass `config` with the values of its flags, and others."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
+    return config(**values, **others)
+
+
+# endregion copy 82e4fd
 
 
 # Explained in chapter 1, at its end.
 # region carried: launcher (home: 01_deepspeech)
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
-    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
-
-    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
-    hang in a first send that only two ranks know of.
-    """
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
-
-
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
-    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+    """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
+    try:
+        if "LOCAL_RANK" in os.environ or args.ranks == 1:
+            record(run_rank)(main, args)  # keeps this rank's error for torchrun
+            return
+        logging.disable(logging.WARNING)  # torchrun's, about each signal that it passes on
+        # An explicit address works also where the host's name does not resolve.
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.ranks}"]
+        torchrun.main([*options, *sys.argv])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # names the rank that failed first, with its traceback
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except KeyboardInterrupt as stop:
+        if group_rank() == 0:
+            print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
+        os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
     """One rank: its device, the process group of all ranks, then main."""
     device = torch.device("cpu")
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower
+    world = {"timeout": timedelta(seconds=args.timeout)}
+    if args.backend == "nccl":
+        world["device_id"] = device
+    if "LOCAL_RANK" not in os.environ:
+        world |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    code = 0
     try:
-        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        if args.trace and dist.get_rank() == 0:
-            profile = torch.profiler.profile()
-        with profile:
-            try:
-                main(args, device)
-            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
-                code = end.code
-        dist.barrier()
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
-            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    finally:  # also of a run that failed
-        if isinstance(profile, torch.profiler.profile):
-            write_trace(profile, args.trace)
     dist.destroy_process_group()
     sys.exit(code)
 
 
-def write_trace(profile: torch.profiler.profile, path: str) -> None:
-    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
-    try:
-        profile.export_chrome_trace(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        for left in (aside, f"{aside}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(left)
-        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
+def _end_with_parent(parent: int) -> None:
+    """A launcher that was killed cannot stop its ranks, so each rank watches it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-# endregion copy 9537e9
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

@@ -63,21 +63,24 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import itertools
 import json
+import logging
 import math
 import os
 import statistics
 import sys
 import sysconfig
+import threading
 import time
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import Field, dataclass, field, fields
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -86,9 +89,23 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.elastic.multiprocessing.errors import record
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+Group = dist.ProcessGroup | None  # None: all ranks
+Parameters = Iterable[nn.Parameter]
+
+
+# region carried: config fields (home: 01_deepspeech)
+def flag(default: Any, text: str, **keywords: Any) -> Any:
+    """A dataclass field that is a flag, too. keywords: argparse's, and `least` for numbers (0)."""
+    return field(default=default, metadata={"help": text, **keywords})
+
+
+# endregion copy 36d020
 
 
 @dataclass
@@ -96,16 +113,22 @@ class MoEConfig:
     """The sizes of a model of attention and experts. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    hidden_size: int = 64  # H
-    pattern: str = "*E*E"  # its layers, in order: * attention, E experts; M, Mamba, can only be counted (part 5)
-    num_heads: int = 4  # N
-    num_kv_heads: int = 2  # G: N / G query heads share one head of keys and values
+    hidden_size: int = flag(64, "hidden size, H", least=1)
+    pattern: str = flag(
+        "*E*E", "layers: * attention, E experts"
+    )  # M, Mamba, can only be counted (part 5)
+    num_heads: int = flag(4, "query heads, N", least=1)
+    num_kv_heads: int = flag(
+        2, "heads of keys and values, G, each shared by N / G query heads", least=1
+    )
     head_size: int | None = None  # D; None: H / N
-    num_experts: int = 8  # E
-    top_k: int = 2  # K
-    expert_size: int = 64  # F
-    shared_size: int = 128  # width of the expert that every token visits; 0: there is none
-    gate: str = "sigmoid"  # how a router turns logits into scores, or "softmax"
+    num_experts: int = flag(8, "experts, E; ep must divide them", least=1)
+    top_k: int = flag(2, "experts of a token, K", least=1)
+    expert_size: int = flag(64, "width of an expert, F", least=1)
+    shared_size: int = flag(128, "width of the expert that every token visits; 0: there is none")
+    gate: str = flag(
+        "sigmoid", "how a router turns logits into scores", choices=["sigmoid", "softmax"]
+    )
     gate_scale: float = 2.5  # the chosen experts' weights add up to this
     norm_eps: float = 1e-5
     init_std: float = 0.02
@@ -119,14 +142,20 @@ class MoEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k}, but there are {self.num_experts} experts: choose at most as many")
+            raise ValueError(
+                f"top_k={self.top_k}, but there are {self.num_experts} experts: choose at most as many"
+            )
         if self.num_heads % self.num_kv_heads:
             heads = f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} groups"
             raise ValueError(f"{heads}: choose num_heads a multiple of num_kv_heads")
         if "E" not in self.pattern or set(self.pattern) - set("M*E"):
-            raise ValueError(f"pattern={self.pattern!r}: one letter a layer, of 'M*E', at least one E")
+            raise ValueError(
+                f"pattern={self.pattern!r}: one letter a layer, of 'M*E', at least one E"
+            )
         if self.gate not in ("sigmoid", "softmax") or self.shared_size < 0:
-            raise ValueError(f"gate={self.gate!r}, shared_size={self.shared_size}: 'sigmoid' or 'softmax', at least 0")
+            raise ValueError(
+                f"gate={self.gate!r}, shared_size={self.shared_size}: 'sigmoid' or 'softmax', at least 0"
+            )
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -183,14 +212,20 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.randn(config.num_experts, config.hidden_size) * config.init_std)
+        self.weight = nn.Parameter(
+            torch.randn(config.num_experts, config.hidden_size) * config.init_std
+        )
         self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.register_buffer("counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
+        )
 
     def forward(self, x_TH: Tensor) -> Routing:
-        wide = torch.promote_types(x_TH.dtype, torch.float32)
-        with torch.autocast(x_TH.device.type, enabled=False):  # which would make these products bf16
-            logits_TE = F.linear(x_TH.to(wide), self.weight.to(wide))
+        x_TH = at_least_fp32(x_TH)
+        with torch.autocast(
+            x_TH.device.type, enabled=False
+        ):  # which would make these products bf16
+            logits_TE = F.linear(x_TH, self.weight.to(x_TH.dtype))
         scores_TE = logits_TE.sigmoid() if self.config.gate == "sigmoid" else logits_TE.softmax(-1)
         experts_TK = (scores_TE.detach() + self.bias).topk(self.config.top_k, -1).indices
         weights_TK = scores_TE.gather(-1, experts_TK)
@@ -242,7 +277,11 @@ def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     for a sequence.
     """
     chosen_BSK = scores_BSE.detach().topk(top_k, -1).indices
-    f_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1) * scores_BSE.shape[-1] / top_k
+    f_BE = (
+        torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1)
+        * scores_BSE.shape[-1]
+        / top_k
+    )
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1)
 
@@ -257,7 +296,9 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
     """
     for router, counts_E in zip(routers, counts_LE, strict=True):
         if router.bias.dtype.itemsize < 4:
-            raise ValueError(f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32")
+            raise ValueError(
+                f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32"
+            )
         # In whole numbers, sign(E · count − sum): a mean would be rounded, and an even load would move.
         router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
         router.counts.zero_()
@@ -284,9 +325,17 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
 
 def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     dtypes = (torch.bfloat16,) if x_RH.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    aligned = all(size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:])  # in memory, as it wants rows
-    known = torch.cuda.get_device_capability(x_RH.device) >= (8, 0) if x_RH.is_cuda else x_RH.device.type == "cpu"
-    return hasattr(F, "grouped_mm") and x_RH.dtype in dtypes and aligned and known  # from PyTorch 2.10 on
+    aligned = all(
+        size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:]
+    )  # in memory, as it wants rows
+    known = (
+        torch.cuda.get_device_capability(x_RH.device) >= (8, 0)
+        if x_RH.is_cuda
+        else x_RH.device.type == "cpu"
+    )
+    return (
+        hasattr(F, "grouped_mm") and x_RH.dtype in dtypes and aligned and known
+    )  # from PyTorch 2.10 on
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -305,10 +354,14 @@ def grouped_product(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tens
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     x_RH, weight_EFH = (x.to(product_dtype(x)) for x in (x_RH, weight_EFH))
     if _has_grouped_mm(x_RH, weight_EFH):
-        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)  # where each expert's rows end
+        ends_E = torch.tensor(
+            list(itertools.accumulate(counts)), dtype=torch.int32
+        )  # where each expert's rows end
         # A copy that blocked would wait for all that the GPU has still to do, the rows' journey among it.
         return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E.to(x_RH.device, non_blocking=True))
-    return torch.cat([rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())])
+    return torch.cat(
+        [rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())]
+    )
 
 
 class Experts(nn.Module):
@@ -334,7 +387,10 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ffn_size: int):
         super().__init__()
-        self.up, self.down = nn.Linear(width, ffn_size, bias=False), nn.Linear(ffn_size, width, bias=False)
+        self.up, self.down = (
+            nn.Linear(width, ffn_size, bias=False),
+            nn.Linear(ffn_size, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).relu().square())
@@ -357,16 +413,22 @@ class MoELayer(nn.Module):
         x_TH = rearrange(x_BSH, "B S H -> (B S) H")
         routing = self.router(x_TH)
         scores_BSE = routing.scores_TE.unflatten(0, x_BSH.shape[:2])
-        return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(scores_BSE, self.config.top_k)
+        return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(
+            scores_BSE, self.config.top_k
+        )
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """The weighted sum over each token's experts, and its shared expert."""
         # Row i is choice i % K of token i // K; sorted by expert, those of one expert are neighbours.
         order_R = routing.experts_TK.flatten().argsort(stable=True)
         token_R = order_R // self.config.top_k
-        rows_RH = self.experts(x_TH[token_R], count_rows(routing.experts_TK, self.config.num_experts).tolist())
+        rows_RH = self.experts(
+            x_TH[token_R], count_rows(routing.experts_TK, self.config.num_experts).tolist()
+        )
         weighted_RH = rows_RH * routing.weights_TK.flatten()[order_R, None]
-        y_TH = weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
+        y_TH = (
+            weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
+        )
         return y_TH if self.shared is None else y_TH + self.shared(x_TH)
 
 
@@ -386,14 +448,18 @@ class Attention(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config, H, D = config, config.hidden_size, config.head_size
-        self.qkv = nn.Linear(H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=False)  # all q, all k, all v
+        self.qkv = nn.Linear(
+            H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=False
+        )  # all q, all k, all v
         self.out = nn.Linear(config.num_heads * D, H, bias=False)
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
         N, G = self.config.num_heads, self.config.num_kv_heads
         heads = rearrange(self.qkv(x_BSH), "B S (heads D) -> B heads S D", heads=N + 2 * G)
         q_BNSD, k_BGSD, v_BGSD = heads.split([N, G, G], dim=1)
-        y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
+        y_BNSD = F.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True
+        )
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)")), x_BSH.new_zeros(len(x_BSH))
 
 
@@ -422,13 +488,19 @@ class MoELM(nn.Module):
         self.config = config
         if "M" in config.pattern or config.latent_size:
             sizes = f"pattern={config.pattern}, latent_size={config.latent_size}"
-            raise ValueError(f"{sizes}: Mamba is chapter 5's (mamba_hybrid), latent experts are the next chapter's")
+            raise ValueError(
+                f"{sizes}: Mamba is chapter 5's (mamba_hybrid), latent experts are the next chapter's"
+            )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        mixers = (Attention(config) if kind == "*" else moe_layer(config) for kind in config.pattern)
+        mixers = (
+            Attention(config) if kind == "*" else moe_layer(config) for kind in config.pattern
+        )
         self.layers = nn.ModuleList(Layer(config, mixer) for mixer in mixers)
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `state_shapes` asks for those
+        if (
+            not self.head.weight.is_meta
+        ):  # on "meta" are shapes without memory: `state_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -440,9 +512,10 @@ class MoELM(nn.Module):
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> tuple[Tensor, Tensor]:
         """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and balance_B."""
         logits_BSV, balance_B = self(tokens_BS)
-        wide = torch.promote_types(logits_BSV.dtype, torch.float32)
-        logits_BVS = rearrange(logits_BSV.to(wide), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none"), balance_B
+        logits_BVS = rearrange(at_least_fp32(logits_BSV), "B S V -> B V S")
+        return F.cross_entropy(
+            logits_BVS, targets_BS, ignore_index=-100, reduction="none"
+        ), balance_B
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -469,17 +542,31 @@ def initial_weights(config: MoEConfig) -> Iterator[tuple[str, Tensor]]:
         writes = name.endswith(("out.weight", "down", "down.weight"))
         std = config.init_std / math.sqrt(len(config.pattern) if writes else 1)
         constant = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
-        yield name, constant if len(shape) == 1 else torch.randn(shape, generator=generator, device="cpu") * std
+        yield (
+            name,
+            constant
+            if len(shape) == 1
+            else torch.randn(shape, generator=generator, device="cpu") * std,
+        )
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
-Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm before clipping, rows of each expert
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Step = namedtuple(
+    "Step", "loss norm counts_LE"
+)  # mean loss per token, norm before clipping, rows of each expert
 
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
     """AdamW with Nemotron 3's settings; decays matrices, not norms. The caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -521,36 +608,71 @@ def train_alone(
 # ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-# region carried: groups (home: 01_deepspeech)
-def group_size(group=None) -> int:
-    """How many ranks `group` has (None: all there are); 1 where no process group exists. Source: ours."""
-    return dist.get_world_size(group) if dist.is_initialized() else 1
+# region carried: process groups (home: 01_deepspeech)
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
 
 
-def group_rank(group=None) -> int:
-    """This process's number within `group` (None: all ranks); 0 where no process group exists. Source: ours."""
-    return dist.get_rank(group) if dist.is_initialized() else 0
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
 
 
-def _readable(x: Tensor) -> bool:
-    """May x's values be looked at? Not on a GPU, where the CPU would wait for them; not while torch.compile traces, and
-    not of fake tensors (chapter 2, part 5), which have none."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place; with a single rank there is nothing to do."""
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
     if group_size(group) > 1:
         dist.all_reduce(x, op, group)
     return x
 
 
-# endregion copy 552773
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
+    """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# endregion copy 3197a3
 
 # ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
 #
-# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are the four functions
-# above. One collective is new to the book's code. In an *all-to-all* each rank has a piece for each rank:
+# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are the functions above. One
+# collective is new to the book's code. In an *all-to-all* each rank has a piece for each rank:
 #
 #     rank 0: a0 a1    rank 1: b0 b1     →     rank 0: a0 b0    rank 1: a1 b1          piece i goes to rank i
 #
@@ -578,13 +700,15 @@ def _all_reduce(x: Tensor, group=None, op=dist.ReduceOp.SUM) -> Tensor:
 class _Trip:
     """One all-to-all there and its gradient's back: the two lists, and what is on its way."""
 
-    def __init__(self, send: list[int], receive: list[int], group):
+    def __init__(self, send: list[int], receive: list[int], group: Group):
         self.send, self.receive, self.group = send, receive, group
 
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Returns at once; what it returns is filled when `work.wait()` has returned."""
         self.there = rows.new_empty(sum(receive), *rows.shape[1:])
-        self.work = dist.all_to_all_single(self.there, rows.contiguous(), receive, send, self.group, async_op=True)
+        self.work = dist.all_to_all_single(
+            self.there, rows.contiguous(), receive, send, self.group, async_op=True
+        )
         return self.there
 
     def end(self) -> Tensor:
@@ -616,10 +740,15 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rH):
         ctx.trip.start(grad_rH, ctx.trip.receive, ctx.trip.send)
-        return grad_rH, None  # autograd wants this shape here; `_Depart` takes the gradient from the trip
+        return (
+            grad_rH,
+            None,
+        )  # autograd wants this shape here; `_Depart` takes the gradient from the trip
 
 
-def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None, wait: bool = True):
+def all_to_all(
+    rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None, wait: bool = True
+):
     """Rows to other ranks: the first send[0] to rank 0, the next send[1] to rank 1, ...; (r, H), sorted by sender.
 
     Every rank of the group must call it, with no rows too. Differentiable, once.
@@ -636,7 +765,9 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group=None,
     ranks = group_size(group)
     if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
         sizes = f"send {send}, receive {receive}, {len(rows_RH)} rows, {ranks} ranks"
-        raise ValueError(f"{sizes}: both lists need a number for each rank, and all rows must be sent")
+        raise ValueError(
+            f"{sizes}: both lists need a number for each rank, and all rows must be sent"
+        )
     if ranks == 1:
         return rows_RH if wait else lambda: rows_RH
     trip = _Trip(send, receive, group)
@@ -696,7 +827,9 @@ class _Permute(torch.autograd.Function):
 
 
 def _inverse(order_R: Tensor) -> Tensor:
-    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return torch.empty_like(order_R).scatter_(
+        0, order_R, torch.arange(len(order_R), device=order_R.device)
+    )
 
 
 # Where rows go and how they come back; `plan_dispatch` makes it.
@@ -706,7 +839,7 @@ def _inverse(order_R: Tensor) -> Tensor:
 Plan = namedtuple("Plan", "order_R inverse_R order_r inverse_r send receive counts top_k group")
 
 
-def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
+def plan_dispatch(experts_TK: Tensor, num_experts: int, group: Group = None) -> Plan:
     """The plan for tokens that chose experts_TK (int64, in [0, num_experts)).
 
     Rank i of `group` has experts i·e to i·e + e − 1. Every rank of the group must call it; tokens may be none. group:
@@ -723,7 +856,9 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, group=None) -> Plan:
     host = torch.cat([wanted_Pe.sum(1), arrive_Pe.sum(1), arrive_Pe.sum(0)]).tolist()
     send, receive, counts = host[:ep], host[ep : 2 * ep], host[2 * ep :]
     expert_Pe = torch.arange(len(counts), device=order_R.device).repeat(ep)
-    order_r = expert_Pe.repeat_interleave(arrive_Pe.flatten(), output_size=sum(receive)).argsort(stable=True)
+    order_r = expert_Pe.repeat_interleave(arrive_Pe.flatten(), output_size=sum(receive)).argsort(
+        stable=True
+    )
     orders = order_R, _inverse(order_R), order_r, _inverse(order_r)
     return Plan(*orders, send, receive, counts, experts_TK.shape[1], group)
 
@@ -751,7 +886,9 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     if group_size(plan.group) > 1:
         rows_rH = _Permute.apply(rows_rH, plan.inverse_r, plan.order_r, 1)
     rows_RH = all_to_all(rows_rH, plan.receive, plan.send, plan.group)
-    rows_TKH = _Permute.apply(rows_RH, plan.inverse_R, plan.order_R, 1).unflatten(0, weights_TK.shape)
+    rows_TKH = _Permute.apply(rows_RH, plan.inverse_R, plan.order_R, 1).unflatten(
+        0, weights_TK.shape
+    )
     with torch.autocast(rows_rH.device.type, enabled=False):
         y_TH = einsum(weights_TK, rows_TKH.to(weights_TK.dtype), "T K, T K H -> T H")
     return y_TH.to(rows_rH.dtype)
@@ -790,16 +927,20 @@ class ExpertParallelMoELayer(MoELayer):
     Raises: ValueError where the experts do not divide over the ranks. Source: Nemotron 3 Nano; how it is divided: ours.
     """
 
-    def __init__(self, config: MoEConfig, group=None):
+    def __init__(self, config: MoEConfig, group: Group = None):
         check_ep(config.num_experts, group_size(group))
         super().__init__(config)
         self.group = group
-        for p in self.experts.parameters():  # a copy of this rank's share: a view would hold the whole in memory
+        for p in (
+            self.experts.parameters()
+        ):  # a copy of this rank's share: a view would hold the whole in memory
             p.data = p.data.chunk(group_size(group))[group_rank(group)].clone()
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
-        arrive = dispatch(x_TH.to(product_dtype(x_TH)), plan)  # under autocast half the bytes, and the same products
+        arrive = dispatch(
+            x_TH.to(product_dtype(x_TH)), plan
+        )  # under autocast half the bytes, and the same products
         shared_TH = self.shared(x_TH) if self.shared is not None else 0  # while rows travel
         rows_rH = self.experts(arrive(), plan.counts)
         return combine(rows_rH, routing.weights_TK, plan) + shared_TH
@@ -814,11 +955,13 @@ class ParallelMoELM(MoELM):
     Source: Nemotron 3 Nano; how it is divided: ours.
     """
 
-    def __init__(self, config: MoEConfig, group=None):
+    def __init__(self, config: MoEConfig, group: Group = None):
         with torch.device("meta"):  # shapes first, without memory
             super().__init__(config, lambda config: ExpertParallelMoELayer(config, group))
         rank, ep = group_rank(group), group_size(group)
-        shares = {name: shard_tensor(name, whole, rank, ep) for name, whole in initial_weights(config)}
+        shares = {
+            name: shard_tensor(name, whole, rank, ep) for name, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
         for router in self.routers():
             router.counts = torch.zeros_like(router.counts, device="cpu")  # not part of the state
@@ -882,7 +1025,11 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     rows, columns = x.shape[-2:]
     padded = x.new_zeros(*x.shape[:-2], rows + -rows % block[0], columns + -columns % block[1])
     padded[..., :rows, :columns] = x  # as F.pad, which torch 2.9 refuses to do to no rows
-    return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
+    return (
+        rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1])
+        .abs()
+        .amax((-2, -1))
+    )
 
 
 def _spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
@@ -894,7 +1041,13 @@ def _spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> 
 
 
 @torch.no_grad()
-def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool = False, amax_group=None) -> Quantized:
+def quantize_fp8(
+    x: Tensor,
+    format: str = "e4m3",
+    block: tuple[int, int] | None = None,
+    power_of_two: bool = False,
+    amax_group: Group = None,
+) -> Quantized:
     """x rounded to FP8, to nearest, ties to even, with one scale for all of it or for each tile.
 
     Args:
@@ -913,13 +1066,21 @@ def quantize_fp8(x: Tensor, format: str = "e4m3", block=None, power_of_two: bool
     dtype = FP8_FORMATS[format]
     most = torch.finfo(dtype).max
     x = x.to(torch.float32)
-    amax = _amax(x, block).nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop a NaN, and never an ∞
+    amax = _amax(x, block).nan_to_num(
+        torch.inf, torch.inf
+    )  # a maximum over ranks may drop a NaN, and never an ∞
     if amax_group is not None and block is None:
         _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
-    quotient = torch.full_like(amax, most) / amax  # most / amax would be computed as most · (1 / amax): rounded twice
-    scale = torch.where(amax == 0, 1.0, quotient).clamp(max=2.0**126)  # so that its inverse is still a normal number
+    quotient = (
+        torch.full_like(amax, most) / amax
+    )  # most / amax would be computed as most · (1 / amax): rounded twice
+    scale = torch.where(amax == 0, 1.0, quotient).clamp(
+        max=2.0**126
+    )  # so that its inverse is still a normal number
     if power_of_two:
-        scale = torch.ldexp(scale.sign(), torch.frexp(scale).exponent - 1)  # 0 stays 0: there x is not finite
+        scale = torch.ldexp(
+            scale.sign(), torch.frexp(scale).exponent - 1
+        )  # 0 stays 0: there x is not finite
     codes = (x * _spread(scale, block, x.shape)).clamp(-most, most).to(dtype).contiguous()
     return Quantized(codes, 1 / scale, block)
 
@@ -1003,13 +1164,17 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
             sizes = tuple(a.codes.shape), tuple(b.codes.shape)
             raise ValueError(f"FP8 units want multiples of 16, not {sizes}: choose other sizes")
         scales = dict(scale_a=a.inverse_scale, scale_b=b.inverse_scale)
-        return torch._scaled_mm(a.codes, b.codes.mT, **scales, out_dtype=dtype, use_fast_accum=False)
+        return torch._scaled_mm(
+            a.codes, b.codes.mT, **scales, out_dtype=dtype, use_fast_accum=False
+        )
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(a.codes.device.type, enabled=False):
         return (dequantize_fp8(a, wide) @ dequantize_fp8(b, wide).mT).to(dtype)
 
 
-def _both_ways(x_RH: Tensor, way: Operand, turned: Operand, amax_group) -> tuple[Quantized, Quantized]:
+def _both_ways(
+    x_RH: Tensor, way: Operand, turned: Operand, amax_group
+) -> tuple[Quantized, Quantized]:
     """x_RH and its transpose, each rounded as an operand, padded to 16 rows. One scale: one rounding serves both."""
     x_RH = F.pad(x_RH, (0, 0, 0, -len(x_RH) % 16))
     x = quantize_fp8(x_RH, *way, amax_group=amax_group)
@@ -1040,7 +1205,7 @@ class _FP8Linear(torch.autograd.Function):
         return grad_RH, grad_FH, None, None, None
 
 
-def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group=None) -> Tensor:
+def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group: Group = None) -> Tensor:
     """x · weightᵀ with all three products in FP8: x, (..., H), to (..., F); differentiable once.
 
     Args: amax_group: ranks that hold shares of the rows, all of which must call it; see `quantize_fp8`.
@@ -1060,7 +1225,13 @@ class FP8Linear(nn.Linear):
     Source: Nemotron-H.
     """
 
-    def __init__(self, in_features: int, out_features: int, recipe: FP8Recipe = HYBRID, amax_group=None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        recipe: FP8Recipe = HYBRID,
+        amax_group: Group = None,
+    ):
         super().__init__(in_features, out_features, bias=False)
         self.recipe, self.amax_group = recipe, amax_group
 
@@ -1082,7 +1253,7 @@ class FP8Linear(nn.Linear):
 
 
 def fp8_grouped_product(
-    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, amax_group=None
+    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, amax_group: Group = None
 ) -> Tensor:
     """`grouped_product` in FP8, (R, F): each expert's rows and weights with their own scales.
 
@@ -1090,7 +1261,9 @@ def fp8_grouped_product(
     Source: Nemotron-H's recipe, for each expert by itself: ours.
     """
     parts = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts])
+    return torch.cat(
+        [fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts]
+    )
 
 
 def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
@@ -1099,11 +1272,15 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
     Source: Nemotron-H, section 2.4.
     """
-    tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
+    tokens, experts = (
+        (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
+    )
     for module in model.layers[recipe.first : len(model.layers) - recipe.last].modules():
         if isinstance(module, Experts):
-            module.product = functools.partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
-        elif type(module) is nn.Linear:  # the same object, weight and hooks and all, gets another forward
+            module.product = partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
+        elif (
+            type(module) is nn.Linear
+        ):  # the same object, weight and hooks and all, gets another forward
             module.__class__, module.recipe, module.amax_group = FP8Linear, recipe, tokens
     return model
 
@@ -1122,12 +1299,16 @@ def check_ep(num_experts: int, ep: int) -> None:
     """Raises ValueError, with the remedy, where the experts do not divide over `ep` ranks."""
     if num_experts % ep:
         fits = [n for n in range(1, min(ep, num_experts) + 1) if num_experts % n == 0]
-        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose ep from {fits}")
+        raise ValueError(
+            f"num_experts={num_experts} does not divide over {ep} ranks: choose ep from {fits}"
+        )
 
 
 def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
     """Rank `rank`'s share of `whole`, the plain model's tensor `name`, as a copy: (e, ...) or whole's shape."""
-    return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
+    return (
+        whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]
+    ).clone()
 
 
 def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
@@ -1136,7 +1317,9 @@ def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
         MoELM(config).load_state_dict(full, assign=True)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
+def shard_state_dict(
+    full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int
+) -> dict[str, Tensor]:
     """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
 
     full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
@@ -1157,7 +1340,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for name in shards[0]:
         pieces, dim = [shard[name] for shard in shards], shard_dim(name)
         if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
-            raise ValueError(f"{name} should be the same on every rank, and is not: the ranks have drifted apart")
+            raise ValueError(
+                f"{name} should be the same on every rank, and is not: the ranks have drifted apart"
+            )
         full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
     return full
 
@@ -1167,7 +1352,14 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 # Nemotron 3's files have this model under other names, with queries, keys and values apart, and each expert apart.
 # What they have more is refused: Mamba layers are chapter 5's, latent experts the next chapter's.
 
-LAYER_KINDS = {"full_attention": "*", "attention": "*", "moe": "E", "linear_attention": "M", "mamba": "M", "mlp": "-"}
+LAYER_KINDS = {
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "linear_attention": "M",
+    "mamba": "M",
+    "mlp": "-",
+}
 NEMOTRON3_SIZES = dict(
     vocab_size="vocab_size", hidden_size="hidden_size", num_heads="num_attention_heads", head_size="head_dim",
     num_kv_heads="num_key_value_heads", num_experts="n_routed_experts", top_k="num_experts_per_tok",
@@ -1184,13 +1376,25 @@ NEMOTRON3_NAMES = dict(
 
 def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
     kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
-    pattern = theirs.get("hybrid_override_pattern") or "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    pattern = theirs.get("hybrid_override_pattern") or "".join(
+        LAYER_KINDS.get(kind, "?") for kind in kinds
+    )
     if "M" in pattern:
-        raise ValueError(f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid")
-    other = {key: theirs[key] for key, value in NEMOTRON3_FIXED.items() if theirs.get(key, value) != value}
+        raise ValueError(
+            f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid"
+        )
+    other = {
+        key: theirs[key]
+        for key, value in NEMOTRON3_FIXED.items()
+        if theirs.get(key, value) != value
+    }
     if other or theirs["num_experts_per_tok"] == 1:
-        raise ValueError(f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be")
-    return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
+        raise ValueError(
+            f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be"
+        )
+    return MoEConfig(
+        pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()}
+    )
 
 
 def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
@@ -1198,7 +1402,9 @@ def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
     theirs = ".".join(NEMOTRON3_NAMES.get(part, part) for part in name.split("."))
     theirs = theirs if name == "head.weight" else f"backbone.{theirs}"
     if shard_dim(name) is not None:
-        return [theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)]
+        return [
+            theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)
+        ]
     return [theirs.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in theirs else "-")]
 
 
@@ -1211,8 +1417,14 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
-    found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+    config = _nemotron3_config(
+        json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json"
+    )
+    found = {
+        name: x
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
     sources = {name: _nemotron3_sources(name, config.num_experts) for name in state_shapes(config)}
     wanted = list(itertools.chain(*sources.values()))
     if missing := [name for name in wanted if name not in found]:
@@ -1221,7 +1433,9 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder} has {unknown[:4]}, which this model does not know")
     full = {}
     for name, names in sources.items():
-        pieces = [found.pop(source) for source in names]  # taken out, so that no tensor is in memory twice for long
+        pieces = [
+            found.pop(source) for source in names
+        ]  # taken out, so that no tensor is in memory twice for long
         full[name] = torch.cat(pieces) if shard_dim(name) is None else torch.stack(pieces)
     check_state(full, config)
     return config, full
@@ -1256,7 +1470,9 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
     ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each set
-    ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
+    ep_group, edp_group = (
+        make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)
+    )
     return Grid(ep, world // ep, rank % ep, ep_group, edp_group)
 
 
@@ -1264,7 +1480,11 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
     """Sums gradients where section 2.3 says, in two messages; the same parameters must have gradients on every rank."""
     experts = {id(p) for p in model.expert_parameters()}  # by identity: == compares elements
     for of_experts, group in ((True, grid.edp_group), (False, None)):
-        grads = [p.grad for p in model.parameters() if (id(p) in experts) == of_experts and p.grad is not None]
+        grads = [
+            p.grad
+            for p in model.parameters()
+            if (id(p) in experts) == of_experts and p.grad is not None
+        ]
         if grads and group_size(group) > 1:
             flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
@@ -1275,37 +1495,35 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[nn.Parameter], max_norm: float, sharded: Iterable[nn.Parameter] = (), group=None
+    parameters: Parameters, max_norm: float, *, sharded: Parameters = (), group: Group = None
 ) -> Tensor:
-    """Scales all gradients so that their norm over all ranks of `group` is at most max_norm; returns what it was.
+    """Scales all gradients so that their norm over `group` is at most max_norm.
 
-    Args:
-        parameters: all of this rank's.
-        max_norm: as torch.nn.utils.clip_grad_norm_'s.
-        sharded: those of `parameters` of which each rank of `group` holds other elements; the rest is whole on each.
-        group: the group over which they are divided; None is all ranks. Without `sharded` nothing is communicated.
-
-    Returns: a scalar tensor on the gradients' device, at least fp32, the same on every rank; not finite if a gradient
-    is not (the gradients are then useless).
+    Args: parameters: all of this rank's. sharded: those of which each rank of `group` holds other
+        elements; all others are replicated. Empty on every rank or on none: without `sharded`
+        nothing is communicated.
+    Returns: the norm before clipping, a scalar tensor, at least fp32, the same on every rank; not
+        finite where a gradient is not.
     """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
-    shares = {id(p) for p in sharded}  # by identity: == compares elements
-    device = parameters[0].grad.device if parameters else None
-
-    def squares(of_shares: bool) -> Tensor:
-        grads = [p.grad for p in parameters if (id(p) in shares) == of_shares]
-        norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in grads]
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
-
-    total = squares(of_shares=True)
-    if shares and dist.is_initialized():
-        dist.all_reduce(total, group=group)
-    norm = (total + squares(of_shares=False)).sqrt()
-    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)  # PyTorch's norm would be as narrow as the gradients are
+    sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
+    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    for p in parameters:
+        # In at least fp32: PyTorch's own norm has the precision of the gradients.
+        dtype = torch.promote_types(p.grad.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
+        squares[id(p) in sharded_ids].append(norm.square())
+    square = torch.stack(squares[True]).sum()
+    if sharded_ids:
+        _all_reduce(square, group)
+    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy 6d1ced
+# endregion copy bb8e72
 
 
 def parallel_gradients(
@@ -1318,8 +1536,12 @@ def parallel_gradients(
     scales of its own. All else: as `plain_gradients`'.
     """
     # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
-    sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
-    tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
+    sizes = torch.stack(
+        [(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)]
+    )
+    tokens, sequences = _all_reduce(sizes).clamp(
+        min=1
+    )  # what the means divide by: all ranks', all micro-batches'
     total = 0
     for part in zip(tokens_BS.tensor_split(micro_batches), targets_BS.tensor_split(micro_batches)):
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
@@ -1328,18 +1550,24 @@ def parallel_gradients(
         (loss + alpha * balance_B.sum() / sequences).backward()
         total = total + loss.detach()
     reduce_gradients(model, grid)
-    norm = clip_grad_norm_(model.parameters(), max_norm, model.expert_parameters(), grid.ep_group)
+    norm = clip_grad_norm_(
+        model.parameters(), max_norm, sharded=model.expert_parameters(), group=grid.ep_group
+    )
     return Step(_all_reduce(total), norm, _all_reduce(model.counts()))
 
 
-def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options) -> Iterator[Step]:
+def train(
+    model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options
+) -> Iterator[Step]:
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
     and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'.
     """
-    mine = ([whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches)
-    return train_alone(model, mine, lr, gradients=functools.partial(parallel_gradients, grid=grid), **options)
+    mine = (
+        [whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches
+    )
+    return train_alone(model, mine, lr, gradients=partial(parallel_gradients, grid=grid), **options)
 
 
 # ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
@@ -1380,7 +1608,11 @@ def parameters(config: MoEConfig) -> Parameters:
     expert = 2 * (latent or H) * config.expert_size
     sizes = {
         "*": H * D * (2 * config.num_heads + 2 * config.num_kv_heads),
-        "E": E * expert + 2 * H * config.shared_size + E * H + E + (2 * H * latent if latent else 0),
+        "E": E * expert
+        + 2 * H * config.shared_size
+        + E * H
+        + E
+        + (2 * H * latent if latent else 0),
     }
     # Mamba: heads of 64, 8 groups with states of 128; a convolution of 4 taps and a bias, A, D and dt's bias for each
     # head, and a norm before the way out.
@@ -1423,12 +1655,16 @@ def quantisation_error(x: Tensor, *operand) -> float:
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
 
-def learning_rate(step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10
+) -> float:
     """Warm-up, flat, and over the last fifth down to `floor`, by minus the square root; step counts from 0.
 
-    The shape is Nemotron 3's: some billion tokens of warm-up, 20 trillion flat, 5 trillion down.
+    A peak below the floor is its own floor. The shape is Nemotron 3's: some billion tokens of warm-up, 20 trillion
+    flat, 5 trillion down.
     """
     done = max(0.0, (step - 0.8 * steps) / max(1, 0.2 * steps))
+    floor = min(floor, peak)
     return min(peak * (step + 1) / warmup, floor + (peak - floor) * (1 - math.sqrt(done)))
 
 
@@ -1446,14 +1682,28 @@ def overload(model: MoELM, lean: float = 0.5) -> MoELM:
     return model
 
 
-def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small model on this grid beside the same on a single device: name to relative error, of every tensor.
 
     Two experts get no token; in every second step the last rank has none, in the others ranks have unequally many.
-    Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
+    Errors are per tensor, the largest of all ranks: max|Δ| / max|reference|; after AdamW over max(max|reference|,
+    steps · lr).
     """
-    config = MoEConfig(61, 16, "*E*E", num_experts=4 * grid.ep, top_k=2, expert_size=12, shared_size=20, init_std=0.05)
-    plain, parallel = (model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group)))
+    config = MoEConfig(
+        61,
+        16,
+        "*E*E",
+        num_experts=4 * grid.ep,
+        top_k=2,
+        expert_size=12,
+        shared_size=20,
+        init_std=0.05,
+    )
+    plain, parallel = (
+        model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group))
+    )
     for router in (*plain.routers(), *parallel.routers()):
         router.bias[:2] = -10
     batches = []
@@ -1465,72 +1715,73 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
         batches.append((tokens_BS, targets_BS))
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards, found = [{name: x.detach().cpu() for name, x in here.items()}], {}
+        shards = [{name: x.detach().cpu() for name, x in here.items()}]
         if dist.is_initialized():
             shards, mine = [None] * grid.ep, shards[0]
             dist.all_gather_object(shards, mine, grid.ep_group)
-        for name, x in merge_state_dicts(shards).items():
-            y = reference[name].detach().cpu()
-            found[f"{kind} {name}"] = ((x - y).abs().max() / max(y.abs().max(), floor)).item()
-        return found
+        return relative_errors(kind, merge_state_dicts(shards), reference, floor)
 
-    errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
-    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
+    errors, options = (
+        {},
+        dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast),
+    )
+    runs = zip(
+        train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options)
+    )
     for step, (there, here) in enumerate(runs):
         errors[f"loss {step}"] = abs(here.loss / there.loss - 1).item()
         errors[f"norm {step}"] = abs(here.norm / there.norm - 1).item()
-        if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
+        if (
+            dtype == torch.float64
+        ):  # a choice between two nearly equal experts may be rounded otherwise
             errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
         if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+            errors |= gaps(
+                "gradient of",
+                *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)),
+            )
+    if (
+        dtype == torch.float64
+    ):  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    return errors
+    return over_all_ranks(errors)
 
 
 # fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-# region carried: precision (home: 01_deepspeech)
-def precision(args) -> tuple[torch.dtype, torch.dtype | None]:
-    """--dtype as the dtype of the parameters, and that of autocast's products or None."""
-    return torch.float64 if args.dtype == "fp64" else torch.float32, torch.bfloat16 if args.dtype == "bf16" else None
-
-
-def within(errors: Iterable[float], bound: float) -> tuple[float, bool]:
-    """The worst of `errors`, and whether all are within the bound; NaN is worse than anything, and not."""
-    errors = list(errors)
-    return max(errors, key=lambda error: math.inf if math.isnan(error) else error), all(e <= bound for e in errors)
-
-
-# endregion copy 4a8517
-
-
-def check(args, grid: Grid, device: torch.device) -> bool:
+def check(args: argparse.Namespace, grid: Grid, device: torch.device) -> bool:
     """--check: every tensor's error on the ranks, backend and dtype that are there; True where all are within bound."""
-    errors = equivalence(grid, device, *precision(args))
-    worst, good = within(errors.values(), BOUNDS[args.dtype])
-    say("\n".join(f"{name:60} {error:.1e}" for name, error in errors.items()))
-    say(f"\nworst {worst:.1e} relative, bound {BOUNDS[args.dtype]:.0e}; ep {grid.ep} × dp {grid.dp}, {args.dtype}")
-    return good
+    return print_errors(equivalence(grid, device, *dtypes(args)), BOUNDS[args.dtype])
 
 
 def codes_agree(device: torch.device) -> bool:
     """Whether every rank's share of a tensor has the codes of the whole, with an outlier on the last rank alone."""
-    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     x_RH[-1, 5] = 1000.0
     whole = quantize_fp8(x_RH).codes.view(torch.uint8).tensor_split(group_size())[group_rank()]
     share = quantize_fp8(x_RH.tensor_split(group_size())[group_rank()], amax_group=dist.group.WORLD)
-    same = torch.tensor(torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device)
+    same = torch.tensor(
+        torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device
+    )
     return bool(_all_reduce(same, None, dist.ReduceOp.MIN))
 
 
 def print_formats(recipe: FP8Recipe) -> None:
     """The recipe, product by product, and what each format does to two kinds of numbers."""
     where = "on FP8 units" if recipe.hardware else "emulated"
-    say(f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:")
-    operands = {E4M3: "e4m3", E5M2: "e5m2", TILE: "e4m3, tiles of 1 × 128", SQUARE: "e4m3, tiles of 128 × 128"}
+    say(
+        f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:"
+    )
+    operands = {
+        E4M3: "e4m3",
+        E5M2: "e5m2",
+        TILE: "e4m3, tiles of 1 × 128",
+        SQUARE: "e4m3, tiles of 128 × 128",
+    }
     lines = (
         "fprop  y_RF  =  x_RH {} · w_FH {}",
         "dgrad  dx_RH = dy_RF {} · w_HF {}",
@@ -1543,226 +1794,336 @@ def print_formats(recipe: FP8Recipe) -> None:
     say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
     for operand, name in operands.items():
         lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
-        say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
+        say(
+            f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}"
+        )
     say()
 
 
-def demonstrate(args, grid: Grid, device: torch.device) -> tuple[list[float], list[float], list[float]]:
+def demonstrate(
+    args: argparse.Namespace, grid: Grid, device: torch.device
+) -> tuple[dict[str, float], list[tuple[float, float]], list[float]]:
     """Trains a model from a bad start, on real text, beside a single device, its copy in FP8 and one of the paper's γ.
 
-    Returns: differences of losses from the single device's; of each step the largest load, with --gamma and with the
-    paper's; the held-out losses of the first two.
+    Returns: how far the first losses are from the single device's; of each step the largest load, with --gamma and with
+    the paper's; the held-out losses of the first two.
     """
     from tqdm import tqdm
 
-    config, (dtype, autocast) = config_of(args), precision(args)
-    data = TextData(args.data, args.tokenizer, args.seq_length)
+    config, (dtype, autocast) = config_of(args), dtypes(args)
+    data = TextData(args.data, args.seq_length)
+    source = args.data or "Python's sources"
 
     def batches(steps: int = args.steps) -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
-    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
+    options = dict(
+        lr=lambda step: learning_rate(step, args.steps, args.lr),
+        alpha=args.alpha,
+        autocast=autocast,
+    )
     models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
     to_fp8(models[1], recipe_of(args, device), grid)
     gammas = args.gamma, args.gamma, 1e-3
-    runs = [train(model, batches(), grid=grid, gamma=gamma, **options) for model, gamma in zip(models, gammas)]
-    if group_rank() == 0:
-        plain = overload(MoELM(config)).to(device, dtype)
-        alone = train_alone(plain, batches(min(5, args.steps)), gamma=args.gamma, **options)
+    runs = [
+        train(model, batches(), grid=grid, gamma=gamma, **options)
+        for model, gamma in zip(models, gammas)
+    ]
+    # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
+    plain = overload(MoELM(config)).to(device, dtype)
+    alone = train_alone(plain, batches(min(5, args.steps)), gamma=args.gamma, **options)
     held = sum(p.numel() for p in models[0].parameters())
     say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
-        f"{data.tokens.numel():,} tokens of {data.source}\n")  # fmt: skip
-    say("step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load")
+        f"{len(data.tokens):,} tokens of {source}\n")  # fmt: skip
+    say(
+        "step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load"
+    )
     quiet = group_rank() > 0 or not sys.stderr.isatty()
-    differences, counts = [], []
+    differences, counts = {}, []
     for step, (wide, fp8, slow) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
         loss, norm = read_step(step, wide.loss, wide.norm)
         loss_fp8, _ = read_step(step, fp8.loss, fp8.norm)
         read_step(step, slow.loss, slow.norm)
-        beside = next(alone, None) if group_rank() == 0 else None
-        differences += [abs(loss - beside.loss.item())] if beside else []
-        counts.append((wide.counts_LE, slow.counts_LE))  # stay on the device: to read them is to wait for it
+        text = ""
+        for beside in itertools.islice(alone, 1):  # nothing once its steps are done
+            loss_alone, _ = read_step(step, beside.loss, beside.norm)
+            differences[f"loss {step}"] = abs(loss - loss_alone)
+            text = f"{loss_alone:.6f}"
+        counts.append(
+            (wide.counts_LE, slow.counts_LE)
+        )  # stay on the device: to read them is to wait for it
         if step < 5 or step % 10 == 9:
-            text = f"{beside.loss.item():.6f}" if beside else ""
             load, load_slow, load_fp8 = (largest_load(run.counts_LE) for run in (wide, slow, fp8))
             say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}{load:13.2f} ×"
                 f"{load_slow:15.2f} ×{loss_fp8:18.6f}{load_fp8:13.2f} ×")  # fmt: skip
     loads = [(largest_load(wide_LE), largest_load(slow_LE)) for wide_LE, slow_LE in counts]
 
-    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, held_out=True))
-    share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
+    tokens_BS, targets_BS = (
+        x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, evaluation=True)
+    )
+    share, losses = (
+        [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)],
+        [],
+    )
     for model in models[:2]:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
+            losses.append(
+                _all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item()
+            )
     say(f"\nheld-out loss {losses[0]:.4f} nats a token; in FP8 {losses[1]:.4f}\n")
     return differences, loads, losses
 
 
-PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+PUBLISHED_COUNTS = {
+    "Nano": (31.6, 3.6, 3.2),
+    "Super": (120.6, 12.7, 12.1),
+    "Ultra": (550, None, 55),
+}
 
 
-def claims(args, errors: dict, agree: bool, differences: list, loads: list, losses: list) -> list[tuple]:
+def claims(
+    args: argparse.Namespace,
+    errors: dict[str, float],
+    agree: bool,
+    differences: dict[str, float],
+    loads: list,
+    losses: list[float],
+) -> list[tuple[str, str, str, bool | str]]:
     """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
     rows = []
-    for claim, kind in {
-        "gradient": "grad",
-        "norm before clipping": "norm",
-        "weight after AdamW": "after",
-    }.items():
-        worst, good = within((error for name, error in errors.items() if name.startswith(kind)), BOUNDS["fp64"])
-        rows.append(
-            (f"every {claim} equals the single device's, float64", "exact", f"worst {worst:.1e} relative", good)
-        )
-    same = not any(error for name, error in errors.items() if name.startswith("counts"))
-    rows.append(("every expert's rows, in every step", "exact", "exact" if same else "others", same))
-    worst, good = within(differences or [math.nan], BOUNDS[args.dtype])
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
+        off, text = worst(errors, kind), f"every {claim} equals the single device's, float64"
+        rows.append((text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"]))
+    same = worst(errors, "counts") == 0
+    rows.append(
+        ("every expert's rows, in every step", "exact", "exact" if same else "others", same)
+    )
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    rows.append((text, "equal", f"within {worst:.0e}", good if differences else "needs steps"))
+    off = worst(differences) if differences else math.nan
+    verdict = off <= BOUNDS[args.dtype] if differences else "needs steps"
+    rows.append((text, "equal", f"within {off:.0e}", verdict))
     code = "FP8 codes of a tensor on all ranks equal the single device's"
     rows.append((code, "to the bit", "to the bit" if agree else "others", agree))
-    default = args.gamma == 0.01 and all(getattr(args, size) == getattr(MoEConfig, size) for size in SIZES)
     verdicts = {f"γ = {args.gamma:g}": None, "the paper's γ = 0.001": "made for a million steps"}
     for (name, verdict), of_steps in zip(verdicts.items(), zip(*loads)):
         first, last = of_steps[0], statistics.median(of_steps[-10:])
-        good = last < 1.5 if default and args.steps >= 60 else "needs the default run"
+        good = last < 1.5 if is_default(args) and args.steps >= 60 else "needs the default run"
         here = f"{first:.2f} × the mean, then {last:.2f} ×"
-        rows.append((f"largest load with {name}, {args.steps} steps", "even", here, verdict or good))
+        rows.append(
+            (f"largest load with {name}, {args.steps} steps", "even", here, verdict or good)
+        )
     gap = f"{losses[1] / losses[0] - 1:+.2%}"
-    rows.append(("loss of FP8 over high precision, held out", "under 0.1 %, 56B", gap, "a tiny model, a short run"))
+    rows.append(
+        (
+            "loss of FP8 over high precision, held out",
+            "under 0.1 %, 56B",
+            gap,
+            "a tiny model, a short run",
+        )
+    )
     for name, paper in PUBLISHED_COUNTS.items():
         config = PUBLISHED[name]
-        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        routers = (
+            config.pattern.count("E") * config.num_experts * (config.hidden_size + 1)
+            if name == "Super"
+            else 0
+        )
         counts = [(count - routers) / 1e9 for count in parameters(config)]
-        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        text = f"parameters of {name}: total, active, without input table" + (
+            ", without routers" if routers else ""
+        )
         digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
-        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
-        rows.append((text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good))
-    return [*rows, ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench")]
+        good = all(
+            abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value
+        )
+        rows.append(
+            (
+                text,
+                *(
+                    ", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs)
+                    for xs in (paper, counts)
+                ),
+                good,
+            )
+        )
+    return [
+        *rows,
+        ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench"),
+    ]
 
 
-def main(args, device: torch.device) -> None:
+def main(args: argparse.Namespace, device: torch.device) -> None:
     grid = make_grid(args.ep, device, args.timeout)
-    say(f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks: ep {grid.ep} × dp {grid.dp}, "
-        f"{args.dtype}, seed {args.seed}\n")  # fmt: skip
+    say_setting(args, f": ep {grid.ep} × dp {grid.dp}")
     if args.check:
         sys.exit(0 if check(args, grid, device) else 1)
     print_formats(recipe_of(args, device))
     errors, agree = equivalence(grid, device, torch.float64), codes_agree(device)
     found = demonstrate(args, grid, device)
-    if group_rank() == 0 and not print_claims(claims(args, errors, agree, *found)):
+    if not print_claims(claims(args, errors, agree, *found)):
         sys.exit(1)
 
 
 RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
-SIZES = dict(pattern="layers: * attention, E experts", hidden_size="hidden size, H", num_heads="query heads, N",
-             num_kv_heads="heads of keys and values, G", num_experts="experts, E; ep must divide them",
-             top_k="experts of a token, K", expert_size="width of an expert, F", shared_size="width of the shared one",
-             gate="sigmoid or softmax")  # fmt: skip
 
 
-def config_of(args) -> MoEConfig:
-    sizes = {name: getattr(args, name) for name in SIZES}
+@dataclass
+class Options:
+    """This chapter's own flags."""
+
+    data: str = flag(
+        "", "a text to train on; by default the sources of Python's library", metavar="FILE"
+    )
+    ep: int | None = flag(
+        None, "ranks that share one set of experts; None: 2, or 1 where 2 does not fit", least=1
+    )
+    seq_length: int = flag(64, "tokens of a sequence, S", least=1)
+    batch: int = flag(16, "sequences of a step, over all ranks", least=1)
+    lr: float = flag(3e-3, "peak learning rate", least=1e-9)
+    alpha: float = flag(1e-4, "weight of the balancing loss")
+    gamma: float = flag(0.01, "step of the routers' biases; the paper's is 0.001")
+    fp8: str = flag("auto", "auto: FP8 units if any", choices=["auto", "hardware", "emulate"])
+    recipe: str = flag("hybrid", "one scale a tensor, or tiles", choices=list(RECIPES))
+
+
+def is_default(args: argparse.Namespace) -> bool:
+    """Whether the model and its training are those of the default run, on whatever ranks."""
+    layout = ("ep", "fp8", "recipe")  # of which the wide model's losses and loads do not depend
+    wanted = [
+        f for f in (*fields(MoEConfig), *fields(Options)) if f.metadata and f.name not in layout
+    ]
+    return all(getattr(args, f.name) == f.default for f in wanted)
+
+
+def config_of(args: argparse.Namespace) -> MoEConfig:
     # A small model wants larger first weights: with 0.02 all scores are nearly equal, and steps of γ jump over them.
-    return MoEConfig(vocab_size=tokenizer(args.tokenizer).n_vocab, seed=args.seed, init_std=0.06, **sizes)
+    vocab_size = byte_encoding().n_vocab
+    return config_from(args, MoEConfig, vocab_size=vocab_size, seed=args.seed, init_std=0.06)
 
 
-def recipe_of(args, device: torch.device) -> FP8Recipe:
+def recipe_of(args: argparse.Namespace, device: torch.device) -> FP8Recipe:
     recipe = RECIPES[args.recipe]
     return recipe._replace(hardware=fp8_hardware(args.fp8, device, recipe))
 
 
+def check_args(args: argparse.Namespace) -> None:
+    """Resolves --ep. Raises ValueError or OSError where the flags, or the text, do not fit."""
+    config = config_of(args)
+    if args.ep is None:
+        args.ep = math.gcd(2, args.world_size, config.num_experts)
+    if args.world_size % args.ep:
+        raise ValueError(f"--ep {args.ep} must divide the {args.world_size} ranks")
+    check_ep(config.num_experts, args.ep)
+    state_shapes(config)  # raises for layers that this model has not
+    recipe_of(args, torch.device(args.device))
+    TextData(args.data, args.seq_length)
+
+
 def flags() -> argparse.Namespace:
-    parser = common_flags(__doc__.splitlines()[0], steps=60)
-    text = "ranks that share one set of experts; must divide all ranks (default: 2, on a single rank 1)"
-    parser.add_argument("--ep", type=int, default=argparse.SUPPRESS, help=text)
-    for name, text in SIZES.items():
-        default = getattr(MoEConfig, name)
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
-    parser.add_argument("--seq-length", type=int, default=64, help="tokens of a sequence, S")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of a step, over all ranks")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--alpha", type=float, default=1e-4, help="weight of the balancing loss")
-    parser.add_argument("--gamma", type=float, default=0.01, help="step of the routers' biases; the paper's is 0.001")
-    parser.add_argument("--fp8", choices=("auto", "hardware", "emulate"), default="auto", help="auto: FP8 units if any")
-    parser.add_argument("--recipe", choices=RECIPES, default="hybrid", help="one scale a tensor, or tiles")
-    parser.add_argument("--tokenizer", default="bytes", help="bytes, or any name that tiktoken knows")
-    args = parse_flags(parser, ranks=4)
-    args.ep = getattr(args, "ep", min(2, args.world_size))
-    try:
-        if args.ep < 1 or args.world_size % args.ep:
-            raise ValueError(f"--ep {args.ep} must divide the {args.world_size} ranks")
-        if min(args.batch, args.seq_length) < 1:
-            raise ValueError(f"--batch {args.batch} and --seq-length {args.seq_length}: at least 1")
-        if not (0 < args.lr < math.inf and 0 <= args.alpha < math.inf and 0 <= args.gamma < math.inf):
-            text = f"--alpha {args.alpha} and --gamma {args.gamma} not below"
-            raise ValueError(f"--lr {args.lr} must be above zero, {text}, and all of them numbers")
-        config = config_of(args)
-        check_ep(config.num_experts, args.ep)
-        state_shapes(config)  # raises for layers that this model has not
-        recipe_of(args, torch.device(args.device))
-        TextData(args.data, args.tokenizer, args.seq_length)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    return args
+    return parse_flags(__doc__, [Options, MoEConfig], check_args, ranks=4, steps=60)
 
 
 # Explained in chapter 2, at its end.
 # region carried: text data (home: 02_megatron_tp)
-def tokenizer(name: str) -> tiktoken.Encoding:
-    """`bytes`: 256 tokens, a byte each, built here; any other name is asked of tiktoken, which may download it."""
-    if name == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-    if name not in tiktoken.list_encoding_names():
-        raise ValueError(f"tokenizer {name!r} is unknown; use bytes or one of {tiktoken.list_encoding_names()}")
-    try:
-        return tiktoken.get_encoding(name)
-    except Exception as error:  # whatever the network library of the day raises
-        why = f"is not on this machine and cannot be downloaded ({type(error).__name__})"
-        raise ValueError(f"tokenizer {name!r} {why}; use bytes") from error
-
-
 class TextData:
-    """Tokens of a UTF-8 text, nine tenths to train on; without a path, of the sources of Python's own library.
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
 
-    Raises: ValueError where the text is not UTF-8 or shorter than the sequences need.
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
     """
 
-    def __init__(self, path: str, tokenizer_name: str, seq_length: int):
-        self.encoding, self.seq_length, self.source = tokenizer(tokenizer_name), seq_length, path or "Python's library"
-        sources = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:40]
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
-            text = "".join(source.read_text("utf-8") for source in sources)
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
         self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
         cut = len(self.tokens) * 9 // 10
-        self.parts = self.tokens[:cut], self.tokens[cut:]
-        if len(self.parts[1]) <= seq_length:
-            need = f"its last tenth must be longer than a sequence of {seq_length}"
-            raise ValueError(f"{self.source} has {len(self.tokens)} tokens; {need}")
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, batch: int, seed: int, held_out: bool = False) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens and targets (batch, S): a function of the seed and the step alone."""
-        part, key = self.parts[held_out], f"{seed} {step} {held_out}"
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
         generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        starts_B = torch.randint(len(part) - self.seq_length, (batch,), generator=generator)
-        window_BS = part[starts_B[:, None] + torch.arange(self.seq_length + 1)]
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
         return window_BS[:, :-1], window_BS[:, 1:]
 
-    def decode(self, tokens_S: Tensor) -> str:
-        return self.encoding.decode(tokens_S.tolist(), errors="replace")
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 316961
+# endregion copy aaa995
 
 
 # Explained in chapter 1, at its end.
-# region carried: training log (home: 01_deepspeech)
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
+
+
+# Explained in chapter 1, at its end.
+# region carried: reports (home: 01_deepspeech)
+def say(text: str = "") -> None:
+    """Rank 0 prints."""
+    if group_rank() == 0:
+        print(text, flush=True)
+
+
+def say_setting(args: argparse.Namespace, layout: str = "") -> None:
+    """The first line of a run: everything that it depends on."""
+    setting = f"torch {torch.__version__}, {args.device}, {args.backend}, {group_size()} ranks"
+    idle = torch.cuda.device_count() - (args.ranks if args.device == "cuda" else 0)
+    note = f", {idle} GPUs not used" if idle > 0 else ""
+    say(f"{setting}{layout}, {args.dtype}, seed {args.seed}{note}\n")
+
+
 def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     """Loss and gradient norm of a step as floats, in one host synchronisation.
 
-    loss, norm: scalars on one device, the same on every rank: so all ranks stop in the same step.
+    Args: loss, norm: scalar tensors on one device, equal on every rank: all stop in the same step.
     Raises: FloatingPointError where one of them is not finite. Do not save the weights then.
     """
     loss_value, norm_value = torch.stack([loss, norm]).tolist()
@@ -1772,184 +2133,264 @@ def read_step(step: int, loss: Tensor, norm: Tensor) -> tuple[float, float]:
     return loss_value, norm_value
 
 
-# endregion
+def peak_memory(device: torch.device) -> float:
+    """Peak memory of this rank in GB: of its GPU, or of the process where there is none."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: the larger of what goes in and what comes out, on this rank
+def dtypes(args: argparse.Namespace) -> tuple[torch.dtype, torch.dtype | None]:
+    """--dtype as the dtype of the parameters, and that of autocast's GEMMs or None."""
+    parameters = torch.float64 if args.dtype == "fp64" else torch.float32
+    return parameters, torch.bfloat16 if args.dtype == "bf16" else None
 
 
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists in counter.messages every collective, send and receive of this rank."""
-
-    def __enter__(self):
-        self.messages = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace == "c10d" and "barrier" not in function.name():
-            name = function.name().removeprefix("c10d::").strip("_")  # such as allreduce, or allgather_base
-            sizes = [sum(x.nbytes for x in tree_leaves(arg) if isinstance(x, Tensor)) for arg in args]
-            group = next(a for a in args if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            self.messages.append(Message(op, max(sizes), dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
+def worst(errors: dict[str, float], kind: str = "") -> float:
+    """The largest error of a `kind`; NaN is infinite. Raises: ValueError where there is none."""
+    found = [error for name, error in errors.items() if name.startswith(kind)]
+    return max(math.inf if math.isnan(error) else error for error in found)
 
 
-# endregion copy 0c0eaa
+def relative_errors(
+    kind: str, tensors: dict[str, Tensor], reference: dict[str, Tensor], floor: float = 0.0
+) -> dict[str, float]:
+    """max|Δ| / max(max|reference|, floor) of every tensor (...), by "kind name"."""
+    errors = {}
+    for name, x in tensors.items():
+        y = reference[name].detach().to(x.device)
+        scale = y.abs().max().clamp(min=floor)
+        errors[f"{kind} {name}"] = ((x - y).abs().max() / scale).item()
+    return errors
 
 
-# Explained in chapter 1, at its end.
-# region carried: claims table (home: 01_deepspeech)
-def print_claims(rows: list[tuple[str, str, str, bool | str]]) -> bool:
-    """Prints (claim, paper, here, verdict) as a table; a verdict is True, False, or what would be needed for one.
+def over_all_ranks(errors: dict[str, float]) -> dict[str, float]:
+    """The largest error of all ranks by name; NaN counts as infinite. Collective."""
+    everyone = [None] * group_size()
+    dist.all_gather_object(everyone, errors)
+    largest = {}
+    for name, error in itertools.chain(*(errors.items() for errors in everyone)):
+        error = math.inf if math.isnan(error) else error
+        largest[name] = max(error, largest.get(name, 0.0))
+    return largest
 
-    Returns False where a claim fails.
+
+def print_errors(errors: dict[str, float], bound: float) -> bool:
+    """--check: rank 0 prints every error and the worst. Returns: whether all are within `bound`."""
+    for name, error in errors.items():
+        say(f"{name:60} {error:.1e}")
+    say(f"\nworst {worst(errors):.1e} relative, bound {bound:.0e}")
+    return worst(errors) <= bound
+
+
+def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
+    """Rank 0 prints (claim, paper, here, verdict) as a table.
+
+    A verdict is True, False, or what a test of the claim needs. Returns: False where one is False.
     """
-    words = [(*row[:3], {True: "ok", False: "FAILED"}.get(row[3], row[3])) for row in rows]
-    table = [("claim", "paper", "here", "verdict"), *words]
-    widths = [max(len(row[column]) for row in table) + 2 for column in range(4)]
-    for row in table:
-        print("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-    return not any(row[3] is False for row in rows)
+    rows = [("claim", "paper", "here", "verdict")]
+    for claim, paper, here, verdict in claims:
+        rows.append((claim, paper, here, {True: "ok", False: "FAILED"}.get(verdict, verdict)))
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
+    for row in rows:
+        say("".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return all(verdict is not False for *_, verdict in claims)
 
 
-# endregion copy 6f0d29
+# endregion copy 7f35e3
 
 
 # Explained in chapter 1, at its end.
 # region carried: flags (home: 01_deepspeech)
-def common_flags(description: str, steps: int) -> argparse.ArgumentParser:
-    """The flags that every chapter has; `parse_flags` reads them."""
+@dataclass
+class RunConfig:
+    """The flags of every chapter."""
 
-    class Help(argparse.ArgumentDefaultsHelpFormatter):
-        def _get_help_string(self, action):  # a default of None or "" says nothing
-            return super()._get_help_string(action) if action.default not in (None, "") else action.help
-
-    usage = "%(prog)s [flags]; --help lists them"
-    parser = argparse.ArgumentParser(description=description, usage=usage, formatter_class=Help)
-    flag = parser.add_argument
-    flag("--ranks", type=int, help="processes on this machine (default: the chapter's; all GPUs where there are more)")
-    flag("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: cuda if each rank gets its own GPU")
-    flag("--backend", choices=("auto", "nccl", "gloo"), default="auto", help="auto: nccl if each rank has its own GPU")
-    flag("--dtype", choices=("auto", "fp64", "fp32", "bf16"), default="auto", help="auto: fp32, on GPUs bf16 autocast")
-    flag("--steps", type=int, default=steps, help="optimiser steps")
-    flag("--seed", type=int, default=0, help="of weights, batches and dropout")
-    flag("--data", default="", metavar="FILE", help="what to train on; by default something that every machine has")
-    flag("--check", action="store_true", help="only prove the equivalence on these ranks, backend and dtype")
-    flag("--timeout", type=float, default=60.0, metavar="SECONDS", help="a collective that waits longer fails")
-    flag("--trace", metavar="FILE", help="write rank 0's profiler trace, for chrome://tracing or Perfetto")
-    return parser
+    ranks: int | None = flag(None, "processes here; None: one per GPU, or a few", least=1)
+    device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
+    backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
+    dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
+    steps: int = flag(0, "optimizer steps")
+    seed: int = flag(0, "of weights, batches and dropout")
+    timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
+    check: bool = flag(False, "prove the equivalence, and stop")
 
 
-def parse_flags(parser: argparse.ArgumentParser, ranks: int) -> argparse.Namespace:
-    """Reads the flags and settles every auto; whatever cannot be had ends in one line, before any rank starts."""
-    args, gpus, joined = parser.parse_args(), torch.cuda.device_count(), "LOCAL_RANK" in os.environ
-    local = int(os.environ["LOCAL_WORLD_SIZE"]) if joined else args.ranks or max(ranks, gpus)
-    if local < 1 or args.ranks not in (None, local):
-        parser.error(f"--ranks {args.ranks}: " + (f"torchrun has started {local}" if joined else "at least 1"))
-    if args.device == "auto":
-        args.device = "cuda" if args.backend == "nccl" or (args.backend == "auto" and gpus >= local) else "cpu"
-    if args.backend == "auto":
-        args.backend = "nccl" if args.device == "cuda" and gpus >= local and dist.is_nccl_available() else "gloo"
-    if args.device == "cuda" and not gpus:
-        parser.error("cuda is asked for, but torch sees no GPU here: use --device cpu")
-    if args.backend == "nccl" and (args.device == "cpu" or not dist.is_nccl_available()):
-        parser.error("--backend nccl needs GPUs and a torch with NCCL: use --backend gloo")
-    if args.backend == "nccl" and local > gpus and torch.cuda.nccl.version() < (2, 30):
-        parser.error(f"NCCL wants a GPU a rank: {local} ranks, {gpus} GPUs; use --backend gloo or --ranks {gpus}")
-    os.environ.setdefault("NCCL_MULTI_RANK_GPU_ENABLE", str(int(local > gpus)))  # newer ones let ranks share when told
-    if args.steps < 0 or not 0 < args.timeout < 1e9 or not 0 <= args.seed < 2**63:
-        numbers = f"--steps {args.steps}, --timeout {args.timeout}, --seed {args.seed}"
-        parser.error(f"{numbers}: none below zero, the timeout above it and below 1e9, the seed below 2**63")
-    for name in ("trace", "save", "checkpoint"):  # found out before hours of training, not behind them
-        path = getattr(args, name, None)
-        if path and (os.path.isdir(path) or not os.access(os.path.dirname(os.path.abspath(path)), os.W_OK)):
-            parser.error(f"--{name} {path}: is a folder, or its folder does not exist or cannot be written")
-    if args.dtype == "auto":
-        args.dtype = "bf16" if args.device == "cuda" else "fp32"
-    args.ranks, args.world_size = local, int(os.environ["WORLD_SIZE"]) if joined else local
+def parse_flags(
+    doc: str | None, configs: list[type], check_args: Callable, ranks: int, steps: int
+) -> argparse.Namespace:
+    """Reads the flags that the fields of RunConfig and of the dataclasses `configs` describe.
+
+    Args: doc: the script's docstring, for --help. check_args(args): resolves the chapter's flags,
+        raises ValueError or OSError. ranks: processes without GPUs. steps: the default of --steps.
+    A wrong flag is one line, before any rank starts.
+    """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags]; --help lists them",
+        description=(doc or "").partition("\n")[0],  # python -OO strips docstrings
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for f in itertools.chain(*map(fields, [RunConfig, *configs])):
+        if f.metadata:
+            _add_flag(parser, f)
+    parser.set_defaults(steps=steps)
+    args = parser.parse_args()
+    try:
+        _resolve_auto(args, ranks)
+        check_args(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     return args
 
 
-# endregion copy b40150
+def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
+    keywords = dict(f.metadata)
+    kind = f.type.partition(" ")[0]  # "int" of "int | None"
+    if kind == "bool":
+        keywords.setdefault("action", "store_true")
+    elif kind != "str":
+        number = int if kind == "int" else float
+        keywords["type"] = partial(_number, number, keywords.pop("least", 0))
+    parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **keywords)
+
+
+def _number(kind: type, least: float, text: str) -> int | float:
+    most = 2**63 - 1 if kind is int else 1e9
+    value = math.nan
+    with contextlib.suppress(ValueError):
+        value = kind(text)
+    if not least <= value <= most:  # NaN is in no range
+        span = f"from {least:g} to {most:g}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
+    return value
+
+
+def _torchrun_world() -> tuple[int, int]:
+    """Ranks here and in all, as torchrun says; (0, 0) for a plain start. Raises: ValueError where
+    another launcher has started tasks: each would train alone."""
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"]
+    missing = [name for name in names if name not in os.environ]
+    if not missing:
+        return int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["WORLD_SIZE"])
+    tasks = {"SLURM_PROCID": "SLURM_NTASKS", "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE"}
+    tasks["PMI_RANK"] = "PMI_SIZE"  # mpiexec of MPICH and Intel
+    several = any(os.environ.get(tasks[name], "1") != "1" for name in tasks if name in os.environ)
+    if several or len(missing) < len(names):
+        raise ValueError(f"{', '.join(missing)} not set: start it with torchrun (CLUSTER.md)")
+    return 0, 0
+
+
+def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
+    """Replaces every "auto" and None. Raises ValueError for what this machine does not have."""
+    gpus = torch.cuda.device_count()
+    local_size, args.world_size = _torchrun_world()
+    if local_size and args.ranks not in (None, local_size):
+        raise ValueError(f"--ranks {args.ranks}, but torchrun has started {local_size}")
+    needs_gpu = args.device == "cuda" or args.backend == "nccl"
+    may_use_gpu = needs_gpu or args.device == args.backend == "auto"
+    if gpus and may_use_gpu and args.backend != "gloo":
+        ranks = gpus  # with gloo, ranks may share a GPU
+    args.ranks = local_size or args.ranks or ranks
+    args.world_size = args.world_size or args.ranks
+    if args.device == "auto":
+        args.device = "cuda" if needs_gpu or (may_use_gpu and gpus >= args.ranks) else "cpu"
+    if args.backend == "auto":
+        args.backend = "nccl" if args.device == "cuda" and gpus >= args.ranks else "gloo"
+    if args.dtype == "auto":
+        default = "bf16" if args.device == "cuda" else "fp32"
+        args.dtype = "fp64" if args.check else default
+    if args.device == "cuda" and not gpus:
+        raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
+    may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
+        raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
+
+
+def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
+    """The dataclass `config` with the values of its flags, and others."""
+    values = {f.name: getattr(args, f.name) for f in fields(config) if f.metadata}
+    return config(**values, **others)
+
+
+# endregion copy 82e4fd
 
 
 # Explained in chapter 1, at its end.
 # region carried: launcher (home: 01_deepspeech)
-def say(text: str = "") -> None:
-    """Rank 0 prints."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> dist.ProcessGroup:
-    """The group of this rank among `rank_lists`. All ranks must call it, with the same lists in the same order.
-
-    A subgroup does not inherit the timeout. Its first collective runs here: NCCL builds its connections then, and would
-    hang in a first send that only two ranks know of.
-    """
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
-
-
 def launch(main: Callable, args: argparse.Namespace) -> None:
-    """Runs main(args, device) on every rank: joins the world that torchrun made, or becomes torchrun first."""
-    if "LOCAL_RANK" not in os.environ and args.ranks > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={args.ranks}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-    record(run_rank)(main, args)  # keeps this rank's error for torchrun, which prints the first one last
+    """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
+    try:
+        if "LOCAL_RANK" in os.environ or args.ranks == 1:
+            record(run_rank)(main, args)  # keeps this rank's error for torchrun
+            return
+        logging.disable(logging.WARNING)  # torchrun's, about each signal that it passes on
+        # An explicit address works also where the host's name does not resolve.
+        options = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={args.ranks}"]
+        torchrun.main([*options, *sys.argv])
+    except ChildFailedError as error:
+        print(error, file=sys.stderr)  # names the rank that failed first, with its traceback
+        sys.exit(1)
+    except SignalException as stop:
+        sys.exit(128 + stop.sigval)
+    except KeyboardInterrupt as stop:
+        if group_rank() == 0:
+            print(f"\ninterrupted {stop}", file=sys.stderr, flush=True)
+        if "LOCAL_RANK" not in os.environ:
+            sys.exit(130)  # a notebook's kernel lives on
+        os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
     """One rank: its device, the process group of all ranks, then main."""
     device = torch.device("cpu")
     if args.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
-        torch.set_num_threads(1)  # ranks with two threads each are several times slower than with one
-    alone = {} if "LOCAL_RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-    device_id, profile, code = device if args.backend == "nccl" else None, contextlib.nullcontext(), 0
+        torch.set_num_threads(1)  # ranks with two threads each are several times slower
+    world = {"timeout": timedelta(seconds=args.timeout)}
+    if args.backend == "nccl":
+        world["device_id"] = device
+    if "LOCAL_RANK" not in os.environ:
+        world |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+    code = 0
     try:
-        dist.init_process_group(args.backend, timeout=timedelta(seconds=args.timeout), device_id=device_id, **alone)
+        dist.init_process_group(args.backend, **world)
         dist.all_reduce(torch.ones(1, device=device))
-        if args.trace and dist.get_rank() == 0:
-            profile = torch.profiler.profile()
-        with profile:
-            try:
-                main(args, device)
-            except SystemExit as end:  # --check, and claims that failed: the ranks end together all the same
-                code = end.code
-        dist.barrier()
+        try:
+            main(args, device)
+        except SystemExit as end:  # a failed claim: the ranks end together all the same
+            code = end.code
+        wait_for_all()
     except RuntimeError as error:
         if "by peer" in str(error) or "Broken pipe" in str(error):
-            time.sleep(5)  # another rank died, and we merely noticed: let torchrun find that one first
+            time.sleep(5)  # another rank died: torchrun should find that one first
         raise
-    finally:  # also of a run that failed
-        if isinstance(profile, torch.profiler.profile):
-            write_trace(profile, args.trace)
     dist.destroy_process_group()
     sys.exit(code)
 
 
-def write_trace(profile: torch.profiler.profile, path: str) -> None:
-    """Writes a trace as a whole or not at all. Raises OSError: of a full disk the profiler tells nobody but its log."""
-    folder, name = os.path.split(path)
-    aside = os.path.join(folder, f"unfinished.{name}")  # a name that ends in .gz asks for compression
-    try:
-        profile.export_chrome_trace(aside)
-        os.replace(aside, path)
-    except OSError as error:
-        for left in (aside, f"{aside}.tmp"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(left)
-        raise OSError(f"--trace {path} cannot be written; is the disk full?") from error
+def _end_with_parent(parent: int) -> None:
+    """A launcher that was killed cannot stop its ranks, so each rank watches it."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
-# endregion copy 9537e9
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

@@ -22,10 +22,17 @@ STEPS, EVERY = 200, 20
 
 def run(norm: str, lr: float, std: float, seed: int) -> list[float]:
     """Held-out loss after 0, EVERY, ... steps of a 12-layer model, without warm-up."""
-    config = tp.GPTConfig(num_layers=12, hidden_size=64, seq_length=64, norm=norm, init_std=std, seed=seed)
+    config = tp.GPTConfig(
+        num_layers=12, hidden_size=64, seq_length=64, norm=norm, init_std=std, seed=seed
+    )
     data, model = tp.TextData("", "bytes", 64), tp.GPT(config)
     held_out = data.batch(0, 32, seed=0, held_out=True)
-    losses, steps = [], tp.train_alone(model, (data.batch(step, 8, seed) for step in range(STEPS)), lambda step: lr)
+    losses, steps = (
+        [],
+        tp.train_alone(
+            model, (data.batch(step, 8, seed) for step in range(STEPS)), lambda step: lr
+        ),
+    )
     for step in range(STEPS + 1):
         if step % EVERY == 0:
             with torch.no_grad():
@@ -42,7 +49,12 @@ if __name__ == "__main__":
             curves[f"{norm}-norm, {name}"] = [run(norm, lr, std, seed) for seed in (0, 1)]
             print(name, norm, [curve[-1] for curve in curves[f"{norm}-norm, {name}"]], flush=True)
     result = dict(
-        command="python notebooks/results/measure_02_norm.py", torch=torch.__version__, every=EVERY, curves=curves
+        command="python notebooks/results/measure_02_norm.py",
+        torch=torch.__version__,
+        every=EVERY,
+        curves=curves,
     )
-    (HERE / "02_norm.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (HERE / "02_norm.json").write_text(
+        json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8"
+    )
     print(f"{time.time() - begin:.0f} s")

@@ -37,7 +37,9 @@ def measure() -> dict:
     for path in shared_blocks.chapters():
         print(f"── {path.relative_to(ROOT)}", flush=True)
         begin = time.monotonic()
-        done = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         seconds = round(time.monotonic() - begin)
         chapters[path.parent.name] = dict(seconds=seconds, claims=claims(done.stdout))
     seconds = {}
@@ -81,15 +83,25 @@ def rendered(page: Path, kept: dict) -> str:
     facts = {name: str(kept[name]) for name in ("command", "machine", "tests", "bugs")}
     measured = json.loads(measure_differences.RESULTS.read_text("utf-8"))
     facts["differences"] = f"\n\n{measure_differences.markdown(measured)}\n\n"
-    facts["notebooks"] = ", ".join(f"{name} {seconds} s" for name, seconds in kept["notebooks"].items())
-    facts["runs"] = ", ".join(f"{name} {chapter['seconds']} s" for name, chapter in chapters.items())
-    facts["minutes"] = f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
+    facts["notebooks"] = ", ".join(
+        f"{name} {seconds} s" for name, seconds in kept["notebooks"].items()
+    )
+    facts["runs"] = ", ".join(
+        f"{name} {chapter['seconds']} s" for name, chapter in chapters.items()
+    )
+    facts["minutes"] = (
+        f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
+    )
     if "test_minutes" in kept:
         facts["test minutes"] = f"{kept['test_minutes']} minutes"
     for name, chapter in chapters.items():
-        text = re.sub(rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M)
+        text = re.sub(
+            rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M
+        )
         table = "".join(f"| {' | '.join(row)} |\n" for row in chapter["claims"])
-        facts[f"claims of {name}"] = f"\n\n| claim | paper | here | verdict |\n|---|---|---|---|\n{table}\n"
+        facts[f"claims of {name}"] = (
+            f"\n\n| claim | paper | here | verdict |\n|---|---|---|---|\n{table}\n"
+        )
     for name, value in facts.items():
         text = re.sub(rf"(<!-- {name} -->).*?(<!-- -->)", rf"\g<1>{value}\g<2>", text, flags=re.S)
     if chapter := chapters.get(page.parent.name):
@@ -100,13 +112,24 @@ def rendered(page: Path, kept: dict) -> str:
 
 
 def pages() -> list[Path]:
-    shared = [ROOT / name for name in ("README.md", "INSTALL.md", "DIFFERENCES.md", "CLAIMS.md", "notebooks/README.md")]
+    shared = [
+        ROOT / name
+        for name in (
+            "README.md",
+            "INSTALL.md",
+            "DIFFERENCES.md",
+            "CLAIMS.md",
+            "notebooks/README.md",
+        )
+    ]
     return [*shared, *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--render", action="store_true", help="only write the pages, from what is kept")
+    parser.add_argument(
+        "--render", action="store_true", help="only write the pages, from what is kept"
+    )
     if not parser.parse_args().render:
         KEPT.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", "utf-8")
     kept = json.loads(KEPT.read_text("utf-8"))

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: MIT-0
-"""Lifts one function or class out of a chapter, with everything that it needs, into a file that works alone.
+"""Lifts a function or class out of a chapter, with all that it needs, into a file of its own.
 
-    make lift FROM=02 NAME=vocab_parallel_cross_entropy                  prints it
-    make lift FROM=02 NAME=vocab_parallel_cross_entropy TO=loss.py       writes it; never over a file that is there
-    make lift FROM=02/pretrain NAME=save_checkpoint                      from a tool of the chapter
+    make lift FROM=02 NAME=vocab_parallel_cross_entropy               prints it
+    make lift FROM=02 NAME=vocab_parallel_cross_entropy TO=loss.py    writes a new file
+    make lift FROM=02/pretrain NAME=save_checkpoint                   from a tool of the chapter
 
-What is needed is read from the code: the global names that it uses, in bodies, base classes, decorators, default values
-and annotations, and what the definitions of those names use in turn. Definitions keep the chapter's order and their
-comments. A tool's imports from its own chapter are replaced by the definitions themselves.
+What is needed is read from the code: the global names that it uses, in bodies, base classes,
+decorators, default values and annotations, and what the definitions of those names use in turn.
+Definitions keep the chapter's order and their comments. A tool's imports from its own chapter are
+replaced by the definitions themselves.
 """
 
 import argparse
@@ -64,7 +65,7 @@ class Script:
         return set().union(*(definition.names for definition in self.definitions))
 
 
-# ── Reading a script ────────────────────────────────────────────────────────────────────────────────────
+# ── Reading a script ──────────────────────────────────────────────────────────────────────────────
 
 
 @lru_cache
@@ -85,10 +86,12 @@ def read(path: Path) -> Script:
 
 
 def first_line(node: ast.stmt, lines: list[str]) -> int:
-    """Where a definition begins: its decorators, and the comment directly above, no marker and no heading."""
+    """Where a definition begins: at its decorators, or at the comment directly above."""
     decorators = getattr(node, "decorator_list", [])
     line = first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
-    while lines[line - 2].startswith("#") and not re.match(r"# (region|endregion|──|SPDX)", lines[line - 2]):
+    while lines[line - 2].startswith("#") and not re.match(
+        r"# (region|endregion|──|SPDX)", lines[line - 2]
+    ):
         line -= 1
     above = lines[line - 2]
     return first if above.startswith("# ──") else line  # the text of a section stays in its chapter
@@ -122,7 +125,7 @@ def names_used(node: ast.stmt) -> set[str]:
 
 
 def names_in_annotations(node: ast.stmt) -> set[str]:
-    """`from __future__ import annotations` leaves them unread; a type checker and dataclasses read them."""
+    """Names that only annotations use, also in quotes: type checkers read them."""
     found = set()
     for item in ast.walk(node):
         for annotation in (getattr(item, "annotation", None), getattr(item, "returns", None)):
@@ -136,18 +139,23 @@ def names_in(annotation: ast.expr) -> set[str]:
     for item in ast.walk(annotation):
         if isinstance(item, ast.Name):
             names.add(item.id)
-        elif isinstance(item, ast.Constant) and isinstance(item.value, str) and item.value.isidentifier():
+        elif (
+            isinstance(item, ast.Constant)
+            and isinstance(item.value, str)
+            and item.value.isidentifier()
+        ):
             names.add(item.value)
     return names
 
 
-# ── What a name needs ───────────────────────────────────────────────────────────────────────────────────
+# ── What a name needs ─────────────────────────────────────────────────────────────────────────────
 
 
 def needed(script: Script, names: set[str]) -> list[Definition]:
     """The definitions of `names` and of all that they use, in the script's order."""
     taken: list[Definition] = []
-    known, missing = script.names(), set(names)
+    known = script.names()
+    missing = set(names)
     while missing:
         for definition in script.named(missing.pop()):
             if definition not in taken:
@@ -159,12 +167,16 @@ def needed(script: Script, names: set[str]) -> list[Definition]:
 def dependencies(path: Path, name: str) -> set[str]:
     """The other names of its script that `name` uses by itself."""
     script = read(path)
-    return set().union(*(definition.uses for definition in script.named(name))) & script.names() - {name}
+    return set().union(*(definition.uses for definition in script.named(name))) & script.names() - {
+        name
+    }
 
 
 def public(path: Path) -> list[str]:
     """The functions and classes of a script without an underscore in front."""
-    defined = [item.node.name for item in read(path).definitions if isinstance(item.node, Definable)]
+    defined = [
+        item.node.name for item in read(path).definitions if isinstance(item.node, Definable)
+    ]
     return [name for name in defined if not name.startswith("_")]
 
 
@@ -173,11 +185,15 @@ def home(path: Path, name: str) -> Path:
     (definition, *_) = read(path).named(name)
     for region in shared_blocks.parse(path)[0]:
         if region.line < definition.first <= region.line + region.body.count("\n"):
-            return next(chapter for chapter in shared_blocks.chapters() if chapter.parent.name == region.home)
+            return next(
+                chapter
+                for chapter in shared_blocks.chapters()
+                if chapter.parent.name == region.home
+            )
     return path
 
 
-# ── Writing a file ──────────────────────────────────────────────────────────────────────────────────────
+# ── Writing a file ────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -189,9 +205,15 @@ class Piece:
     follows: bool = False  # it stood in the next line after the one before
 
 
-def pieces(script: Script, definitions: list[Definition], modules: set[str] = frozenset()) -> list[Piece]:
-    """The text of the definitions; `modules` are names of modules whose attributes stand in the new file itself."""
-    made, last = [], None
+def pieces(
+    script: Script, definitions: list[Definition], modules: set[str] = frozenset()
+) -> list[Piece]:
+    """The text of the definitions.
+
+    Attributes of `modules` stand in the new file itself and lose their prefix.
+    """
+    made = []
+    last = None
     for definition in definitions:
         text = "\n".join(script.lines[definition.first - 1 : definition.last])
         for module in modules:
@@ -214,17 +236,29 @@ def without_prefix(text: str, module: str) -> str:
 
 def attributes(definitions: list[Definition], module: str) -> set[str]:
     """The names that code takes from a module: GPT of tp.GPT."""
-    found = [node for item in definitions for node in ast.walk(item.node) if isinstance(node, ast.Attribute)]
-    return {node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == module}
+    found = [
+        node
+        for item in definitions
+        for node in ast.walk(item.node)
+        if isinstance(node, ast.Attribute)
+    ]
+    return {
+        node.attr for node in found if isinstance(node.value, ast.Name) and node.value.id == module
+    }
 
 
 def import_lines(imports: list[Imported], uses: set[str], text: str) -> list[str]:
-    """The imports that the code uses, with the used names only; the standard library's first, as in the scripts."""
-    found, others = [], False
+    """The imports that the code uses, with the used names only; the standard library's first."""
+    found = []
+    others = False  # than the standard library's
     for node in {id(item.node): item.node for item in imports}.values():
         used = [item.alias for item in imports if item.node is node and item.name in uses]
         if isinstance(node, ast.Import):  # import torch.distributed makes the name torch
-            used = [alias for alias in used if alias.asname or "." not in alias.name or alias.name in text]
+            used = [
+                alias
+                for alias in used
+                if alias.asname or "." not in alias.name or alias.name in text
+            ]
             line = f"import {', '.join(ast.unparse(alias) for alias in used)}"
         else:
             names = [ast.unparse(alias) for alias in used]
@@ -252,44 +286,67 @@ def is_standard(node: ast.Import | ast.ImportFrom) -> bool:
 def header(script: Script, name: str) -> str:
     """The licence, and where the code is from."""
     where = f"{name} and what it needs, from {script.path.parent.name}/{script.path.name}"
-    paper = re.search(r"^Papers?: *(.*?)(?:\n\n|\Z)", read(chapter_of(script.path)).docstring, re.M | re.S)
+    paper = re.search(
+        r"^Papers?: *(.*?)(?:\n\n|\Z)", read(chapter_of(script.path)).docstring, re.M | re.S
+    )
     lines = [where, *(" ".join(line.split()) for line in (paper[1].splitlines() if paper else []))]
     comment = [part for line in lines for part in textwrap.wrap(line, 97)]
     return "\n".join(["# SPDX-License-Identifier: MIT-0", *(f"# {line}" for line in comment)])
 
 
 def lift(path: Path, name: str) -> str:
-    """The text of a file that works alone. Raises ValueError for a name that the script does not define."""
+    """The text of a file that works alone.
+
+    Raises: ValueError for a name that the script does not define.
+    """
     script = read(path)
     check_name(script, name)
     own = needed(script, {name})
     chapter = read(chapter_of(path))
     wanted, modules = taken_from_chapter(script, own, chapter.path.stem)
     others = needed(chapter, wanted) if wanted else []
-    if both := set().union(*(item.names for item in own)) & set().union(*(item.names for item in others)):
-        raise ValueError(f"{path.name} and {chapter.path.name} both define {sorted(both)}: rename one of the two")
+    if both := set().union(*(item.names for item in own)) & set().union(
+        *(item.names for item in others)
+    ):
+        raise ValueError(
+            f"{path.name} and {chapter.path.name} both define {sorted(both)}: rename one of the two"
+        )
     body = pieces(chapter, others) + pieces(script, own, modules)
     return assembled(script, chapter, name, own + others, body)
 
 
-def taken_from_chapter(script: Script, own: list[Definition], chapter: str) -> tuple[set[str], set[str]]:
-    """What a tool's definitions use of its chapter, and the names under which they have the chapter's module."""
+def taken_from_chapter(
+    script: Script, own: list[Definition], chapter: str
+) -> tuple[set[str], set[str]]:
+    """What a tool's definitions use of its chapter, and their names for the chapter's module."""
     uses = set().union(*(definition.uses for definition in own))
     imports = [item for item in script.imports if item.name in uses]
-    modules = {item.name for item in imports if isinstance(item.node, ast.Import) and item.alias.name == chapter}
+    modules = {
+        item.name
+        for item in imports
+        if isinstance(item.node, ast.Import) and item.alias.name == chapter
+    }
     direct = [item for item in imports if module_of(item) == chapter]
     if renamed := [item.alias.name for item in direct if item.alias.asname]:
-        raise ValueError(f"{script.path.name} imports {renamed} under other names: a lifted file cannot")
+        raise ValueError(
+            f"{script.path.name} imports {renamed} under other names: a lifted file cannot"
+        )
     wanted = {item.name for item in direct}
     return wanted.union(*(attributes(own, module) for module in modules)), modules
 
 
-def assembled(script: Script, chapter: Script, name: str, taken: list[Definition], body: list[Piece]) -> str:
+def assembled(
+    script: Script, chapter: Script, name: str, taken: list[Definition], body: list[Piece]
+) -> str:
     """Licence, imports and pieces as one text."""
     uses = set().union(*(definition.uses for definition in taken))
     text = "\n".join(piece.text for piece in body)
     chapter_name = chapter.path.stem
-    imports = [item for item in script.imports if item.alias.name != chapter_name and module_of(item) != chapter_name]
+    imports = [
+        item
+        for item in script.imports
+        if item.alias.name != chapter_name and module_of(item) != chapter_name
+    ]
     sources = [imports] if script is chapter else [imports, chapter.imports]
     top = [header(script, name)]
     if "__doc__" in uses:
@@ -297,18 +354,23 @@ def assembled(script: Script, chapter: Script, name: str, taken: list[Definition
     if any(item.alias.name == "annotations" for item in script.imports) and has_annotations(taken):
         top.append("\nfrom __future__ import annotations")
     for imports in sources:
-        top.append("")
-        top += [line for line in import_lines(imports, uses, text) if not line or line not in top]
+        lines = import_lines(imports, uses, text)
+        if lines:
+            top.append("")
+        top += [line for line in lines if not line or line not in top]
     return "\n".join(top).rstrip() + joined(body)
 
 
 def has_annotations(taken: list[Definition]) -> bool:
     nodes = [node for definition in taken for node in ast.walk(definition.node)]
-    return any(getattr(node, "annotation", None) or getattr(node, "returns", None) for node in nodes)
+    return any(
+        getattr(node, "annotation", None) or getattr(node, "returns", None) for node in nodes
+    )
 
 
 def joined(body: list[Piece]) -> str:
-    text, before = "", None
+    text = ""
+    before = None
     for piece in body:
         if piece.is_block or before is None or before.is_block:
             text += "\n\n\n" if piece.is_block or before is not None else "\n\n"
@@ -319,7 +381,7 @@ def joined(body: list[Piece]) -> str:
     return text + "\n"
 
 
-# ── The command ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
 
 
 def chapter_of(path: Path) -> Path:
@@ -327,7 +389,7 @@ def chapter_of(path: Path) -> Path:
 
 
 def spellings() -> dict[str, Path]:
-    """Everything that FROM may be: 2, 02, 02_megatron_tp, megatron_tp, 02/pretrain, 02_megatron_tp/pretrain.py ..."""
+    """All that FROM may be: 2, 02, 02_megatron_tp, megatron_tp, 02/pretrain, pretrain ..."""
     found = {}
     for path in [*shared_blocks.chapters(), *shared_blocks.tools(), *shared_blocks.tables()]:
         number = path.parent.name[:2]
@@ -362,14 +424,20 @@ def check_name(script: Script, name: str) -> None:
     others = [path for path in shared_blocks.chapters() if name in read(path).names()]
     near += [f"{name} of {path.parent.name}" for path in others]
     hint = f"; near: {', '.join(near)}" if near else ""
-    raise ValueError(f"NAME={name}: {script.path.parent.name}/{script.path.name} does not define it{hint}")
+    raise ValueError(
+        f"NAME={name}: {script.path.parent.name}/{script.path.name} does not define it{hint}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="FROM", help="2, 02, 02_megatron_tp, or a tool: 02/pretrain")
+    parser.add_argument(
+        "source", metavar="FROM", help="2, 02, 02_megatron_tp, or a tool: 02/pretrain"
+    )
     parser.add_argument("name", metavar="NAME", help="a function, a class or a constant")
-    parser.add_argument("--to", type=Path, metavar="FILE", help="a new file; without it the text is printed")
+    parser.add_argument(
+        "--to", type=Path, metavar="FILE", help="a new file; without it the text is printed"
+    )
     args = parser.parse_args()
     try:
         if not args.source or not args.name:

@@ -328,13 +328,15 @@ def deepspeech(chapter, device: torch.device) -> Iterator[Variant]:
 
 def megatron_tp(chapter, device: torch.device) -> Iterator[Variant]:
     for tp in (4, 2, 1):
-        grid = chapter.make_grid(tp, CPU)
+        mesh = chapter.make_mesh(tp, CPU)
         for recompute in (False, True):
 
-            def steps(grid=grid, recompute=recompute) -> Steps:
-                config = chapter.GPTConfig(61, 16, hidden_size=32, num_layers=2, num_heads=4)
-                model = move(chapter.ParallelGPT(config, grid.tp_group, recompute), device)
-                return chapter.train(model, text(device, 61), rate, grid)
+            def steps(mesh=mesh, recompute=recompute) -> Steps:
+                sizes = dict(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2)
+                config = chapter.GPTConfig(num_heads=4, **sizes)
+                model = move(chapter.ParallelGPT(config, mesh.tp_group, recompute), device)
+                optimizer = chapter.make_optimizer(model, lr=1e-3)
+                return chapter.train(model, optimizer, text(device, 61), mesh)
 
             yield f"tp {tp} × dp {WORLD // tp}" + ", recompute" * recompute, steps, 1
 
@@ -447,8 +449,9 @@ def rehearse(chapter, training: Callable[[], Steps], device: torch.device, answe
 
 # ── The loop of the demonstration ───────────────────────────────────────────────────────────────
 #
-# `demonstrate` of each chapter runs as it is, until its loop ends. It prints in its first five
-# steps and in every tenth: the steps counted are those that print nothing.
+# `demonstrate` of each chapter runs as it is, until its loop ends: the loop over `tqdm`, or over
+# the chapter's `train`. It prints in its first five steps and in every tenth or twentieth: the
+# steps counted are those that print nothing.
 
 LOOP_STEPS = 8
 QUIET = slice(5, 8)
@@ -458,7 +461,8 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "03_pipeline": ([], 1),
     "04_seq_parallel": ([], 1),
     "05_mamba_hybrid": (["--tp", "2"], 1),
-    "06_moe_fp8": (["--ep", "2", "--num-experts", "4"], 4 * 64 * 2 // 2),
+    # The single device's model has the same counts where all ranks share one set of experts.
+    "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
 }
 
 
@@ -477,21 +481,23 @@ class Loop:
         sizes = ["--ranks", str(WORLD), "--steps", str(LOOP_STEPS)]
         with mock.patch.object(sys, "argv", [f"{folder[3:]}.py", *sizes, *flags]):
             self.args = chapter.flags()
+        self.makes = "make_mesh" if hasattr(chapter, "make_mesh") else "make_grid"
         self.grid = self.make_grid()
 
     def make_grid(self) -> list:
         """Arguments of `demonstrate` between args and device; made before the fake mode begins."""
         for size in ("pp", "ep", "tp"):
-            if hasattr(self.chapter, "make_grid") and hasattr(self.args, size):
-                return [self.chapter.make_grid(getattr(self.args, size), CPU)]
+            if hasattr(self.chapter, self.makes) and hasattr(self.args, size):
+                return [getattr(self.chapter, self.makes)(getattr(self.args, size), CPU)]
         return []
 
     def run(self) -> list[list[dict]]:
         demonstrate = self.chapter.demonstrate
         names = list(inspect.signature(demonstrate).parameters)
         arguments = {"args": self.args, "device": self.device}
-        if "grid" in names:
-            arguments["grid"] = self.grid[0]
+        for name in ("grid", "mesh"):
+            if name in names:
+                arguments[name] = self.grid[0]
         if "ring_group" in names:
             arguments["ring_group"] = dist.new_group(list(range(WORLD)))
         with ExitStack() as stack:
@@ -513,6 +519,11 @@ class Loop:
         def on_cpu(_="cpu") -> torch.Generator:  # the device has none; without dropout none is used
             return generator("cpu")
 
+        train = self.chapter.train
+
+        def watched_train(*args, **keywords) -> Iterator:  # in the place of train
+            return after_a_step(train(*args, **keywords))
+
         def after_a_step(iterable: Iterable, *_, **__) -> Iterator:  # in the place of tqdm
             waits.found.clear()
             for results in iterable:
@@ -523,9 +534,14 @@ class Loop:
 
         yield mock.patch.object(nn.Module, "to", to)
         yield mock.patch.object(torch, "Generator", on_cpu)
-        yield mock.patch("tqdm.tqdm", after_a_step)
+        if "tqdm" in Path(self.chapter.__file__).read_text("utf-8"):
+            yield mock.patch("tqdm.tqdm", after_a_step)
+        else:
+            yield mock.patch.object(self.chapter, "train", watched_train)
+        if hasattr(self.chapter, "wait_for_all"):  # it makes a gloo group; these ranks cannot
+            yield mock.patch.object(self.chapter, "wait_for_all", lambda: None)
         if self.grid:
-            yield mock.patch.object(self.chapter, "make_grid", lambda *_: self.grid[0])
+            yield mock.patch.object(self.chapter, self.makes, lambda *_: self.grid[0])
         if hasattr(self.chapter, "Speech"):  # fewer recordings than the default, as fast to make
             synthetic = self.chapter.Speech.synthetic
             few = functools.partial(synthetic, 4 * self.args.batch)

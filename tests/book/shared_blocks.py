@@ -4,13 +4,15 @@
     # region shared: flags                             at its home
     # region carried: flags (home: 01_deepspeech)      in every other chapter that needs it
     ...
-    # endregion copy 5f3a91                            the checksum of the copied text; at the home only # endregion
+    # endregion copy 5f3a91                            with the checksum of the copied text
+    # endregion                                        at the home
 
-`make shared` copies every block from its home to the chapters that carry it. A chapter takes a block in by writing the
-two markers with nothing between them. A copy whose text no longer has its checksum was edited where it stands: `make
-shared` then names the place and writes nothing at all, because the edit would be lost. The remedy is to make the edit
-at the home and to empty the copy. The checksum stands at the copy and not in the history of git or in a file of its
-own: it is right for a home that was edited twice before a commit, and it stays with its copy through every merge.
+`make shared` copies every block from its home to the chapters that carry it. A chapter takes a
+block in by writing the two markers with nothing between them. A copy whose text no longer has its
+checksum was edited where it stands: `make shared` then names the place and writes nothing at all,
+because the edit would be lost. The remedy is to make the edit at the home and to empty the copy.
+The checksum stands at the copy, not in a file of its own, so that it stays with its copy through
+every merge. The history of git would not do: a home may be edited twice before a commit.
 """
 
 import hashlib
@@ -62,7 +64,11 @@ class Region:
     @property
     def edited(self) -> bool:
         """A carried block with text of its own: what stands there is not what was copied there."""
-        return self.kind == "carried" and bool(self.body.strip()) and self.checksum != checksum(self.body)
+        return (
+            self.kind == "carried"
+            and bool(self.body.strip())
+            and self.checksum != checksum(self.body)
+        )
 
 
 def checksum(body: str) -> str:
@@ -71,9 +77,12 @@ def checksum(body: str) -> str:
 
 def parse(path: Path) -> tuple[list[Region], list[str]]:
     """A chapter's blocks in order, and what is wrong with its markers."""
-    found, wrong, inside = [], [], None
+    found = []
+    wrong = []
+    inside = None  # the region that is being read
     for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
-        start, end = START.match(line.rstrip("\n")), END.match(line.rstrip("\n"))
+        start = START.match(line.rstrip("\n"))
+        end = END.match(line.rstrip("\n"))
         here = f"{path.parent.name}/{path.name}:{number}"
         if start and (start[1] == "carried") == bool(start[3]):
             if inside:
@@ -81,7 +90,9 @@ def parse(path: Path) -> tuple[list[Region], list[str]]:
             inside = Region(path, number, start[1], start[2], start[3] or path.parent.name)
             found.append(inside)
         elif end and inside:
-            inside.checksum, inside.closed, inside = end[1], True, None
+            inside.checksum = end[1]
+            inside.closed = True
+            inside = None
         elif ANY_MARKER.match(line):
             wrong.append(f"{here}: not a marker of a block: {line.strip()!r}")
         elif inside:
@@ -106,13 +117,16 @@ def homes(root: Path = ROOT) -> dict[str, Region]:
 
 
 def complaints(root: Path = ROOT) -> list[str]:
-    """What is wrong with markers: one without its end, a home that is not there or does not have the block."""
-    wrong, home = [], homes(root)
+    """What is wrong with markers: no end, or a home that does not have the block."""
+    wrong = []
+    home = homes(root)
     for path in chapters(root):
         regions, broken = parse(path)
         wrong += broken
         names = [region.name for region in regions]
-        wrong += [f"{r.place} stands there twice" for n, r in enumerate(regions) if r.name in names[:n]]
+        wrong += [
+            f"{r.place} stands there twice" for n, r in enumerate(regions) if r.name in names[:n]
+        ]
         for region in regions:
             known = home.get(region.name)
             if known and known.home == region.home:
@@ -121,7 +135,9 @@ def complaints(root: Path = ROOT) -> list[str]:
                 wrong.append(f"{region.place} has a home already, {known.home}")
                 continue
             folder = f"; its home is {known.home}" if known else ""
-            wrong.append(f"{region.place}: {region.home} has no '# region shared: {region.name}'{folder}")
+            wrong.append(
+                f"{region.place}: {region.home} has no '# region shared: {region.name}'{folder}"
+            )
     return wrong
 
 
@@ -130,7 +146,7 @@ def refusals(root: Path = ROOT) -> list[str]:
     home = homes(root)
     copies = [region for path in chapters(root) for region in parse(path)[0] if region.edited]
     return [
-        f"{region.place} was edited here and would be lost: edit it in {region.home}, and empty this copy"
+        f"{region.place} was edited here and would be lost: edit {region.home}, and empty this copy"
         for region in copies
         if region.body != home[region.name].body
     ]
@@ -141,14 +157,17 @@ def copied(path: Path, home: dict[str, Region]) -> str:
     lines = path.read_text("utf-8").splitlines(keepends=True)
     for region in reversed(parse(path)[0]):
         if region.kind == "carried":
-            first, last = region.line, region.line + region.body.count("\n")
+            last = region.line + region.body.count("\n")
             body = home[region.name].body
-            lines[first : last + 1] = [body, f"# endregion copy {checksum(body)}\n"]
+            lines[region.line : last + 1] = [body, f"# endregion copy {checksum(body)}\n"]
     return "".join(lines)
 
 
 def update(root: Path = ROOT) -> list[Path]:
-    """Copies all blocks; returns the files that it wrote. Raises ValueError, and writes nothing, where it must not."""
+    """Copies all blocks and returns the files that it wrote.
+
+    Raises: ValueError where markers are wrong or a copy was edited; nothing is written then.
+    """
     if wrong := complaints(root) or refusals(root):
         raise ValueError("\n".join(wrong))
     home = homes(root)

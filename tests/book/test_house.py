@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""What holds for all chapters: the anatomy, the pool of ranks, the comparison, the licence."""
+"""What all chapters keep: budgets, anatomy, licence; the pool of ranks; the comparison."""
 
 import ast
 import os
@@ -15,6 +15,7 @@ import nbformat
 import pytest
 import ranks
 import shared_blocks
+import style
 import torch
 import torch.distributed as dist
 from proof import assert_differs, assert_equal, plant
@@ -23,21 +24,92 @@ import notebooks
 
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
+TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
+NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this list only gets shorter
+    "01_deepspeech/deepspeech.py",
+    "02_megatron_tp/megatron_tp.py",
+    "03_pipeline/pipeline.py",
+    "04_seq_parallel/seq_parallel.py",
+    "05_mamba_hybrid/mamba_hybrid.py",
+    "06_moe_fp8/moe_fp8.py",
+)
+OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]
+CONVERTED = [path for path in CHAPTERS if path not in OLD]
+BOOK = [ROOT / "tests/book" / name for name in ("lift.py", "shared_blocks.py", "style.py")]
+
+
+def each(paths: list[Path]):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: path.stem)
+
+
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
 
-# ── Chapters ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Budgets ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@each(CONVERTED)
+def test_a_chapter_keeps_its_budgets(path):
+    found = style.faults(path, chapter=True)
+    assert not found, "\n".join(found)
+
+
+@each([*TOOLS, *BOOK])
+def test_a_tool_keeps_its_budgets(path):
+    """So does each table file, and what the book itself is kept with."""
+    found = style.faults(path, chapter=False)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", NOT_CONVERTED)
+def test_what_is_listed_as_not_converted_is_not(name):
+    """A chapter that keeps all budgets leaves the list, and never comes back."""
+    assert style.faults(ROOT / name, chapter=True), f"{name} keeps all budgets: take it out"
+
+
+# ── Chapters ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @each_chapter
 def test_the_order_of_parts(chapter):
+    """0 to 5; a part 6 may hold the command line."""
     parts = re.findall(r"^# ── (\d) ", chapter.read_text("utf-8"), re.M)
-    assert parts == list("0123456")
+    assert parts in (list("012345"), list("0123456"))
+
+
+@each_chapter
+def test_a_chapter_has_all_its_places(chapter):
+    """Those that CONTRIBUTING.md lists and that no other test would miss."""
+    assert not missing_places(chapter)
+
+
+def missing_places(chapter: Path) -> list[str]:
+    folder = chapter.parent.name
+    files = [f"{folder}/README.md", f"notebooks/{folder}.ipynb", f"tests/test_{folder}.py"]
+    files += [f"tests/bench/{folder}.py", f"tests/pictures/{folder}.py"]
+    mentioned = {
+        "README.md": f"| [{folder}]({folder}/)",
+        "CLAIMS.md": f"<!-- claims of {folder} -->",
+        "notebooks/README.md": f"](../{folder}/{chapter.name})",
+        "pyproject.toml": f'"{folder}"',
+        "tests/book/robustness.py": f'"{folder[:2]}": [',
+    }
+    missing = [name for name in files if not (ROOT / name).exists()]
+    for name, words in mentioned.items():
+        if words not in (ROOT / name).read_text("utf-8"):
+            missing.append(f"{name} without {words!r}")
+    return missing
+
+
+def test_a_chapter_without_its_places_is_told():
+    missing = missing_places(ROOT / "99_dummy/dummy.py")
+    assert len(missing) == 10 and missing[0] == "99_dummy/README.md"
+    assert "README.md without '| [99_dummy](99_dummy/)'" in missing
 
 
 @each_chapter
 def test_a_chapter_imports_nothing_of_another(chapter):
-    """At its top only torch, numpy, einops, tiktoken and the standard library; no chapter anywhere."""
+    """At its top torch, numpy, einops, tiktoken and the standard library; no chapter anywhere."""
     tree = ast.parse(chapter.read_text("utf-8"))
     allowed = {"torch", "numpy", "einops", "tiktoken"} | set(sys.stdlib_module_names)
     for node in ast.walk(tree):
@@ -45,11 +117,26 @@ def test_a_chapter_imports_nothing_of_another(chapter):
         names += [node.module] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             root = name.split(".")[0]
-            assert root not in {path.stem for path in CHAPTERS}, f"line {node.lineno} imports a chapter"
-            assert node not in tree.body or root in allowed, f"line {node.lineno} imports {root} at the top"
+            assert root not in {path.stem for path in CHAPTERS}, (
+                f"line {node.lineno} imports a chapter"
+            )
+            assert node not in tree.body or root in allowed, (
+                f"line {node.lineno} imports {root} at the top"
+            )
 
 
-@each_chapter
+@each(TOOLS)
+def test_a_tool_imports_its_own_chapter_alone(path):
+    """Of the scripts of this book."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        for name in names:
+            others = {script.stem for script in [*CHAPTERS, *TOOLS]} - {path.parent.name[3:]}
+            assert name not in others, f"line {node.lineno} imports {name}"
+
+
+@pytest.mark.parametrize("chapter", [*CHAPTERS, *TOOLS], ids=lambda path: path.stem)
 def test_no_bare_float_in_a_model(chapter):
     """`.float()` would destroy a float64 check: at least fp32 is torch.promote_types."""
     for number, line in enumerate(chapter.read_text("utf-8").splitlines(), 1):
@@ -65,15 +152,22 @@ def test_planted_bugs_say_what_a_user_sees(request):
     """Each planted bug has a symptom, and an address or None for where it happened."""
     for item in request.session.items:
         for marker in item.iter_markers("planted_bug"):
-            assert marker.kwargs.keys() == {"symptom", "seen_in"} and marker.kwargs["symptom"], item.nodeid
-            assert marker.kwargs["seen_in"] is None or marker.kwargs["seen_in"].startswith("https://"), item.nodeid
+            assert marker.kwargs.keys() == {"symptom", "seen_in"} and marker.kwargs["symptom"], (
+                item.nodeid
+            )
+            assert marker.kwargs["seen_in"] is None or marker.kwargs["seen_in"].startswith(
+                "https://"
+            ), item.nodeid
 
 
-# ── The comparison can fail ──────────────────────────────────────────────────────────────────────────────
+# ── The comparison can fail ───────────────────────────────────────────────────────────────────────
 
 
 def test_the_comparison():
-    reference = {"a": torch.tensor([1.0, -4.0], dtype=torch.float64), "b": torch.ones(2, dtype=torch.float64)}
+    reference = {
+        "a": torch.tensor([1.0, -4.0], dtype=torch.float64),
+        "b": torch.ones(2, dtype=torch.float64),
+    }
     near = {name: x + 1e-13 for name, x in reference.items()}
     assert 0 < assert_equal(near, reference) < 1e-12
     cases = {
@@ -107,7 +201,7 @@ def test_a_plant_never_outlives_its_block():
     assert Target.value == 1
 
 
-# ── The pool of ranks ────────────────────────────────────────────────────────────────────────────────────
+# ── The pool of ranks ─────────────────────────────────────────────────────────────────────────────
 
 
 def ready() -> int:
@@ -135,7 +229,7 @@ def dies() -> None:
 
 
 def test_the_pool_survives_what_tests_do():
-    """A rank that raises, hangs or dies fails that call alone, by name; the next call finds new ranks."""
+    """A rank that raises, hangs or dies fails that call alone; the next one finds new ranks."""
     pool, here = ranks.Pool(2), __name__
     try:
         assert pool.run(here, "ready") == [2, 2]
@@ -159,11 +253,16 @@ def test_a_killed_pytest_leaves_no_rank_behind():
         "import ranks, time\n"
         "if __name__ == '__main__':\n"
         "    pool = ranks.Pool(2); pool.run('test_house', 'ready')\n"
-        "    print('ranks', *[process.pid for process in pool.processes], flush=True); time.sleep(60)\n"
+        "    print('ranks', *[process.pid for process in pool.processes], flush=True)\n"
+        "    time.sleep(60)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment)
-    pids = next(line for line in process.stdout if line.startswith("ranks ")).split()[1:]  # torch 2.9's Gloo prints too
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    pids = next(line for line in process.stdout if line.startswith("ranks ")).split()[
+        1:
+    ]  # torch 2.9's Gloo prints too
     assert len(pids) == 2
     process.kill()
     process.wait()
@@ -183,25 +282,28 @@ def _running(pid: str) -> bool:
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize("value", [3, 5])
 def test_the_ranks_marker(value):
-    """The body runs on ranks, with its parameters; random numbers start from the same seed each time."""
+    """The body runs on ranks, with its parameters; each time it starts from the same seed."""
     assert ready() == dist.get_world_size() and value in (3, 5)
     assert torch.initial_seed() == 0
 
 
-# ── Notebooks ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Notebooks ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture(scope="module")
 def solved():
-    """Every notebook with its exercises solved, executed two at a time: most of it is waiting for ranks to start."""
+    """Every notebook with its exercises solved, two at a time: most of it waits for ranks."""
     with ThreadPoolExecutor(2) as pool:
-        yield {path: pool.submit(notebooks.execute, path, solutions=True) for path in notebooks.notebooks()}
+        yield {
+            path: pool.submit(notebooks.execute, path, solutions=True)
+            for path in notebooks.notebooks()
+        }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem)
 def test_solutions_solve_their_exercises(path, solved):
-    """`make notebooks` demands "not solved yet" of every exercise; with its solution it must print "ok"."""
+    """`make notebooks` demands "not solved yet" of an exercise; its solution prints "ok"."""
     text = notebooks.printed(solved[path].result())
     numbers = list(notebooks.exercises(notebooks.nbformat.read(path, as_version=4)))
     assert len(numbers) >= 3
@@ -211,10 +313,14 @@ def test_solutions_solve_their_exercises(path, solved):
 
 @pytest.mark.slow
 def test_a_students_copy_is_graded(tmp_path):
-    """One exercise solved, one left, one that raises: the grades say so, and nothing stops in between."""
+    """One exercise solved, one left, one that raises: the grades say so, and all run."""
     cell = nbformat.v4.new_code_cell
     check = "print('exercise {0}: ok' if answer == {0} else 'exercise {0}: not solved yet')"
-    cells = [cell("# exercise 1\nanswer = 1"), cell(check.format(1)), cell("# exercise 2\nanswer = 0")]
+    cells = [
+        cell("# exercise 1\nanswer = 1"),
+        cell(check.format(1)),
+        cell("# exercise 2\nanswer = 0"),
+    ]
     cells += [cell(check.format(2)), cell("# exercise 3\nanswer = 1 / 0"), cell(check.format(3))]
     nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
     assert notebooks.grade(tmp_path / "mine.ipynb") == {"1": True, "2": False, "3": False}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT-0
 """`make lift`: every public function and class of every chapter works alone, in an empty file.
 
-Ruff finds no name that the lifted file lacks, also on paths that only many ranks take, and no import that it does not
-use. What depends on something else computes there what it computes in its chapter, by its use in examples.py.
+Ruff finds no name that the lifted file lacks, also on paths that only many ranks take, and no
+import that it does not use. What depends on something else computes there what it computes in its
+chapter, by its use in examples.py.
 """
 
 import importlib
@@ -19,14 +20,30 @@ from examples import DEMONSTRATION, EXAMPLES, WITHOUT_EXAMPLE
 from torch.utils._pytree import tree_leaves
 
 CHAPTERS = shared_blocks.chapters()
-CASES = [pytest.param(path, name, id=f"{path.stem}-{name}") for path in CHAPTERS for name in lift.public(path)]
+CASES = [
+    pytest.param(path, name, id=f"{path.stem}-{name}")
+    for path in CHAPTERS
+    for name in lift.public(path)
+]
 SCRIPTS = [*CHAPTERS, *shared_blocks.tools(), *shared_blocks.tables()]
 
 
 def faults(folder) -> dict[str, list[str]]:
     """File name to what ruff's rules F say of it: unknown names, unused imports."""
-    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F", "--output-format", "json"]
-    found = json.loads(subprocess.run([*command, str(folder)], capture_output=True, text=True).stdout)
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select",
+        "F",
+        "--output-format",
+        "json",
+    ]
+    found = json.loads(
+        subprocess.run([*command, str(folder)], capture_output=True, text=True).stdout
+    )
     result: dict[str, list[str]] = {}
     for fault in found:
         name = fault["filename"].replace("\\", "/").split("/")[-1]
@@ -59,10 +76,11 @@ def test_it_works_in_an_empty_file(path, name, lifted, tmp_path, monkeypatch):
     assert not found.get(file.name), found[file.name]
     text = file.read_text("utf-8")
     assert text.startswith("# SPDX-License-Identifier: MIT-0\n# " + name)
+    assert "\n\n\n\n" not in text
     copied, chapter, results = loaded(text, name), importlib.import_module(path.stem), []
-    use = EXAMPLES[path.stem].get(name)
+    use = EXAMPLES.get(path.stem, {}).get(name)
     if lift.home(path, name) != path or not use:
-        return  # used at its home; or it has no example, and the next test asks whether it needs one
+        return  # used at its home; or the next test asks whether it needs an example
     for module in (copied, chapter):
         torch.manual_seed(0)
         results.append(tree_leaves(use(module, tmp_path)))
@@ -73,13 +91,20 @@ def test_it_works_in_an_empty_file(path, name, lifted, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_what_needs_something_has_an_example(path):
-    """Or a reason why it has none; and no reason for what has one, needs nothing, or is not there."""
+    """Or a reason why it has none. A reason that nothing needs is taken out."""
     own = [name for name in lift.public(path) if lift.home(path, name) == path]
     depends = {name for name in own if lift.dependencies(path, name)} - DEMONSTRATION
-    examples, excused = EXAMPLES[path.stem].keys(), WITHOUT_EXAMPLE[path.stem].keys()
-    assert depends - examples - excused == set(), "show a use of it in examples.py, or say there why not"
-    assert excused <= depends - examples, f"no reason is needed: {sorted(excused - (depends - examples))}"
-    assert examples <= set(own), f"examples of what {path.stem} is not the home of: {sorted(examples - set(own))}"
+    examples = EXAMPLES.get(path.stem, {}).keys()
+    excused = WITHOUT_EXAMPLE.get(path.stem, {}).keys()
+    assert depends - examples - excused == set(), (
+        "show a use of it in examples.py, or say there why not"
+    )
+    assert excused <= depends - examples, (
+        f"no reason is needed: {sorted(excused - (depends - examples))}"
+    )
+    assert examples <= set(own), (
+        f"examples of what {path.stem} is not the home of: {sorted(examples - set(own))}"
+    )
 
 
 @pytest.mark.parametrize("path", SCRIPTS[len(CHAPTERS) :], ids=lambda path: path.stem)
@@ -90,7 +115,7 @@ def test_tools_and_tables_can_be_lifted(path, lifted):
         assert not lifted[1].get(f"{path.stem}-{name}.py"), lifted[1]
 
 
-# ── What is taken, and how it is written ────────────────────────────────────────────────────────────────
+# ── What is taken, and how it is written ──────────────────────────────────────────────────────────
 
 SCRIPT = '''# SPDX-License-Identifier: MIT-0
 """Chapter 1. One.
@@ -111,7 +136,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-# ── 1 A part ──
+# ── 1 A part ──────────────────────────────────────────────────────────────────────────────────────
 #
 # Its lecture.
 LIMIT = 3  # a constant
@@ -147,7 +172,7 @@ def other():
     return [sys for sys in os.environ], deque(), torch
 
 
-def switch():
+def switch() -> "Pair":
     global STATE
     STATE = 1
 
@@ -172,9 +197,11 @@ def test_all_that_the_code_uses_and_nothing_more(tmp_path):
     top, _, body = text.partition("LIMIT = 3")
     assert "LIMIT = 3" + body == expected
     assert top == (
-        "# SPDX-License-Identifier: MIT-0\n# target and what it needs, from 01_one/one.py\n# A Title,\n"
+        "# SPDX-License-Identifier: MIT-0\n# target and what it needs, from 01_one/one.py\n"
+        "# A Title,\n"
         "# Somebody et al., 2019, arXiv 1909.08053\n\nfrom __future__ import annotations\n\n"
-        "from collections import namedtuple\nfrom dataclasses import dataclass\nfrom typing import Any\n\n"
+        "from collections import namedtuple\nfrom dataclasses import dataclass\n"
+        "from typing import Any\n\n"
         "from torch import nn\n\n"
     )
     assert loaded(text, "target").Config().pair is None
@@ -184,7 +211,7 @@ def test_all_that_the_code_uses_and_nothing_more(tmp_path):
     "name, names",
     [
         ("other", {"os", "deque", "torch", "other"}),
-        ("switch", {"switch", "STATE"}),
+        ("switch", {"annotations", "namedtuple", "Pair", "STATE", "switch"}),
         ("Pair", {"namedtuple", "Pair"}),
         ("Base", {"nn", "Base", "LIMIT"}),
     ],
@@ -216,18 +243,18 @@ def save():
 """
     one(tmp_path, tool=tool)
     text = lift.lift(tmp_path / "01_one/tool.py", "save")
-    assert style not in text and not faults(tmp_path).get("lifted.py")
+    assert style not in text and "\n\n\n\n" not in text
     (tmp_path / "lifted.py").write_text(text)
     assert not faults(tmp_path).get("lifted.py")
     assert loaded(text, "save").save()[:2] == ('[3, "one.Base"]', None)
 
 
-# ── The command ─────────────────────────────────────────────────────────────────────────────────────────
+# ── The command ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.fixture
 def command(tmp_path, monkeypatch, capsys):
-    """Runs `make lift` in a book of one chapter with a tool; returns what it printed or why it ended."""
+    """Runs `make lift` in a book of one chapter with a tool; returns what it printed."""
     one(tmp_path, tool="def save():\n    pass\n")
     for listed in (shared_blocks.chapters, shared_blocks.tools, shared_blocks.tables):
         monkeypatch.setattr(listed, "__defaults__", (tmp_path,))
@@ -257,7 +284,10 @@ def test_spellings_of_a_tool(command, source):
     "words, answer",
     [
         (("01", "targt"), "NAME=targt: 01_one/one.py does not define it; near: target"),
-        (("tool", "switch"), "NAME=switch: 01_one/tool.py does not define it; near: switch of 01_one"),
+        (
+            ("tool", "switch"),
+            "NAME=switch: 01_one/tool.py does not define it; near: switch of 01_one",
+        ),
         (("01_oen", "target"), "FROM=01_oen: no such chapter or tool; there is 01_one"),
         (("7", "target"), "FROM=7: no such chapter or tool; there is 01_one"),
         (("", ""), "what from where? make lift FROM=02 NAME=vocab_parallel_cross_entropy"),
@@ -272,6 +302,9 @@ def test_a_file_is_written_once(command, tmp_path):
     assert command("01", "switch", "--to", str(there)) == ""
     before = there.read_text()
     assert "def switch" in before
-    assert command("01", "target", "--to", str(there)) == f"TO={there}: there is such a file; nothing is written"
+    assert (
+        command("01", "target", "--to", str(there))
+        == f"TO={there}: there is such a file; nothing is written"
+    )
     assert there.read_text() == before
     assert "No such file" in command("01", "target", "--to", str(tmp_path / "none/mine.py"))

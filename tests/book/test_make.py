@@ -47,9 +47,13 @@ def test_with_ruff_lint_still_fails_on_style(source, tmp_path):
 
 def test_lab_opens_the_notebooks_with_what_it_installs():
     command = ["make", "--dry-run", "lab", "PY=python"]
-    done = subprocess.run(command, cwd=shared_blocks.ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=shared_blocks.ROOT, capture_output=True, text=True, check=True
+    )
     assert done.stdout == "python -m jupyterlab notebooks \n"
     command = [sys.executable, "-m", "jupyterlab", "--version"]
     assert subprocess.run(command, capture_output=True).returncode == 0
-    own = subprocess.run(["make", "-pn", "lab"], cwd=shared_blocks.ROOT, capture_output=True, text=True)
+    own = subprocess.run(
+        ["make", "-pn", "lab"], cwd=shared_blocks.ROOT, capture_output=True, text=True
+    )
     assert "\nlab: .venv/.installed-dev\n" in own.stdout

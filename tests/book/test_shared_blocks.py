@@ -17,7 +17,9 @@ def test_shared_blocks_are_equal_to_the_letter(chapter):
     home = shared_blocks.homes()
     for name, region in shared_blocks.blocks(chapter).items():
         assert region.body.strip(), f"{region.place} is empty: run make shared"
-        assert region.body == home[name].body, f"{region.place} is not its home's text: run make shared"
+        assert region.body == home[name].body, (
+            f"{region.place} is not its home's text: run make shared"
+        )
         assert not region.edited, f"{region.place} lacks its checksum: run make shared"
 
 
@@ -32,7 +34,7 @@ def test_a_block_holds_code_alone(chapter):
         assert not re.search(r"^# ── ", region.body, re.M), f"{region.place} contains a heading"
 
 
-# ── What make shared does ───────────────────────────────────────────────────────────────────────────────
+# ── What make shared does ─────────────────────────────────────────────────────────────────────────
 
 HOME = "# region shared: two\ndef two():\n    return 2\n\n\n# endregion\n"
 EMPTY = "# region carried: two (home: 01_one)\n# endregion\n"
@@ -53,12 +55,18 @@ def test_a_chapter_is_the_script_with_its_folders_name(tmp_path):
     (script,) = book(tmp_path, "")
     tool, table = script.parent / "tool.py", script.parent / "one_tables.py"
     tool.touch(), table.touch()
-    found = shared_blocks.chapters(tmp_path), shared_blocks.tools(tmp_path), shared_blocks.tables(tmp_path)
+    found = (
+        shared_blocks.chapters(tmp_path),
+        shared_blocks.tools(tmp_path),
+        shared_blocks.tables(tmp_path),
+    )
     assert found == ([script], [tool], [table])
 
 
 def test_an_empty_block_is_filled_and_follows_its_home(tmp_path):
-    home, carrier = book(tmp_path, f"before = 1\n{HOME}after = 1\n", f"mine = 0\n{EMPTY}other = 0\n")
+    home, carrier = book(
+        tmp_path, f"before = 1\n{HOME}after = 1\n", f"mine = 0\n{EMPTY}other = 0\n"
+    )
     assert shared_blocks.update(tmp_path) == [carrier]
     begin, body, end = carrier.read_text().partition("def two():\n    return 2\n\n\n")
     assert begin == "mine = 0\n# region carried: two (home: 01_one)\n" and body
@@ -98,9 +106,18 @@ def test_a_copy_without_a_checksum(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("# region carried: two (home: 01_one)\nx = 1\n", "02_two/two.py:1: block 'two' has no # endregion"),
-        (EMPTY.replace("01_one", "03_none"), "03_none has no '# region shared: two'; its home is 01_one"),
-        (EMPTY.replace("two", "to"), "02_two/two.py:1: block 'to': 01_one has no '# region shared: to'"),
+        (
+            "# region carried: two (home: 01_one)\nx = 1\n",
+            "02_two/two.py:1: block 'two' has no # endregion",
+        ),
+        (
+            EMPTY.replace("01_one", "03_none"),
+            "03_none has no '# region shared: two'; its home is 01_one",
+        ),
+        (
+            EMPTY.replace("two", "to"),
+            "02_two/two.py:1: block 'to': 01_one has no '# region shared: to'",
+        ),
         (EMPTY + EMPTY, "02_two/two.py:3: block 'two' stands there twice"),
         (HOME, "02_two/two.py:1: block 'two' has a home already, 01_one"),
         ("# region carried: two\n# endregion\n", "02_two/two.py:1: not a marker of a block"),
@@ -117,9 +134,13 @@ def test_a_wrong_marker_is_named(tmp_path, text, message):
 def test_the_command_refuses_with_one_line(tmp_path):
     """Exit code 1 and the place, nothing else."""
     book(tmp_path, HOME, EMPTY.replace("\n", "\nx = 1\n", 1))
-    program = "import pathlib, shared_blocks as s; s.update.__defaults__ = (pathlib.Path.cwd(),); s.main()"
+    program = "import shared_blocks as s, pathlib as p; s.update.__defaults__ = (p.Path.cwd(),)"
+    program += "; s.main()"
     command = [sys.executable, "-c", program]
     folder = {"PYTHONPATH": str(shared_blocks.ROOT / "tests/book")}
     done = subprocess.run(command, cwd=tmp_path, env=folder, capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr.startswith("02_two/two.py:1: block 'two' was edited here") and done.stderr.count("\n") == 1
+    assert (
+        done.stderr.startswith("02_two/two.py:1: block 'two' was edited here")
+        and done.stderr.count("\n") == 1
+    )
