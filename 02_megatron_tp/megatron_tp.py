@@ -362,7 +362,7 @@ class ColumnParallelLinear(_Sharded, nn.Linear):
 
 
 class RowParallelLinear(_Sharded, nn.Linear):
-    """nn.Linear with sharded inputs: y_BSf, f = in_features / tp, to z_BSH, replicated.
+    """nn.Linear with sharded inputs: y, here y_BSf, f = in_features / tp, to z_BSH, replicated.
 
     Args: as `ColumnParallelLinear`'s; the bias is replicated. input_is_parallel: False where the
         input is (..., in_features), replicated, and the layer takes its shard.
@@ -882,7 +882,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
-    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
     dim = shard_dim(name)
     if dim is None:
         return full.clone()
@@ -1068,8 +1068,8 @@ def train_alone(
     max_norm: float = 1.0,
     autocast: Autocast = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model; yields the mean loss per token and the norm before clipping. For a
-    schedule, set the optimizer's learning rate between two steps."""
+    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
+    clipping. For a schedule, set the optimizer's learning rate between two steps."""
     for tokens_BS, targets_BS in batches:
         optimizer.zero_grad()
         count = (targets_BS != -100).sum().clamp(min=1)

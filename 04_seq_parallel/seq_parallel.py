@@ -1414,7 +1414,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
-    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
     dim = shard_dim(name)
     if dim is None:
         return full.clone()
@@ -1459,7 +1459,7 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
     return full
 
 
-# endregion copy b78d30
+# endregion copy b9cf42
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #

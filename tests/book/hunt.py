@@ -118,7 +118,7 @@ def bug_2():
 
     def norm(parameters, max_norm, sharded=(), group=None):
         parameters = list(parameters)
-        return correct(parameters, max_norm, parameters, group)
+        return correct(parameters, max_norm, sharded=parameters, group=group)
 
     return plant(tp, "clip_grad_norm_", norm)
 
