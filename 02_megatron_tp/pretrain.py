@@ -653,6 +653,7 @@ def check_args(args: argparse.Namespace) -> None:
     encoding = _encoding(args)
     args.config, args.weights = _config(args, encoding)
     mtp.check_tp(args.config, args.tp)
+    mtp.parameter_shapes(args.config)  # builds the model without memory: its errors come here
     if args.prompt is not None and not encoding.encode_ordinary(args.prompt):
         raise ValueError("--prompt is empty: give it a text, or leave it out")
     args.text = mtp.TextData(args.data, args.config.seq_length, encoding)
