@@ -360,7 +360,9 @@ def assembled(
         for item in script.imports
         if item.alias.name != chapter_name and module_of(item) != chapter_name
     ]
-    sources = [imports] if script is chapter else [imports, chapter.imports]
+    names = {item.name for item in imports}
+    more = [item for item in chapter.imports if item.name not in names]  # a tool may have them too
+    sources = [imports] if script is chapter else [imports, more]
     top = [header(script, name)]
     if "__doc__" in uses:
         top.append(f'"""{script.docstring.splitlines()[0]}"""')
