@@ -111,7 +111,9 @@ class SpeechConfig:
 
     sample_rate: int = 8000  # samples a second; other recordings are resampled to it
     bins: int = 40  # F: mel bands; 0 for all frequencies of the spectrogram, as in the paper (161 at 16 kHz)
-    convolutions: tuple = ((8, (11, 11), (2, 2)),)  # channels, kernel, stride of each; the latter two frames × bins
+    convolutions: tuple = (
+        (8, (11, 11), (2, 2)),
+    )  # channels, kernel, stride of each; the latter two frames × bins
     layers: int = 1  # recurrent ones
     hidden_size: int = 64  # H
     cell: str = "relu"  # "relu", clipped at 20, or "gru"
@@ -122,17 +124,26 @@ class SpeechConfig:
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
-        for f in fields(self):  # JSON has none of our types but these: 1.5 layers, or "no" for False, are refused
-            value, allowed = getattr(self, f.name), {"float": "float int", "tuple": "tuple list"}.get(f.type, f.type)
+        for f in fields(
+            self
+        ):  # JSON has none of our types but these: 1.5 layers, or "no" for False, are refused
+            value, allowed = (
+                getattr(self, f.name),
+                {"float": "float int", "tuple": "tuple list"}.get(f.type, f.type),
+            )
             if type(value).__name__ not in allowed.split():
                 raise ValueError(f"{f.name}={value!r} must be of type {f.type}")
         self.convolutions = tuple(map(_convolution, self.convolutions))
         sizes = [self.layers, self.hidden_size, len(self.convolutions)]
-        sizes += itertools.chain(*((channels, *kernel, *stride) for channels, kernel, stride in self.convolutions))
+        sizes += itertools.chain(
+            *((channels, *kernel, *stride) for channels, kernel, stride in self.convolutions)
+        )
         rules = {
             "a sample rate of 1000 to 192000": 1000 <= self.sample_rate <= 192_000,
             "sizes of at least 1, and one convolution or more": min(sizes) > 0,
-            "kernels of odd sizes": all(side % 2 for _, kernel, _ in self.convolutions for side in kernel),
+            "kernels of odd sizes": all(
+                side % 2 for _, kernel, _ in self.convolutions for side in kernel
+            ),
             "bins and lookahead not below 0": min(self.bins, self.lookahead) >= 0,
             "dropout at least 0 and less than 1": 0 <= self.dropout < 1,
             "cell 'relu' or 'gru'": self.cell in ("relu", "gru"),
@@ -205,7 +216,9 @@ class PlainBatchNorm(nn.BatchNorm1d):
     """PyTorch's own, on the valid frames put side by side: x (..., H), valid (...) or broadcastable; 0 elsewhere."""
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # statistics in bf16 would be off by a percent
+        x = x.to(
+            torch.promote_types(x.dtype, torch.float32)
+        )  # statistics in bf16 would be off by a percent
         valid, y = valid.expand(x.shape[:-1]), torch.zeros_like(x)
         y[valid] = super().forward(x[valid])
         return y
@@ -240,7 +253,9 @@ def gru(x_TDB3H: Tensor, weight_DH3H: Tensor, activation: Callable = clip) -> Te
     H = weight_DH3H.shape[1]
     h_DBH, states = x_TDB3H.new_zeros(*x_TDB3H.shape[1:3], H), []
     for x_DB3H in x_TDB3H:
-        (xz_DBH, xr_DBH, xn_DBH), (hz_DBH, hr_DBH, hn_DBH) = (y.chunk(3, -1) for y in (x_DB3H, h_DBH @ weight_DH3H))
+        (xz_DBH, xr_DBH, xn_DBH), (hz_DBH, hr_DBH, hn_DBH) = (
+            y.chunk(3, -1) for y in (x_DB3H, h_DBH @ weight_DH3H)
+        )
         z_DBH, r_DBH = torch.sigmoid(xz_DBH + hz_DBH), torch.sigmoid(xr_DBH + hr_DBH)
         h_DBH = (1 - z_DBH) * h_DBH + z_DBH * activation(xn_DBH + r_DBH * hn_DBH)
         states.append(h_DBH)
@@ -260,7 +275,9 @@ class RecurrentLayer(nn.Module):
         D, gates = 1 + config.bidirectional, 3 if config.cell == "gru" else 1
         self.input, self.norm = nn.Linear(inputs, gates * H, bias=False), norm(gates * H)
         weight = torch.randn(D, H, gates * H) * 0.3 / math.sqrt(H)
-        weight[:, :, -H:] += 0.5 * torch.eye(H)  # a state that fades slowly, so that gradients reach far back
+        weight[:, :, -H:] += 0.5 * torch.eye(
+            H
+        )  # a state that fades slowly, so that gradients reach far back
         self.weight = nn.Parameter(weight)
 
     def forward(self, x_TBH: Tensor, valid_TB: Tensor) -> Tensor:
@@ -285,7 +302,9 @@ class RowConvolution(nn.Module):
 
     def forward(self, x_TBH: Tensor) -> Tensor:
         future = self.weight.shape[1] - 1
-        x_BHT = F.pad(rearrange(x_TBH, "T B H -> B H T"), (0, future))  # padded on the right: the future, not the past
+        x_BHT = F.pad(
+            rearrange(x_TBH, "T B H -> B H T"), (0, future)
+        )  # padded on the right: the future, not the past
         y_BHT = F.conv1d(x_BHT, self.weight[:, None], groups=self.weight.shape[0])
         return rearrange(y_BHT, "B H T -> T B H")
 
@@ -302,7 +321,12 @@ class DeepSpeech2(nn.Module):
     Source: Deep Speech 2, section 3.
     """
 
-    def __init__(self, config: SpeechConfig, norm: Callable = PlainBatchNorm, recurrence: Callable = plain_recurrence):
+    def __init__(
+        self,
+        config: SpeechConfig,
+        norm: Callable = PlainBatchNorm,
+        recurrence: Callable = plain_recurrence,
+    ):
         super().__init__()
         self.config, norm = config, norm if config.batch_norm else Bias
         self.dropout = nn.Dropout(config.dropout)
@@ -310,7 +334,9 @@ class DeepSpeech2(nn.Module):
             torch.manual_seed(config.seed)
             self.convolutions, self.norms, C = nn.ModuleList(), nn.ModuleList(), 1
             for channels, kernel, stride in config.convolutions:
-                self.convolutions.append(nn.Conv2d(C, channels, kernel, stride, [k // 2 for k in kernel], bias=False))
+                self.convolutions.append(
+                    nn.Conv2d(C, channels, kernel, stride, [k // 2 for k in kernel], bias=False)
+                )
                 self.norms.append(norm(C := channels))
             H, cell = config.hidden_size, gru if config.cell == "gru" else recurrence
             inputs = [C * config.after(config.features, axis=1)] + [H] * (config.layers - 1)
@@ -321,7 +347,9 @@ class DeepSpeech2(nn.Module):
 
     def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         if x_BTF.shape[-1] != self.config.features:
-            raise ValueError(f"spectrograms of {x_BTF.shape[-1]} bins for a network of {self.config.features}")
+            raise ValueError(
+                f"spectrograms of {x_BTF.shape[-1]} bins for a network of {self.config.features}"
+            )
         x_BCTF = x_BTF[:, None]
         for number, (convolution, norm) in enumerate(zip(self.convolutions, self.norms), 1):
             x_TBFC = rearrange(convolution(x_BCTF), "B C T F -> T B F C")
@@ -355,7 +383,12 @@ class Batch:
         return Batch(self.features_BTF[index, :T], frames_B, self.labels_BU[index, :U], sizes_B)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Batch:
-        return Batch(*(x.to(device, dtype if x.is_floating_point() else x.dtype) for x in vars(self).values()))
+        return Batch(
+            *(
+                x.to(device, dtype if x.is_floating_point() else x.dtype)
+                for x in vars(self).values()
+            )
+        )
 
 
 def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
@@ -365,14 +398,18 @@ def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Opti
     return torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), eps=1e-8, weight_decay=0.01)
 
 
-def plain_gradients(model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None) -> Tensor:
+def plain_gradients(
+    model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None
+) -> Tensor:
     """Leaves the gradient of the batch's mean loss, PyTorch's own CTC loss, in the parameters; returns it, a scalar.
 
     autocast: the dtype of products, None for the parameters' own.
     """
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
-    loss = F.ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B)  # section 2.3 says what its mean is
+    loss = F.ctc_loss(
+        log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B
+    )  # section 2.3 says what its mean is
     loss.backward()
     return loss.detach()
 
@@ -555,7 +592,9 @@ class _CTC(torch.autograd.Function):
     def forward(ctx, log_probs_TBV, labels_BU, frames_B, sizes_B, blank):
         (T, B, V), U = log_probs_TBV.shape, labels_BU.shape[1]
         over_T1B = ~valid_frames(frames_B, T)[:, None]
-        log_y_T2SB = log_probs_TBV.new_full((T, 2, U + 1, B), IMPOSSIBLE)  # [:, 0] of the blanks, [:, 1] of the labels
+        log_y_T2SB = log_probs_TBV.new_full(
+            (T, 2, U + 1, B), IMPOSSIBLE
+        )  # [:, 0] of the blanks, [:, 1] of the labels
         # Behind its end an utterance waits: a blank costs nothing there, and no label can be reached. Backwards that
         # comes first, and so does the padding of the labels: a path waits in the last true blank.
         label_y_TUB = log_probs_TBV.gather(2, labels_BU.expand(T, -1, -1)).mT
@@ -568,24 +607,36 @@ class _CTC(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             problems.append((_turned(log_y_T2SB), skip_SB.flip(0), U - sizes_B))
         alpha = _lattice(*(torch.cat(both, -1) for both in zip(*problems)))
-        log_p_B = torch.logaddexp(*alpha[frames_B, :, sizes_B, torch.arange(B, device=frames_B.device)].T)
+        log_p_B = torch.logaddexp(
+            *alpha[frames_B, :, sizes_B, torch.arange(B, device=frames_B.device)].T
+        )
         if ctx.needs_input_grad[0]:
             # Both alpha and beta contain y of their frame: it is taken off once. What is below e⁻⁸⁰ is nothing, and an
             # exponential of −1e30 takes a CPU far longer.
-            through_T2SB = _turned(alpha[1:, ..., B:]).add_(alpha[1:, ..., :B]).sub_(log_y_T2SB).sub_(log_p_B)
+            through_T2SB = (
+                _turned(alpha[1:, ..., B:]).add_(alpha[1:, ..., :B]).sub_(log_y_T2SB).sub_(log_p_B)
+            )
             blank_TSB, label_TSB = through_T2SB.clamp_(min=-80).exp_().unbind(1)
             symbol_BUV = F.one_hot(labels_BU, V).to(label_TSB.dtype)
             share_TBV = einsum(label_TSB[:, 1:], symbol_BUV, "T U B, B U V -> T B V")
             share_TBV[..., blank] += blank_TSB.sum(1)
             grad_TBV = share_TBV.neg_().masked_fill_(over_T1B.mT, 0)
-            ctx.save_for_backward(grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan))
+            ctx.save_for_backward(
+                grad_TBV.masked_fill_(log_p_B[:, None] < IMPOSSIBLE / 2, torch.nan)
+            )
         return torch.where(log_p_B < IMPOSSIBLE / 2, torch.inf, -log_p_B)
 
     @staticmethod
     @once_differentiable  # forward has computed the gradient: nothing here could be differentiated again
     def backward(ctx, grad_B):
         (grad_TBV,) = ctx.saved_tensors
-        return torch.where(grad_B[:, None] == 0, 0, grad_TBV * grad_B[:, None]), None, None, None, None
+        return (
+            torch.where(grad_B[:, None] == 0, 0, grad_TBV * grad_B[:, None]),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def ctc_loss(
@@ -609,29 +660,51 @@ def ctc_loss(
     Source: Graves et al., 2006; in log space as in Deep Speech 2, section 4.2.
     """
     (T, B, V), device = log_probs_TBV.shape, log_probs_TBV.device
-    frames_B, sizes_B = (torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths))
+    frames_B, sizes_B = (
+        torch.as_tensor(x, device=device).to(torch.int64) for x in (input_lengths, target_lengths)
+    )
     labels = targets.to(device, torch.int64)
     if reduction not in ("none", "sum", "mean") or not 0 <= blank < V:
-        raise ValueError(f"reduction={reduction!r}: none, sum or mean; blank={blank}: one of the {V} symbols")
-    if not frames_B.shape == sizes_B.shape == (B,) or labels.ndim == 0 or labels.shape[:-1] not in ((), (B,)):
+        raise ValueError(
+            f"reduction={reduction!r}: none, sum or mean; blank={blank}: one of the {V} symbols"
+        )
+    if (
+        not frames_B.shape == sizes_B.shape == (B,)
+        or labels.ndim == 0
+        or labels.shape[:-1] not in ((), (B,))
+    ):
         found = f"targets {tuple(labels.shape)}, lengths {tuple(frames_B.shape)} and {tuple(sizes_B.shape)}"
         raise ValueError(f"{found} do not fit log_probs of {B} utterances")
     if labels.ndim == 1:  # all in one row: into a table
         if labels.numel() != int(sizes_B.sum()):
-            raise ValueError(f"{labels.numel()} targets in one row, but target_lengths sum to {int(sizes_B.sum())}")
-        labels = nn.utils.rnn.pad_sequence(labels.split(sizes_B.tolist()), True) if B else labels[None]
+            raise ValueError(
+                f"{labels.numel()} targets in one row, but target_lengths sum to {int(sizes_B.sum())}"
+            )
+        labels = (
+            nn.utils.rnn.pad_sequence(labels.split(sizes_B.tolist()), True) if B else labels[None]
+        )
     valid_BU = valid_frames(sizes_B, labels.shape[1]).T
     if B and _has_values(frames_B):
-        if min(frames_B.min(), sizes_B.min()) < 0 or frames_B.max() > T or sizes_B.max() > labels.shape[1]:
+        if (
+            min(frames_B.min(), sizes_B.min()) < 0
+            or frames_B.max() > T
+            or sizes_B.max() > labels.shape[1]
+        ):
             found = f"input_lengths {frames_B.tolist()}, target_lengths {sizes_B.tolist()}"
-            raise ValueError(f"{found}: there are {T} frames, and targets have {labels.shape[1]} columns")
+            raise ValueError(
+                f"{found}: there are {T} frames, and targets have {labels.shape[1]} columns"
+            )
         if (bad := labels[valid_BU & ((labels < 0) | (labels >= V) | (labels == blank))]).numel():
-            raise ValueError(f"target {bad[0]} is the blank {blank} or no symbol: they are numbered 0 to {V - 1}")
+            raise ValueError(
+                f"target {bad[0]} is the blank {blank} or no symbol: they are numbered 0 to {V - 1}"
+            )
     labels_BU = torch.where(valid_BU, labels, blank)
     loss_B = _CTC.apply(at_least_fp32(log_probs_TBV), labels_BU, frames_B, sizes_B, blank)
     if zero_infinity:
         loss_B = torch.where(loss_B == torch.inf, 0, loss_B)
-    return {"none": loss_B, "sum": loss_B.sum(), "mean": (loss_B / sizes_B.clamp_min(1)).mean()}[reduction]
+    return {"none": loss_B, "sum": loss_B.sum(), "mean": (loss_B / sizes_B.clamp_min(1)).mean()}[
+        reduction
+    ]
 
 
 # ── 2.2 The ring ────────────────────────────────────────────────────────────────────────────────────────
@@ -666,9 +739,15 @@ def _exchange(messages: list[tuple[Callable, Tensor, int]], group) -> None:
 
     gloo has no point-to-point messages for CUDA tensors: they go through the CPU.
     """
-    messages = sorted((m for m in messages if m[1].numel()), key=lambda m: m[0] is dist.isend)  # receives first
-    staged = [x.cpu() if dist.get_backend(group) == "gloo" else x for _, x, _ in messages]  # itself, on the CPU
-    works = [dist.P2POp(way, x, group=group, group_peer=r) for (way, _, r), x in zip(messages, staged)]
+    messages = sorted(
+        (m for m in messages if m[1].numel()), key=lambda m: m[0] is dist.isend
+    )  # receives first
+    staged = [
+        x.cpu() if dist.get_backend(group) == "gloo" else x for _, x, _ in messages
+    ]  # itself, on the CPU
+    works = [
+        dist.P2POp(way, x, group=group, group_peer=r) for (way, _, r), x in zip(messages, staged)
+    ]
     for work in dist.batch_isend_irecv(works) if works else []:
         work.wait()
     for (way, x, _), copy in zip(messages, staged):
@@ -739,7 +818,9 @@ class GradientRing:
 
     def __init__(self, parameters: Iterable[nn.Parameter], group=None, bucket_bytes: int = 1 << 20):
         if group is None and group_size() > 1:
-            raise ValueError("the ring needs a group of its own among several ranks: make_group makes one")
+            raise ValueError(
+                "the ring needs a group of its own among several ranks: make_group makes one"
+            )
         self.group, self.buckets = group, [[]]
         for p in reversed([p for p in parameters if p.requires_grad]):
             if sum(q.nbytes for q in self.buckets[-1]) >= bucket_bytes:
@@ -751,7 +832,9 @@ class GradientRing:
 
     def _arrived(self, p: nn.Parameter) -> None:
         self.ready.add(p)
-        while len(self.jobs) < len(self.buckets) and self.ready.issuperset(self.buckets[len(self.jobs)]):
+        while len(self.jobs) < len(self.buckets) and self.ready.issuperset(
+            self.buckets[len(self.jobs)]
+        ):
             self.jobs.append(self.thread.submit(self._sum, self.buckets[len(self.jobs)]))
 
     def _sum(self, bucket: list[nn.Parameter]) -> None:
@@ -835,15 +918,22 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         mean, var = self.running_mean, self.running_var
         if self.training:
             here = valid.sum().to(x.dtype)[None]
-            total = sum_over_ranks(torch.cat([torch.where(valid, x, 0).sum(frames), here]), self.group)
+            total = sum_over_ranks(
+                torch.cat([torch.where(valid, x, 0).sum(frames), here]), self.group
+            )
             count = total[-1].detach()
             if _has_values(x) and count < 2:
                 raise ValueError(f"{count:.0f} valid frames on all ranks: a variance needs two")
             mean = total[:-1] / count
-            var = sum_over_ranks(torch.where(valid, x - mean, 0).square().sum(frames), self.group) / count
+            var = (
+                sum_over_ranks(torch.where(valid, x - mean, 0).square().sum(frames), self.group)
+                / count
+            )
             with torch.no_grad():
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_((var * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+                self.running_var.lerp_(
+                    (var * count / (count - 1)).to(self.running_var.dtype), self.momentum
+                )
                 self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
         return torch.where(valid, (x - mean) * scale + self.bias, 0)
@@ -880,7 +970,9 @@ class SequenceBatchNorm(nn.BatchNorm1d):
 # arrived, and return the state to hand on"; only the order differs in which the runs take place.
 
 
-def _side_by_side(compute: Callable[[slice, Tensor], Tensor], state_DBH: Tensor, up: int, group) -> None:
+def _side_by_side(
+    compute: Callable[[slice, Tensor], Tensor], state_DBH: Tensor, up: int, group
+) -> None:
     """On one rank: all directions at once."""
     compute(slice(None), state_DBH)
 
@@ -891,7 +983,10 @@ def _wave(compute: Callable[[slice, Tensor], Tensor], state_2BH: Tensor, up: int
     Direction `up` (0 or 1) goes from rank 0 upwards, the other one from the last rank downwards.
     """
     N, r = group_size(group), group_rank(group)
-    chains = (up, r, 1), (1 - up, N - 1 - r, -1)  # direction, this rank's place in its chain, way to the next rank
+    chains = (
+        (up, r, 1),
+        (1 - up, N - 1 - r, -1),
+    )  # direction, this rank's place in its chain, way to the next rank
     for slot in range(N):
         messages = []
         for direction, place, way in chains:
@@ -925,10 +1020,16 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable  # a formula that works in place, out of autograd's sight
     def backward(ctx, grad_tDBH):
         h_tDBH, start_DBH, weight_DHH = ctx.saved_tensors
-        a_tDBH, open_tDBH = torch.empty_like(h_tDBH), ((h_tDBH > 0) & (h_tDBH < 20)).to(h_tDBH.dtype)
+        a_tDBH, open_tDBH = (
+            torch.empty_like(h_tDBH),
+            ((h_tDBH > 0) & (h_tDBH < 20)).to(h_tDBH.dtype),
+        )
 
         def compute(own: slice, carry_DBH: Tensor) -> Tensor:
-            steps, back_DHH = zip(grad_tDBH[:, own], open_tDBH[:, own], a_tDBH[:, own]), weight_DHH[own].mT
+            steps, back_DHH = (
+                zip(grad_tDBH[:, own], open_tDBH[:, own], a_tDBH[:, own]),
+                weight_DHH[own].mT,
+            )
             for grad_DBH, open_DBH, a_DBH in reversed(list(steps)):
                 torch.add(grad_DBH, carry_DBH, out=a_DBH).mul_(open_DBH)
                 carry_DBH = torch.bmm(a_DBH, back_DHH)
@@ -959,7 +1060,9 @@ def time_parallel_birnn(x_tBH: Tensor, weight_2HH: Tensor, group=None) -> Tensor
 
     Every rank of the group must call it, and its backward. Source: Deep Speech (2014), section 4.2.
     """
-    x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1).to(weight_2HH.dtype)  # each direction in its own order
+    x_t2BH = torch.stack([x_tBH, x_tBH.flip(0)], 1).to(
+        weight_2HH.dtype
+    )  # each direction in its own order
     h_t2BH = _Recurrence.apply(x_t2BH, weight_2HH, True, group)
     return h_t2BH[:, 0] + h_t2BH[:, 1].flip(0)
 
@@ -1022,12 +1125,20 @@ def beam_search(
     def last_word(prefix: str) -> float:
         """What the language model says of the last word, now that it is complete; 0 behind a space."""
         *history, word = prefix.split(" ")
-        return alpha * lm.score(tuple(filter(None, history)), word) + beta if lm is not None and word else 0.0
+        return (
+            alpha * lm.score(tuple(filter(None, history)), word) + beta
+            if lm is not None and word
+            else 0.0
+        )
 
-    heard = {"": (0.0, -math.inf)}  # prefix to log-probabilities of its paths that end in a blank, and that do not
+    heard = {
+        "": (0.0, -math.inf)
+    }  # prefix to log-probabilities of its paths that end in a blank, and that do not
     spoken = {"": 0.0}  # prefix to α log P + β of its complete words: those that a space follows
     falling_TV, order_TV = log_probs_TV.to(torch.float64).sort(-1, descending=True)
-    tried_T = ((falling_TV.exp().cumsum(-1) - falling_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
+    tried_T = (
+        ((falling_TV.exp().cumsum(-1) - falling_TV.exp()) < cutoff).sum(-1).clamp(1, most).tolist()
+    )
     for row, symbols, tried in zip(falling_TV.tolist(), order_TV.tolist(), tried_T):
         arrived = defaultdict(lambda: [-math.inf, -math.inf])
         for prefix, (blank, letter) in heard.items():
@@ -1037,7 +1148,9 @@ def beam_search(
                 if symbol == 0:
                     same[0] = _log_add(same[0], whole + log_p)
                     continue
-                if repeat := prefix.endswith(new):  # without a blank between them: the same letter, still
+                if repeat := prefix.endswith(
+                    new
+                ):  # without a blank between them: the same letter, still
                     same[1] = _log_add(same[1], letter + log_p)
                 longer = arrived[prefix + new]
                 longer[1] = _log_add(longer[1], (blank if repeat else whole) + log_p)
@@ -1045,7 +1158,9 @@ def beam_search(
         reached = (item for item in arrived.items() if max(item[1]) > -math.inf)
         best = sorted(reached, key=lambda item: _log_add(*item[1]) + spoken[item[0]], reverse=True)
         heard = {prefix: tuple(pair) for prefix, pair in best[:beam]}
-    texts: dict[str, float] = defaultdict(lambda: -math.inf)  # prefixes that differ in spaces alone are one text
+    texts: dict[str, float] = defaultdict(
+        lambda: -math.inf
+    )  # prefixes that differ in spaces alone are one text
     for prefix, pair in heard.items():
         text = " ".join(prefix.split())
         texts[text] = _log_add(texts[text], _log_add(*pair) + spoken[prefix] + last_word(prefix))
@@ -1070,9 +1185,13 @@ def check_replicas(model: nn.Module, group=None) -> None:
     Compares the lowest with the highest value of each element.
     """
     for name, x in model.state_dict().items():
-        low, high = (_all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX))
+        low, high = (
+            _all_reduce(x.clone(), group, op) for op in (dist.ReduceOp.MIN, dist.ReduceOp.MAX)
+        )
         if not torch.equal(low, high):
-            raise ValueError(f"{name} should be the same on every rank, but differs by {(high - low).abs().max():.1e}")
+            raise ValueError(
+                f"{name} should be the same on every rank, but differs by {(high - low).abs().max():.1e}"
+            )
 
 
 def save_model(path: str, model: DeepSpeech2, texts: Iterable[str]) -> None:
@@ -1099,7 +1218,10 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
 
     try:
         with safe_open(path, "pt") as file:
-            kept, state = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            kept, state = (
+                file.metadata() or {},
+                {name: file.get_tensor(name) for name in file.keys()},
+            )
         if kept["alphabet"] != ALPHABET:  # the same weights would write other letters
             raise ValueError(f"its alphabet is {kept['alphabet']!r}, and here it is {ALPHABET!r}")
         model = parallel_model(SpeechConfig(**json.loads(kept["config"])))
@@ -1129,7 +1251,12 @@ def load_model(path: str) -> tuple[DeepSpeech2, list[str]]:
 
 
 def parallel_gradients(
-    model: DeepSpeech2, batch: Batch, autocast: torch.dtype | None = None, *, ring: GradientRing, group=None
+    model: DeepSpeech2,
+    batch: Batch,
+    autocast: torch.dtype | None = None,
+    *,
+    ring: GradientRing,
+    group=None,
 ) -> Tensor:
     """`plain_gradients` of the utterances of all ranks: the same gradients and the same loss, a scalar, on every rank.
 
@@ -1137,7 +1264,9 @@ def parallel_gradients(
     the data-parallel ranks, None for all. At least one of them has an utterance.
     """
     # torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.
-    utterances = _all_reduce(torch.full((), len(batch.frames_B), device=batch.frames_B.device), group)
+    utterances = _all_reduce(
+        torch.full((), len(batch.frames_B), device=batch.frames_B.device), group
+    )
     with torch.autocast(batch.frames_B.device.type, autocast, enabled=autocast is not None):
         log_probs_TBV, frames_B = model(batch.features_BTF, batch.frames_B)
     loss_B = ctc_loss(log_probs_TBV, batch.labels_BU, frames_B, batch.sizes_B, reduction="none")
@@ -1148,7 +1277,12 @@ def parallel_gradients(
 
 
 def train(
-    model: DeepSpeech2, batches: Iterable[Batch], lr: Callable[[int], float], group=None, ring_group=None, **options
+    model: DeepSpeech2,
+    batches: Iterable[Batch],
+    lr: Callable[[int], float],
+    group=None,
+    ring_group=None,
+    **options,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """`train_alone` on many ranks: yields the same losses and norms, scalars. Every rank must iterate it.
 
@@ -1173,7 +1307,9 @@ def train(
 # waits for another that has all of the long ones.
 
 
-def sortagrad_batches(lengths: list[int], batch: int, epoch: int, seed: int = 0, sort: bool = True) -> list[list[int]]:
+def sortagrad_batches(
+    lengths: list[int], batch: int, epoch: int, seed: int = 0, sort: bool = True
+) -> list[list[int]]:
     """Epoch `epoch`'s batches, as lists of utterance numbers; each utterance is in exactly one.
 
     The batches of epoch 0 are sorted by length, later ones are in random order. sort=False: epoch 0 too.
@@ -1191,7 +1327,9 @@ def share_of(utterances: list[int], lengths: list[int], rank: int, world_size: i
     return sorted(utterances, key=lambda i: -lengths[i])[rank::world_size]
 
 
-def learning_rate(step: int, epoch_steps: int, epochs: int, peak: float, kind: str = "nesterov") -> float:
+def learning_rate(
+    step: int, epoch_steps: int, epochs: int, peak: float, kind: str = "nesterov"
+) -> float:
     """For "nesterov" divided by 1.2 after each epoch, as in Deep Speech 2; for "adamw" 100 steps up, a cosine down."""
     if kind == "nesterov":
         return peak / 1.2 ** (step // epoch_steps)
@@ -1220,9 +1358,16 @@ def parameter_count(layers: int, recurrent: int, hidden: int) -> int:
     return 161 * 11 * hidden + (3 * recurrent + layers - recurrent - 1) * hidden**2 + 29 * hidden
 
 
-SAME_SIZE = ((5, 1, 2400), (5, 3, 1880), (7, 5, 1510), (9, 7, 1280))  # layers, recurrent ones, H: "38 million"
+SAME_SIZE = (
+    (5, 1, 2400),
+    (5, 3, 1880),
+    (7, 5, 1510),
+    (9, 7, 1280),
+)  # layers, recurrent ones, H: "38 million"
 OWN_TEST_SET = (24.01, 13.59)  # error rates of Deep Speech and Deep Speech 2, in %
-ENGLISH_HOURS = dict(WSJ=80, Switchboard=300, Fisher=2000, LibriSpeech=960, Baidu_read=5000, Baidu_mixed=3600)
+ENGLISH_HOURS = dict(
+    WSJ=80, Switchboard=300, Fisher=2000, LibriSpeech=960, Baidu_read=5000, Baidu_mixed=3600
+)
 # Deep Speech on its own recordings, error rates in %: clean, noisy, both together.
 NOISY_SPEECH = {
     "Apple": (14.24, 43.76, 26.73), "Bing": (11.73, 36.12, 22.05), "Google": (6.64, 30.47, 16.72),
@@ -1263,7 +1408,9 @@ def small_batch(utterances: int, config: SpeechConfig, seed: int = 1) -> Batch:
     return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(utterances))
 
 
-def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    device: torch.device, ring_group, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small network on these ranks beside the same on a single device: name to relative error, of every tensor.
 
     Utterances are of unequal length and the ranks' shares unequal in number. Errors are per tensor, max|Δ| over
@@ -1276,34 +1423,53 @@ def equivalence(device: torch.device, ring_group, dtype: torch.dtype, autocast: 
 
     convolutions = (3, (5, 5), (2, 2)), (4, (3, 3), (1, 2))
     config = SpeechConfig(bins=12, convolutions=convolutions, layers=2, hidden_size=16)
-    plain, parallel = DeepSpeech2(config).to(device, dtype), parallel_model(config).to(device, dtype)
+    plain, parallel = (
+        DeepSpeech2(config).to(device, dtype),
+        parallel_model(config).to(device, dtype),
+    )
     batches = [small_batch(2 * N + 1, config, seed).to(device, dtype) for seed in range(5)]
     options = dict(lr=lambda step: 0.01, max_norm=0.5, autocast=autocast)
     mine = (batch.rows(range(r, 2 * N + 1, N)) for batch in batches)
-    runs = zip(train_alone(plain, batches, **options), train(parallel, mine, ring_group=ring_group, **options))
+    runs = zip(
+        train_alone(plain, batches, **options),
+        train(parallel, mine, ring_group=ring_group, **options),
+    )
     for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
         compare(f"loss {step}", loss_here, loss)
         compare(f"norm {step}", norm_here, norm)
-        for (name, p), q in zip(parallel.named_parameters(), plain.parameters()) if step == 0 else ():
+        for (name, p), q in (
+            zip(parallel.named_parameters(), plain.parameters()) if step == 0 else ()
+        ):
             compare(f"gradient of {name}", p.grad, q.grad)
     for (name, x), y in zip(parallel.state_dict().items(), plain.state_dict().values()):
         if x.dtype == torch.float64:  # in narrower types rounding has grown after five steps
             compare(f"after Nesterov {name}", x, y)
 
     batch = small_batch(9, config, 7)
-    x_TBV = torch.randn(40, 9, len(ALPHABET), dtype=dtype, generator=torch.Generator().manual_seed(8)).to(device)
+    x_TBV = torch.randn(
+        40, 9, len(ALPHABET), dtype=dtype, generator=torch.Generator().manual_seed(8)
+    ).to(device)
     args = x_TBV.requires_grad_().log_softmax(-1), batch.labels_BU, batch.frames_B, batch.sizes_B
     losses = [loss(*args, zero_infinity=True) for loss in (ctc_loss, F.ctc_loss)]
     compare("CTC loss", *losses)
-    compare("CTC gradient", *(torch.autograd.grad(loss, x_TBV, retain_graph=True)[0] for loss in losses))
+    compare(
+        "CTC gradient", *(torch.autograd.grad(loss, x_TBV, retain_graph=True)[0] for loss in losses)
+    )
 
     def own(x_TBH: Tensor) -> Tensor:
         return x_TBH.tensor_split(N)[r]
 
-    x_TBH = (x_TBV[..., :8] * valid_frames(batch.frames_B.to(device), 40)[..., None]).detach().requires_grad_()
+    x_TBH = (
+        (x_TBV[..., :8] * valid_frames(batch.frames_B.to(device), 40)[..., None])
+        .detach()
+        .requires_grad_()
+    )
     leaves, upstream_TBH = (x_TBH, plain.layers[0].weight[:, :8, :8]), x_TBV[..., 8:16].detach()
     h_T2BH = plain_recurrence(torch.stack([x_TBH, x_TBH.flip(0)], 1), leaves[1])
-    whole_TBH, cut_tBH = h_T2BH[:, 0] + h_T2BH[:, 1].flip(0), time_parallel_birnn(own(x_TBH), leaves[1])
+    whole_TBH, cut_tBH = (
+        h_T2BH[:, 0] + h_T2BH[:, 1].flip(0),
+        time_parallel_birnn(own(x_TBH), leaves[1]),
+    )
     reference_TBH, reference_2HH = torch.autograd.grad(whole_TBH, leaves, upstream_TBH)
     grad_TBH, grad_2HH = torch.autograd.grad(cut_tBH, leaves, own(upstream_TBH))
     compare("cut in time: output", cut_tBH, own(whole_TBH))
@@ -1318,7 +1484,9 @@ BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}
 
 
 @torch.no_grad()
-def transcribe(model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args) -> list[tuple[str, str, str]]:
+def transcribe(
+    model: DeepSpeech2, speech: Speech, rows: Iterable[int], lm, args
+) -> list[tuple[str, str, str]]:
     """(reference, greedy text, text by beam search) of some utterances, one by one. Call model.eval() before."""
     found, weight = [], next(model.parameters())
     for i in rows:
@@ -1335,10 +1503,18 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
 
     config, (dtype, autocast), (N, r) = config_of(args), dtypes(args), (group_size(), group_rank())
     if args.data:
-        heard, unheard = (Speech.from_manifest(path, config, say) for path in (args.data, args.dev or args.data))
+        heard, unheard = (
+            Speech.from_manifest(path, config, say) for path in (args.data, args.dev or args.data)
+        )
     else:
-        heard, unheard = Speech.synthetic(320, config, args.seed), Speech.synthetic(60, config, args.seed + 1)
-    model, lengths = parallel_model(config).to(device, dtype), [len(wave_W) for wave_W in heard.waves]
+        heard, unheard = (
+            Speech.synthetic(320, config, args.seed),
+            Speech.synthetic(60, config, args.seed + 1),
+        )
+    model, lengths = (
+        parallel_model(config).to(device, dtype),
+        [len(wave_W) for wave_W in heard.waves],
+    )
     wait_for_all()  # one node's disk may be slower than the others'
     torch.manual_seed(args.seed + r)  # dropout: every rank has utterances, and masks, of its own
     epoch_steps = math.ceil(len(lengths) / args.batch)
@@ -1346,18 +1522,37 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
 
     def batches() -> Iterator[Batch]:
         for epoch in range(args.epochs):
-            for utterances in sortagrad_batches(lengths, args.batch, epoch, args.seed, not args.no_sortagrad):
+            for utterances in sortagrad_batches(
+                lengths, args.batch, epoch, args.seed, not args.no_sortagrad
+            ):
                 mine = share_of(utterances, lengths, r, N)
-                yield heard.batch(mine, config, (args.seed, epoch) if args.distort else None).to(device, dtype)
+                yield heard.batch(mine, config, (args.seed, epoch) if args.distort else None).to(
+                    device, dtype
+                )
 
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters; {len(lengths)} utterances to learn from, "
         f"{sum(lengths) / config.sample_rate / 60:.1f} minutes, {len(unheard.texts)} to try\n\n"
         "epoch   step     loss      norm")  # fmt: skip
-    rate = partial(learning_rate, epoch_steps=epoch_steps, epochs=args.epochs, peak=args.lr, kind=args.optimizer)
-    options = dict(ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast)
-    steps, losses, sums, step = train(model, itertools.islice(batches(), total), rate, **options), [], [], 0
+    rate = partial(
+        learning_rate,
+        epoch_steps=epoch_steps,
+        epochs=args.epochs,
+        peak=args.lr,
+        kind=args.optimizer,
+    )
+    options = dict(
+        ring_group=ring_group, max_norm=args.max_norm, kind=args.optimizer, autocast=autocast
+    )
+    steps, losses, sums, step = (
+        train(model, itertools.islice(batches(), total), rate, **options),
+        [],
+        [],
+        0,
+    )
     try:
-        for step, results in enumerate(tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1):
+        for step, results in enumerate(
+            tqdm(steps, total=total, disable=r > 0 or not sys.stderr.isatty()), 1
+        ):
             loss, norm = read_step(step, *results)
             sums.append(loss)
             if step % epoch_steps == 0 or step == total:
@@ -1381,7 +1576,9 @@ def demonstrate(args, device: torch.device, ring_group) -> tuple[list[float], fl
 def report(found: list[tuple]) -> tuple[float, float]:
     """Prints what was heard, and the word error rates: greedy, and with beam search."""
     references, *heard = zip(*found)
-    say("\nsaid                               heard, greedy                      with the language model")
+    say(
+        "\nsaid                               heard, greedy                      with the language model"
+    )
     for row in found[:6]:
         say("".join(f"{text[:33]:35}" for text in row).rstrip())
     rates = [word_error_rate(references, texts) for texts in heard]
@@ -1402,18 +1599,27 @@ def main(args, device: torch.device) -> None:
     errors = equivalence(device, ring_group, torch.float64)
     with Counter() as counter:
         ring_all_reduce(torch.ones(1001, device=device), ring_group)
-    sent = torch.tensor(sum(m.bytes // 4 for m in counter.messages if m.op == "send"), device=device)
+    sent = torch.tensor(
+        sum(m.bytes // 4 for m in counter.messages if m.op == "send"), device=device
+    )
     rows = claims(args, errors, int(_all_reduce(sent)), *demonstrate(args, device, ring_group))
     if not print_claims(rows):
         sys.exit(1)
 
 
-def claims(args, errors: dict, sent: int, losses: list[float], plain: float, searched: float) -> list[tuple]:
+def claims(
+    args, errors: dict, sent: int, losses: list[float], plain: float, searched: float
+) -> list[tuple]:
     """The rows of the claims table."""
 
     def exact(claim: str, start: str) -> tuple:
         error = worst(errors, start)
-        return f"every {claim}, float64", "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]
+        return (
+            f"every {claim}, float64",
+            "exact",
+            f"worst {error:.1e} relative",
+            error <= BOUNDS["fp64"],
+        )
 
     def same(claim: str, paper: str, here: str) -> tuple:
         return claim, paper, here, here == paper
@@ -1423,7 +1629,11 @@ def claims(args, errors: dict, sent: int, losses: list[float], plain: float, sea
         known = usual and not args.steps  # of the default run we know what to expect
         return claim, "below 5 %" if known else "–", f"{here:.1%}", here < 0.05 if known else "–"
 
-    N, shares, (first, second) = group_size(), [noisy_share(*rates) for rates in NOISY_SPEECH.values()], OWN_TEST_SET
+    N, shares, (first, second) = (
+        group_size(),
+        [noisy_share(*rates) for rates in NOISY_SPEECH.values()],
+        OWN_TEST_SET,
+    )
     sizes = {net: parameter_count(*net) / 1e6 for net in SAME_SIZE}
     return [
         exact("gradient equals the single device's", "gradient"),
@@ -1472,12 +1682,16 @@ class Options:
     data: str = flag("", "a manifest to train on", metavar="FILE")
     dev: str = flag("", "a manifest to evaluate on", metavar="FILE")
     size: str = flag("small", "of the network", choices=list(SIZES))
-    model: str = flag("{}", 'change SpeechConfig, as {"layers": 3, "bidirectional": false}', metavar="JSON")
+    model: str = flag(
+        "{}", 'change SpeechConfig, as {"layers": 3, "bidirectional": false}', metavar="JSON"
+    )
     no_sortagrad: bool = flag(False, "the first epoch in random order")
     distort: bool = flag(False, "another pitch, tempo and noise in each epoch")
     epochs: int = flag(8, "passes over the data; --steps above 0 ends earlier", least=1)
     batch: int = flag(8, "utterances per step, over all ranks", least=1)
-    optimizer: str = flag("nesterov", "the papers', or AdamW with a cosine", choices=["nesterov", "adamw"])
+    optimizer: str = flag(
+        "nesterov", "the papers', or AdamW with a cosine", choices=["nesterov", "adamw"]
+    )
     lr: float = flag(0.04, "peak learning rate", least=1e-9)
     max_norm: float = flag(3.0, "of the gradient; Deep Speech 2 has 400", least=1e-9)
     beam: int = flag(32, "prefixes that beam search keeps", least=1)
@@ -1495,11 +1709,15 @@ def check_args(args: argparse.Namespace) -> None:
         raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
     if args.load and (args.data or args.save or args.check):
         raise ValueError("--load does not train: leave --data, --save and --check out")
-    if args.save and (os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)):
+    if args.save and (
+        os.path.isdir(args.save) or not os.access(os.path.dirname(args.save) or ".", os.W_OK)
+    ):
         raise ValueError(f"--save {args.save}: its folder does not exist or cannot be written")
     config = load_model(args.load)[0].config if args.load else config_of(args)
     for path in filter(None, (args.data, args.dev, args.evaluate)):
-        Speech.from_manifest(path, config, lambda text: None)  # all of it, once, before any rank starts
+        Speech.from_manifest(
+            path, config, lambda text: None
+        )  # all of it, once, before any rank starts
     if args.transcribe:
         load_audio(args.transcribe, config.sample_rate)
 
@@ -1547,12 +1765,20 @@ def synthesize(words: list[str], rate: int, rng: np.random.Generator) -> np.ndar
     """A speaker whom `rng` invents says the words; floats, `rate` samples a second."""
     pitch, tract, tempo = rng.uniform(90, 220), rng.uniform(0.9, 1.12), rng.uniform(0.8, 1.2)
     phones = ["_", "_", *" _ ".join(WORDS[word] for word in words).split(), "_", "_"]
-    hop = rate // 200  # 5 ms: every number below is one for each hop, and a straight line between the phones' middles
+    hop = (
+        rate // 200
+    )  # 5 ms: every number below is one for each hop, and a straight line between the phones' middles
     seconds = np.array([PHONES[phone][5] * tempo * rng.uniform(0.85, 1.15) for phone in phones])
     middles, frames = np.cumsum(seconds) - seconds / 2, int(seconds.sum() * 200)
     at, table = np.arange(frames) / 200, np.array([PHONES[phone][:5] for phone in phones])
-    shape = [np.interp(at, middles, column * rng.normal(1, 0.02, len(phones))) for column in table.T]
-    tone = pitch * (1 + 0.15 * np.cumsum(rng.normal(0, 0.1, frames)) / np.sqrt(frames)) * np.linspace(1.1, 0.9, frames)
+    shape = [
+        np.interp(at, middles, column * rng.normal(1, 0.02, len(phones))) for column in table.T
+    ]
+    tone = (
+        pitch
+        * (1 + 0.15 * np.cumsum(rng.normal(0, 0.1, frames)) / np.sqrt(frames))
+        * np.linspace(1.1, 0.9, frames)
+    )
     cycles = np.cumsum(np.repeat(tone, hop)) / rate
     pulses, noise = 1 - 2 * (cycles % 1), rng.normal(0, 1, frames * hop)
     window, hertz = np.hanning(2 * hop + 1)[:-1], np.fft.rfftfreq(4 * hop, 1 / rate)
@@ -1560,10 +1786,18 @@ def synthesize(words: list[str], rate: int, rng: np.random.Generator) -> np.ndar
     gain = (1 / (1 + ((hertz - formants) / (60 + formants * 0.04)) ** 2)).sum(1)
     wave = np.zeros((frames + 4) * hop)
     for i in range(frames - 1):  # filter a window of the source, and add it in its place
-        source = shape[3][i] * pulses[i * hop : (i + 2) * hop] + (1 - shape[3][i]) * noise[i * hop : (i + 2) * hop]
-        sound = np.fft.irfft(np.fft.rfft(source * window, 4 * hop) * gain[i]) * max(0.0, shape[4][i])
+        source = (
+            shape[3][i] * pulses[i * hop : (i + 2) * hop]
+            + (1 - shape[3][i]) * noise[i * hop : (i + 2) * hop]
+        )
+        sound = np.fft.irfft(np.fft.rfft(source * window, 4 * hop) * gain[i]) * max(
+            0.0, shape[4][i]
+        )
         wave[i * hop : (i + 4) * hop] += sound
-    return wave / np.abs(wave).max() + rng.normal(0, 1, len(wave)) * 10 ** (-rng.uniform(25, 40) / 20) * 0.2
+    return (
+        wave / np.abs(wave).max()
+        + rng.normal(0, 1, len(wave)) * 10 ** (-rng.uniform(25, 40) / 20) * 0.2
+    )
 
 
 # ── Sound ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -1584,15 +1818,22 @@ def log_spectrogram(wave_W: Tensor, sample_rate: int = 16_000, bins: int = 0) ->
     window, hop = round(0.020 * sample_rate), round(0.010 * sample_rate)
     wave_W = F.pad(wave_W, (0, max(0, window - len(wave_W))))
     frames = wave_W.unfold(0, window, hop) * torch.hann_window(window, dtype=wave_W.dtype)
-    size = 4 * window if bins else window  # finer steps of frequency, so that no narrow band falls between two of them
+    size = (
+        4 * window if bins else window
+    )  # finer steps of frequency, so that no narrow band falls between two of them
     power_TF = torch.fft.rfft(frames, size).abs().square()
     if bins:
         top = 2595 * math.log10(1 + sample_rate / 2 / 700)
         edges = 700 * (10 ** (torch.linspace(0, top, bins + 2, dtype=wave_W.dtype) / 2595) - 1)
         hertz = torch.arange(power_TF.shape[1], dtype=wave_W.dtype)[:, None] * sample_rate / size
-        rising, falling = (hertz - edges[:-2]) / edges.diff()[:-1], (edges[2:] - hertz) / edges.diff()[1:]
+        rising, falling = (
+            (hertz - edges[:-2]) / edges.diff()[:-1],
+            (edges[2:] - hertz) / edges.diff()[1:],
+        )
         power_TF = power_TF @ torch.minimum(rising, falling).clamp_min(0)  # triangles
-    log_TF = (power_TF / power_TF.mean().clamp_min(1e-20) + 1e-4).log()  # 40 dB below the mean is silence
+    log_TF = (
+        power_TF / power_TF.mean().clamp_min(1e-20) + 1e-4
+    ).log()  # 40 dB below the mean is silence
     return (log_TF - log_TF.mean(0)) / 2
 
 
@@ -1657,7 +1898,10 @@ class NGram:
     def __init__(self, texts: Iterable[str], order: int = 3):
         if order < 1:
             raise ValueError(f"order={order}: at least 1")
-        self.order, self.counts = order, defaultdict(lambda: defaultdict(int))  # history to how often each word follows
+        self.order, self.counts = (
+            order,
+            defaultdict(lambda: defaultdict(int)),
+        )  # history to how often each word follows
         for text in texts:
             words = ["<s>"] * (order - 1) + text.split()
             for end in range(order - 1, len(words)):
@@ -1677,7 +1921,11 @@ class NGram:
 
     def score(self, history: tuple[str, ...], word: str) -> float:
         """history: the words before, from the first one of the text on. In nats."""
-        history = (("<s>",) * (self.order - 1) + tuple(history))[-(self.order - 1) :] if self.order > 1 else ()
+        history = (
+            (("<s>",) * (self.order - 1) + tuple(history))[-(self.order - 1) :]
+            if self.order > 1
+            else ()
+        )
         return math.log(self.probability(history, word if word in self.words else "<unknown>"))
 
 
@@ -1719,12 +1967,19 @@ def read_manifest(path: str) -> list[Utterance]:
             continue
         try:
             entry = json.loads(line)
-            audio, text = Path(path).parent / entry["audio_filepath"], " ".join(entry["text"].lower().split())
+            audio, text = (
+                Path(path).parent / entry["audio_filepath"],
+                " ".join(entry["text"].lower().split()),
+            )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             need = '{"audio_filepath": "a.wav", "duration": 1.9, "text": "three one four"}'
-            raise ValueError(f"{path}, line {number}: {error!r}; a line looks like {need}") from error
+            raise ValueError(
+                f"{path}, line {number}: {error!r}; a line looks like {need}"
+            ) from error
         if strange := sorted(set(text) - set(ALPHABET[1:])):
-            raise ValueError(f"{path}, line {number}: {strange} not in the alphabet {ALPHABET[1:]!r}; spell it out")
+            raise ValueError(
+                f"{path}, line {number}: {strange} not in the alphabet {ALPHABET[1:]!r}; spell it out"
+            )
         if not audio.is_file():
             raise ValueError(f"{path}, line {number}: there is no file {audio}")
         utterances.append(Utterance(str(audio), text, number))
@@ -1758,7 +2013,9 @@ class Speech:
     def synthetic(cls, count: int, config: SpeechConfig, seed: int) -> Speech:
         rng = np.random.default_rng((seed, 7))
         texts = [" ".join(rng.choice(list(WORDS), rng.integers(1, 5))) for _ in range(count)]
-        waves = [torch.from_numpy(synthesize(text.split(), config.sample_rate, rng)) for text in texts]
+        waves = [
+            torch.from_numpy(synthesize(text.split(), config.sample_rate, rng)) for text in texts
+        ]
         return cls([wave_W.to(torch.float32) for wave_W in waves], texts)
 
     @classmethod
@@ -1773,7 +2030,9 @@ class Speech:
                 wave_W = load_audio(audio, config.sample_rate)
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from error
-            if config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) < frames_needed(text):
+            if config.after(len(log_spectrogram(wave_W, config.sample_rate)), 0) < frames_needed(
+                text
+            ):
                 short.append(f"{audio}, line {line}")
                 continue
             speech.waves.append(wave_W)
@@ -1785,18 +2044,30 @@ class Speech:
             raise ValueError(f"{path} holds no utterance that is long enough for its text")
         return speech
 
-    def batch(self, rows: list[int], config: SpeechConfig, key: tuple[int, int] | None = None) -> Batch:
+    def batch(
+        self, rows: list[int], config: SpeechConfig, key: tuple[int, int] | None = None
+    ) -> Batch:
         """Spectrograms and labels of some utterances, distorted as (seed, epoch) says or as they are (None)."""
         features, labels = [torch.zeros(1, config.features)], [torch.zeros(1, dtype=torch.int64)]
         for i in rows:
             x_TF = log_spectrogram(self.waves[i], config.sample_rate, config.bins)
             if key is not None:
                 other_TF = distort(self.waves[i], config, np.random.default_rng((*key, i)))
-                x_TF = other_TF if config.after(len(other_TF), 0) >= frames_needed(self.texts[i]) else x_TF
+                x_TF = (
+                    other_TF
+                    if config.after(len(other_TF), 0) >= frames_needed(self.texts[i])
+                    else x_TF
+                )
             features.append(x_TF)
-            labels.append(torch.tensor([ALPHABET.index(letter) for letter in self.texts[i]], dtype=torch.int64))
+            labels.append(
+                torch.tensor(
+                    [ALPHABET.index(letter) for letter in self.texts[i]], dtype=torch.int64
+                )
+            )
         frames_B, sizes_B = (torch.tensor([len(x) for x in xs]) for xs in (features, labels))
-        features_BTF, labels_BU = (nn.utils.rnn.pad_sequence(xs, batch_first=True) for xs in (features, labels))
+        features_BTF, labels_BU = (
+            nn.utils.rnn.pad_sequence(xs, batch_first=True) for xs in (features, labels)
+        )
         return Batch(features_BTF, frames_B, labels_BU, sizes_B).rows(range(1, len(rows) + 1))
 
 

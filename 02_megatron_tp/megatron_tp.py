@@ -362,7 +362,7 @@ class ColumnParallelLinear(_Sharded, nn.Linear):
 
 
 class RowParallelLinear(_Sharded, nn.Linear):
-    """nn.Linear with sharded inputs: y_BSf, f = in_features / tp, to z_BSH, replicated.
+    """nn.Linear with sharded inputs: y, here y_BSf, f = in_features / tp, to z_BSH, replicated.
 
     Args: as `ColumnParallelLinear`'s; the bias is replicated. input_is_parallel: False where the
         input is (..., in_features), replicated, and the layer takes its shard.
@@ -577,7 +577,6 @@ def vocab_parallel_cross_entropy(
 # The paper keeps two generator states (appendix B.2). Here a mask is a function of its position:
 # seed, step, replica, the module's name and, where the activation is sharded, the tensor-parallel
 # rank. So a checkpoint needs no state but the step, and a recomputed layer draws its masks again.
-# (crc32, because Python's hash() of a string differs between processes.)
 
 
 # region shared: dropout
@@ -624,7 +623,7 @@ def seed_dropout(
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
             place = (seed, step, dp_rank, name, tp_rank if module.sharded else None)
-            # One 32-bit number: PyTorch's CPU generator uses no more bits of its seed.
+            # crc32: Python's hash() differs between processes, and CPU generators use 32 bits.
             module.mask_seed = zlib.crc32(repr(place).encode())
 
 
@@ -883,7 +882,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
-    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
     dim = shard_dim(name)
     if dim is None:
         return full.clone()
@@ -1069,10 +1068,8 @@ def train_alone(
     max_norm: float = 1.0,
     autocast: Autocast = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model; yields the mean loss per token and the norm before clipping.
-
-    For a schedule, set the optimizer's learning rate between two steps.
-    """
+    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
+    clipping. For a schedule, set the optimizer's learning rate between two steps."""
     for tokens_BS, targets_BS in batches:
         optimizer.zero_grad()
         count = (targets_BS != -100).sum().clamp(min=1)
@@ -1140,10 +1137,8 @@ BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 def equivalence(
     mesh: Mesh, device: torch.device, dtype: torch.dtype, autocast: Autocast = None
 ) -> dict[str, float]:
-    """Five AdamW steps of a small model on this mesh and on a single device: name to error.
-
-    The vocabulary and the batch do not divide over the ranks. Replicas have unequal token counts.
-    """
+    """Five AdamW steps of a small model on this mesh and on a single device: name to error."""
+    # Vocabulary and batch do not divide over the ranks; replicas have unequal token counts.
     config = GPTConfig(
         vocab_size=61, seq_length=16, num_layers=2, num_heads=2 * mesh.tp, hidden_size=16 * mesh.tp
     )
@@ -1563,7 +1558,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -1617,8 +1612,10 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
         args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
         raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
@@ -1628,7 +1625,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy c36935
+# endregion copy 82e4fd
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
@@ -1651,6 +1648,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         if "LOCAL_RANK" not in os.environ:
             sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -1693,7 +1693,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 170f78
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

@@ -112,27 +112,44 @@ class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    seq_length: int = flag(64, "S, tokens of a sequence; the model has this many positions", least=1)
+    seq_length: int = flag(
+        64, "S, tokens of a sequence; the model has this many positions", least=1
+    )
     hidden_size: int = flag(64, "H", least=1)
     num_layers: int = flag(8, "L", least=1)
     num_heads: int = flag(4, "N, attention heads", least=1)
     ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
     dropout: float = flag(0.0, "probability; Megatron-LM trains with 0.1")
-    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    norm: str = (
+        "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    )
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
-    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    tied_head: bool = (
+        True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    )
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
-        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+        for name in (
+            "vocab_size",
+            "seq_length",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "ffn_hidden_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if rest := self.hidden_size % self.num_heads:
-            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
+            sizes = (
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            )
+            raise ValueError(
+                f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
@@ -155,7 +172,9 @@ RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, No
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - p, generator=generator
+    )
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -169,7 +188,9 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
-def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def core_attention(
+    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
     p is the dropout on the attention weights.
@@ -178,8 +199,12 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
     S, D = q_BNSD.shape[-2:]
     scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
-    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # said openly; PyTorch's kernels widen too
+    future_SS = torch.full(
+        (S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device
+    ).triu(1)
+    wide = torch.promote_types(
+        scores_BNSS.dtype, torch.float32
+    )  # said openly; PyTorch's kernels widen too
     weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
     return dropout(weights_BNSS, p, generator) @ v_BNSD
 
@@ -198,7 +223,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         heads = dict(three=3, D=self.config.head_size)  # einops finds out N
-        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(
+            self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads
+        )
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
@@ -250,11 +277,20 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        halves = (
+            (Attention(config, column, row), MLP(config, column, row))
+            for _ in range(config.num_layers)
+        )
         self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        self.head = (
+            None
+            if config.tied_head
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        if (
+            not self.final_norm.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
@@ -264,18 +300,24 @@ class GPT(nn.Module):
             x_BSH = layer(x_BSH, streams)
         return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BSV = self(tokens_BS, streams)
         logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+        return F.cross_entropy(
+            rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none"
+        )
 
 
 def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
     """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
     S = tokens_BS.shape[1]
     if S > positions.num_embeddings:
-        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+        raise ValueError(
+            f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions"
+        )
     return words(tokens_BS) + positions.weight[:S]
 
 
@@ -294,7 +336,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2:
-            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            onto_residual = name.endswith(
+                ("out.weight", "down.weight")
+            )  # what writes onto the residual stream
             std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
         else:  # biases 0, LayerNorm's weights 1
@@ -303,16 +347,27 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
 
 
 def train_alone(
-    model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
+    model: GPT,
+    batches: Batches,
+    lr: Callable[[int], float],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
     clipping.
@@ -420,14 +475,23 @@ def schedule(kind: str, stages: int, microbatches: int, chunks: int = 1) -> Sche
 
     # The streams: the same on every rank. With one chunk they are 0, 1, 2, ... (a slice of range(m) ends at m.)
     def order(kind: str, chunk_order: range) -> list[Op]:
-        return [Op(kind, i, c) for first in range(0, m, p) for c in chunk_order for i in range(m)[first : first + p]]
+        return [
+            Op(kind, i, c)
+            for first in range(0, m, p)
+            for c in chunk_order
+            for i in range(m)[first : first + p]
+        ]
 
     forwards, backwards = order("F", range(v)), order("B", range(v)[::-1])
     weights = [op._replace(kind="W") for op in backwards] if kind == "zb-h1" else []
     table = []
     for rank in range(p):
-        ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(kind, p - rank - 1)
-        columns = zip_longest(forwards, [None] * ahead + backwards, [None] * (ahead + rank) + weights)
+        ahead = {"gpipe": m, "interleaved": 2 * (p - rank - 1) + (v - 1) * p}.get(
+            kind, p - rank - 1
+        )
+        columns = zip_longest(
+            forwards, [None] * ahead + backwards, [None] * (ahead + rank) + weights
+        )
         table.append([op for column in columns for op in column if op])
     return table
 
@@ -486,14 +550,19 @@ def take_turns(lists: list[list], go: Callable[[int, Any], bool]) -> list[tuple[
     return [(rank, items[k]) for rank, (items, k) in enumerate(zip(lists, at)) if k < len(items)]
 
 
-def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0) -> dict:
+def play(
+    schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fraction | int = 0
+) -> dict:
     """(rank, op) to the time at which it ends, for ops of the given durations.
 
     t_send: how long a message takes. Raises: ValueError, naming who waits for what, where nobody can go on.
     Source: ours.
     """
     p, v = len(schedule), chunks_of(schedule)
-    done, free = {}, [0] * p  # when each operation ended; since when each rank has had nothing to do
+    done, free = (
+        {},
+        [0] * p,
+    )  # when each operation ended; since when each rank has had nothing to do
 
     def go(rank: int, op: Op) -> bool:
         needed = needs(op, rank, p, v)
@@ -504,8 +573,14 @@ def play(schedule: Schedule, duration: dict[str, Fraction | int], t_send: Fracti
         return True
 
     if waiting := take_turns(schedule, go):
-        lacking = [(rank, op, [key for key in needs(op, rank, p, v) if key not in done]) for rank, op in waiting]
-        raise ValueError("deadlock: " + "; ".join(f"rank {r} cannot do {op} without {keys}" for r, op, keys in lacking))
+        lacking = [
+            (rank, op, [key for key in needs(op, rank, p, v) if key not in done])
+            for rank, op in waiting
+        ]
+        raise ValueError(
+            "deadlock: "
+            + "; ".join(f"rank {r} cannot do {op} without {keys}" for r, op, keys in lacking)
+        )
     return done
 
 
@@ -566,7 +641,9 @@ def draw(timeline: Timeline, width: int = 100) -> str:
         for op, *span in bars:
             begin, end = (round(float((t - first) / timeline.length) * width) for t in span)
             label = f"{op.microbatch}" + ("abcdefghij"[op.chunk % 10] if several else "")
-            line[begin:end] = label.ljust(end - begin, {"F": "─", "B": "═", "W": "┄"}[op.kind])[: end - begin]
+            line[begin:end] = label.ljust(end - begin, {"F": "─", "B": "═", "W": "┄"}[op.kind])[
+                : end - begin
+            ]
         lines.append(f"rank {rank:<2} " + "".join(line).rstrip())
     return "\n".join(lines)
 
@@ -624,9 +701,14 @@ def programs(schedule: Schedule) -> list[Program]:
     for (rank, op), tick in ticks.items():
         op_at[rank][tick] = op
         made = input_of(op, rank, p, v)
-        if made and made[0] != rank:  # with one rank the next stage is its own next chunk, and nothing travels
+        if (
+            made and made[0] != rank
+        ):  # with one rank the next stage is its own next chunk, and nothing travels
             hop = Hop(made[0], rank, made[1])
-            for end in (hop.source, hop.target):  # both post it in the tick in which it is made, whenever it is used
+            for end in (
+                hop.source,
+                hop.target,
+            ):  # both post it in the tick in which it is made, whenever it is used
                 hops_at[end][ticks[made]].append(hop)
     return [  # sorted, so that both ends list the messages between them in the same order
         [Step(ops.get(t), tuple(sorted(hops[t]))) for t in sorted(ops.keys() | hops.keys())]
@@ -660,11 +742,15 @@ def verify(schedule: Schedule) -> list[int]:
     if unknown := kinds - set("FBW"):
         raise ValueError(f"operations are F, B or W, not {sorted(unknown)}")
     every = {Op(kind, i, chunk) for kind in kinds for i in range(m) for chunk in range(v)}
-    for rank, ops in enumerate(schedule):  # each once: nothing is missing, and there are no more than that
+    for rank, ops in enumerate(
+        schedule
+    ):  # each once: nothing is missing, and there are no more than that
         if missing := every - set(ops):
             raise ValueError(f"rank {rank} never does {min(missing)}")
         if len(ops) > len(every):
-            raise ValueError(f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has")
+            raise ValueError(
+                f"rank {rank} does {max(ops, key=ops.count)} twice, or what no schedule has"
+            )
     verify_programs(programs(schedule))
     # A forward adds an activation, and the last operation that needs it takes it away: its W, or else its B.
     last = max(kinds - {"F"})
@@ -679,14 +765,18 @@ def verify_programs(all_programs: list[Program]) -> None:
     """
     p = len(all_programs)
     v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
-    channels = defaultdict(lambda: ([], []))  # source and target to what the sender lists, and what the receiver
+    channels = defaultdict(
+        lambda: ([], [])
+    )  # source and target to what the sender lists, and what the receiver
     for rank, program in enumerate(all_programs):
         for hop in (hop for step in program for hop in step.batch):
             channels[hop.source, hop.target][rank == hop.target].append(hop)
     for (source, target), ends in channels.items():
         for sent, received in zip_longest(*ends):
             if sent != received:
-                raise ValueError(f"rank {source} to {target}: one end lists {sent} where the other has {received}")
+                raise ValueError(
+                    f"rank {source} to {target}: one end lists {sent} where the other has {received}"
+                )
 
     has, posted = defaultdict(set), defaultdict(set)  # of each rank: made or received; posted
 
@@ -696,7 +786,9 @@ def verify_programs(all_programs: list[Program]) -> None:
             if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
                 raise ValueError(f"rank {rank} does {op} without {lacking}")
             has[rank].add((rank, op))
-        if unmade := [hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]]:
+        if unmade := [
+            hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]
+        ]:
             raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
         posted[rank].update(batch)
         if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
@@ -727,7 +819,9 @@ def place_layers(layers: int, stages: int) -> list[range]:
     Source: ours; the paper's layers always divide.
     """
     if layers < stages:
-        raise ValueError(f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages")
+        raise ValueError(
+            f"{layers} layers on {stages} stages: a stage needs a layer, choose at most {layers} stages"
+        )
     rest = [*range(1, stages - 1), 0][: layers % stages]
     sizes = [layers // stages + (stage in rest) for stage in range(stages)]
     return [range(sum(sizes[:stage]), sum(sizes[: stage + 1])) for stage in range(stages)]
@@ -749,7 +843,9 @@ class PipelineStage(nn.Module):
             raise ValueError(f"{sizes}: ranks are 0 to stages - 1, chunks at least 1")
         self.config, self.rank, self.stages, self.chunks = config, rank, stages, chunks
         self.layers_of = place_layers(config.num_layers, stages * chunks)
-        with torch.device("meta"):  # the plain model as shapes without memory; this rank takes its parts of it
+        with torch.device(
+            "meta"
+        ):  # the plain model as shapes without memory; this rank takes its parts of it
             whole = GPT(config)
         first, last = rank == 0, rank == stages - 1
         self.embedding = whole.embedding if first or (last and config.tied_head) else None
@@ -762,7 +858,9 @@ class PipelineStage(nn.Module):
         if torch.get_default_device().type != "meta":  # there nobody asks for more than shapes
             names = self.state_dict().keys()
             weights = {name: x for name, x in initial_weights(config) if name in names}
-            self.load_state_dict(weights, assign=True)  # in the place of the shapes; a copy into them would go nowhere
+            self.load_state_dict(
+                weights, assign=True
+            )  # in the place of the shapes; a copy into them would go nowhere
 
     def stage(self, chunk: int) -> int:
         return chunk * self.stages + self.rank
@@ -792,12 +890,16 @@ class PipelineStage(nn.Module):
         return [self.embedding.weight] if copied else []
 
 
-def random_streams(seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu") -> RandomStreams:
+def random_streams(
+    seed: int, pp_rank: int = 0, dp_rank: int = 0, device: torch.device | str = "cpu"
+) -> RandomStreams:
     """Dropout's generator for one rank; equal on no two, since no two hold the same tensor.
 
     Source: ours.
     """
-    generator = torch.Generator(device).manual_seed(zlib.crc32(repr((seed, pp_rank, dp_rank)).encode()))
+    generator = torch.Generator(device).manual_seed(
+        zlib.crc32(repr((seed, pp_rank, dp_rank)).encode())
+    )
     return RandomStreams(outside=generator, inside=generator)
 
 
@@ -865,7 +967,10 @@ class Mailbox:
     def __init__(self, grid: Grid, dtype: torch.dtype, device: torch.device, shape_of: Callable):
         self.grid, self.dtype, self.device, self.shape_of = grid, dtype, device, shape_of
         self.values = {}  # (pipeline rank, op) to what is here: made, or received
-        self.flying, self.batches = {}, deque()  # a hop to its message and what to wait for; the batches, oldest first
+        self.flying, self.batches = (
+            {},
+            deque(),
+        )  # a hop to its message and what to wait for; the batches, oldest first
         # gloo sends no GPU memory from rank to rank: there the message goes through the CPU's.
         through_cpu = grid.pp_group is not None and dist.get_backend(grid.pp_group) == "gloo"
         self.wire = torch.device("cpu") if through_cpu else device
@@ -894,12 +999,16 @@ class Mailbox:
             if x.shape != shape or x.dtype != self.dtype:
                 found = f"{tuple(x.shape)} {x.dtype}"
                 raise ValueError(f"{hop} is {found}, the receiver waits for {shape} {self.dtype}")
-            part = cut_for_wire(x, self.grid.tp_group).to(self.wire)  # a receiver's buffer is cut as the tensor is
+            part = cut_for_wire(x, self.grid.tp_group).to(
+                self.wire
+            )  # a receiver's buffer is cut as the tensor is
             kind, peer = (dist.isend, hop.target) if sends else (dist.irecv, hop.source)
             messages.append(dist.P2POp(kind, part, group=self.grid.pp_group, group_peer=peer))
         with self.named_errors(*batch):
             works = dist.batch_isend_irecv(messages)
-        works = works * len(batch) if len(works) == 1 else works  # NCCL makes one operation of the batch
+        works = (
+            works * len(batch) if len(works) == 1 else works
+        )  # NCCL makes one operation of the batch
         self.flying |= zip(batch, zip(messages, works))
         self.batches.append(batch)
 
@@ -921,7 +1030,9 @@ class Mailbox:
         except RuntimeError as error:
             rank, what = self.grid.pp_rank, ", ".join(map(str, hops))
             peers = " or ".join(sorted({str(hop.source + hop.target - rank) for hop in hops}))
-            raise RuntimeError(f"pipeline rank {rank} lost rank {peers} in {what}: {error}") from error
+            raise RuntimeError(
+                f"pipeline rank {rank} lost rank {peers} in {what}: {error}"
+            ) from error
 
 
 # ── 2.7 One executor for all schedules ──────────────────────────────────────────────────────────────────
@@ -1002,21 +1113,31 @@ def run_step(
     ops = [step.op for step in program if step.op]
     m, chunks, rate = 1 + max(op.microbatch for op in ops), chunks_of([ops]), stage.config.dropout
     if len(tokens_BS) < m:
-        raise ValueError(f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least")
+        raise ValueError(
+            f"a batch of {len(tokens_BS)} rows has too few for {m} micro-batches: a row each at least"
+        )
     if any(op.kind == "W" for op in ops):
-        raise ValueError("zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved")
+        raise ValueError(
+            "zb-h1 is planned here and not executed: choose gpipe, 1f1b or interleaved"
+        )
     if (v, p, rank) != (chunks, grid.pp, grid.pp_rank):
         built = f"the stage was built with {v} chunks for rank {rank} of {p}"
-        raise ValueError(f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, but {built}")
+        raise ValueError(
+            f"a program of {chunks} chunks on rank {grid.pp_rank} of {grid.pp}, but {built}"
+        )
     if torch.is_grad_enabled() and any(p.grad is not None for p in stage.parameters()):
-        raise ValueError("gradients of an earlier step are still there: call zero_grad(set_to_none=True) before")
+        raise ValueError(
+            "gradients of an earlier step are still there: call zero_grad(set_to_none=True) before"
+        )
     if stage.training and rate and streams.outside is None:
         raise ValueError(f"dropout={rate} needs streams=random_streams(seed, pp_rank, dp_rank)")
 
     # Every rank cuts the same batch in the same way: so it knows the shape of whatever a neighbour will send.
     tokens, targets = tokens_BS.tensor_split(m), targets_BS.tensor_split(m)
     count, dtype = count_targets(targets_BS, grid.dp_group), next(stage.parameters()).dtype
-    mailbox = Mailbox(grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H))
+    mailbox = Mailbox(
+        grid, dtype, tokens_BS.device, lambda hop: (*tokens[hop.op.microbatch].shape, H)
+    )
     learning, generator = torch.is_grad_enabled(), streams.outside or torch.default_generator
     saved = {}  # (micro-batch, chunk) to the input, the generator's state before it, and the edge of the output
 
@@ -1024,7 +1145,11 @@ def run_step(
         """This piece's output: an activation, or of the last stage the micro-batch's part of the loss."""
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             y = stage(op.chunk, x, streams)
-            return stage.loss(y, targets[op.microbatch]).sum() / count if stage.is_last(op.chunk) else y
+            return (
+                stage.loss(y, targets[op.microbatch]).sum() / count
+                if stage.is_last(op.chunk)
+                else y
+            )
 
     for op, batch in program:
         if op is not None:
@@ -1035,7 +1160,9 @@ def run_step(
             if op.kind == "F":
                 x = tokens[op.microbatch] if received is None else received.requires_grad_()
                 state = generator.get_state() if recompute else None
-                with torch.set_grad_enabled(learning and not recompute):  # what is to be recomputed keeps no graph now
+                with torch.set_grad_enabled(
+                    learning and not recompute
+                ):  # what is to be recomputed keeps no graph now
                     y = compute(op, x)
                 if learning:
                     saved[key] = x, state, None if recompute else get_gradient_edge(y)
@@ -1086,7 +1213,10 @@ def shard_state_dict(
     found = {name: tuple(x.shape) for name, x in full.items()}
     expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
     if wrong := sorted({name for name, _ in found.items() ^ expected.items()}):
-        lines = (f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}" for name in wrong)
+        lines = (
+            f"{name} is {found.get(name, 'missing')}, not {expected.get(name, 'known')}"
+            for name in wrong
+        )
         raise ValueError("the state dict does not fit this configuration: " + "; ".join(lines))
     with torch.device("meta"):
         names = PipelineStage(config, rank, world_size, chunks).state_dict()
@@ -1104,7 +1234,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: GPTConfig) -> dic
         for name, x in shard.items():
             if not torch.equal(full.setdefault(name, x.clone()), x):
                 gap = (full[name] - x).abs().max()
-                raise ValueError(f"the copies of {name} differ by {gap:.1e}: they have drifted apart")
+                raise ValueError(
+                    f"the copies of {name} differ by {gap:.1e}: they have drifted apart"
+                )
     names = parameter_shapes(config)
     if missing := names.keys() - full.keys():
         raise ValueError(f"no rank has {sorted(missing)}")
@@ -1160,7 +1292,9 @@ def make_grid(pp: int, device: torch.device, timeout: float = 60.0) -> Grid:
     pipelines, replicas = ranks.T.tolist(), ranks.tolist()
     # Who holds the tied weight: first and last of each pipeline. All ranks must make a group together, so each of those
     # between is in a list as well, alone.
-    ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [[r] for ranks in pipelines for r in ranks[1:-1]]
+    ends = [ranks[:1] + ranks[1:][-1:] for ranks in pipelines] + [
+        [r] for ranks in pipelines for r in ranks[1:-1]
+    ]
     groups = (make_group(lists, device, timeout) for lists in (pipelines, replicas, ends))
     pp_group, dp_group, tied_group = (group if group_size(group) > 1 else None for group in groups)
     return Grid(pp, dp, rank // dp, rank % dp, pp_group, dp_group, tied_group)
@@ -1194,10 +1328,16 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, group: Group = None) 
     Returns: the norm before clipping, a scalar, at least fp32, the same on every rank: torch.nn.utils.clip_grad_norm_'s
     of the plain model.
     """
-    copies = {id(p) for p in stage.tied_copies()} if stage.rank else set()  # by identity: == compares elements
+    copies = (
+        {id(p) for p in stage.tied_copies()} if stage.rank else set()
+    )  # by identity: == compares elements
     grads = [p.grad for p in stage.parameters() if id(p) not in copies]
-    wide = torch.promote_types(grads[0].dtype, torch.float32)  # a sum of squares in bf16 would have three digits
-    square = torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in grads]).square().sum()
+    wide = torch.promote_types(
+        grads[0].dtype, torch.float32
+    )  # a sum of squares in bf16 would have three digits
+    square = (
+        torch.stack([torch.linalg.vector_norm(grad, dtype=wide) for grad in grads]).square().sum()
+    )
     sum_over(group, [square])
     nn.utils.clip_grads_with_norm_(stage.parameters(), max_norm, square.sqrt())
     return square.sqrt()
@@ -1217,8 +1357,12 @@ def train(
     verify(schedule)  # before the first message, since a reader may have written it
     program, m = programs(schedule)[grid.pp_rank], 1 + max(op.microbatch for op in schedule[0])
     for step, batch in enumerate(batches):
-        if (rows := len(batch[0])) < m * grid.dp:  # before any message: the replicas would not fail together
-            raise ValueError(f"a batch of {rows} rows is too small for {m} micro-batches on {grid.dp} replicas")
+        if (
+            rows := len(batch[0])
+        ) < m * grid.dp:  # before any message: the replicas would not fail together
+            raise ValueError(
+                f"a batch of {rows} rows is too small for {m} micro-batches on {grid.dp} replicas"
+            )
         for param_group in optimizer.param_groups:
             param_group["lr"] = lr(step)
         optimizer.zero_grad()
@@ -1260,7 +1404,12 @@ def in_flight(kind: str, stages: int, microbatches: int, chunks: int = 1, rank: 
     1f1b's memory. zb-h1: p on every rank, since an activation is kept until its W. Source: the paper's section 2.2.
     """
     p, m, v = stages, microbatches, chunks
-    most = {"gpipe": m, "1f1b": p - rank, "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1, "zb-h1": p}[kind]
+    most = {
+        "gpipe": m,
+        "1f1b": p - rank,
+        "interleaved": 2 * (p - rank - 1) + (v - 1) * p + 1,
+        "zb-h1": p,
+    }[kind]
     return min(most, m * v)
 
 
@@ -1284,7 +1433,14 @@ def parameter_count(layers: int, hidden: int, vocab: int = 51_200, seq: int = 20
     return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
 
 
-def flops(layers: int, hidden: int, batch: int, vocab: int = 51_200, seq: int = 2048, recompute: bool = True) -> int:
+def flops(
+    layers: int,
+    hidden: int,
+    batch: int,
+    vocab: int = 51_200,
+    seq: int = 2048,
+    recompute: bool = True,
+) -> int:
     """Floating-point operations of one step of `batch` sequences. Source: the paper's section 5.1 (recomputed)."""
     per_layer = 24 * batch * seq * hidden**2 + 4 * batch * seq**2 * hidden
     return (4 if recompute else 3) * layers * per_layer + 6 * batch * seq * hidden * vocab
@@ -1307,7 +1463,9 @@ def training_days_rule(tokens: float, gpus: int, flops_per_gpu: float, parameter
 
 # A row of the paper's table 1: parameters in billions, its (t, p), micro-batch b and chunks v (from its published
 # scripts), TFLOP/s per GPU, share of the 312 peak in percent, PFLOP/s of all GPUs.
-Published = namedtuple("Published", "billions heads hidden layers tp pp gpus batch b v tflops percent petaflops")
+Published = namedtuple(
+    "Published", "billions heads hidden layers tp pp gpus batch b v tflops percent petaflops"
+)
 
 TABLE_1 = [
     Published(1.7, 24, 2304, 24, 1, 1, 32, 512, 16, 1, 137, 44, 4.4),
@@ -1395,7 +1553,9 @@ def predict(
     head = 6 * b * seq * hidden * vocab
     slowest = (flops(layers, hidden, b, vocab, seq) - head) / p + head
     compute = slowest / t / (machine.peak * machine.efficiency) + machine.overhead * layers / p
-    tensor = 12 * micro * (t - 1) / t * 2 / machine.nvlink * layers / p  # 2 bytes an element, here and below
+    tensor = (
+        12 * micro * (t - 1) / t * 2 / machine.nvlink * layers / p
+    )  # 2 bytes an element, here and below
     hop = micro / t * 2 / machine.network + micro * (t - 1) / t * 2 / machine.nvlink
     messages = 2 * v * hop if p > 1 else 0.0
     lost, sums = float(bubble(kind, p, m, v)), 2 * (d - 1) / d * held * 2 / machine.network
@@ -1403,7 +1563,9 @@ def predict(
     seconds = rounds * (compute + tensor + messages) + sums
     speed = flops(layers, hidden, batch, vocab, seq) / (t * p * d * seconds) / 1e12
     memory = (18 * held + inputs + working) / 1e9
-    return Layout(t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed)
+    return Layout(
+        t, p, d, v, b, m, seconds, lost, rounds * tensor, rounds * messages + sums, memory, speed
+    )
 
 
 def plan(
@@ -1431,7 +1593,9 @@ def plan(
             best.setdefault((x.t, x.p), x)  # the first that fits is the fastest
     if not best:
         what = f"{layers} layers of {hidden} with a batch of {batch} fit no layout of {gpus} GPUs"
-        raise ValueError(f"{what} of {machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors")
+        raise ValueError(
+            f"{what} of {machine.gpu_memory:g} GB: take more GPUs, or a batch with more divisors"
+        )
     return list(best.values())
 
 
@@ -1445,7 +1609,9 @@ def plan(
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
 
-def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small odd model on this grid beside the same on a single device, under each schedule: name to relative error.
 
     Rows divide neither over replicas nor over micro-batches, which have unequal numbers of tokens that count. Errors
@@ -1454,9 +1620,14 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     config = GPTConfig(61, 16, hidden_size=16, num_layers=2 * grid.pp + 1, num_heads=2)
     m = 2 * grid.pp
     rows = m * grid.dp + 1
-    tokens_BS, targets_BS = torch.randint(61, (2, rows, 13), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens_BS, targets_BS = torch.randint(
+        61, (2, rows, 13), generator=torch.Generator().manual_seed(1)
+    ).to(device)
     targets_BS[0, 3:] = -100
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast),
+    )
     errors = {}
 
     def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
@@ -1468,16 +1639,27 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
     for kind, chunks in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
         plain = GPT(config).to(device, dtype)
         stage = PipelineStage(config, grid.pp_rank, grid.pp, chunks).to(device, dtype)
-        here = train(stage, schedule(kind, grid.pp, m, chunks), batches, grid=grid, recompute=chunks > 1, **options)
+        here = train(
+            stage,
+            schedule(kind, grid.pp, m, chunks),
+            batches,
+            grid=grid,
+            recompute=chunks > 1,
+            **options,
+        )
         runs = zip(train_alone(plain, batches, **options), here)
         for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
             errors[f"loss {step}, {kind}"] = abs(loss_here / loss - 1).item()
             errors[f"norm {step}, {kind}"] = abs(norm_here / norm - 1).item()
             if step == 0:
-                grads = ({n: p.grad for n, p in module.named_parameters()} for module in (stage, plain))
+                grads = (
+                    {n: p.grad for n, p in module.named_parameters()} for module in (stage, plain)
+                )
                 errors |= gaps(f"gradient, {kind},", *grads)
         if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself
-            errors |= gaps(f"after AdamW, {kind},", stage.state_dict(), plain.state_dict(), floor=5 * 1e-3)
+            errors |= gaps(
+                f"after AdamW, {kind},", stage.state_dict(), plain.state_dict(), floor=5 * 1e-3
+            )
     return errors
 
 
@@ -1485,7 +1667,9 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-def losses_alone(config: GPTConfig, batches: Batches, device: torch.device, **options) -> list[float]:
+def losses_alone(
+    config: GPTConfig, batches: Batches, device: torch.device, **options
+) -> list[float]:
     """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
 
     options: `train_alone`'s lr and autocast, and dtype, the parameters'.
@@ -1507,16 +1691,25 @@ def demonstrate(args: argparse.Namespace, grid: Grid, device: torch.device) -> d
     dtype, autocast = dtypes(args)
 
     def batches(steps: int) -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     stage = PipelineStage(config, grid.pp_rank, grid.pp, args.chunks).to(device, dtype)
     streams = random_streams(args.seed, grid.pp_rank, grid.dp_rank, device)
-    table, bars, differences = schedule(args.schedule, grid.pp, args.microbatches, args.chunks), [], {}
+    table, bars, differences = (
+        schedule(args.schedule, grid.pp, args.microbatches, args.chunks),
+        [],
+        {},
+    )
     held = sum(p.numel() for p in stage.parameters())
     whole = sum(shape.numel() for shape in parameter_shapes(config).values())
     say(f"{whole:,} parameters, {held:,} on this rank; {len(data.tokens):,} tokens of {source}\n")
-    compared = 0 if args.dropout else min(5, args.steps)  # with dropout the masks differ, and so must the losses
+    compared = (
+        0 if args.dropout else min(5, args.steps)
+    )  # with dropout the masks differ, and so must the losses
     alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
@@ -1533,7 +1726,10 @@ def demonstrate(args: argparse.Namespace, grid: Grid, device: torch.device) -> d
 
     stage.eval()
     forward_only = programs([[op for op in ops if op.kind == "F"] for ops in table])[grid.pp_rank]
-    rows = (x_BS.to(device).tensor_split(grid.dp)[grid.dp_rank] for x_BS in data.batch(0, args.batch, args.seed, True))
+    rows = (
+        x_BS.to(device).tensor_split(grid.dp)[grid.dp_rank]
+        for x_BS in data.batch(0, args.batch, args.seed, True)
+    )
     with torch.no_grad():
         loss = run_step(stage, forward_only, *rows, grid, autocast=autocast)
     say(f"\nheld-out loss {loss.item():.4f} nats a token\n")
@@ -1567,37 +1763,59 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
         sys.exit(1)
 
 
-def claims(args: argparse.Namespace, errors: dict[str, float], differences: dict[str, float]) -> list[tuple]:
+def claims(
+    args: argparse.Namespace, errors: dict[str, float], differences: dict[str, float]
+) -> list[tuple]:
     """The rows of the claims table."""
     rows = []
 
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "gradient"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+    for claim, kind in (
+        ("gradient", "gradient"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
         error = worst(errors, kind)
         text = f"every {claim} equals the single device's, float64"
         row(text, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     if differences:
-        row(text, "equal", f"within {worst(differences):.0e}", worst(differences) <= BOUNDS[args.dtype])
+        row(
+            text,
+            "equal",
+            f"within {worst(differences):.0e}",
+            worst(differences) <= BOUNDS[args.dtype],
+        )
     else:
         row(text, "equal", "–", "needs steps and --dropout 0")
     for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
         table = schedule(kind, 4, 8, v)
-        row(f"bubble of {kind}, p = 4, m = 8, v = {v}", str(bubble(kind, 4, 8, v)), str(simulate(table).bubble))
+        row(
+            f"bubble of {kind}, p = 4, m = 8, v = {v}",
+            str(bubble(kind, 4, 8, v)),
+            str(simulate(table).bubble),
+        )
         formula = [in_flight(kind, 4, 8, v, rank) for rank in range(4)]
         row("   activations held, rank by rank", str(formula), str(verify(table)))
     big = schedule("1f1b", 64, 512)
     verify(big)
     row("bubble of the 1T model's step, 64 stages, proven", "63/512", str(simulate(big).bubble))
-    same = sum(f"{parameter_count(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1)
+    same = sum(
+        f"{parameter_count(r.layers, r.hidden) / 1e9:.1f}" == f"{r.billions:.1f}" for r in TABLE_1
+    )
     row("parameters of table 1 as printed", "10 rows", f"{same} rows")
-    days = [training_days_rule(300e9, 1024, 140e12, 175e9), training_days_rule(450e9, 3072, 163e12, 1008e9)]
+    days = [
+        training_days_rule(300e9, 1024, 140e12, 175e9),
+        training_days_rule(450e9, 3072, 163e12, 1008e9),
+    ]
     row("days to train 175B and 1T", "34, 84", ", ".join(f"{x:.0f}" for x in days))
     first = plan(128, 25_600, 160, 3072, 3072)[0]
     row("the plan for 1T on 3,072 GPUs", "t 8, p 64, d 6", f"t {first.t}, p {first.p}, d {first.d}")
-    best = ([x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1)
+    best = (
+        [x[:2] for x in plan(r.layers, r.hidden, r.heads, r.gpus, r.batch)[:3]] for r in TABLE_1
+    )
     among = sum((r.tp, r.pp) in three for r, three in zip(TABLE_1, best))
     row("table 1's (t, p) among the plan's best three", "10 rows", f"{among} rows")
     row("throughput gained by interleaving", "up to 10 %", "–", "needs a GPU a rank")
@@ -1609,7 +1827,9 @@ def claims(args: argparse.Namespace, errors: dict[str, float], differences: dict
 class Options:
     """This chapter's own flags."""
 
-    data: str = flag("", "a UTF-8 text to train on, in place of Python's own sources", metavar="FILE")
+    data: str = flag(
+        "", "a UTF-8 text to train on, in place of Python's own sources", metavar="FILE"
+    )
     pp: int | None = flag(None, "ranks of one pipeline; None: 4, or the most that fit", least=1)
     schedule: str = flag("1f1b", "the order of forwards and backwards", choices=list(KINDS[:3]))
     chunks: int = flag(1, "pieces of the model on each rank, for interleaved", least=1)
@@ -1654,7 +1874,9 @@ def flags() -> argparse.Namespace:
 
 def plan_command(arguments: list[str]) -> None:
     """`pipeline.py plan ...`: the table of layouts, why the first is the first, and its schedule, proven and timed."""
-    parser = argparse.ArgumentParser(prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pipeline.py plan", formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for name in ("layers", "hidden", "heads", "gpus", "batch"):
         parser.add_argument("--" + name, type=int, required=True)
     speeds = dict(gpu_memory="GB of one GPU", gpus_per_node="GPUs of one server", peak="FLOP/s of one GPU",
@@ -1662,7 +1884,9 @@ def plan_command(arguments: list[str]) -> None:
                   network="bytes/s of a GPU between servers", overhead="seconds a layer and micro-batch")  # fmt: skip
     for name, text in speeds.items():
         default = Machine._field_defaults[name]
-        parser.add_argument("--" + name.replace("_", "-"), type=type(default), default=default, help=text)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=type(default), default=default, help=text
+        )
     parser.add_argument("--rows", type=int, default=10, help="layouts to show")
     args = vars(parser.parse_args(arguments))
     rows, machine = args.pop("rows"), Machine(**{name: args.pop(name) for name in speeds})
@@ -1770,7 +1994,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
@@ -1783,7 +2007,9 @@ class TextData:
             need = f"a tenth of it must be longer than {seq_length}"
             raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
         split = self.eval_split if evaluation else self.train_split
         key = f"{seed} {step} {evaluation}"
@@ -1799,7 +2025,7 @@ def byte_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 242daf
+# endregion copy aaa995
 
 
 # region carried: counter (home: 01_deepspeech)
@@ -1974,7 +2200,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -2028,8 +2254,10 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
         args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
         raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
@@ -2039,7 +2267,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy c36935
+# endregion copy 82e4fd
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -2064,6 +2292,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         if "LOCAL_RANK" not in os.environ:
             sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -2106,7 +2337,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 170f78
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

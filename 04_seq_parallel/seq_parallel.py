@@ -127,34 +127,51 @@ class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
 
     vocab_size: int = 256
-    seq_length: int = flag(64, "S, tokens of a sequence; the model has this many positions", least=1)
+    seq_length: int = flag(
+        64, "S, tokens of a sequence; the model has this many positions", least=1
+    )
     hidden_size: int = flag(64, "H", least=1)
     num_layers: int = flag(8, "L", least=1)
     num_heads: int = flag(4, "N, attention heads", least=1)
     ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
     dropout: float = flag(0.0, "probability; Megatron-LM trains with 0.1")
-    norm: str = "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    norm: str = (
+        "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
+    )
     init_std: float = 0.02
     seed: int = 0  # the weights are a function of this configuration alone
     vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
-    tied_head: bool = True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    tied_head: bool = (
+        True  # the last layer multiplies with the embedding table; False: with a weight of its own
+    )
 
     def __post_init__(self):
         self.head_size = self.hidden_size // max(1, self.num_heads)  # D
         self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
-        for name in ("vocab_size", "seq_length", "hidden_size", "num_layers", "num_heads", "ffn_hidden_size"):
+        for name in (
+            "vocab_size",
+            "seq_length",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "ffn_hidden_size",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if rest := self.hidden_size % self.num_heads:
-            sizes = f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            raise ValueError(f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}")
+            sizes = (
+                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
+            )
+            raise ValueError(
+                f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}"
+            )
         if self.norm not in ("pre", "post"):
             raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion copy 2d0741
+# endregion copy b0571d
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -172,7 +189,9 @@ RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, No
 
 def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
     """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(1 - p, generator=generator)
+    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
+        1 - p, generator=generator
+    )
 
 
 def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
@@ -186,7 +205,9 @@ def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Te
     return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
 
 
-def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def core_attention(
+    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
 
     p is the dropout on the attention weights.
@@ -195,8 +216,12 @@ def core_attention(q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.
         return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
     S, D = q_BNSD.shape[-2:]
     scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    future_SS = torch.full((S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device).triu(1)
-    wide = torch.promote_types(scores_BNSS.dtype, torch.float32)  # said openly; PyTorch's kernels widen too
+    future_SS = torch.full(
+        (S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device
+    ).triu(1)
+    wide = torch.promote_types(
+        scores_BNSS.dtype, torch.float32
+    )  # said openly; PyTorch's kernels widen too
     weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
     return dropout(weights_BNSS, p, generator) @ v_BNSD
 
@@ -215,7 +240,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
         heads = dict(three=3, D=self.config.head_size)  # einops finds out N
-        q_BNSD, k_BNSD, v_BNSD = rearrange(self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads)
+        q_BNSD, k_BNSD, v_BNSD = rearrange(
+            self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads
+        )
         p = self.config.dropout if self.training else 0.0
         y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
@@ -267,11 +294,20 @@ class GPT(nn.Module):
         self.config = config
         self.embedding = words(config.vocab_size, config.hidden_size)
         self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        halves = ((Attention(config, column, row), MLP(config, column, row)) for _ in range(config.num_layers))
+        halves = (
+            (Attention(config, column, row), MLP(config, column, row))
+            for _ in range(config.num_layers)
+        )
         self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
         self.final_norm = nn.LayerNorm(config.hidden_size)
-        self.head = None if config.tied_head else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.final_norm.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        self.head = (
+            None
+            if config.tied_head
+            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        if (
+            not self.final_norm.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
@@ -281,18 +317,24 @@ class GPT(nn.Module):
             x_BSH = layer(x_BSH, streams)
         return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BSV = self(tokens_BS, streams)
         logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none")
+        return F.cross_entropy(
+            rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none"
+        )
 
 
 def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
     """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
     S = tokens_BS.shape[1]
     if S > positions.num_embeddings:
-        raise ValueError(f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions")
+        raise ValueError(
+            f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions"
+        )
     return words(tokens_BS) + positions.weight[:S]
 
 
@@ -311,7 +353,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 2:
-            onto_residual = name.endswith(("out.weight", "down.weight"))  # what writes onto the residual stream
+            onto_residual = name.endswith(
+                ("out.weight", "down.weight")
+            )  # what writes onto the residual stream
             std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
             yield name, torch.randn(shape, generator=generator, device="cpu") * std
         else:  # biases 0, LayerNorm's weights 1
@@ -320,16 +364,27 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
     """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
 
 
 def train_alone(
-    model: GPT, batches: Batches, lr: Callable[[int], float], max_norm: float = 1.0, autocast: torch.dtype | None = None
+    model: GPT,
+    batches: Batches,
+    lr: Callable[[int], float],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
     clipping.
@@ -349,7 +404,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy 404407
+# endregion copy 7b4c0b
 
 
 class TransformerLayer(Block):
@@ -484,7 +539,9 @@ def _sum(partial_x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    shards = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
+    ]
     dist.all_gather(shards, x.contiguous(), group)
     return torch.cat(shards, dim=-1)
 
@@ -514,7 +571,9 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     Returns: the sum over `group` (...), replicated.
     Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    return (
+        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    )
 
 
 def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
@@ -540,7 +599,9 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 def _share(size: int, group: Group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
-        raise ValueError(f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks")
+        raise ValueError(
+            f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks"
+        )
     return size // tp
 
 
@@ -564,7 +625,9 @@ def _share(size: int, group: Group, what: str) -> int:
 
 def _start_gather(x_sBH: Tensor, group) -> tuple[Tensor, dist.Work]:
     """x_SBH, complete once the work has been waited for."""
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather = (
+        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    )  # its name before torch 2.13
     x_SBH = x_sBH.new_empty(x_sBH.shape[0] * group_size(group), *x_sBH.shape[1:])
     return x_SBH, gather(x_SBH, x_sBH.contiguous(), group=group, async_op=True)
 
@@ -572,7 +635,9 @@ def _start_gather(x_sBH: Tensor, group) -> tuple[Tensor, dist.Work]:
 def _start_reduce_scatter(partial_x_SBH: Tensor, group) -> tuple[Tensor, dist.Work]:
     """x_sBH, this rank's tokens of the sum, complete once the work has been waited for."""
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    x_sBH = partial_x_SBH.new_empty(_tokens_each(partial_x_SBH.shape[0], group), *partial_x_SBH.shape[1:])
+    x_sBH = partial_x_SBH.new_empty(
+        _tokens_each(partial_x_SBH.shape[0], group), *partial_x_SBH.shape[1:]
+    )
     return x_sBH, reduce_scatter(x_sBH, partial_x_SBH.contiguous(), group=group, async_op=True)
 
 
@@ -614,8 +679,14 @@ def gather_from_sp(x_sBH: Tensor, group: Group = None, backward: str = "reduce_s
     """
     ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
     if backward not in ways:
-        raise ValueError(f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work")
-    return _Conjugate.apply(x_sBH, group, _gather_tokens, ways[backward]) if group_size(group) > 1 else x_sBH
+        raise ValueError(
+            f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work"
+        )
+    return (
+        _Conjugate.apply(x_sBH, group, _gather_tokens, ways[backward])
+        if group_size(group) > 1
+        else x_sBH
+    )
 
 
 def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
@@ -639,7 +710,11 @@ def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
     Raises: ValueError where S does not divide over the ranks.
     Source: Megatron-LM.
     """
-    return _Conjugate.apply(x_SBH, group, _own_tokens, _gather_tokens) if group_size(group) > 1 else x_SBH
+    return (
+        _Conjugate.apply(x_SBH, group, _own_tokens, _gather_tokens)
+        if group_size(group) > 1
+        else x_SBH
+    )
 
 
 # ── 2.3 Keep the share, and gather it twice ─────────────────────────────────────────────────────────────
@@ -680,7 +755,11 @@ def _start_all_reduce(partial_x: Tensor, group) -> tuple[Tensor, dist.Work]:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight_fH, bias_f, group, sequence_parallel):
-        door = (_start_gather, _start_reduce_scatter) if sequence_parallel else (_start_nothing, _start_all_reduce)
+        door = (
+            (_start_gather, _start_reduce_scatter)
+            if sequence_parallel
+            else (_start_nothing, _start_all_reduce)
+        )
         ctx.group, (ctx.start_gather, ctx.start_sum) = group, door  # g or f, there and back
         ctx.save_for_backward(x, weight_fH)  # the share, and not what is gathered here
         x_SBH, gathering = ctx.start_gather(x, group)
@@ -723,7 +802,9 @@ def column_parallel(
     if group_size(group) == 1:
         return F.linear(x, weight_fH, bias_f)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        narrow = torch.get_autocast_dtype(x.device.type)  # before, because backward has no autocast, and to send less
+        narrow = torch.get_autocast_dtype(
+            x.device.type
+        )  # before, because backward has no autocast, and to send less
         x, weight_fH, bias_f = (y if y is None else y.to(narrow) for y in (x, weight_fH, bias_f))
     return _ColumnParallel.apply(x, weight_fH, bias_f, group, sequence_parallel)
 
@@ -753,7 +834,13 @@ class SPColumnParallelLinear(nn.Module):
     Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, in_features: int, out_features: int, group: Group = None, sequence_parallel: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group = None,
+        sequence_parallel: bool = True,
+    ):
         super().__init__()
         self.group, self.sequence_parallel = group, sequence_parallel
         f, whole = _share(out_features, group, "out_features"), nn.Linear(in_features, out_features)
@@ -776,7 +863,13 @@ class SPRowParallelLinear(nn.Module):
     Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, in_features: int, out_features: int, group: Group = None, sequence_parallel: bool = True):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        group: Group = None,
+        sequence_parallel: bool = True,
+    ):
         super().__init__()
         self.group, self.sequence_parallel = group, sequence_parallel
         f, whole = _share(in_features, group, "in_features"), nn.Linear(in_features, out_features)
@@ -806,7 +899,9 @@ def random_streams(
     Source: Megatron-LM.
     """
 
-    def stream(*key):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
+    def stream(
+        *key,
+    ):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
         return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
 
     inside = stream(seed, rank)
@@ -838,7 +933,9 @@ def random_streams(
 # and cheap to compute again, is asked today of norms, gelu and the routers of experts.
 
 
-def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def unfused_attention(
+    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """Causal attention of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
 
     p: dropout on the attention weights, drawn from `generator`, which is on their device.
@@ -852,7 +949,9 @@ def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.
     return dropped_pSS @ v_pSD
 
 
-def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None) -> Tensor:
+def fused_attention(
+    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
+) -> Tensor:
     """The same in one kernel that keeps no S × S tensor: (p, S, D) three times to (p, S, D).
 
     Raises: ValueError for dropout, which the kernel draws its own way. Source: FlashAttention, arXiv 2205.14135.
@@ -861,7 +960,9 @@ def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0,
         raise ValueError(
             f"dropout={p}: the fused kernel takes no generator of ours; use unfused_attention or dropout=0"
         )
-    pairs = (x_pSD[None] for x_pSD in (q_pSD, k_pSD, v_pSD))  # as one sequence of p heads: its output is then a view
+    pairs = (
+        x_pSD[None] for x_pSD in (q_pSD, k_pSD, v_pSD)
+    )  # as one sequence of p heads: its output is then a view
     return F.scaled_dot_product_attention(*pairs, is_causal=True)[0]
 
 
@@ -932,16 +1033,29 @@ class ParallelAttention(nn.Module):
     Source: sections 4.2.2 and 5 of the paper.
     """
 
-    def __init__(self, config: GPTConfig, group: Group, sequence_parallel: bool, recompute_core: bool, core: Callable):
+    def __init__(
+        self,
+        config: GPTConfig,
+        group: Group,
+        sequence_parallel: bool,
+        recompute_core: bool,
+        core: Callable,
+    ):
         super().__init__()
         _share(config.num_heads, group, "num_heads")
         self.config, self.core, self.recompute_core = config, core, recompute_core
-        self.qkv = SPColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group, sequence_parallel)
-        self.out = SPRowParallelLinear(config.hidden_size, config.hidden_size, group, sequence_parallel)
+        self.qkv = SPColumnParallelLinear(
+            config.hidden_size, 3 * config.hidden_size, group, sequence_parallel
+        )
+        self.out = SPRowParallelLinear(
+            config.hidden_size, config.hidden_size, group, sequence_parallel
+        )
 
     def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
         heads, B = dict(three=3, D=self.config.head_size), x_sBH.shape[1]
-        q_pSD, k_pSD, v_pSD = rearrange(self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", **heads)
+        q_pSD, k_pSD, v_pSD = rearrange(
+            self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", **heads
+        )
         args = q_pSD, k_pSD, v_pSD, self.config.dropout if self.training else 0.0, streams.inside
         if self.recompute_core:
             y_pSD = recompute(self.core, *args, generators=[streams.inside])
@@ -958,8 +1072,12 @@ class ParallelMLP(nn.Module):
 
     def __init__(self, config: GPTConfig, group: Group, sequence_parallel: bool):
         super().__init__()
-        self.up = SPColumnParallelLinear(config.hidden_size, config.ffn_hidden_size, group, sequence_parallel)
-        self.down = SPRowParallelLinear(config.ffn_hidden_size, config.hidden_size, group, sequence_parallel)
+        self.up = SPColumnParallelLinear(
+            config.hidden_size, config.ffn_hidden_size, group, sequence_parallel
+        )
+        self.down = SPRowParallelLinear(
+            config.ffn_hidden_size, config.hidden_size, group, sequence_parallel
+        )
 
     def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
         y_SBf = F.gelu(self.up(x_sBH), approximate="tanh")
@@ -993,7 +1111,9 @@ class SequenceParallelLayer(Block):
     ):  # fmt: skip
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
-        attention = ParallelAttention(config, group, sequence_parallel, recompute == "selective", core)
+        attention = ParallelAttention(
+            config, group, sequence_parallel, recompute == "selective", core
+        )
         super().__init__(config, attention, ParallelMLP(config, group, sequence_parallel))
         self.group, self.recompute = group, recompute
 
@@ -1001,9 +1121,13 @@ class SequenceParallelLayer(Block):
         streams, t = streams or RandomStreams(), group_size(self.group)
         p = self.config.dropout if self.training else 0.0
         if p and t > 1 and None in (streams.inside, streams.outside):
-            raise ValueError(f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)")
+            raise ValueError(
+                f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)"
+            )
         if self.recompute == "full":
-            return recompute(super().forward, x_sBH, streams, generators=[streams.outside, streams.inside])
+            return recompute(
+                super().forward, x_sBH, streams, generators=[streams.outside, streams.inside]
+            )
         return super().forward(x_sBH, streams)
 
 
@@ -1027,15 +1151,28 @@ def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
     kept; Kept.line the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works
     with fake tensors. Source: ours.
     """
-    here, wrappers = saved_bytes.__code__.co_filename, ("pack", "dropout", "column_parallel")  # their callers say more
-    known, kept, held = {p.untyped_storage()._cdata for p in parameters}, [], []  # a fake tensor has no data_ptr()
+    here, wrappers = (
+        saved_bytes.__code__.co_filename,
+        ("pack", "dropout", "column_parallel"),
+    )  # their callers say more
+    known, kept, held = (
+        {p.untyped_storage()._cdata for p in parameters},
+        [],
+        [],
+    )  # a fake tensor has no data_ptr()
 
     def pack(x: Tensor) -> Tensor:
         if x.untyped_storage()._cdata not in known:
             known.add(x.untyped_storage()._cdata)
             held.append(x)  # so that its address is not used again
-            frames = [f for f in traceback.extract_stack() if f.filename == here and f.name not in wrappers]
-            kept.append(Kept(x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, frames[-1].line))
+            frames = [
+                f
+                for f in traceback.extract_stack()
+                if f.filename == here and f.name not in wrappers
+            ]
+            kept.append(
+                Kept(x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, frames[-1].line)
+            )
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
@@ -1192,22 +1329,37 @@ class SequenceParallelGPT(nn.Module):
         rank, t = group_rank(group), group_size(group)
         check_tp(config, t)
         if not config.tied_head:
-            raise ValueError("tied_head=False: this model's last layer multiplies with the embedding table")
+            raise ValueError(
+                "tied_head=False: this model's last layer multiplies with the embedding table"
+            )
         options = group, sequence_parallel, recompute, core
         with torch.device("meta"):  # shapes first, without memory
             words = padded_vocab_size(config.vocab_size, t, config.vocab_multiple) // t
             self.embedding = nn.Embedding(words, config.hidden_size)
             self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            self.layers = nn.ModuleList(SequenceParallelLayer(config, *options) for _ in range(config.num_layers))
+            self.layers = nn.ModuleList(
+                SequenceParallelLayer(config, *options) for _ in range(config.num_layers)
+            )
             self.final_norm = nn.LayerNorm(config.hidden_size)
-        shares = {name: shard_tensor(name, whole, config, rank, t) for name, whole in initial_weights(config)}
+        shares = {
+            name: shard_tensor(name, whole, config, rank, t)
+            for name, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
     def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        S, p, streams = tokens_BS.shape[1], self.config.dropout if self.training else 0.0, streams or RandomStreams()
+        S, p, streams = (
+            tokens_BS.shape[1],
+            self.config.dropout if self.training else 0.0,
+            streams or RandomStreams(),
+        )
         if S > self.config.seq_length:
-            raise ValueError(f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions")
-        partial_x_SBH = look_up(tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group)
+            raise ValueError(
+                f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions"
+            )
+        partial_x_SBH = look_up(
+            tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group
+        )
         x_sBH = sum_over_tp(partial_x_SBH, self.group, self.sequence_parallel)
         first = group_rank(self.group) * x_sBH.shape[0] if self.sequence_parallel else 0
         positions_sH = self.positions.weight[first : first + x_sBH.shape[0]]
@@ -1215,12 +1367,18 @@ class SequenceParallelGPT(nn.Module):
         for layer in self.layers:
             x_sBH = layer(x_sBH, streams)
         x_sBH = self.final_norm(x_sBH)
-        return column_parallel(x_sBH, self.embedding.weight, None, self.group, self.sequence_parallel)
+        return column_parallel(
+            x_sBH, self.embedding.weight, None, self.group, self.sequence_parallel
+        )
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
         logits_SBv = self(tokens_BS, streams)
-        return vocab_parallel_cross_entropy(logits_SBv, targets_BS.T, self.group, self.config.vocab_size).T
+        return vocab_parallel_cross_entropy(
+            logits_SBv, targets_BS.T, self.group, self.config.vocab_size
+        ).T
 
 
 # ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
@@ -1256,7 +1414,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
-    """Rank `rank`'s shard of the plain model's parameter `name`, a copy."""
+    """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
     dim = shard_dim(name)
     if dim is None:
         return full.clone()
@@ -1301,7 +1459,7 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
     return full
 
 
-# endregion copy b78d30
+# endregion copy b9cf42
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #
@@ -1380,7 +1538,9 @@ def train_step(
     """
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, streams).sum() / (targets_BS != -100).sum().clamp(min=1)
+        loss = model.loss(tokens_BS, targets_BS, streams).sum() / (targets_BS != -100).sum().clamp(
+            min=1
+        )
     loss.backward()
     if model.sequence_parallel:
         reduce_sequence_parallel_grads(model, model.group)
@@ -1414,13 +1574,20 @@ def train(
 # together are said to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
 
 
-def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1) -> float:
+def activation_bytes(
+    config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1
+) -> float:
     """Bytes that one of `tp` ranks keeps of a layer for `batch` sequences: bf16, 1-byte masks, F = 4·H, with dropout.
 
     Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
     Source: table 2 of the paper.
     """
-    s, h, a, divided = config.seq_length, config.hidden_size, config.num_heads, tp if sequence_parallel else 1
+    s, h, a, divided = (
+        config.seq_length,
+        config.hidden_size,
+        config.num_heads,
+        tp if sequence_parallel else 1,
+    )
     if recompute == "full":
         return 2 * s * batch * h / divided
     core = 5 * a * s / h if recompute == "none" else 0
@@ -1429,7 +1596,9 @@ def activation_bytes(config: GPTConfig, tp: int, sequence_parallel: bool, recomp
 
 # Table 3 and table 5: sequences of 2,048 tokens, 51,200 words, no data parallelism; t tensor-parallel ranks, p pipeline
 # stages in m interleaved pieces each; seconds of an iteration with full recomputation, and with what this chapter does.
-Published = namedtuple("Published", "a h L t p m gpus batch micro_batch seconds_full seconds mfu hfu")
+Published = namedtuple(
+    "Published", "a h L t p m gpus batch micro_batch seconds_full seconds mfu hfu"
+)
 PAPER_MODELS = {
     "22B": Published(64, 6144, 48, 8, 1, 1, 8, 4, 4, 1.42, 1.10, 41.5, 43.7),
     "175B": Published(96, 12288, 96, 8, 8, 3, 64, 64, 1, 18.13, 13.75, 51.4, 52.8),
@@ -1450,7 +1619,9 @@ def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str)
     It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
     some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
     """
-    one = activation_bytes(published_config(model), model.t, sequence_parallel, recompute, model.micro_batch)
+    one = activation_bytes(
+        published_config(model), model.t, sequence_parallel, recompute, model.micro_batch
+    )
     return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
 
 
@@ -1516,7 +1687,9 @@ def utilization(flops: float, seconds: float, gpus: int, peak: float = 312e12) -
 # rank's layer of a model for 512 GPUs runs through this same code in seconds, without memory, and can be counted: bytes
 # kept, messages, bytes on the wire, operations. (Only numbers cannot be had, nor time.)
 
-LayerCost = namedtuple("LayerCost", "sequence_parallel recompute formula kept saved messages wire flops")
+LayerCost = namedtuple(
+    "LayerCost", "sequence_parallel recompute formula kept saved messages wire flops"
+)
 
 
 def wire_bytes(messages: Iterable[Message], t: int) -> float:
@@ -1538,14 +1711,26 @@ def layer_costs(
         narrow = {name: x.to(device, torch.bfloat16) for name, x in layer.state_dict().items()}
         layer.load_state_dict(narrow, assign=True)  # layer.to(...) does not know fake tensors
         tokens = config.seq_length // (t if sequence_parallel else 1)
-        x = torch.randn(tokens, batch, config.hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(
+            tokens,
+            batch,
+            config.hidden_size,
+            device=device,
+            dtype=torch.bfloat16,
+            requires_grad=True,
+        )
         streams = random_streams(config.seed, group_rank(group), sequence_parallel, device)
         saved = saved_bytes(partial(layer, x, streams), layer.parameters())
         with Counter() as counter, FlopCounterMode(display=False) as flops:
             layer(x, streams).sum().backward()
-        formula, kept = activation_bytes(config, t, sequence_parallel, kind, batch), sum(k.bytes for k in saved)
+        formula, kept = (
+            activation_bytes(config, t, sequence_parallel, kind, batch),
+            sum(k.bytes for k in saved),
+        )
         sent = counter.messages, wire_bytes(counter.messages, t)
-        costs.append(LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops()))
+        costs.append(
+            LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops())
+        )
     return costs
 
 
@@ -1559,7 +1744,9 @@ def paper_scale(name: str) -> list[LayerCost]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     model = PAPER_MODELS[name]
-    dist.set_debug_level(dist.DebugLevel.OFF)  # torch's checks of each message would want a real store
+    dist.set_debug_level(
+        dist.DebugLevel.OFF
+    )  # torch's checks of each message would want a real store
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.t)
     with FakeTensorMode():
         costs = layer_costs(published_config(model), model.micro_batch)
@@ -1581,20 +1768,29 @@ MODES = list(itertools.product((False, True), RECOMPUTE))
 
 
 def mode_name(sequence_parallel: bool, recompute: str) -> str:
-    return ("TP + SP" if sequence_parallel else "TP") + ("" if recompute == "none" else f" + {recompute}")
+    return ("TP + SP" if sequence_parallel else "TP") + (
+        "" if recompute == "none" else f" + {recompute}"
+    )
 
 
-def equivalence(device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> Iterator[tuple[tuple, dict]]:
+def equivalence(
+    device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> Iterator[tuple[tuple, dict]]:
     """A small odd model in each mode beside the same on a single device: the mode, and every tensor's relative error.
 
     Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
     """
     t = group_size()
-    config = GPTConfig(vocab_size=61, seq_length=4 * t, hidden_size=16 * t, num_layers=2, num_heads=2 * t)
+    config = GPTConfig(
+        vocab_size=61, seq_length=4 * t, hidden_size=16 * t, num_layers=2, num_heads=2 * t
+    )
     generator = torch.Generator().manual_seed(1)
     tokens_BS, targets_BS = torch.randint(61, (2, 3, 3 * t), generator=generator).to(device)
     targets_BS[0, t:] = -100
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast)
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast),
+    )
 
     def trained(model: nn.Module, training: Callable) -> tuple[dict, dict, dict]:
         """Losses and norms of five steps, the gradients of the first one, the weights after the last one."""
@@ -1635,7 +1831,9 @@ def check(args: argparse.Namespace, device: torch.device) -> bool:
 
 def print_costs(costs: list[LayerCost], sbh: int) -> None:
     """The six modes beside each other; sbh is the number of elements of a whole x_SBH."""
-    say("mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations")
+    say(
+        "mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations"
+    )
     for cost in costs:
         names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
         sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
@@ -1644,7 +1842,9 @@ def print_costs(costs: list[LayerCost], sbh: int) -> None:
             f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
 
 
-def losses_alone(config: GPTConfig, batches: Batches, device: torch.device, **options) -> list[float]:
+def losses_alone(
+    config: GPTConfig, batches: Batches, device: torch.device, **options
+) -> list[float]:
     """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
 
     options: `train_alone`'s lr and autocast, and dtype, the parameters'.
@@ -1666,13 +1866,20 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     source = args.data or "Python's sources"
 
     def batches(steps: int) -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
-    model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(device, dtype)
+    model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(
+        device, dtype
+    )
     streams = random_streams(args.seed, group_rank(), args.sequence_parallel, device)
     say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {source}")
-    compared = 0 if args.dropout else min(5, args.steps)  # with dropout the masks differ, and so must the losses
+    compared = (
+        0 if args.dropout else min(5, args.steps)
+    )  # with dropout the masks differ, and so must the losses
     alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
     say("step      loss    single device      norm")
     quiet = group_rank() > 0 or not sys.stderr.isatty()
@@ -1695,7 +1902,9 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     config = GPTConfig(seq_length=S, hidden_size=H, num_heads=2 * t, dropout=0.1)
     costs, sbh = layer_costs(config, 2, None, device), 2 * S * H
     core = 5 * config.num_heads * S / H
-    say(f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n")
+    say(
+        f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n"
+    )
     for kept in costs[3].saved:
         shape = " × ".join(map(str, kept.shape))
         say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
@@ -1703,8 +1912,18 @@ def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
     say(f"{t * costs[3].kept / sbh:8.3f}  {terms}")
     fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
     for layer, ranks, shape, what in (
-        (fused, t, (S // t, 2, H), "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks"),
-        (TransformerLayer(config), 1, (2, S, H), "by the plain layer on a single device: its softmax is wide"),
+        (
+            fused,
+            t,
+            (S // t, 2, H),
+            "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks",
+        ),
+        (
+            TransformerLayer(config),
+            1,
+            (2, S, H),
+            "by the plain layer on a single device: its softmax is wide",
+        ),
     ):
         x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
         layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
@@ -1738,21 +1957,37 @@ def claims(
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
         error = worst(errors, kind)
         text = f"every {claim} equals the single device's, six modes, float64"
         row(text, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     if differences:
-        row(text, "equal", f"within {worst(differences):.0e}", worst(differences) <= BOUNDS[args.dtype])
+        row(
+            text,
+            "equal",
+            f"within {worst(differences):.0e}",
+            worst(differences) <= BOUNDS[args.dtype],
+        )
     else:
         row(text, "equal", "–", "needs steps and --dropout 0")
     published = dry_run()
     modes = {f"this run, t = {t},": [(cost.kept, cost.formula) for cost in costs]}
-    modes["22B to 1T on pretended ranks,"] = [mode[:2] for model in published.values() for mode in model]
+    modes["22B to 1T on pretended ranks,"] = [
+        mode[:2] for model in published.values() for mode in model
+    ]
     for what, pairs in modes.items():
         error = max(abs(kept / formula - 1) for kept, formula in pairs)
-        row(f"bytes kept of a layer, {what} six modes", "table 2", f"within {100 * error:.3f} %", error <= 0.01)
+        row(
+            f"bytes kept of a layer, {what} six modes",
+            "table 2",
+            f"within {100 * error:.3f} %",
+            error <= 0.01,
+        )
     unit = 2 * sbh * (t - 1) / t
     sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
     why = "2 are the second gathers: 2.3" if unit else "needs ranks"
@@ -1761,25 +1996,47 @@ def claims(
     for name, m in PAPER_MODELS.items():
         sizes, end = (m.batch, SEQUENCE, m.h, m.L, WORDS), (m.seconds, m.gpus)
         share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
-        good = all(abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu)))  # 22B's 1.10 s are good to 0.2 points
-        row(f"MFU and HFU of {name}", f"{m.mfu} %, {m.hfu} %", "{:.1f} %, {:.1f} %".format(*share), good)
+        good = all(
+            abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu))
+        )  # 22B's 1.10 s are good to 0.2 points
+        row(
+            f"MFU and HFU of {name}",
+            f"{m.mfu} %, {m.hfu} %",
+            "{:.1f} %, {:.1f} %".format(*share),
+            good,
+        )
     none, selective = (published["175B"][mode][2] for mode in (0, 1))
     m = PAPER_MODELS["175B"]
-    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(m.batch, SEQUENCE, m.h, m.L, WORDS)
+    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(
+        m.batch, SEQUENCE, m.h, m.L, WORDS
+    )
     here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
-    row("operations that selective recomputation adds, 175B", "2.7 %", here, "equation 8 errs: 5.2; stops early: 2.6")
+    row(
+        "operations that selective recomputation adds, 175B",
+        "2.7 %",
+        here,
+        "equation 8 errs: 5.2; stops early: 2.6",
+    )
     core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
     here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
     row("memory that it saves on a single device, 175B, 530B", "70 %, 65 %", here)
     models = PAPER_MODELS.values()
-    shares = [first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none") for m in models]
+    shares = [
+        first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none")
+        for m in models
+    ]
     here = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
     verdict = max(shares) < 0.2 or "530B and 1T miss it by a little"
     row("memory with both, of tensor parallelism's", "under 20 %", here, verdict)
     extra = extra_bytes(PAPER_MODELS["22B"]) / first_stage_bytes(PAPER_MODELS["22B"], True, "none")
     verdict = extra < 1e-4 or "its own formula says so"
     row("what the ends of the network add, 22B", "under 0.01 %", f"{100 * extra:.2f} %", verdict)
-    row("time added by full, selective, sequence parallelism", "39, 7, −3 %", "–", "needs 8 A100s; see make bench")
+    row(
+        "time added by full, selective, sequence parallelism",
+        "39, 7, −3 %",
+        "–",
+        "needs 8 A100s; see make bench",
+    )
     return rows
 
 
@@ -1792,7 +2049,11 @@ def dry_run() -> dict[str, list[tuple[int, float, int]]]:
 script = runpy.run_path({str(script)!r})
 names, paper_scale = script["PAPER_MODELS"], script["paper_scale"]
 print(json.dumps({numbers}))"""
-    clean = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    clean = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
     options = dict(env=clean, cwd=script.parent, check=True, stdout=subprocess.PIPE)
     return json.loads(subprocess.run([sys.executable, "-c", program], **options).stdout)
 
@@ -1864,7 +2125,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
@@ -1877,7 +2138,9 @@ class TextData:
             need = f"a tenth of it must be longer than {seq_length}"
             raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
         split = self.eval_split if evaluation else self.train_split
         key = f"{seed} {step} {evaluation}"
@@ -1893,7 +2156,7 @@ def byte_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 242daf
+# endregion copy aaa995
 
 
 # region carried: reports (home: 01_deepspeech)
@@ -2068,7 +2331,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -2122,8 +2385,10 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
         args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
         raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
@@ -2133,7 +2398,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy c36935
+# endregion copy 82e4fd
 
 
 # region carried: launcher (home: 01_deepspeech)
@@ -2158,6 +2423,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         if "LOCAL_RANK" not in os.environ:
             sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -2200,7 +2468,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 170f78
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

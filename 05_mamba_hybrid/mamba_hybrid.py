@@ -129,12 +129,17 @@ class HybridConfig:
     norm_eps: float = 1e-5
     init_std: float = 0.02
     A_init: tuple[float, float] = (1.0, 16.0)  # −A of a head is drawn between these
-    dt_init: tuple[float, float] = (1e-3, 0.1)  # and its step dt, on a logarithmic scale, between these
+    dt_init: tuple[float, float] = (
+        1e-3,
+        0.1,
+    )  # and its step dt, on a logarithmic scale, between these
     seed: int = 0  # the weights are a function of this configuration alone
 
     def __post_init__(self):
         if not self.pattern or set(self.pattern) - set("M*-"):
-            raise ValueError(f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else")
+            raise ValueError(
+                f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else"
+            )
         for name, value in vars(self).items():
             least = {"seed": value, "rope": value, "conv_kernel": 2}.get(name, 1)
             if isinstance(value, int) and value < least:
@@ -142,9 +147,13 @@ class HybridConfig:
         for kind in ("mamba", "attention"):
             heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
             if heads % groups:
-                raise ValueError(f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple")
+                raise ValueError(
+                    f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple"
+                )
         if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
-            raise ValueError(f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated")
+            raise ValueError(
+                f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated"
+            )
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -241,7 +250,9 @@ def _scan(form, x, dt, A, B, C, D, state, starts):
         a_BGJS1 = rearrange(log_decay(dt, A, starts)[..., None], split, G=G)
         B_BG1SZ, C_BG1SZ = (rearrange(at_least_fp32(t), "B S G Z -> B G 1 S Z") for t in (B, C))
         zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-        state_BGJDZ = rearrange(zeros_BNDZ if state is None else at_least_fp32(state), "B (G J) D Z -> B G J D Z", G=G)
+        state_BGJDZ = rearrange(
+            zeros_BNDZ if state is None else at_least_fp32(state), "B (G J) D Z -> B G J D Z", G=G
+        )
         y_BGJSD, state_BGJDZ = form(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ)
         y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
         y_BSND = y_BSND if D is None else y_BSND + at_least_fp32(D)[:, None] * x
@@ -254,7 +265,9 @@ def _scan(form, x, dt, A, B, C, D, state, starts):
 def _steps(state_BGJDZ, *tensors):
     y = []
     for X_BGJD, a_BGJ1, B_BG1Z, C_BG1Z in zip(*(t.unbind(-2) for t in tensors)):
-        state_BGJDZ = a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        state_BGJDZ = (
+            a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
+        )
         y.append((state_BGJDZ * C_BG1Z[..., None, :]).sum(-1))
     return torch.stack(y, -2) if y else tensors[0], state_BGJDZ
 
@@ -316,25 +329,41 @@ def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tu
 # diagonal is rounded before it cancels: of a head that forgets within a token it leaves noise in the place of dA.)
 
 
-def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ):
+def _chunk_backward(
+    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ
+):
     L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
-    end_BGJS1, whole_BGJ11, exact = L_BGJSS[..., -1, :, None], kept_BGJS1[..., -1:, :], dict(dtype=torch.float64)
+    end_BGJS1, whole_BGJ11, exact = (
+        L_BGJSS[..., -1, :, None],
+        kept_BGJS1[..., -1:, :],
+        dict(dtype=torch.float64),
+    )
     # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
     # each factor in turn: X first, through y and through the new state.
     scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
-    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (B_BG1SZ @ grad_state_BGJDZ.mT)
+    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (
+        B_BG1SZ @ grad_state_BGJDZ.mT
+    )
     # Then B and C, which all heads of a group share: so their gradients are sums over heads.
     by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
     grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
-    by_read_BGJSZ, by_left_BGJSZ = read_BGJSD @ state_BGJDZ, (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ
+    by_read_BGJSZ, by_left_BGJSZ = (
+        read_BGJSD @ state_BGJDZ,
+        (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ,
+    )
     grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
     grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
 
     # At last the decays, by way of s: what L, the reading of the state and the writing into it tell.
-    M_BGJSS, left_BGJS = by_head_BGJSS.mul_(scores_BG1SS), (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact)
+    M_BGJSS, left_BGJS = (
+        by_head_BGJSS.mul_(scores_BG1SS),
+        (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact),
+    )
     grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
     grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
-    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum((-1, -2), **exact)
+    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum(
+        (-1, -2), **exact
+    )
     grad_a_BGJS1 = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)[..., None]
     grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
     return grad_state_BGJDZ, grad_X_BGJSD, grad_a_BGJS1, grad_B_BG1SZ, grad_C_BG1SZ
@@ -342,13 +371,17 @@ def _chunk_backward(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJS
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, chunk, state_BGJDZ, *tensors):  # X, a, B and C; tokens are the last dimension but one
+    def forward(
+        ctx, chunk, state_BGJDZ, *tensors
+    ):  # X, a, B and C; tokens are the last dimension but one
         # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
         y_BGJSD, states = torch.empty_like(tensors[0]), []
         ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
         for at in ctx.chunks:
             states.append(state_BGJDZ)
-            y_BGJSD[..., at, :], state_BGJDZ = _chunk(state_BGJDZ, *(t[..., at, :] for t in tensors))
+            y_BGJSD[..., at, :], state_BGJDZ = _chunk(
+                state_BGJDZ, *(t[..., at, :] for t in tensors)
+            )
         ctx.save_for_backward(*tensors, *states)
         return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
 
@@ -383,8 +416,20 @@ def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple
     Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
-        raise ValueError(f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0")
-    return _scan(lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out), x, dt, A, B, C, D, initial_state, starts)
+        raise ValueError(
+            f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0"
+        )
+    return _scan(
+        lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out),
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        initial_state,
+        starts,
+    )
 
 
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
@@ -405,11 +450,15 @@ def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) ->
     """
     S, K = u_BSC.shape[1], weight_CK.shape[1]
     zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
-    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[:, 1 - K - S :]
+    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[
+        :, 1 - K - S :
+    ]
     for tap in range(K):
         of_tap_BSC = padded_BSC[:, tap : tap + S]
         if document is not None:
-            of_tap_BSC = of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+            of_tap_BSC = (
+                of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
+            )
         y_BSC = torch.addcmul(y_BSC, of_tap_BSC, weight_CK[:, tap])
     return y_BSC.to(u_BSC.dtype)
 
@@ -438,14 +487,18 @@ class Past:
     """
 
     first: int = 0  # the number of tokens before
-    document_BS: Tensor | None = None  # of all tokens of the sequence, the number of the document; None: there is one
+    document_BS: Tensor | None = (
+        None  # of all tokens of the sequence, the number of the document; None: there is one
+    )
 
     def documents(self, before: int, S: int) -> Tensor | None:
         """The document's number for `before` tokens in front of `first`, and for S from there on."""
         if self.document_BS is None:
             return None
         index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
-        return self.document_BS[:, index.clamp(min=0)]  # in front of the first token of all there are only zeros
+        return self.document_BS[
+            :, index.clamp(min=0)
+        ]  # in front of the first token of all there are only zeros
 
     def starts(self, S: int) -> Tensor | None:
         """True where a document begins, for S tokens from `first` on."""
@@ -489,7 +542,11 @@ class Mamba2Mixer(nn.Module):
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config, N, inner = config, config.mamba_heads, config.mamba_heads * config.mamba_head_size
+        self.config, N, inner = (
+            config,
+            config.mamba_heads,
+            config.mamba_heads * config.mamba_head_size,
+        )
         self.convolved = [inner, *2 * [config.mamba_groups * config.state_size]]  # x, B, C
         self.projected = [inner, sum(self.convolved), N]  # z, those three, dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
@@ -506,15 +563,23 @@ class Mamba2Mixer(nn.Module):
         # The order of the rows of in_proj is the published one; z and dt do not go through the convolution.
         config, past, S = self.config, past or Past(), x_BSH.shape[1]
         z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
-        before, documents = past.inputs(u_BSC, config.conv_kernel), past.documents(config.conv_kernel - 1, S)
+        before, documents = (
+            past.inputs(u_BSC, config.conv_kernel),
+            past.documents(config.conv_kernel - 1, S),
+        )
         u_BSC = F.silu(causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, before, documents))
         x_BSC, *BC_BSC = u_BSC.split(self.convolved, -1)
         x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", D=config.mamba_head_size)
         B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
-        dt_BSN, A_N = F.softplus(at_least_fp32(dt_BSN) + at_least_fp32(self.dt_bias)), -at_least_fp32(self.A_log).exp()
+        dt_BSN, A_N = (
+            F.softplus(at_least_fp32(dt_BSN) + at_least_fp32(self.dt_bias)),
+            -at_least_fp32(self.A_log).exp(),
+        )
         y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
         # The gate first: norm(y · silu(z)). The norm of y, gated afterwards, is another function.
-        y_BSC = at_least_fp32(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(at_least_fp32(z_BSC))
+        y_BSC = at_least_fp32(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(
+            at_least_fp32(z_BSC)
+        )
         return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
 
 
@@ -535,13 +600,23 @@ def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> 
     Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
     Source: RoFormer, arXiv 2104.09864.
     """
-    S, R, exact = x_BNSD.shape[-2], round(share * x_BNSD.shape[-1]), dict(dtype=torch.float64, device=x_BNSD.device)
+    S, R, exact = (
+        x_BNSD.shape[-2],
+        round(share * x_BNSD.shape[-1]),
+        dict(dtype=torch.float64, device=x_BNSD.device),
+    )
     if not R:
         return x_BNSD
-    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (-torch.arange(0, R, 2, **exact) / R)
-    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(at_least_fp32(x_BNSD).dtype.to_complex())
+    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (
+        -torch.arange(0, R, 2, **exact) / R
+    )
+    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(
+        at_least_fp32(x_BNSD).dtype.to_complex()
+    )
     turned_BNSR = torch.complex(*at_least_fp32(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
-    return torch.cat([turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1)
+    return torch.cat(
+        [turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1
+    )
 
 
 class Attention(nn.Module):
@@ -551,18 +626,26 @@ class Attention(nn.Module):
         super().__init__()
         self.config, H, D = config, config.hidden_size, config.attention_head_size
         self.q_proj = nn.Linear(H, config.attention_heads * D, bias=False)
-        self.k_proj, self.v_proj = (nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (
+            nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2)
+        )
         self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
 
     def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
         past, S, D = past or Past(), x_BSH.shape[1], self.config.attention_head_size
         projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
         q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
-        k_BGTD, v_BGTD = past.keys(rotate(k_BGSD, past.first, self.config.rope), v_BGSD)  # T: up to the last of x
+        k_BGTD, v_BGTD = past.keys(
+            rotate(k_BGSD, past.first, self.config.rope), v_BGSD
+        )  # T: up to the last of x
         q_BNSD, T = rotate(q_BNSD, past.first, self.config.rope), k_BGTD.shape[2]
-        if S == 1 and past.document_BS is None:  # one token sees all: the heads of a group are queries of one head
+        if (
+            S == 1 and past.document_BS is None
+        ):  # one token sees all: the heads of a group are queries of one head
             q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
-            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[:, :, None]
+            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[
+                :, :, None
+            ]
         else:
             mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
             if (document := past.document_BS) is not None:
@@ -570,7 +653,9 @@ class Attention(nn.Module):
             elif T == S:
                 mask = None  # plainly causal, for which the kernels need no mask
             causal = dict(attn_mask=mask, is_causal=mask is None)
-            y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal)
+            y_BNSD = F.scaled_dot_product_attention(
+                q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal
+            )
         return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
 
 
@@ -606,7 +691,9 @@ class HybridLM(nn.Module):
         layers = [dict(norm=RMSNorm(H, eps), mixer=KINDS[kind](config)) for kind in config.pattern]
         self.layers, self.final_norm = nn.ModuleList(map(nn.ModuleDict, layers)), RMSNorm(H, eps)
         self.head = nn.Linear(H, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        if (
+            not self.head.weight.is_meta
+        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def mine(self, x_BS: Tensor) -> Tensor:
@@ -621,19 +708,33 @@ class HybridLM(nn.Module):
         """One layer of any kind, with its norm and its residual connection."""
         return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
 
-    def forward(self, tokens_BS: Tensor, starts_BS: Tensor | None = None, cache: Cache | None = None, last=False):
+    def forward(
+        self,
+        tokens_BS: Tensor,
+        starts_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        last=False,
+    ):
         if cache and starts_BS is not None:
             raise ValueError("starts_BS and a cache: decode one document a sequence")
-        pasts = cache.admit(tokens_BS) if cache else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        pasts = (
+            cache.admit(tokens_BS)
+            if cache
+            else [self.past(tokens_BS, starts_BS)] * len(self.layers)
+        )
         x_BSH = self.embedding(self.mine(tokens_BS))
         for layer, past in zip(self.layers, pasts):
             x_BSH = self.run(layer, x_BSH, past)
         return self.head(self.final_norm(x_BSH[:, -1:] if last else x_BSH))
 
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None) -> Tensor:
+    def loss(
+        self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None
+    ) -> Tensor:
         """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
         logits_BVS = rearrange(at_least_fp32(self(tokens_BS, starts_BS)), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none")
+        return F.cross_entropy(
+            logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none"
+        )
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for sequences of up to `capacity` tokens."""
@@ -658,7 +759,11 @@ def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=
     if kind == "A_log":
         return torch.lerp(*torch.tensor(config.A_init), torch.rand(**drawn)).log()
     if kind == "dt_bias":
-        dt_N = torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn)).exp().clamp(min=1e-4)
+        dt_N = (
+            torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn))
+            .exp()
+            .clamp(min=1e-4)
+        )
         return dt_N + torch.log(-torch.expm1(-dt_N))
     if kind in ("conv_weight", "conv_bias"):
         return (2 * torch.rand(**drawn) - 1) / math.sqrt(config.conv_kernel)
@@ -709,14 +814,18 @@ class CachedPast(Past):
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
         state, one = self.kept.get("state"), x.shape[1] == 1
-        y, state = ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        y, state = (
+            ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
+        )
         self.kept["state"] = state.detach()
         return y
 
     def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
         kv_2BGSD, last = torch.stack([k_BGSD, v_BGSD]), self.first + k_BGSD.shape[2]
         if "keys" not in self.kept:
-            self.kept["keys"] = kv_2BGSD.new_zeros(*kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3])
+            self.kept["keys"] = kv_2BGSD.new_zeros(
+                *kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3]
+            )
         self.kept["keys"][..., self.first : last, :] = kv_2BGSD
         return self.kept["keys"][..., :last, :].unbind()
 
@@ -848,7 +957,9 @@ def _sum(partial_x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))]
+    shards = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
+    ]
     dist.all_gather(shards, x.contiguous(), group)
     return torch.cat(shards, dim=-1)
 
@@ -878,7 +989,9 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     Returns: the sum over `group` (...), replicated.
     Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    return (
+        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    )
 
 
 def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
@@ -904,7 +1017,11 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 
 # A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
 # one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
-Grid = namedtuple("Grid", "tp cp tp_rank cp_rank tp_group cp_group neighbours", defaults=(1, 1, 0, 0, None, None, {}))
+Grid = namedtuple(
+    "Grid",
+    "tp cp tp_rank cp_rank tp_group cp_group neighbours",
+    defaults=(1, 1, 0, 0, None, None, {}),
+)
 
 
 # ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
@@ -944,11 +1061,19 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
     Source: Megatron-LM's layer; copies of groups: ours.
     """
-    names = {"M": "mamba_heads mamba_groups", "*": "attention_heads attention_groups", "-": "ffn_hidden_size"}
-    sizes = {name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()}
+    names = {
+        "M": "mamba_heads mamba_groups",
+        "*": "attention_heads attention_groups",
+        "-": "ffn_hidden_size",
+    }
+    sizes = {
+        name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()
+    }
     for name, size in sizes.items():
         if size % tp and not (name.endswith("groups") and tp % size == 0):
-            raise ValueError(f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}")
+            raise ValueError(
+                f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}"
+            )
     return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
 
 
@@ -960,11 +1085,15 @@ class ParallelRMSNorm(RMSNorm):
 
     def __init__(self, size: int, eps: float, groups: int, grid: Grid):
         super().__init__(size, eps, len(held(groups, 0, grid.tp)))
-        self.holders = max(1, grid.tp // groups)  # ranks that a group's channels lie on, equal shares of them
+        self.holders = max(
+            1, grid.tp // groups
+        )  # ranks that a group's channels lie on, equal shares of them
         self.neighbours = grid.neighbours.get(self.holders)
 
     def mean_square(self, x_BSgC: Tensor) -> Tensor:
-        partial_BSg1 = super().mean_square(x_BSgC) / self.holders  # the mean of the group is the mean of their means
+        partial_BSg1 = (
+            super().mean_square(x_BSgC) / self.holders
+        )  # the mean of the group is the mean of their means
         if self.holders == 1:
             return partial_BSg1
         return copy_to_tp(reduce_from_tp(partial_BSg1, self.neighbours), self.neighbours)
@@ -1006,7 +1135,11 @@ def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
     x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
     go back through it where one does. Source: ours.
     """
-    return _Conjugate.apply(x, group, _from_earlier, _to_earlier) if group_size(group) > 1 else x.new_zeros(1, *x.shape)
+    return (
+        _Conjugate.apply(x, group, _from_earlier, _to_earlier)
+        if group_size(group) > 1
+        else x.new_zeros(1, *x.shape)
+    )
 
 
 # The convolution first: each rank but the first needs the last K − 1 inputs of the one before, a *halo*. Two neighbours
@@ -1020,9 +1153,13 @@ def halo(u_BsC: Tensor, width: int, group: Group = None) -> Tensor:
     Source: ours.
     """
     if u_BsC.shape[1] < width:
-        raise ValueError(f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them")
+        raise ValueError(
+            f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them"
+        )
     last_BKC = u_BsC[:, u_BsC.shape[1] - width :]
-    return from_earlier_ranks(last_BKC, group)[group_rank(group) - 1]  # rank 0 takes [-1]: the last rank's place, zeros
+    return from_earlier_ranks(last_BKC, group)[
+        group_rank(group) - 1
+    ]  # rank 0 takes [-1]: the last rank's place, zeros
 
 
 # ── 2.4 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
@@ -1051,7 +1188,9 @@ def halo(u_BsC: Tensor, width: int, group: Group = None) -> Tensor:
 # enters rank 0 that could decay there. And nothing need be said about backward: autograd goes through the composition.
 
 
-def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None) -> tuple[Tensor, Tensor]:
+def ssd_sequence_parallel(
+    x, dt, A, B, C, chunk, D=None, group=None, starts=None
+) -> tuple[Tensor, Tensor]:
     """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths but 0.
 
     Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
@@ -1064,14 +1203,18 @@ def ssd_sequence_parallel(x, dt, A, B, C, chunk, D=None, group=None, starts=None
     # In fp32, so that y is rounded once, when it is complete.
     y_BsND, own_BNDZ = ssd(at_least_fp32(x), dt, A, B, C, chunk, D, None, starts)
     kept_BsN = _kept(log_decay(dt, A, starts))
-    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(*own_BNDZ.shape[:3], 1)  # travels as one column more
+    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(
+        *own_BNDZ.shape[:3], 1
+    )  # travels as one column more
     messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
     in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done
     for message in messages[1 : group_rank(group)]:
         in_BNDZ = message[..., -1:] * in_BNDZ + message[..., :-1]
     with torch.autocast(x.device.type, enabled=False):
         in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
-        read_BsND = einsum(at_least_fp32(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(2, 3)
+        read_BsND = einsum(at_least_fp32(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(
+            2, 3
+        )
     return (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype), own_BNDZ + decay_BND1 * in_BNDZ
 
 
@@ -1105,7 +1248,9 @@ class RankPast(Past):
         return halo(u_BsC, K - 1, self.group)
 
     def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[0]
+        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[
+            0
+        ]
 
     def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
         mine = torch.cat([k_BGsD, v_BGsD], -1)  # one message for both
@@ -1136,10 +1281,17 @@ class ParallelHybridLM(HybridLM):
     def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
         with torch.device("meta"):  # shapes first, without memory
             super().__init__(local_config(config, grid.tp))
-            for mixer in (layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"):
-                mixer.norm = ParallelRMSNorm(len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid)
+            for mixer in (
+                layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"
+            ):
+                mixer.norm = ParallelRMSNorm(
+                    len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid
+                )
         self.config, self.grid = config, grid
-        shares = {n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp) for n, whole in initial_weights(config)}
+        shares = {
+            n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp)
+            for n, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
 
     def run(self, layer: nn.ModuleDict, x_BsH: Tensor, past: Past) -> Tensor:
@@ -1147,7 +1299,9 @@ class ParallelHybridLM(HybridLM):
         return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
 
     def mine(self, x_BS: Tensor) -> Tensor:
-        return x_BS.tensor_split(self.grid.cp, 1)[self.grid.cp_rank]  # the first get one more where they do not divide
+        return x_BS.tensor_split(self.grid.cp, 1)[
+            self.grid.cp_rank
+        ]  # the first get one more where they do not divide
 
     def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
         cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
@@ -1157,11 +1311,15 @@ class ParallelHybridLM(HybridLM):
         if lengths[-1] < K - 1:
             text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
             raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
-        return RankPast(sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group)
+        return RankPast(
+            sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group
+        )
 
     def new_cache(self, capacity: int) -> Cache:
         if self.grid.cp > 1:
-            raise ValueError(f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone")
+            raise ValueError(
+                f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone"
+            )
         return super().new_cache(capacity)
 
 
@@ -1176,23 +1334,39 @@ class ParallelHybridLM(HybridLM):
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
 #     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
 
-Piece = namedtuple("Piece", "first size copies")  # first row in the whole; rows; ranks that hold them
+Piece = namedtuple(
+    "Piece", "first size copies"
+)  # first row in the whole; rows; ranks that hold them
 
 
 def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
     """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it."""
     N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
-    inner, BC, heads = (N, config.mamba_head_size), (config.mamba_groups, Z), (N, 1)  # units, and rows of each
-    queries, keys, features = (config.attention_heads, D), (config.attention_groups, D), (config.ffn_hidden_size, 1)
+    inner, BC, heads = (
+        (N, config.mamba_head_size),
+        (config.mamba_groups, Z),
+        (N, 1),
+    )  # units, and rows of each
+    queries, keys, features = (
+        (config.attention_heads, D),
+        (config.attention_groups, D),
+        (config.ffn_hidden_size, 1),
+    )
     rows = {
         "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
         "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
         "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
         "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
     }  # fmt: skip
-    columns = {"out_proj.weight": [inner], "o_proj.weight": [queries], "down_proj.weight": [features]}
+    columns = {
+        "out_proj.weight": [inner],
+        "o_proj.weight": [queries],
+        "down_proj.weight": [features],
+    }
     kind, first, pieces = name.split("mixer.")[-1], 0, []
-    for units, width in (rows | columns).get(kind, [(1, config.hidden_size)]):  # the norms in front of layers, the last
+    for units, width in (rows | columns).get(
+        kind, [(1, config.hidden_size)]
+    ):  # the norms in front of layers, the last
         mine = held(units, rank, tp)
         pieces.append(Piece(first + mine.start * width, len(mine) * width, max(1, tp // units)))
         first += units * width
@@ -1208,7 +1382,9 @@ def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: 
     return torch.cat([whole.narrow(dim, p.first, p.size) for p in pieces], dim)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int) -> dict[str, Tensor]:
+def shard_state_dict(
+    full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int
+) -> dict[str, Tensor]:
     """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
 
     full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
@@ -1217,7 +1393,9 @@ def shard_state_dict(full: dict[str, Tensor], config: HybridConfig, rank: int, t
     found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
     local_config(config, tp)  # for what it raises
     if wrong := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
-        raise ValueError(f"missing, unknown, or of another shape than this configuration's: {wrong}")
+        raise ValueError(
+            f"missing, unknown, or of another shape than this configuration's: {wrong}"
+        )
     return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
 
 
@@ -1233,10 +1411,16 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
         full[name] = shards[0][name].new_empty(shape)
         for rank, shard in enumerate(shards):
             dim, pieces = pieces_of(name, config, rank, tp)
-            for piece, mine in zip(pieces, shard[name].split([piece.size for piece in pieces], dim)):
+            for piece, mine in zip(
+                pieces, shard[name].split([piece.size for piece in pieces], dim)
+            ):
                 place = full[name].narrow(dim, piece.first, piece.size)
-                if rank % piece.copies and not torch.equal(place, mine):  # the first who holds it has written it
-                    raise ValueError(f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not")
+                if rank % piece.copies and not torch.equal(
+                    place, mine
+                ):  # the first who holds it has written it
+                    raise ValueError(
+                        f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not"
+                    )
                 place.copy_(mine)
     return full
 
@@ -1252,7 +1436,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> 
 # published, Megatron-LM's, does not clamp, and nor do we.
 
 
-def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[HybridConfig, dict[str, Tensor]]:
+def load_nemotron_h(
+    folder: Path | str, rank: int = 0, tp: int = 1
+) -> tuple[HybridConfig, dict[str, Tensor]]:
     """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
 
     Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
@@ -1263,7 +1449,9 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
     theirs = json.loads((folder / "config.json").read_text("utf-8"))
     ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
                 use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
-    if other := {key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value}:
+    if other := {
+        key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value
+    }:
         raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
     # Two ages of the format have two names for each kind of layer, and for the size of a head.
     letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
@@ -1274,14 +1462,34 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
                  attention_heads="num_attention_heads", attention_groups="num_key_value_heads",
                  attention_head_size="head_dim" if theirs.get("head_dim") else "attention_head_dim",
                  norm_eps="layer_norm_epsilon")  # fmt: skip
-    pattern = theirs.get("hybrid_override_pattern") or "".join(letters.get(kind, "?") for kind in kinds)
-    config = HybridConfig(pattern=pattern, **{name: theirs[published] for name, published in names.items()})
+    pattern = theirs.get("hybrid_override_pattern") or "".join(
+        letters.get(kind, "?") for kind in kinds
+    )
+    config = HybridConfig(
+        pattern=pattern, **{name: theirs[published] for name, published in names.items()}
+    )
     local_config(config, tp)  # for what it raises
     index = folder / "model.safetensors.index.json"
-    files = json.loads(index.read_text("utf-8"))["weight_map"].values() if index.exists() else ["model.safetensors"]
+    files = (
+        json.loads(index.read_text("utf-8"))["weight_map"].values()
+        if index.exists()
+        else ["model.safetensors"]
+    )
     opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
-    found = {n.removeprefix("backbone.").removeprefix("model."): (file, n) for file in opened for n in file.keys()}
-    full, renamed = {}, {"conv_": "conv1d.", "head.": "lm_head.", "final_norm": "norm_f", "embedding": "embeddings"}
+    found = {
+        n.removeprefix("backbone.").removeprefix("model."): (file, n)
+        for file in opened
+        for n in file.keys()
+    }
+    full, renamed = (
+        {},
+        {
+            "conv_": "conv1d.",
+            "head.": "lm_head.",
+            "final_norm": "norm_f",
+            "embedding": "embeddings",
+        },
+    )
     for name, shape in parameter_shapes(config).items():
         published = name
         for here, there in renamed.items():
@@ -1291,7 +1499,9 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
         x = found[published][0].get_tensor(found[published][1])
         x = x.squeeze(1) if name.endswith("conv_weight") else x
         if x.shape != shape:
-            raise ValueError(f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}")
+            raise ValueError(
+                f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}"
+            )
         full[name] = shard_tensor(name, x, config, rank, tp)
     return config, full
 
@@ -1311,8 +1521,13 @@ def load_nemotron_h(folder: Path | str, rank: int = 0, tp: int = 1) -> tuple[Hyb
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
     """AdamW that decays matrices only: not A_log, dt_bias and D, whose zero is no rest, nor norms' weights."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -1343,18 +1558,24 @@ def reduce_gradients(model: ParallelHybridLM) -> None:
     found = gradient_pieces(model)
     _sum_over([part for _, part, _ in found], model.grid.cp_group)
     for size, group in model.grid.neighbours.items():
-        _sum_over([part for name, part, copies in found if copies == size and "mixer" in name], group)
+        _sum_over(
+            [part for name, part, copies in found if copies == size and "mixer" in name], group
+        )
 
 
 def grad_norm(model: HybridLM) -> Tensor:
     """The norm of the whole gradient before clipping, a scalar, the same on every rank."""
-    squares = [at_least_fp32(part).square().sum() / copies for _, part, copies in gradient_pieces(model)]
+    squares = [
+        at_least_fp32(part).square().sum() / copies for _, part, copies in gradient_pieces(model)
+    ]
     total = torch.stack(squares).sum()
     grid = getattr(model, "grid", Grid())
     return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
 
 
-def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None):
+def train_step(
+    model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None
+):
     """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
 
     Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
@@ -1364,7 +1585,9 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
     optimizer.zero_grad()
     with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
+        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (
+            targets_BS != -100
+        ).sum().clamp(min=1)
     loss.backward()
     if isinstance(model, ParallelHybridLM):
         reduce_gradients(model)
@@ -1375,7 +1598,9 @@ def train_step(model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm
     return loss.detach(), norm
 
 
-def train(model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options):
+def train(
+    model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options
+):
     """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
 
     batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
@@ -1431,24 +1656,37 @@ def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
 def parameters(config: HybridConfig) -> int:
     """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours."""
     H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
-    inner, keys, D = N * config.mamba_head_size, 2 * config.mamba_groups * Z, config.attention_head_size
+    inner, keys, D = (
+        N * config.mamba_head_size,
+        2 * config.mamba_groups * Z,
+        config.attention_head_size,
+    )
     mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
     attention = 2 * H * D * (config.attention_heads + config.attention_groups)
     kinds = {"M": mamba, "*": attention, "-": 2 * H * config.ffn_hidden_size}
     return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
 
 
-DecodeMemory = namedtuple("DecodeMemory", "state kv")  # bytes of a sequence: of all Mamba layers, of all attention
+DecodeMemory = namedtuple(
+    "DecodeMemory", "state kv"
+)  # bytes of a sequence: of all Mamba layers, of all attention
 
 
-def decode_memory(config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2) -> DecodeMemory:
+def decode_memory(
+    config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2
+) -> DecodeMemory:
     """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
 
     number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
     Source: ours.
     """
-    inner, keys = config.mamba_heads * config.mamba_head_size, 2 * config.mamba_groups * config.state_size
-    state = inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    inner, keys = (
+        config.mamba_heads * config.mamba_head_size,
+        2 * config.mamba_groups * config.state_size,
+    )
+    state = (
+        inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
+    )
     kv = 2 * config.attention_groups * config.attention_head_size * tokens * number_bytes
     return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
 
@@ -1493,20 +1731,26 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def generate(model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None) -> Tensor:
+def generate(
+    model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None
+) -> Tensor:
     """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
 
     model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
     are in the same state. Raises: ValueError for an empty prompt.
     """
     if not tokens_BS.shape[1]:
-        raise ValueError(f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token")
+        raise ValueError(
+            f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token"
+        )
     cache, new_BS = model.new_cache(tokens_BS.shape[1] + new_tokens), tokens_BS
     for _ in range(new_tokens):
         logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
         new_BS = logits_BV.argmax(-1, keepdim=True)
         if temperature:
-            new_BS = torch.multinomial((logits_BV.double() / temperature).softmax(-1), 1, generator=generator)
+            new_BS = torch.multinomial(
+                (logits_BV.double() / temperature).softmax(-1), 1, generator=generator
+            )
         tokens_BS = torch.cat([tokens_BS, new_BS], 1)
     return tokens_BS
 
@@ -1534,7 +1778,9 @@ def grids(device: torch.device, timeout: float) -> list[Grid]:
     return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
 
 
-def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small odd model on this grid beside the same on a single device: name to relative error, the worst of all.
 
     Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
@@ -1542,15 +1788,27 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
     """
     tp = grid.tp
     sizes = dict(mamba_heads=2 * tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
-    sizes |= dict(attention_heads=2 * tp, attention_groups=groups, attention_head_size=4, ffn_hidden_size=8 * tp)
+    sizes |= dict(
+        attention_heads=2 * tp,
+        attention_groups=groups,
+        attention_head_size=4,
+        ffn_hidden_size=8 * tp,
+    )
     # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
     config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
     generator = torch.Generator().manual_seed(1)
-    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(device)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(
+        device
+    )
     starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
     starts_BS[0, 4], targets_BS[1, :3] = True, -100
-    plain, parallel = (model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid)))
-    batches, options = [(tokens_BS, targets_BS)] * 5, dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast)
+    plain, parallel = (
+        model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid))
+    )
+    batches, options = (
+        [(tokens_BS, targets_BS)] * 5,
+        dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast),
+    )
 
     def everyones(x, group=None) -> list:
         found = [x] * group_size(group)
@@ -1563,12 +1821,22 @@ def equivalence(grid: Grid, groups: int, device, dtype: torch.dtype, autocast: t
         return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
 
     errors = {}
-    runs = zip(*(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel)))
+    runs = zip(
+        *(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel))
+    )
     for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
-        errors |= {f"loss {step}": abs(loss_here / loss - 1).item(), f"norm {step}": abs(norm_here / norm - 1).item()}
+        errors |= {
+            f"loss {step}": abs(loss_here / loss - 1).item(),
+            f"norm {step}": abs(norm_here / norm - 1).item(),
+        }
         if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+            errors |= gaps(
+                "gradient of",
+                *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)),
+            )
+    if (
+        dtype == torch.float64
+    ):  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
     return over_all_ranks(errors)
 
@@ -1578,7 +1846,11 @@ BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
 def check(
-    device: torch.device, timeout: float, dtype: torch.dtype, autocast: torch.dtype | None = None, show: bool = False
+    device: torch.device,
+    timeout: float,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+    show: bool = False,
 ) -> dict[str, float]:
     """Every grid of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
     found = {}
@@ -1599,24 +1871,37 @@ def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
     world, found = group_size(), {}
     config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
     tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
-    for name, grid, length in (("tp", tp, 64), ("short", cp, 128 * world), ("long", cp, 512 * world)):
+    for name, grid, length in (
+        ("tp", tp, 64),
+        ("short", cp, 128 * world),
+        ("long", cp, 512 * world),
+    ):
         model = ParallelHybridLM(config, grid).to(device)
-        x_BsH = torch.randn(1, length // grid.cp, config.hidden_size, device=device, requires_grad=True)
+        x_BsH = torch.randn(
+            1, length // grid.cp, config.hidden_size, device=device, requires_grad=True
+        )
         past = Past() if grid.cp == 1 else RankPast(0, None, None, grid.cp_group)
         with Counter() as forward:
             y_BsH = model.run(model.layers[0], x_BsH, past)
         with Counter() as backward:
             y_BsH.sum().backward()
-        found[name] = [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
+        found[name] = [
+            [(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)
+        ]
     return found
 
 
 @torch.no_grad()
-def decode_times(config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15) -> list[float]:
+def decode_times(
+    config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15
+) -> list[float]:
     """Milliseconds for one token on a single device, behind so many tokens: states and caches hold random numbers."""
     model, times = HybridLM(config).to(device).eval(), []
     for context in contexts:
-        cache, token_BS = model.new_cache(context + repeats + 3), torch.zeros(1, 1, dtype=torch.int64, device=device)
+        cache, token_BS = (
+            model.new_cache(context + repeats + 3),
+            torch.zeros(1, 1, dtype=torch.int64, device=device),
+        )
         model(token_BS, cache=cache)  # makes what the layers keep
         for x in (x for layer in cache.layers for x in layer.values()):
             x.normal_()
@@ -1633,18 +1918,27 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     """Trains on real text and generates some; returns how far the first losses are from the single device's."""
     from tqdm import tqdm
 
-    config, (dtype, autocast), grid = config_of(args), dtypes(args), make_grid(args.tp, device, args.timeout)
+    config, (dtype, autocast), grid = (
+        config_of(args),
+        dtypes(args),
+        make_grid(args.tp, device, args.timeout),
+    )
     data = TextData(args.data, args.seq_length)
     source = args.data or "Python's sources"
 
     def batches(steps: int):
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
     options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
     model = ParallelHybridLM(config, grid).to(device, dtype)
     # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
     alone = train(HybridLM(config).to(device, dtype), batches(min(5, args.steps)), **options)
-    say(f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {source}")
+    say(
+        f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {source}"
+    )
     say("step      loss    single device      norm")
     differences, quiet = {}, group_rank() > 0 or not sys.stderr.isatty()
     steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
@@ -1660,8 +1954,12 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, flo
     if grid.cp == 1:
         prompt = "import os\n\n\ndef "
         prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
-        text_S = generate(model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed))[0]
-        say(f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_S[prompt_BS.shape[1] :].tolist())!r}")
+        text_S = generate(
+            model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed)
+        )[0]
+        say(
+            f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_S[prompt_BS.shape[1] :].tolist())!r}"
+        )
     return differences
 
 
@@ -1673,7 +1971,9 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
         sys.exit(0 if error <= BOUNDS[args.dtype] else 1)
     errors = check(device, args.timeout, torch.float64)
     messages, differences = count_messages(device, args.timeout), demonstrate(args, device)
-    if group_rank() == 0:  # no collective comes after this, so no other rank waits for the measurement
+    if (
+        group_rank() == 0
+    ):  # no collective comes after this, so no other rank waits for the measurement
         rows = claims(args, errors, messages, differences, time_decoding(args, device))
         if not print_claims(rows):
             sys.exit(1)
@@ -1688,15 +1988,25 @@ def time_decoding(args: argparse.Namespace, device: torch.device) -> dict[str, l
         "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5),
     }
     times = {name: decode_times(of_model, contexts, device) for name, of_model in models.items()}
-    say("\nmilliseconds for a token, on one rank, behind    " + "".join(f"{context:>10,}" for context in contexts))
+    say(
+        "\nmilliseconds for a token, on one rank, behind    "
+        + "".join(f"{context:>10,}" for context in contexts)
+    )
     for name, of_model in times.items():
-        say(f"{name:14}{models[name].pattern:35}" + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model))
+        say(
+            f"{name:14}{models[name].pattern:35}"
+            + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model)
+        )
     say()
     return times
 
 
 def claims(
-    args: argparse.Namespace, errors: dict[str, float], messages: dict, differences: dict[str, float], times: dict
+    args: argparse.Namespace,
+    errors: dict[str, float],
+    messages: dict,
+    differences: dict[str, float],
+    times: dict,
 ) -> list[tuple[str, str, str, bool | str]]:
     """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
     rows, alone = [], group_size() == 1 and "needs ranks"
@@ -1704,33 +2014,66 @@ def claims(
     def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
         rows.append((claim, paper, here, here == paper if verdict is None else verdict))
 
-    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
         off = worst(errors, kind)
         text = f"every {claim} equals the single device's, all grids, float64"
         row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     off = worst(differences) if differences else math.nan
-    row(text, "equal", f"within {off:.0e}", off <= BOUNDS[args.dtype] if differences else "needs steps")
+    row(
+        text,
+        "equal",
+        f"within {off:.0e}",
+        off <= BOUNDS[args.dtype] if differences else "needs steps",
+    )
     reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
     row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
-    short, long = (sum(size for way in messages[name] for _, size in way) for name in ("short", "long"))
+    short, long = (
+        sum(size for way in messages[name] for _, size in way) for name in ("short", "long")
+    )
     text = "bytes that state passing sends, at 1 and 4 times the tokens"
     row(text, "equal", f"{short:,}, {long:,}", alone or short == long)
     study, eight = PUBLISHED["study hybrid"].pattern, PUBLISHED["Nemotron-H-8B"]
     same = study == "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    row("the study's 56 layers, from 8 % and 50 %", "its string", "the same" if same else study, same)
+    row(
+        "the study's 56 layers, from 8 % and 50 %",
+        "its string",
+        "the same" if same else study,
+        same,
+    )
     shares = ", ".join(f"{study.count(kind) / 56:.0%}" for kind in "M*-")
     row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
     row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(eight):,}")
     for paper in ("47B", "56B"):
         billions = parameters(PUBLISHED[f"Nemotron-H-{paper}"]) / 1e9
         row(f"parameters of Nemotron-H-{paper}", paper, f"{billions:.0f}B")
-    here, there = (sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-")))
-    row("cache at 64K tokens, Nemotron-H-8B and 32 layers of attention", "–", f"{here:.2f}, {there:.2f} GiB", "–")
-    row("generation, study: predicted", "up to 8×", f"{there / here:.1f}× fewer bytes", "another thing: section 5.2")
+    here, there = (
+        sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-"))
+    )
+    row(
+        "cache at 64K tokens, Nemotron-H-8B and 32 layers of attention",
+        "–",
+        f"{here:.2f}, {there:.2f} GiB",
+        "–",
+    )
+    row(
+        "generation, study: predicted",
+        "up to 8×",
+        f"{there / here:.1f}× fewer bytes",
+        "another thing: section 5.2",
+    )
     row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
     growth = ", ".join(f"{of_model[-1] / of_model[0]:.1f}" for of_model in times.values())
-    row("a token behind 32K, of one behind 1K: Mamba, hybrid, attention", "1 for Mamba", growth, "a time, not judged")
+    row(
+        "a token behind 32K, of one behind 1K: Mamba, hybrid, attention",
+        "1 for Mamba",
+        growth,
+        "a time, not judged",
+    )
     return rows
 
 
@@ -1742,8 +2085,12 @@ def config_of(args: argparse.Namespace) -> HybridConfig:
 class Options:
     """This chapter's own flags."""
 
-    data: str = flag("", "a text to train on; by default the sources of Python's library", metavar="FILE")
-    tp: int | None = flag(None, "ranks that share the weights, by heads; None: as many as fit", least=1)
+    data: str = flag(
+        "", "a text to train on; by default the sources of Python's library", metavar="FILE"
+    )
+    tp: int | None = flag(
+        None, "ranks that share the weights, by heads; None: as many as fit", least=1
+    )
     cp: int | None = flag(None, "ranks that share a sequence, by tokens; None: all others", least=1)
     seq_length: int = flag(128, "tokens of a sequence, S", least=1)
     batch: int = flag(8, "sequences of a step", least=1)
@@ -1797,7 +2144,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
@@ -1810,7 +2157,9 @@ class TextData:
             need = f"a tenth of it must be longer than {seq_length}"
             raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
         split = self.eval_split if evaluation else self.train_split
         key = f"{seed} {step} {evaluation}"
@@ -1826,7 +2175,7 @@ def byte_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 242daf
+# endregion copy aaa995
 
 
 # Explained in chapter 1, at its end.
@@ -2004,7 +2353,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -2058,8 +2407,10 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
         args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
         raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
@@ -2069,7 +2420,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy c36935
+# endregion copy 82e4fd
 
 
 # Explained in chapter 1, at its end.
@@ -2095,6 +2446,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         if "LOCAL_RANK" not in os.environ:
             sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -2137,7 +2491,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 170f78
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

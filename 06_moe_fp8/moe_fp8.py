@@ -114,15 +114,21 @@ class MoEConfig:
 
     vocab_size: int = 256
     hidden_size: int = flag(64, "hidden size, H", least=1)
-    pattern: str = flag("*E*E", "layers: * attention, E experts")  # M, Mamba, can only be counted (part 5)
+    pattern: str = flag(
+        "*E*E", "layers: * attention, E experts"
+    )  # M, Mamba, can only be counted (part 5)
     num_heads: int = flag(4, "query heads, N", least=1)
-    num_kv_heads: int = flag(2, "heads of keys and values, G, each shared by N / G query heads", least=1)
+    num_kv_heads: int = flag(
+        2, "heads of keys and values, G, each shared by N / G query heads", least=1
+    )
     head_size: int | None = None  # D; None: H / N
     num_experts: int = flag(8, "experts, E; ep must divide them", least=1)
     top_k: int = flag(2, "experts of a token, K", least=1)
     expert_size: int = flag(64, "width of an expert, F", least=1)
     shared_size: int = flag(128, "width of the expert that every token visits; 0: there is none")
-    gate: str = flag("sigmoid", "how a router turns logits into scores", choices=["sigmoid", "softmax"])
+    gate: str = flag(
+        "sigmoid", "how a router turns logits into scores", choices=["sigmoid", "softmax"]
+    )
     gate_scale: float = 2.5  # the chosen experts' weights add up to this
     norm_eps: float = 1e-5
     init_std: float = 0.02
@@ -136,14 +142,20 @@ class MoEConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k}, but there are {self.num_experts} experts: choose at most as many")
+            raise ValueError(
+                f"top_k={self.top_k}, but there are {self.num_experts} experts: choose at most as many"
+            )
         if self.num_heads % self.num_kv_heads:
             heads = f"num_heads={self.num_heads} does not divide into num_kv_heads={self.num_kv_heads} groups"
             raise ValueError(f"{heads}: choose num_heads a multiple of num_kv_heads")
         if "E" not in self.pattern or set(self.pattern) - set("M*E"):
-            raise ValueError(f"pattern={self.pattern!r}: one letter a layer, of 'M*E', at least one E")
+            raise ValueError(
+                f"pattern={self.pattern!r}: one letter a layer, of 'M*E', at least one E"
+            )
         if self.gate not in ("sigmoid", "softmax") or self.shared_size < 0:
-            raise ValueError(f"gate={self.gate!r}, shared_size={self.shared_size}: 'sigmoid' or 'softmax', at least 0")
+            raise ValueError(
+                f"gate={self.gate!r}, shared_size={self.shared_size}: 'sigmoid' or 'softmax', at least 0"
+            )
 
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
@@ -200,13 +212,19 @@ class Router(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        self.weight = nn.Parameter(torch.randn(config.num_experts, config.hidden_size) * config.init_std)
+        self.weight = nn.Parameter(
+            torch.randn(config.num_experts, config.hidden_size) * config.init_std
+        )
         self.register_buffer("bias", torch.zeros(config.num_experts))
-        self.register_buffer("counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer(
+            "counts", torch.zeros(config.num_experts, dtype=torch.int64), persistent=False
+        )
 
     def forward(self, x_TH: Tensor) -> Routing:
         x_TH = at_least_fp32(x_TH)
-        with torch.autocast(x_TH.device.type, enabled=False):  # which would make these products bf16
+        with torch.autocast(
+            x_TH.device.type, enabled=False
+        ):  # which would make these products bf16
             logits_TE = F.linear(x_TH, self.weight.to(x_TH.dtype))
         scores_TE = logits_TE.sigmoid() if self.config.gate == "sigmoid" else logits_TE.softmax(-1)
         experts_TK = (scores_TE.detach() + self.bias).topk(self.config.top_k, -1).indices
@@ -259,7 +277,11 @@ def load_balancing_loss(scores_BSE: Tensor, top_k: int) -> Tensor:
     for a sequence.
     """
     chosen_BSK = scores_BSE.detach().topk(top_k, -1).indices
-    f_BE = torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1) * scores_BSE.shape[-1] / top_k
+    f_BE = (
+        torch.zeros_like(scores_BSE).scatter_(-1, chosen_BSK, 1.0).mean(1)
+        * scores_BSE.shape[-1]
+        / top_k
+    )
     p_BE = (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)
     return (f_BE * p_BE).sum(-1)
 
@@ -274,7 +296,9 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
     """
     for router, counts_E in zip(routers, counts_LE, strict=True):
         if router.bias.dtype.itemsize < 4:
-            raise ValueError(f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32")
+            raise ValueError(
+                f"a router's bias is {router.bias.dtype}, where steps of {gamma} vanish: keep it in fp32"
+            )
         # In whole numbers, sign(E · count − sum): a mean would be rounded, and an even load would move.
         router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
         router.counts.zero_()
@@ -301,9 +325,17 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
 
 def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     dtypes = (torch.bfloat16,) if x_RH.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-    aligned = all(size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:])  # in memory, as it wants rows
-    known = torch.cuda.get_device_capability(x_RH.device) >= (8, 0) if x_RH.is_cuda else x_RH.device.type == "cpu"
-    return hasattr(F, "grouped_mm") and x_RH.dtype in dtypes and aligned and known  # from PyTorch 2.10 on
+    aligned = all(
+        size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:]
+    )  # in memory, as it wants rows
+    known = (
+        torch.cuda.get_device_capability(x_RH.device) >= (8, 0)
+        if x_RH.is_cuda
+        else x_RH.device.type == "cpu"
+    )
+    return (
+        hasattr(F, "grouped_mm") and x_RH.dtype in dtypes and aligned and known
+    )  # from PyTorch 2.10 on
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
@@ -322,10 +354,14 @@ def grouped_product(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tens
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     x_RH, weight_EFH = (x.to(product_dtype(x)) for x in (x_RH, weight_EFH))
     if _has_grouped_mm(x_RH, weight_EFH):
-        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)  # where each expert's rows end
+        ends_E = torch.tensor(
+            list(itertools.accumulate(counts)), dtype=torch.int32
+        )  # where each expert's rows end
         # A copy that blocked would wait for all that the GPU has still to do, the rows' journey among it.
         return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E.to(x_RH.device, non_blocking=True))
-    return torch.cat([rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())])
+    return torch.cat(
+        [rows @ weight_FH.mT for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind())]
+    )
 
 
 class Experts(nn.Module):
@@ -351,7 +387,10 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, ffn_size: int):
         super().__init__()
-        self.up, self.down = nn.Linear(width, ffn_size, bias=False), nn.Linear(ffn_size, width, bias=False)
+        self.up, self.down = (
+            nn.Linear(width, ffn_size, bias=False),
+            nn.Linear(ffn_size, width, bias=False),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).relu().square())
@@ -374,16 +413,22 @@ class MoELayer(nn.Module):
         x_TH = rearrange(x_BSH, "B S H -> (B S) H")
         routing = self.router(x_TH)
         scores_BSE = routing.scores_TE.unflatten(0, x_BSH.shape[:2])
-        return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(scores_BSE, self.config.top_k)
+        return self.mix(x_TH, routing).view_as(x_BSH), load_balancing_loss(
+            scores_BSE, self.config.top_k
+        )
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         """The weighted sum over each token's experts, and its shared expert."""
         # Row i is choice i % K of token i // K; sorted by expert, those of one expert are neighbours.
         order_R = routing.experts_TK.flatten().argsort(stable=True)
         token_R = order_R // self.config.top_k
-        rows_RH = self.experts(x_TH[token_R], count_rows(routing.experts_TK, self.config.num_experts).tolist())
+        rows_RH = self.experts(
+            x_TH[token_R], count_rows(routing.experts_TK, self.config.num_experts).tolist()
+        )
         weighted_RH = rows_RH * routing.weights_TK.flatten()[order_R, None]
-        y_TH = weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
+        y_TH = (
+            weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
+        )
         return y_TH if self.shared is None else y_TH + self.shared(x_TH)
 
 
@@ -403,14 +448,18 @@ class Attention(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config, H, D = config, config.hidden_size, config.head_size
-        self.qkv = nn.Linear(H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=False)  # all q, all k, all v
+        self.qkv = nn.Linear(
+            H, (config.num_heads + 2 * config.num_kv_heads) * D, bias=False
+        )  # all q, all k, all v
         self.out = nn.Linear(config.num_heads * D, H, bias=False)
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
         N, G = self.config.num_heads, self.config.num_kv_heads
         heads = rearrange(self.qkv(x_BSH), "B S (heads D) -> B heads S D", heads=N + 2 * G)
         q_BNSD, k_BGSD, v_BGSD = heads.split([N, G, G], dim=1)
-        y_BNSD = F.scaled_dot_product_attention(q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True)
+        y_BNSD = F.scaled_dot_product_attention(
+            q_BNSD, k_BGSD, v_BGSD, is_causal=True, enable_gqa=True
+        )
         return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)")), x_BSH.new_zeros(len(x_BSH))
 
 
@@ -439,13 +488,19 @@ class MoELM(nn.Module):
         self.config = config
         if "M" in config.pattern or config.latent_size:
             sizes = f"pattern={config.pattern}, latent_size={config.latent_size}"
-            raise ValueError(f"{sizes}: Mamba is chapter 5's (mamba_hybrid), latent experts are the next chapter's")
+            raise ValueError(
+                f"{sizes}: Mamba is chapter 5's (mamba_hybrid), latent experts are the next chapter's"
+            )
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        mixers = (Attention(config) if kind == "*" else moe_layer(config) for kind in config.pattern)
+        mixers = (
+            Attention(config) if kind == "*" else moe_layer(config) for kind in config.pattern
+        )
         self.layers = nn.ModuleList(Layer(config, mixer) for mixer in mixers)
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if not self.head.weight.is_meta:  # on "meta" are shapes without memory: `state_shapes` asks for those
+        if (
+            not self.head.weight.is_meta
+        ):  # on "meta" are shapes without memory: `state_shapes` asks for those
             self.load_state_dict(dict(initial_weights(config)))
 
     def forward(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -458,7 +513,9 @@ class MoELM(nn.Module):
         """Cross entropy of each token in nats, (B, S), at least fp32, 0 where the target is −100; and balance_B."""
         logits_BSV, balance_B = self(tokens_BS)
         logits_BVS = rearrange(at_least_fp32(logits_BSV), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none"), balance_B
+        return F.cross_entropy(
+            logits_BVS, targets_BS, ignore_index=-100, reduction="none"
+        ), balance_B
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -485,17 +542,31 @@ def initial_weights(config: MoEConfig) -> Iterator[tuple[str, Tensor]]:
         writes = name.endswith(("out.weight", "down", "down.weight"))
         std = config.init_std / math.sqrt(len(config.pattern) if writes else 1)
         constant = torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
-        yield name, constant if len(shape) == 1 else torch.randn(shape, generator=generator, device="cpu") * std
+        yield (
+            name,
+            constant
+            if len(shape) == 1
+            else torch.randn(shape, generator=generator, device="cpu") * std,
+        )
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS of each step; a target of −100 does not count
-Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm before clipping, rows of each expert
+Batches = Iterable[
+    tuple[Tensor, Tensor]
+]  # tokens_BS and targets_BS of each step; a target of −100 does not count
+Step = namedtuple(
+    "Step", "loss norm counts_LE"
+)  # mean loss per token, norm before clipping, rows of each expert
 
 
 def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
     """AdamW with Nemotron 3's settings; decays matrices, not norms. The caller sets "lr" before each step."""
-    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices, vectors = (
+        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
+    )
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
 
 
@@ -635,7 +706,9 @@ class _Trip:
     def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Returns at once; what it returns is filled when `work.wait()` has returned."""
         self.there = rows.new_empty(sum(receive), *rows.shape[1:])
-        self.work = dist.all_to_all_single(self.there, rows.contiguous(), receive, send, self.group, async_op=True)
+        self.work = dist.all_to_all_single(
+            self.there, rows.contiguous(), receive, send, self.group, async_op=True
+        )
         return self.there
 
     def end(self) -> Tensor:
@@ -667,10 +740,15 @@ class _Arrive(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_rH):
         ctx.trip.start(grad_rH, ctx.trip.receive, ctx.trip.send)
-        return grad_rH, None  # autograd wants this shape here; `_Depart` takes the gradient from the trip
+        return (
+            grad_rH,
+            None,
+        )  # autograd wants this shape here; `_Depart` takes the gradient from the trip
 
 
-def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None, wait: bool = True):
+def all_to_all(
+    rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None, wait: bool = True
+):
     """Rows to other ranks: the first send[0] to rank 0, the next send[1] to rank 1, ...; (r, H), sorted by sender.
 
     Every rank of the group must call it, with no rows too. Differentiable, once.
@@ -687,7 +765,9 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group: Grou
     ranks = group_size(group)
     if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
         sizes = f"send {send}, receive {receive}, {len(rows_RH)} rows, {ranks} ranks"
-        raise ValueError(f"{sizes}: both lists need a number for each rank, and all rows must be sent")
+        raise ValueError(
+            f"{sizes}: both lists need a number for each rank, and all rows must be sent"
+        )
     if ranks == 1:
         return rows_RH if wait else lambda: rows_RH
     trip = _Trip(send, receive, group)
@@ -747,7 +827,9 @@ class _Permute(torch.autograd.Function):
 
 
 def _inverse(order_R: Tensor) -> Tensor:
-    return torch.empty_like(order_R).scatter_(0, order_R, torch.arange(len(order_R), device=order_R.device))
+    return torch.empty_like(order_R).scatter_(
+        0, order_R, torch.arange(len(order_R), device=order_R.device)
+    )
 
 
 # Where rows go and how they come back; `plan_dispatch` makes it.
@@ -774,7 +856,9 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, group: Group = None) -> 
     host = torch.cat([wanted_Pe.sum(1), arrive_Pe.sum(1), arrive_Pe.sum(0)]).tolist()
     send, receive, counts = host[:ep], host[ep : 2 * ep], host[2 * ep :]
     expert_Pe = torch.arange(len(counts), device=order_R.device).repeat(ep)
-    order_r = expert_Pe.repeat_interleave(arrive_Pe.flatten(), output_size=sum(receive)).argsort(stable=True)
+    order_r = expert_Pe.repeat_interleave(arrive_Pe.flatten(), output_size=sum(receive)).argsort(
+        stable=True
+    )
     orders = order_R, _inverse(order_R), order_r, _inverse(order_r)
     return Plan(*orders, send, receive, counts, experts_TK.shape[1], group)
 
@@ -802,7 +886,9 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
     if group_size(plan.group) > 1:
         rows_rH = _Permute.apply(rows_rH, plan.inverse_r, plan.order_r, 1)
     rows_RH = all_to_all(rows_rH, plan.receive, plan.send, plan.group)
-    rows_TKH = _Permute.apply(rows_RH, plan.inverse_R, plan.order_R, 1).unflatten(0, weights_TK.shape)
+    rows_TKH = _Permute.apply(rows_RH, plan.inverse_R, plan.order_R, 1).unflatten(
+        0, weights_TK.shape
+    )
     with torch.autocast(rows_rH.device.type, enabled=False):
         y_TH = einsum(weights_TK, rows_TKH.to(weights_TK.dtype), "T K, T K H -> T H")
     return y_TH.to(rows_rH.dtype)
@@ -845,12 +931,16 @@ class ExpertParallelMoELayer(MoELayer):
         check_ep(config.num_experts, group_size(group))
         super().__init__(config)
         self.group = group
-        for p in self.experts.parameters():  # a copy of this rank's share: a view would hold the whole in memory
+        for p in (
+            self.experts.parameters()
+        ):  # a copy of this rank's share: a view would hold the whole in memory
             p.data = p.data.chunk(group_size(group))[group_rank(group)].clone()
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
-        arrive = dispatch(x_TH.to(product_dtype(x_TH)), plan)  # under autocast half the bytes, and the same products
+        arrive = dispatch(
+            x_TH.to(product_dtype(x_TH)), plan
+        )  # under autocast half the bytes, and the same products
         shared_TH = self.shared(x_TH) if self.shared is not None else 0  # while rows travel
         rows_rH = self.experts(arrive(), plan.counts)
         return combine(rows_rH, routing.weights_TK, plan) + shared_TH
@@ -869,7 +959,9 @@ class ParallelMoELM(MoELM):
         with torch.device("meta"):  # shapes first, without memory
             super().__init__(config, lambda config: ExpertParallelMoELayer(config, group))
         rank, ep = group_rank(group), group_size(group)
-        shares = {name: shard_tensor(name, whole, rank, ep) for name, whole in initial_weights(config)}
+        shares = {
+            name: shard_tensor(name, whole, rank, ep) for name, whole in initial_weights(config)
+        }
         self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
         for router in self.routers():
             router.counts = torch.zeros_like(router.counts, device="cpu")  # not part of the state
@@ -933,7 +1025,11 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     rows, columns = x.shape[-2:]
     padded = x.new_zeros(*x.shape[:-2], rows + -rows % block[0], columns + -columns % block[1])
     padded[..., :rows, :columns] = x  # as F.pad, which torch 2.9 refuses to do to no rows
-    return rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1]).abs().amax((-2, -1))
+    return (
+        rearrange(padded, "... (r a) (c b) -> ... r c a b", a=block[0], b=block[1])
+        .abs()
+        .amax((-2, -1))
+    )
 
 
 def _spread(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
@@ -970,13 +1066,21 @@ def quantize_fp8(
     dtype = FP8_FORMATS[format]
     most = torch.finfo(dtype).max
     x = x.to(torch.float32)
-    amax = _amax(x, block).nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop a NaN, and never an ∞
+    amax = _amax(x, block).nan_to_num(
+        torch.inf, torch.inf
+    )  # a maximum over ranks may drop a NaN, and never an ∞
     if amax_group is not None and block is None:
         _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
-    quotient = torch.full_like(amax, most) / amax  # most / amax would be computed as most · (1 / amax): rounded twice
-    scale = torch.where(amax == 0, 1.0, quotient).clamp(max=2.0**126)  # so that its inverse is still a normal number
+    quotient = (
+        torch.full_like(amax, most) / amax
+    )  # most / amax would be computed as most · (1 / amax): rounded twice
+    scale = torch.where(amax == 0, 1.0, quotient).clamp(
+        max=2.0**126
+    )  # so that its inverse is still a normal number
     if power_of_two:
-        scale = torch.ldexp(scale.sign(), torch.frexp(scale).exponent - 1)  # 0 stays 0: there x is not finite
+        scale = torch.ldexp(
+            scale.sign(), torch.frexp(scale).exponent - 1
+        )  # 0 stays 0: there x is not finite
     codes = (x * _spread(scale, block, x.shape)).clamp(-most, most).to(dtype).contiguous()
     return Quantized(codes, 1 / scale, block)
 
@@ -1060,13 +1164,17 @@ def fp8_product(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool =
             sizes = tuple(a.codes.shape), tuple(b.codes.shape)
             raise ValueError(f"FP8 units want multiples of 16, not {sizes}: choose other sizes")
         scales = dict(scale_a=a.inverse_scale, scale_b=b.inverse_scale)
-        return torch._scaled_mm(a.codes, b.codes.mT, **scales, out_dtype=dtype, use_fast_accum=False)
+        return torch._scaled_mm(
+            a.codes, b.codes.mT, **scales, out_dtype=dtype, use_fast_accum=False
+        )
     wide = torch.promote_types(dtype, torch.float32)
     with torch.autocast(a.codes.device.type, enabled=False):
         return (dequantize_fp8(a, wide) @ dequantize_fp8(b, wide).mT).to(dtype)
 
 
-def _both_ways(x_RH: Tensor, way: Operand, turned: Operand, amax_group) -> tuple[Quantized, Quantized]:
+def _both_ways(
+    x_RH: Tensor, way: Operand, turned: Operand, amax_group
+) -> tuple[Quantized, Quantized]:
     """x_RH and its transpose, each rounded as an operand, padded to 16 rows. One scale: one rounding serves both."""
     x_RH = F.pad(x_RH, (0, 0, 0, -len(x_RH) % 16))
     x = quantize_fp8(x_RH, *way, amax_group=amax_group)
@@ -1117,7 +1225,13 @@ class FP8Linear(nn.Linear):
     Source: Nemotron-H.
     """
 
-    def __init__(self, in_features: int, out_features: int, recipe: FP8Recipe = HYBRID, amax_group: Group = None):
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        recipe: FP8Recipe = HYBRID,
+        amax_group: Group = None,
+    ):
         super().__init__(in_features, out_features, bias=False)
         self.recipe, self.amax_group = recipe, amax_group
 
@@ -1147,7 +1261,9 @@ def fp8_grouped_product(
     Source: Nemotron-H's recipe, for each expert by itself: ours.
     """
     parts = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts])
+    return torch.cat(
+        [fp8_linear(rows_RH, weight_FH, recipe, amax_group) for rows_RH, weight_FH in parts]
+    )
 
 
 def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
@@ -1156,11 +1272,15 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, grid: Grid | None = None) -> MoELM:
     grid: share each amax among the ranks that hold shares of one tensor; None: each rank scales what it has.
     Source: Nemotron-H, section 2.4.
     """
-    tokens, experts = (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
+    tokens, experts = (
+        (dist.group.WORLD, grid.edp_group) if grid and dist.is_initialized() else (None, None)
+    )
     for module in model.layers[recipe.first : len(model.layers) - recipe.last].modules():
         if isinstance(module, Experts):
             module.product = partial(fp8_grouped_product, recipe=recipe, amax_group=experts)
-        elif type(module) is nn.Linear:  # the same object, weight and hooks and all, gets another forward
+        elif (
+            type(module) is nn.Linear
+        ):  # the same object, weight and hooks and all, gets another forward
             module.__class__, module.recipe, module.amax_group = FP8Linear, recipe, tokens
     return model
 
@@ -1179,12 +1299,16 @@ def check_ep(num_experts: int, ep: int) -> None:
     """Raises ValueError, with the remedy, where the experts do not divide over `ep` ranks."""
     if num_experts % ep:
         fits = [n for n in range(1, min(ep, num_experts) + 1) if num_experts % n == 0]
-        raise ValueError(f"num_experts={num_experts} does not divide over {ep} ranks: choose ep from {fits}")
+        raise ValueError(
+            f"num_experts={num_experts} does not divide over {ep} ranks: choose ep from {fits}"
+        )
 
 
 def shard_tensor(name: str, whole: Tensor, rank: int, world_size: int) -> Tensor:
     """Rank `rank`'s share of `whole`, the plain model's tensor `name`, as a copy: (e, ...) or whole's shape."""
-    return (whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]).clone()
+    return (
+        whole if shard_dim(name) is None else whole.chunk(world_size, shard_dim(name))[rank]
+    ).clone()
 
 
 def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
@@ -1193,7 +1317,9 @@ def check_state(full: dict[str, Tensor], config: MoEConfig) -> None:
         MoELM(config).load_state_dict(full, assign=True)
 
 
-def shard_state_dict(full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int) -> dict[str, Tensor]:
+def shard_state_dict(
+    full: dict[str, Tensor], config: MoEConfig, rank: int, world_size: int
+) -> dict[str, Tensor]:
     """The plain model's state dict to the one of rank `rank` among `world_size` that share the experts.
 
     full: the plain state, each tensor of `state_shapes`' shape; the shares are copies. Raises: RuntimeError where the
@@ -1214,7 +1340,9 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for name in shards[0]:
         pieces, dim = [shard[name] for shard in shards], shard_dim(name)
         if dim is None and not all(torch.equal(piece, pieces[0]) for piece in pieces):
-            raise ValueError(f"{name} should be the same on every rank, and is not: the ranks have drifted apart")
+            raise ValueError(
+                f"{name} should be the same on every rank, and is not: the ranks have drifted apart"
+            )
         full[name] = pieces[0].clone() if dim is None else torch.cat(pieces, dim)
     return full
 
@@ -1224,7 +1352,14 @@ def merge_state_dicts(shards: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 # Nemotron 3's files have this model under other names, with queries, keys and values apart, and each expert apart.
 # What they have more is refused: Mamba layers are chapter 5's, latent experts the next chapter's.
 
-LAYER_KINDS = {"full_attention": "*", "attention": "*", "moe": "E", "linear_attention": "M", "mamba": "M", "mlp": "-"}
+LAYER_KINDS = {
+    "full_attention": "*",
+    "attention": "*",
+    "moe": "E",
+    "linear_attention": "M",
+    "mamba": "M",
+    "mlp": "-",
+}
 NEMOTRON3_SIZES = dict(
     vocab_size="vocab_size", hidden_size="hidden_size", num_heads="num_attention_heads", head_size="head_dim",
     num_kv_heads="num_key_value_heads", num_experts="n_routed_experts", top_k="num_experts_per_tok",
@@ -1241,13 +1376,25 @@ NEMOTRON3_NAMES = dict(
 
 def _nemotron3_config(theirs: dict, where: str) -> MoEConfig:
     kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
-    pattern = theirs.get("hybrid_override_pattern") or "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
+    pattern = theirs.get("hybrid_override_pattern") or "".join(
+        LAYER_KINDS.get(kind, "?") for kind in kinds
+    )
     if "M" in pattern:
-        raise ValueError(f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid")
-    other = {key: theirs[key] for key, value in NEMOTRON3_FIXED.items() if theirs.get(key, value) != value}
+        raise ValueError(
+            f"{where} has Mamba layers ({pattern}): this chapter has none, see chapter 5, mamba_hybrid"
+        )
+    other = {
+        key: theirs[key]
+        for key, value in NEMOTRON3_FIXED.items()
+        if theirs.get(key, value) != value
+    }
     if other or theirs["num_experts_per_tok"] == 1:
-        raise ValueError(f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be")
-    return MoEConfig(pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()})
+        raise ValueError(
+            f"{where} has {other or 'one expert a token, normalised'}, which this model cannot be"
+        )
+    return MoEConfig(
+        pattern=pattern, **{name: theirs[published] for name, published in NEMOTRON3_SIZES.items()}
+    )
 
 
 def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
@@ -1255,7 +1402,9 @@ def _nemotron3_sources(name: str, num_experts: int) -> list[str]:
     theirs = ".".join(NEMOTRON3_NAMES.get(part, part) for part in name.split("."))
     theirs = theirs if name == "head.weight" else f"backbone.{theirs}"
     if shard_dim(name) is not None:
-        return [theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)]
+        return [
+            theirs.replace(".experts.", f".experts.{i}.") + ".weight" for i in range(num_experts)
+        ]
     return [theirs.replace("qkv", f"{which}_proj") for which in ("qkv" if "qkv" in theirs else "-")]
 
 
@@ -1268,8 +1417,14 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     folder = Path(folder)
-    config = _nemotron3_config(json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json")
-    found = {name: x for file in sorted(folder.glob("*.safetensors")) for name, x in load_file(file).items()}
+    config = _nemotron3_config(
+        json.loads((folder / "config.json").read_text("utf-8")), f"{folder}/config.json"
+    )
+    found = {
+        name: x
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
     sources = {name: _nemotron3_sources(name, config.num_experts) for name in state_shapes(config)}
     wanted = list(itertools.chain(*sources.values()))
     if missing := [name for name in wanted if name not in found]:
@@ -1278,7 +1433,9 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, dict[str, Tensor]]:
         raise ValueError(f"{folder} has {unknown[:4]}, which this model does not know")
     full = {}
     for name, names in sources.items():
-        pieces = [found.pop(source) for source in names]  # taken out, so that no tensor is in memory twice for long
+        pieces = [
+            found.pop(source) for source in names
+        ]  # taken out, so that no tensor is in memory twice for long
         full[name] = torch.cat(pieces) if shard_dim(name) is None else torch.stack(pieces)
     check_state(full, config)
     return config, full
@@ -1313,7 +1470,9 @@ def make_grid(ep: int, device: torch.device, timeout: float = 60.0) -> Grid:
         fits = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
     ranks = torch.arange(world).view(-1, ep)  # as drawn above: a line for each set
-    ep_group, edp_group = (make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T))
+    ep_group, edp_group = (
+        make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)
+    )
     return Grid(ep, world // ep, rank % ep, ep_group, edp_group)
 
 
@@ -1321,7 +1480,11 @@ def reduce_gradients(model: ParallelMoELM, grid: Grid) -> None:
     """Sums gradients where section 2.3 says, in two messages; the same parameters must have gradients on every rank."""
     experts = {id(p) for p in model.expert_parameters()}  # by identity: == compares elements
     for of_experts, group in ((True, grid.edp_group), (False, None)):
-        grads = [p.grad for p in model.parameters() if (id(p) in experts) == of_experts and p.grad is not None]
+        grads = [
+            p.grad
+            for p in model.parameters()
+            if (id(p) in experts) == of_experts and p.grad is not None
+        ]
         if grads and group_size(group) > 1:
             flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
             for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
@@ -1373,8 +1536,12 @@ def parallel_gradients(
     scales of its own. All else: as `plain_gradients`'.
     """
     # (torch.full is made on the device; torch.tensor would be copied there, and the host would wait for it.)
-    sizes = torch.stack([(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)])
-    tokens, sequences = _all_reduce(sizes).clamp(min=1)  # what the means divide by: all ranks', all micro-batches'
+    sizes = torch.stack(
+        [(targets_BS != -100).sum(), torch.full((), len(tokens_BS), device=tokens_BS.device)]
+    )
+    tokens, sequences = _all_reduce(sizes).clamp(
+        min=1
+    )  # what the means divide by: all ranks', all micro-batches'
     total = 0
     for part in zip(tokens_BS.tensor_split(micro_batches), targets_BS.tensor_split(micro_batches)):
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
@@ -1383,17 +1550,23 @@ def parallel_gradients(
         (loss + alpha * balance_B.sum() / sequences).backward()
         total = total + loss.detach()
     reduce_gradients(model, grid)
-    norm = clip_grad_norm_(model.parameters(), max_norm, sharded=model.expert_parameters(), group=grid.ep_group)
+    norm = clip_grad_norm_(
+        model.parameters(), max_norm, sharded=model.expert_parameters(), group=grid.ep_group
+    )
     return Step(_all_reduce(total), norm, _all_reduce(model.counts()))
 
 
-def train(model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options) -> Iterator[Step]:
+def train(
+    model: ParallelMoELM, batches: Batches, lr: Callable[[int], float], grid: Grid, **options
+) -> Iterator[Step]:
     """`train_alone` on a grid: the same arguments, and the same losses and norms. Every rank must iterate it.
 
     batches: the global ones. Each rank takes its rows; where the ranks do not divide them, shares are unequal or empty,
     and the gradient is exact all the same. options: `train_alone`'s and `parallel_gradients`'.
     """
-    mine = ([whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches)
+    mine = (
+        [whole.tensor_split(group_size())[group_rank()] for whole in batch] for batch in batches
+    )
     return train_alone(model, mine, lr, gradients=partial(parallel_gradients, grid=grid), **options)
 
 
@@ -1435,7 +1608,11 @@ def parameters(config: MoEConfig) -> Parameters:
     expert = 2 * (latent or H) * config.expert_size
     sizes = {
         "*": H * D * (2 * config.num_heads + 2 * config.num_kv_heads),
-        "E": E * expert + 2 * H * config.shared_size + E * H + E + (2 * H * latent if latent else 0),
+        "E": E * expert
+        + 2 * H * config.shared_size
+        + E * H
+        + E
+        + (2 * H * latent if latent else 0),
     }
     # Mamba: heads of 64, 8 groups with states of 128; a convolution of 4 taps and a bias, A, D and dt's bias for each
     # head, and a norm before the way out.
@@ -1478,7 +1655,9 @@ def quantisation_error(x: Tensor, *operand) -> float:
 # ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
 
 
-def learning_rate(step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10) -> float:
+def learning_rate(
+    step: int, steps: int, peak: float = 1e-3, floor: float = 1e-5, warmup: int = 10
+) -> float:
     """Warm-up, flat, and over the last fifth down to `floor`, by minus the square root; step counts from 0.
 
     A peak below the floor is its own floor. The shape is Nemotron 3's: some billion tokens of warm-up, 20 trillion
@@ -1503,15 +1682,28 @@ def overload(model: MoELM, lean: float = 0.5) -> MoELM:
     return model
 
 
-def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None) -> dict:
+def equivalence(
+    grid: Grid, device: torch.device, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict:
     """A small model on this grid beside the same on a single device: name to relative error, of every tensor.
 
     Two experts get no token; in every second step the last rank has none, in the others ranks have unequally many.
     Errors are per tensor, the largest of all ranks: max|Δ| / max|reference|; after AdamW over max(max|reference|,
     steps · lr).
     """
-    config = MoEConfig(61, 16, "*E*E", num_experts=4 * grid.ep, top_k=2, expert_size=12, shared_size=20, init_std=0.05)
-    plain, parallel = (model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group)))
+    config = MoEConfig(
+        61,
+        16,
+        "*E*E",
+        num_experts=4 * grid.ep,
+        top_k=2,
+        expert_size=12,
+        shared_size=20,
+        init_std=0.05,
+    )
+    plain, parallel = (
+        model.to(device, dtype) for model in (MoELM(config), ParallelMoELM(config, grid.ep_group))
+    )
     for router in (*plain.routers(), *parallel.routers()):
         router.bias[:2] = -10
     batches = []
@@ -1529,16 +1721,28 @@ def equivalence(grid: Grid, device: torch.device, dtype: torch.dtype, autocast: 
             dist.all_gather_object(shards, mine, grid.ep_group)
         return relative_errors(kind, merge_state_dicts(shards), reference, floor)
 
-    errors, options = {}, dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast)
-    runs = zip(train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options))
+    errors, options = (
+        {},
+        dict(lr=lambda step: 1e-3, alpha=0.01, gamma=0.01, max_norm=0.1, autocast=autocast),
+    )
+    runs = zip(
+        train_alone(plain, batches, **options), train(parallel, batches, grid=grid, **options)
+    )
     for step, (there, here) in enumerate(runs):
         errors[f"loss {step}"] = abs(here.loss / there.loss - 1).item()
         errors[f"norm {step}"] = abs(here.norm / there.norm - 1).item()
-        if dtype == torch.float64:  # a choice between two nearly equal experts may be rounded otherwise
+        if (
+            dtype == torch.float64
+        ):  # a choice between two nearly equal experts may be rounded otherwise
             errors[f"counts {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
         if step == 0:
-            errors |= gaps("gradient of", *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)))
-    if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
+            errors |= gaps(
+                "gradient of",
+                *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)),
+            )
+    if (
+        dtype == torch.float64
+    ):  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
         errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
     return over_all_ranks(errors)
 
@@ -1554,19 +1758,30 @@ def check(args: argparse.Namespace, grid: Grid, device: torch.device) -> bool:
 
 def codes_agree(device: torch.device) -> bool:
     """Whether every rank's share of a tensor has the codes of the whole, with an outlier on the last rank alone."""
-    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(device)
+    x_RH = torch.randn(4 * group_size() + 1, 32, generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     x_RH[-1, 5] = 1000.0
     whole = quantize_fp8(x_RH).codes.view(torch.uint8).tensor_split(group_size())[group_rank()]
     share = quantize_fp8(x_RH.tensor_split(group_size())[group_rank()], amax_group=dist.group.WORLD)
-    same = torch.tensor(torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device)
+    same = torch.tensor(
+        torch.equal(share.codes.view(torch.uint8), whole), dtype=torch.int64, device=device
+    )
     return bool(_all_reduce(same, None, dist.ReduceOp.MIN))
 
 
 def print_formats(recipe: FP8Recipe) -> None:
     """The recipe, product by product, and what each format does to two kinds of numbers."""
     where = "on FP8 units" if recipe.hardware else "emulated"
-    say(f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:")
-    operands = {E4M3: "e4m3", E5M2: "e5m2", TILE: "e4m3, tiles of 1 × 128", SQUARE: "e4m3, tiles of 128 × 128"}
+    say(
+        f"products in FP8, {where}, all but the first {recipe.first} and the last {recipe.last} layers:"
+    )
+    operands = {
+        E4M3: "e4m3",
+        E5M2: "e5m2",
+        TILE: "e4m3, tiles of 1 × 128",
+        SQUARE: "e4m3, tiles of 128 × 128",
+    }
     lines = (
         "fprop  y_RF  =  x_RH {} · w_FH {}",
         "dgrad  dx_RH = dy_RF {} · w_HF {}",
@@ -1579,7 +1794,9 @@ def print_formats(recipe: FP8Recipe) -> None:
     say("\nformat                     error, Gaussian   error, heavy tails   of these lost to zero")
     for operand, name in operands.items():
         lost = (dequantize_fp8(quantize_fp8(heavy, *operand)) == 0).sum().item() / heavy.numel()
-        say(f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}")
+        say(
+            f"{name:25}{quantisation_error(x, *operand):15.2%}{quantisation_error(heavy, *operand):21.2%}{lost:22.2%}"
+        )
     say()
 
 
@@ -1598,20 +1815,32 @@ def demonstrate(
     source = args.data or "Python's sources"
 
     def batches(steps: int = args.steps) -> Batches:
-        return ([x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)] for step in range(steps))
+        return (
+            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
+            for step in range(steps)
+        )
 
-    options = dict(lr=lambda step: learning_rate(step, args.steps, args.lr), alpha=args.alpha, autocast=autocast)
+    options = dict(
+        lr=lambda step: learning_rate(step, args.steps, args.lr),
+        alpha=args.alpha,
+        autocast=autocast,
+    )
     models = [overload(ParallelMoELM(config, grid.ep_group)).to(device, dtype) for _ in range(3)]
     to_fp8(models[1], recipe_of(args, device), grid)
     gammas = args.gamma, args.gamma, 1e-3
-    runs = [train(model, batches(), grid=grid, gamma=gamma, **options) for model, gamma in zip(models, gammas)]
+    runs = [
+        train(model, batches(), grid=grid, gamma=gamma, **options)
+        for model, gamma in zip(models, gammas)
+    ]
     # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
     plain = overload(MoELM(config)).to(device, dtype)
     alone = train_alone(plain, batches(min(5, args.steps)), gamma=args.gamma, **options)
     held = sum(p.numel() for p in models[0].parameters())
     say(f"{parameters(config).total:,} parameters, a token meets {parameters(config).active:,}; {held:,} on this rank; "
         f"{len(data.tokens):,} tokens of {source}\n")  # fmt: skip
-    say("step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load")
+    say(
+        "step      loss    single device      norm   largest load   with γ = 0.001      in FP8: loss   largest load"
+    )
     quiet = group_rank() > 0 or not sys.stderr.isatty()
     differences, counts = {}, []
     for step, (wide, fp8, slow) in enumerate(tqdm(zip(*runs), total=args.steps, disable=quiet)):
@@ -1623,23 +1852,36 @@ def demonstrate(
             loss_alone, _ = read_step(step, beside.loss, beside.norm)
             differences[f"loss {step}"] = abs(loss - loss_alone)
             text = f"{loss_alone:.6f}"
-        counts.append((wide.counts_LE, slow.counts_LE))  # stay on the device: to read them is to wait for it
+        counts.append(
+            (wide.counts_LE, slow.counts_LE)
+        )  # stay on the device: to read them is to wait for it
         if step < 5 or step % 10 == 9:
             load, load_slow, load_fp8 = (largest_load(run.counts_LE) for run in (wide, slow, fp8))
             say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}{load:13.2f} ×"
                 f"{load_slow:15.2f} ×{loss_fp8:18.6f}{load_fp8:13.2f} ×")  # fmt: skip
     loads = [(largest_load(wide_LE), largest_load(slow_LE)) for wide_LE, slow_LE in counts]
 
-    tokens_BS, targets_BS = (x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, evaluation=True))
-    share, losses = [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)], []
+    tokens_BS, targets_BS = (
+        x_BS.to(device) for x_BS in data.batch(0, 4 * args.batch, args.seed, evaluation=True)
+    )
+    share, losses = (
+        [x_BS.tensor_split(group_size())[group_rank()] for x_BS in (tokens_BS, targets_BS)],
+        [],
+    )
     for model in models[:2]:
         with torch.no_grad(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-            losses.append(_all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item())
+            losses.append(
+                _all_reduce(model.eval().loss(*share)[0].sum() / targets_BS.numel()).item()
+            )
     say(f"\nheld-out loss {losses[0]:.4f} nats a token; in FP8 {losses[1]:.4f}\n")
     return differences, loads, losses
 
 
-PUBLISHED_COUNTS = {"Nano": (31.6, 3.6, 3.2), "Super": (120.6, 12.7, 12.1), "Ultra": (550, None, 55)}
+PUBLISHED_COUNTS = {
+    "Nano": (31.6, 3.6, 3.2),
+    "Super": (120.6, 12.7, 12.1),
+    "Ultra": (550, None, 55),
+}
 
 
 def claims(
@@ -1652,11 +1894,17 @@ def claims(
 ) -> list[tuple[str, str, str, bool | str]]:
     """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
     rows = []
-    for claim, kind in (("gradient", "grad"), ("norm before clipping", "norm"), ("weight after AdamW", "after")):
+    for claim, kind in (
+        ("gradient", "grad"),
+        ("norm before clipping", "norm"),
+        ("weight after AdamW", "after"),
+    ):
         off, text = worst(errors, kind), f"every {claim} equals the single device's, float64"
         rows.append((text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"]))
     same = worst(errors, "counts") == 0
-    rows.append(("every expert's rows, in every step", "exact", "exact" if same else "others", same))
+    rows.append(
+        ("every expert's rows, in every step", "exact", "exact" if same else "others", same)
+    )
     text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     off = worst(differences) if differences else math.nan
     verdict = off <= BOUNDS[args.dtype] if differences else "needs steps"
@@ -1668,18 +1916,47 @@ def claims(
         first, last = of_steps[0], statistics.median(of_steps[-10:])
         good = last < 1.5 if is_default(args) and args.steps >= 60 else "needs the default run"
         here = f"{first:.2f} × the mean, then {last:.2f} ×"
-        rows.append((f"largest load with {name}, {args.steps} steps", "even", here, verdict or good))
+        rows.append(
+            (f"largest load with {name}, {args.steps} steps", "even", here, verdict or good)
+        )
     gap = f"{losses[1] / losses[0] - 1:+.2%}"
-    rows.append(("loss of FP8 over high precision, held out", "under 0.1 %, 56B", gap, "a tiny model, a short run"))
+    rows.append(
+        (
+            "loss of FP8 over high precision, held out",
+            "under 0.1 %, 56B",
+            gap,
+            "a tiny model, a short run",
+        )
+    )
     for name, paper in PUBLISHED_COUNTS.items():
         config = PUBLISHED[name]
-        routers = config.pattern.count("E") * config.num_experts * (config.hidden_size + 1) if name == "Super" else 0
+        routers = (
+            config.pattern.count("E") * config.num_experts * (config.hidden_size + 1)
+            if name == "Super"
+            else 0
+        )
         counts = [(count - routers) / 1e9 for count in parameters(config)]
-        text = f"parameters of {name}: total, active, without input table" + (", without routers" if routers else "")
+        text = f"parameters of {name}: total, active, without input table" + (
+            ", without routers" if routers else ""
+        )
         digits = 0 if name == "Ultra" else 1  # Ultra's are published as 550 and 55
-        good = all(abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value)
-        rows.append((text, *(", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs) for xs in (paper, counts)), good))
-    return [*rows, ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench")]
+        good = all(
+            abs(count - value) <= 0.01 * value for count, value in zip(counts, paper) if value
+        )
+        rows.append(
+            (
+                text,
+                *(
+                    ", ".join(f"{x:.{digits}f}B" if x else "–" for x in xs)
+                    for xs in (paper, counts)
+                ),
+                good,
+            )
+        )
+    return [
+        *rows,
+        ("FP8 products faster than bf16 ones", "up to 2 ×", "–", "needs FP8 units; see make bench"),
+    ]
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
@@ -1701,8 +1978,12 @@ RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
 class Options:
     """This chapter's own flags."""
 
-    data: str = flag("", "a text to train on; by default the sources of Python's library", metavar="FILE")
-    ep: int | None = flag(None, "ranks that share one set of experts; None: 2, or 1 where 2 does not fit", least=1)
+    data: str = flag(
+        "", "a text to train on; by default the sources of Python's library", metavar="FILE"
+    )
+    ep: int | None = flag(
+        None, "ranks that share one set of experts; None: 2, or 1 where 2 does not fit", least=1
+    )
     seq_length: int = flag(64, "tokens of a sequence, S", least=1)
     batch: int = flag(16, "sequences of a step, over all ranks", least=1)
     lr: float = flag(3e-3, "peak learning rate", least=1e-9)
@@ -1715,7 +1996,9 @@ class Options:
 def is_default(args: argparse.Namespace) -> bool:
     """Whether the model and its training are those of the default run, on whatever ranks."""
     layout = ("ep", "fp8", "recipe")  # of which the wide model's losses and loads do not depend
-    wanted = [f for f in (*fields(MoEConfig), *fields(Options)) if f.metadata and f.name not in layout]
+    wanted = [
+        f for f in (*fields(MoEConfig), *fields(Options)) if f.metadata and f.name not in layout
+    ]
     return all(getattr(args, f.name) == f.default for f in wanted)
 
 
@@ -1760,7 +2043,7 @@ class TextData:
         self.encoding = encoding or byte_encoding()
         paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         if not paths[0].is_file():
-            raise ValueError(f"{path}: not a regular file, and every rank has to read it")
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
         try:
             text = "".join(path.read_text("utf-8") for path in paths[:40])
         except UnicodeDecodeError as error:
@@ -1773,7 +2056,9 @@ class TextData:
             need = f"a tenth of it must be longer than {seq_length}"
             raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
 
-    def batch(self, step: int, rows: int, seed: int, evaluation: bool = False) -> tuple[Tensor, Tensor]:
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
         split = self.eval_split if evaluation else self.train_split
         key = f"{seed} {step} {evaluation}"
@@ -1789,7 +2074,7 @@ def byte_encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
 
 
-# endregion copy 242daf
+# endregion copy aaa995
 
 
 # Explained in chapter 1, at its end.
@@ -1967,7 +2252,7 @@ def _add_flag(parser: argparse.ArgumentParser, f: Field) -> None:
     keywords = dict(f.metadata)
     kind = f.type.partition(" ")[0]  # "int" of "int | None"
     if kind == "bool":
-        keywords["action"] = "store_true"
+        keywords.setdefault("action", "store_true")
     elif kind != "str":
         number = int if kind == "int" else float
         keywords["type"] = partial(_number, number, keywords.pop("least", 0))
@@ -2021,8 +2306,10 @@ def _resolve_auto(args: argparse.Namespace, ranks: int) -> None:
         args.dtype = "fp64" if args.check else default
     if args.device == "cuda" and not gpus:
         raise ValueError("a GPU was asked for, but torch sees none: use --device cpu")
+    if args.backend == "nccl" and args.device == "cpu":
+        raise ValueError("--backend nccl has no --device cpu: use gloo")
     may_share = "NCCL_MULTI_RANK_GPU_ENABLE" in os.environ  # NCCL 2.30 and newer
-    if args.backend == "nccl" and (args.device == "cpu" or (gpus < args.ranks and not may_share)):
+    if args.backend == "nccl" and gpus < args.ranks and not may_share:
         raise ValueError(f"--backend nccl needs {args.ranks} GPUs, here are {gpus}: use gloo")
 
 
@@ -2032,7 +2319,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy c36935
+# endregion copy 82e4fd
 
 
 # Explained in chapter 1, at its end.
@@ -2058,6 +2345,9 @@ def launch(main: Callable, args: argparse.Namespace) -> None:
         if "LOCAL_RANK" not in os.environ:
             sys.exit(130)  # a notebook's kernel lives on
         os._exit(130)  # no traceback from each rank, and no waiting for the others
+    finally:
+        if args.world_size == 1 and dist.is_initialized():
+            dist.destroy_process_group()  # so that a notebook can run it again
 
 
 def run_rank(main: Callable, args: argparse.Namespace) -> None:
@@ -2100,7 +2390,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-# endregion copy 170f78
+# endregion copy 754ba2
 
 
 if __name__ == "__main__":

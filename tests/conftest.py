@@ -19,15 +19,29 @@ POOLS: dict[int, ranks.Pool] = {}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where the ranks of tests compute")
-    parser.addoption("--backend", choices=("gloo", "nccl"), default="gloo", help="what the ranks of tests talk through")
-    parser.addoption("--ranks", type=int, default=4, help="the largest world; tests that need more ranks are skipped")
+    parser.addoption(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where the ranks of tests compute"
+    )
+    parser.addoption(
+        "--backend",
+        choices=("gloo", "nccl"),
+        default="gloo",
+        help="what the ranks of tests talk through",
+    )
+    parser.addoption(
+        "--ranks",
+        type=int,
+        default=4,
+        help="the largest world; tests that need more ranks are skipped",
+    )
 
 
 def pytest_configure(config):
     if not __debug__:
         raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
-    torch.set_num_threads(1)  # as in the ranks: two threads on a busy machine are many times slower than one
+    torch.set_num_threads(
+        1
+    )  # as in the ranks: two threads on a busy machine are many times slower than one
     ranks.PATHS[:] = [str(ROOT / path) for path in config.getini("pythonpath")]
 
 
@@ -51,7 +65,10 @@ def pytest_pyfunc_call(pyfuncitem):
     pool = POOLS.setdefault(world, ranks.Pool(world, option("--device"), option("--backend")))
     try:
         (seen, *_) = pool.run(
-            pyfuncitem.module.__name__, pyfuncitem.originalname, kwargs, marker.kwargs.get("timeout", 60.0)
+            pyfuncitem.module.__name__,
+            pyfuncitem.originalname,
+            kwargs,
+            marker.kwargs.get("timeout", 60.0),
         )
     except ranks.RankSkipped as skipped:
         pytest.skip(str(skipped))
@@ -66,7 +83,9 @@ def keep(item, seen) -> None:
     """What a planted bug's test has seen, for the table of `make bugs`."""
     bug = item.get_closest_marker("planted_bug").kwargs
     if not isinstance(seen, Shows):
-        pytest.fail("a planted bug's test returns Shows(loss=..., gradients=...): what a user sees of it")
+        pytest.fail(
+            "a planted bug's test returns Shows(loss=..., gradients=...): what a user sees of it"
+        )
     loss, gradients = seen.words()
     item.user_properties.append(("planted bug", {**bug, "loss": loss, "gradients": gradients}))
 
@@ -76,16 +95,23 @@ def pytest_terminal_summary(terminalreporter, config):
     if config.option.markexpr != "planted_bug":
         return
     rows = {}  # one for each bug, however many worlds it ran in: the largest speaks
-    for report in [*terminalreporter.stats.get("passed", []), *terminalreporter.stats.get("failed", [])]:
+    for report in [
+        *terminalreporter.stats.get("passed", []),
+        *terminalreporter.stats.get("failed", []),
+    ]:
         file, name = report.nodeid.split("[")[0].split("::")
-        bug = dict(report.user_properties).get("planted bug", dict(loss="", gradients="", symptom="", seen_in=None))
+        bug = dict(report.user_properties).get(
+            "planted bug", dict(loss="", gradients="", symptom="", seen_in=None)
+        )
         caught = rows.get((file, name), (True,))[0] and report.passed
         rows[file, name] = caught, bug
     line = terminalreporter.write_line
     line(f"\n{'planted bug':58} {'the loss':28} {'a check of gradients':28} by our tests")
     for (file, name), (caught, bug) in sorted(rows.items()):
         title = f"{Path(file).stem[5:7]} {name.removeprefix('test_').replace('_', ' ')}"
-        line(f"{title:58} {bug['loss']:28} {bug['gradients']:28} {'caught' if caught else 'MISSED'}")
+        line(
+            f"{title:58} {bug['loss']:28} {bug['gradients']:28} {'caught' if caught else 'MISSED'}"
+        )
         where = f" [{bug['seen_in'].removeprefix('https://github.com/')}]" if bug["seen_in"] else ""
         line(f"     {bug['symptom']}{where}")
     line(f"{sum(caught for caught, _ in rows.values())} of {len(rows)} planted bugs caught")

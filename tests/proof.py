@@ -29,12 +29,16 @@ def assert_equal(
     A reference that is hardly larger than the bound proves nothing: that fails too.
     """
     zeros = zeros or {}
-    assert here.keys() == reference.keys(), f"names differ: {sorted(here.keys() ^ reference.keys())}"
+    assert here.keys() == reference.keys(), (
+        f"names differ: {sorted(here.keys() ^ reference.keys())}"
+    )
     worst, complaints = 0.0, []
     for name, expected in reference.items():
         x, y = here[name].detach().cpu(), expected.detach().cpu()
         if x.shape != y.shape or x.dtype != y.dtype:
-            complaints.append(f"{name}: {tuple(x.shape)} {x.dtype}, expected {tuple(y.shape)} {y.dtype}")
+            complaints.append(
+                f"{name}: {tuple(x.shape)} {x.dtype}, expected {tuple(y.shape)} {y.dtype}"
+            )
             continue
         gap, size = (x - y).abs().max().item(), y.abs().max().item()
         if name in zeros:
@@ -48,14 +52,20 @@ def assert_equal(
         error = gap / max(size, floor) if size else torch.inf
         worst = max(worst, error)
         if not error <= bound:
-            complaints.append(f"{name}: off by {error:.1e} of its maximum {size:.1e}, allowed {bound:.0e}")
+            complaints.append(
+                f"{name}: off by {error:.1e} of its maximum {size:.1e}, allowed {bound:.0e}"
+            )
     assert not complaints, "\n".join(complaints)
     return worst
 
 
-def assert_differs(here: dict[str, Tensor], reference: dict[str, Tensor], at_least: float = 1e-3) -> list[str]:
+def assert_differs(
+    here: dict[str, Tensor], reference: dict[str, Tensor], at_least: float = 1e-3
+) -> list[str]:
     """For planted bugs: the tensors that are off by at least that share of their maximum; there must be one."""
-    gaps = {name: ((here[name] - y).abs().max() / y.abs().max()).item() for name, y in reference.items()}
+    gaps = {
+        name: ((here[name] - y).abs().max() / y.abs().max()).item() for name, y in reference.items()
+    }
     wrong = [name for name, gap in gaps.items() if not gap < at_least]
     assert wrong, f"the bug does not show: the largest error is {max(gaps.values()):.1e}"
     return wrong
@@ -98,7 +108,9 @@ class Shows:
 
 def worst_of(here: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
     """The largest max|Δ| / max|reference| of all tensors; infinite where the reference is zero and `here` is not."""
-    pairs = [((here[name] - y).abs().max().item(), y.abs().max().item()) for name, y in reference.items()]
+    pairs = [
+        ((here[name] - y).abs().max().item(), y.abs().max().item()) for name, y in reference.items()
+    ]
     return max((gap / size if size else torch.inf) if gap else 0.0 for gap, size in pairs)
 
 
@@ -109,7 +121,9 @@ class SavedStorages:
     """
 
     def __init__(self, *modules: torch.nn.Module):
-        self.known = {p.untyped_storage().data_ptr() for module in modules for p in module.parameters()}
+        self.known = {
+            p.untyped_storage().data_ptr() for module in modules for p in module.parameters()
+        }
 
     def _pack(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
@@ -184,5 +198,7 @@ class Shapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        self.seen |= {tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)}
+        self.seen |= {
+            tuple(x.shape) for x in torch.utils._pytree.tree_leaves(out) if isinstance(x, Tensor)
+        }
         return out

@@ -65,14 +65,25 @@ class Pool:
         self.world, self.device_type, self.backend, self.processes = world, device_type, backend, []
 
     def _start(self) -> None:
-        os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # for the fork server
+        os.environ["PYTHONPATH"] = os.pathsep.join(
+            [*PATHS, os.environ.get("PYTHONPATH", "")]
+        )  # for the fork server
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"])
+        context.set_forkserver_preload(
+            ["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"]
+        )
         self.folder = tempfile.TemporaryDirectory()
         self.connections = []
         for rank in range(self.world):
             ours, theirs = context.Pipe()
-            args = (rank, self.world, f"{self.folder.name}/store", self.device_type, self.backend, theirs)
+            args = (
+                rank,
+                self.world,
+                f"{self.folder.name}/store",
+                self.device_type,
+                self.backend,
+                theirs,
+            )
             self.processes.append(context.Process(target=_serve, args=args, daemon=True))
             self.processes[-1].start()
             theirs.close()
@@ -84,11 +95,16 @@ class Pool:
             process.join()
         self.processes = []
 
-    def run(self, module: str, name: str, kwargs: dict | None = None, timeout: float = 60.0) -> list:
+    def run(
+        self, module: str, name: str, kwargs: dict | None = None, timeout: float = 60.0
+    ) -> list:
         """Raises RankFailed with the first failing rank's traceback, TimeoutError naming silent ranks, RankSkipped."""
         if not self.processes:
             self._start()
-        waiting, replies = {connection: rank for rank, connection in enumerate(self.connections)}, [None] * self.world
+        waiting, replies = (
+            {connection: rank for rank, connection in enumerate(self.connections)},
+            [None] * self.world,
+        )
         deadline = time.monotonic() + timeout
         try:
             for connection in self.connections:
@@ -96,13 +112,17 @@ class Pool:
             while waiting:
                 ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise TimeoutError(f"{module}.{name}: ranks {sorted(waiting.values())} silent after {timeout:g} s")
+                    raise TimeoutError(
+                        f"{module}.{name}: ranks {sorted(waiting.values())} silent after {timeout:g} s"
+                    )
                 for connection in ready:
                     rank = waiting.pop(connection)
                     try:
                         outcome, value = pickle.loads(connection.recv_bytes())
                     except (EOFError, ConnectionResetError):
-                        raise RankFailed(f"rank {rank} died without a word in {module}.{name}") from None
+                        raise RankFailed(
+                            f"rank {rank} died without a word in {module}.{name}"
+                        ) from None
                     if outcome == "failed":
                         raise RankFailed(f"rank {rank} of {self.world}:\n{value}")
                     replies[rank] = outcome, value

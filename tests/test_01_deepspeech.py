@@ -39,11 +39,15 @@ EVERY_WORLD = pytest.mark.ranks(1, 2, 3, 4)
 
 def config(**changes) -> ds.SpeechConfig:
     convolutions = ((3, (5, 5), (2, 2)), (4, (3, 3), (1, 2)))
-    return ds.SpeechConfig(**(dict(bins=12, convolutions=convolutions, layers=2, hidden_size=10) | changes))
+    return ds.SpeechConfig(
+        **(dict(bins=12, convolutions=convolutions, layers=2, hidden_size=10) | changes)
+    )
 
 
 def random(*shape, seed=1):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(ranks.device)
 
 
 @lru_cache
@@ -61,7 +65,9 @@ def grads_of(module: nn.Module) -> dict:
 
 def models(cfg):
     """The plain model, and the one that shares its statistics with all ranks."""
-    return tuple(m.to(ranks.device, torch.float64) for m in (ds.DeepSpeech2(cfg), ds.parallel_model(cfg)))
+    return tuple(
+        m.to(ranks.device, torch.float64) for m in (ds.DeepSpeech2(cfg), ds.parallel_model(cfg))
+    )
 
 
 def loss_of(model, batch, loss=ds.ctc_loss):
@@ -82,7 +88,9 @@ def says(path: tuple[int, ...], blank: int = 0) -> tuple[int, ...]:
     return tuple(symbol for symbol, _ in itertools.groupby(path) if symbol != blank)
 
 
-def loss_over_all_paths(log_probs_TV: torch.Tensor, labels: tuple[int, ...], blank: int = 0) -> torch.Tensor:
+def loss_over_all_paths(
+    log_probs_TV: torch.Tensor, labels: tuple[int, ...], blank: int = 0
+) -> torch.Tensor:
     T, V = log_probs_TV.shape
     paths = [p for p in itertools.product(range(V), repeat=T) if says(p, blank) == labels]
     return -torch.logsumexp(torch.stack([log_probs_TV[range(T), list(p)].sum() for p in paths]), 0)
@@ -96,7 +104,9 @@ def test_ctc_is_the_sum_over_all_paths(labels, blank):
     x = random(5, 4).log_softmax(-1)
     a, b = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = loss_over_all_paths(a, labels, blank)
-    loss = ds.ctc_loss(b[:, None], torch.tensor([labels], dtype=torch.int64), [5], [len(labels)], blank, "sum")
+    loss = ds.ctc_loss(
+        b[:, None], torch.tensor([labels], dtype=torch.int64), [5], [len(labels)], blank, "sum"
+    )
     expected.backward()
     loss.backward()
     assert_equal({"loss": loss, "grad": b.grad}, {"loss": expected, "grad": a.grad}, bound=1e-12)
@@ -109,7 +119,12 @@ def ragged(T=30, B=6, V=9, seed=2):
     labels[1], labels[2], labels[3] = 4, torch.arange(1, 9), 5
     sizes = torch.tensor([0, 3, 8, 4, 8, 5])
     frames = torch.tensor([T, 5, 8, 7, 23, 17])  # utterance 3 would need 4 + 3 repeats = 7 frames
-    return random(T, B, V, seed=seed), labels.to(ranks.device), frames.to(ranks.device), sizes.to(ranks.device)
+    return (
+        random(T, B, V, seed=seed),
+        labels.to(ranks.device),
+        frames.to(ranks.device),
+        sizes.to(ranks.device),
+    )
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
@@ -162,7 +177,10 @@ def test_ctc_of_no_utterance_no_frame_and_no_probability():
     assert loss.tolist() == [0, math.inf]
     x[1, :, 1] = -torch.inf  # a symbol of probability 0 in a frame
     a, b = x.clone().requires_grad_(), x[:, 0].clone().requires_grad_()
-    loss, expected = ds.ctc_loss(a, torch.tensor([[1, 2]] * 2), [4, 4], [2, 2], reduction="sum"), None
+    loss, expected = (
+        ds.ctc_loss(a, torch.tensor([[1, 2]] * 2), [4, 4], [2, 2], reduction="sum"),
+        None,
+    )
     expected = 2 * loss_over_all_paths(torch.where(b == -torch.inf, -1e4, b), (1, 2))
     other = loss_over_all_paths(torch.where(x[:, 1] == -torch.inf, -1e4, x[:, 1]), (1, 2))
     loss.backward()
@@ -174,7 +192,11 @@ def test_ctc_of_long_and_narrow_input():
     x = (random(1500, 2, 29) * 3).log_softmax(-1)
     labels, lengths = torch.arange(1, 29).repeat(2, 4), ([1500, 1200], [112, 90])
     for y, bound in ((x, 1e-12), (x.float(), 1e-5)):  # fp32 adds up 1,500 roundings
-        assert_equal({"l": ds.ctc_loss(y, labels, *lengths)}, {"l": F.ctc_loss(y, labels, *lengths)}, bound=bound)
+        assert_equal(
+            {"l": ds.ctc_loss(y, labels, *lengths)},
+            {"l": F.ctc_loss(y, labels, *lengths)},
+            bound=bound,
+        )
     assert ds.ctc_loss(x.bfloat16(), labels, *lengths).dtype == torch.float32
 
 
@@ -182,7 +204,11 @@ def test_ctc_of_long_and_narrow_input():
 @given(st.data())
 def test_ctc_of_anything(data):
     """Any lengths and labels: value and gradient at the logits are the native function's."""
-    B, T, V = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 9)), data.draw(st.integers(2, 5))
+    B, T, V = (
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(1, 9)),
+        data.draw(st.integers(2, 5)),
+    )
     sizes = [data.draw(st.integers(0, 5)) for _ in range(B)]
     frames = [data.draw(st.integers(1, T)) for _ in range(B)]
     seed, results = data.draw(st.integers(0, 999)), []
@@ -192,7 +218,14 @@ def test_ctc_of_anything(data):
     )
     for function in (ds.ctc_loss, F.ctc_loss):
         x = logits.clone().requires_grad_()
-        loss = function(x.log_softmax(-1), labels, tuple(frames), tuple(sizes), reduction="sum", zero_infinity=True)
+        loss = function(
+            x.log_softmax(-1),
+            labels,
+            tuple(frames),
+            tuple(sizes),
+            reduction="sum",
+            zero_infinity=True,
+        )
         loss.backward()
         results.append({"loss": loss, "grad": x.grad})
     for name, x in results[1].items():
@@ -272,7 +305,9 @@ KINDS = pytest.mark.parametrize("kind", ["nesterov", "adamw"])
 @EVERY_WORLD
 @KINDS
 @pytest.mark.parametrize(
-    "change", [{}, {"cell": "gru", "bidirectional": False, "layers": 1}, {"batch_norm": False}], ids=str
+    "change",
+    [{}, {"cell": "gru", "bidirectional": False, "layers": 1}, {"batch_norm": False}],
+    ids=str,
 )
 def test_five_steps(kind, change):
     """Seven utterances of unequal length over the ranks: losses, norms, gradients, weights, running averages."""
@@ -289,7 +324,11 @@ def test_five_steps(kind, change):
         steps += 1
     assert steps == 5
     state = {name: x for name, x in plain.state_dict().items() if x.is_floating_point()}
-    assert_equal({name: parallel.state_dict()[name] for name in state}, state, floor=0.05 if kind == "adamw" else 0.0)
+    assert_equal(
+        {name: parallel.state_dict()[name] for name in state},
+        state,
+        floor=0.05 if kind == "adamw" else 0.0,
+    )
     ds.check_replicas(parallel)
 
 
@@ -300,7 +339,9 @@ def test_a_rank_without_an_utterance():
     plain, parallel = models(cfg)
     batch = batch_of(7, cfg).rows([5])
     ((expected, norm),) = ds.train_alone(plain, [batch], lambda step: 0.01)
-    ((loss, norm_here),) = ds.train(parallel, [mine(batch)], lambda step: 0.01, ring_group=ring_group())
+    ((loss, norm_here),) = ds.train(
+        parallel, [mine(batch)], lambda step: 0.01, ring_group=ring_group()
+    )
     assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
     assert_equal(grads_of(parallel), grads_of(plain))
 
@@ -315,8 +356,14 @@ def test_buckets_leave_while_backward_runs():
     order, sent, expected = [], [], [[names[id(p)] for p in bucket] for bucket in ring.buckets]
     assert len(expected) > 4 and sorted(itertools.chain(*expected)) == sorted(names.values())
     original = ring._sum
-    ring._sum = lambda bucket: (sent.append([names[id(p)] for p in bucket]), order.append("sent"), original(bucket))
-    ring_last = model.convolutions[0].weight.register_post_accumulate_grad_hook(lambda p: order.append("last gradient"))
+    ring._sum = lambda bucket: (
+        sent.append([names[id(p)] for p in bucket]),
+        order.append("sent"),
+        original(bucket),
+    )
+    ring_last = model.convolutions[0].weight.register_post_accumulate_grad_hook(
+        lambda p: order.append("last gradient")
+    )
     for _ in range(2):
         del order[:], sent[:]
         model.zero_grad()
@@ -344,14 +391,28 @@ def test_messages_of_a_step():
         sent.extend((x.nbytes, group) for way, x, _ in messages if way is dist.isend)
         return exchange(messages, group)
 
-    with plant(ds, "_exchange", watched), ds.Counter() as counter:  # the ring's thread is not this one: it is watched
+    with (
+        plant(ds, "_exchange", watched),
+        ds.Counter() as counter,
+    ):  # the ring's thread is not this one: it is watched
         ds.parallel_gradients(model, mine(batch_of(7, cfg)), ring=ring)
     ring.close()
     K = sum(p.numel() for p in model.parameters())
     assert sum(size for size, _ in sent) == K * 8 and {group for _, group in sent} == {ring_group()}
-    features = [3, 4, 10, 10, 10]  # of each BatchNorm: forward H + 1 and H numbers, backward the same in reverse
+    features = [
+        3,
+        4,
+        10,
+        10,
+        10,
+    ]  # of each BatchNorm: forward H + 1 and H numbers, backward the same in reverse
     forward = [8 * n for H in features for n in (H + 1, H)]
-    assert [m.bytes for m in counter.messages if m.op == "all_reduce"] == [8, *forward, *forward[::-1], 8]
+    assert [m.bytes for m in counter.messages if m.op == "all_reduce"] == [
+        8,
+        *forward,
+        *forward[::-1],
+        8,
+    ]
 
 
 # ── 2.4 BatchNorm over all frames of all ranks ──────────────────────────────────────────────────────────
@@ -380,7 +441,9 @@ def test_sequence_batch_norm():
         full = torch.full_like(every[r], 3.0).index_put((valid[r],), upstream[own])
         y.backward(full)
         assert not y[~valid[r]].any() and not x.grad[~valid[r]].any()
-        assert_equal({"y": y[valid[r]], "x": x.grad[valid[r]]}, {"y": expected[own], "x": rows.grad[own]})
+        assert_equal(
+            {"y": y[valid[r]], "x": x.grad[valid[r]]}, {"y": expected[own], "x": rows.grad[own]}
+        )
         for p in ours.parameters():
             dist.all_reduce(p.grad)
         assert_equal(grads_of(ours), grads_of(plain))
@@ -407,7 +470,9 @@ def test_clipped_recurrence(D, T, B):
     y.backward(random(T, D, B, 6, seed=3))
     if B:
         zeros = {"weight": 0.0} if T == 1 else {}  # one step has no step before it
-        pairs = zip(("y", "x", "weight"), (y, b[0].grad, b[1].grad), (expected, a[0].grad, a[1].grad))
+        pairs = zip(
+            ("y", "x", "weight"), (y, b[0].grad, b[1].grad), (expected, a[0].grad, a[1].grad)
+        )
         pairs = list(pairs)
         assert_equal({n: p for n, p, _ in pairs}, {n: q for n, _, q in pairs}, zeros=zeros)
     else:
@@ -422,7 +487,9 @@ def test_the_recurrences_are_pytorchs():
         theirs.weight_ih_l0.copy_(torch.eye(6))
     weight = theirs.weight_hh_l0.detach().T[None]
     assert_equal({"h": ds.plain_recurrence(x[:, None], weight)[:, 0]}, {"h": theirs(x)[0]})
-    theirs = nn.GRU(18, 6, bias=False).double()  # rows of its weights: r, z, n; its z keeps the old state
+    theirs = nn.GRU(
+        18, 6, bias=False
+    ).double()  # rows of its weights: r, z, n; its z keeps the old state
     x, order = random(9, 3, 18), torch.arange(18).view(3, 6)[[1, 0, 2]].flatten()
     with torch.no_grad():
         theirs.weight_ih_l0.copy_(torch.eye(18)[order])
@@ -489,7 +556,9 @@ def test_row_convolution():
     nn.init.normal_(layer.weight)
     x = random(9, 2, 4).requires_grad_()
     padded = torch.cat([x, torch.zeros(3, 2, 4)])
-    expected = torch.stack([sum(layer.weight[:, j] * padded[t + j] for j in range(4)) for t in range(9)])
+    expected = torch.stack(
+        [sum(layer.weight[:, j] * padded[t + j] for j in range(4)) for t in range(9)]
+    )
     y = layer(x)
     assert_equal({"y": y}, {"y": expected})
     (grad,) = torch.autograd.grad(y[4, 0, 1], x)
@@ -589,7 +658,9 @@ def test_beam_search_with_a_language_model_is_exact():
     found = dict(ds.beam_search(x, beam=10**6, lm=lm, alpha=0.7, beta=0.3, cutoff=1.0))
     for text, log_p in texts_of_all_paths(x).items():
         words = text.split()
-        q = log_p + sum(0.7 * lm.score(tuple(words[:i]), word) + 0.3 for i, word in enumerate(words))
+        q = log_p + sum(
+            0.7 * lm.score(tuple(words[:i]), word) + 0.3 for i, word in enumerate(words)
+        )
         assert math.isclose(found[text], q, rel_tol=1e-10), text
     assert found.keys() == texts_of_all_paths(x).keys()
 
@@ -616,10 +687,20 @@ def test_the_n_gram_is_a_distribution():
     """For any history the words and the unknown one add up to 1; what was seen is more probable than what was not."""
     lm = ds.NGram(["one two three", "one two one", "three"], order=3)
     for history in ((), ("one",), ("one", "two"), ("never", "heard"), ("never", "two")):
-        assert math.isclose(sum(math.exp(lm.score(history, w)) for w in [*lm.words, "unheard-of"]), 1.0, rel_tol=1e-12)
-    assert lm.score(("one", "two"), "three") > lm.score(("one", "two"), "two") > lm.score(("one", "two"), "unheard-of")
+        assert math.isclose(
+            sum(math.exp(lm.score(history, w)) for w in [*lm.words, "unheard-of"]),
+            1.0,
+            rel_tol=1e-12,
+        )
+    assert (
+        lm.score(("one", "two"), "three")
+        > lm.score(("one", "two"), "two")
+        > lm.score(("one", "two"), "unheard-of")
+    )
     assert lm.score((), "one") == lm.score(("<s>", "<s>"), "one")
-    assert math.isclose(math.exp(ds.NGram(["a a b"], order=1).score((), "a")), (1.5 + 0.5 * 2 / 3) / 3)
+    assert math.isclose(
+        math.exp(ds.NGram(["a a b"], order=1).score((), "a")), (1.5 + 0.5 * 2 / 3) / 3
+    )
 
 
 def test_word_error_rate():
@@ -651,7 +732,8 @@ def test_ranks_that_have_drifted_apart_are_found():
     if dist.get_rank() == 1:
         model.layers[1].norm.running_mean[3] += 1e-3
     with pytest.raises(
-        ValueError, match=r"layers.1.norm.running_mean should be the same on every rank, but differs by 1.0e-03"
+        ValueError,
+        match=r"layers.1.norm.running_mean should be the same on every rank, but differs by 1.0e-03",
     ):
         ds.check_replicas(model)
 
@@ -680,7 +762,9 @@ def a_time_parallel_layer(group):
 
 
 def a_batch_norm(group):
-    return ds.SequenceBatchNorm(3, group).double()(random(5, 2, 3), torch.ones(5, 2, dtype=torch.bool))
+    return ds.SequenceBatchNorm(3, group).double()(
+        random(5, 2, 3), torch.ones(5, 2, dtype=torch.bool)
+    )
 
 
 def a_parallel_model(group):
@@ -695,7 +779,9 @@ def a_gradient(group):
 
 
 def a_training_step(group, ring_group):
-    return next(ds.train(models(config())[0], [one_utterance()], lambda step: 0.01, group, ring_group))
+    return next(
+        ds.train(models(config())[0], [one_utterance()], lambda step: 0.01, group, ring_group)
+    )
 
 
 TAKE_A_GROUP = {
@@ -707,7 +793,9 @@ TAKE_A_GROUP = {
     "SequenceBatchNorm": a_batch_norm,
     "time_parallel_birnn": a_time_parallel_layer,
     "parallel_model": a_parallel_model,
-    "check_replicas": lambda group: ds.check_replicas(ds.parallel_model(config()).to(ranks.device), group),
+    "check_replicas": lambda group: ds.check_replicas(
+        ds.parallel_model(config()).to(ranks.device), group
+    ),
     "parallel_gradients": a_gradient,
     "train": lambda group: a_training_step(group, this_rank_alone()),
     "train, ring_group": lambda group: a_training_step(this_rank_alone(), group),
@@ -732,24 +820,43 @@ def test_a_rank_outside_the_group_is_refused(name):
 
 
 def test_every_function_that_takes_a_group_is_tried_from_outside():
-    public = {name: thing for name, thing in vars(ds).items() if getattr(thing, "__module__", "") == "deepspeech"}
-    public = {name: thing for name, thing in public.items() if callable(thing) and not name.startswith("_")}
-    takers = {name for name, thing in public.items() if "group" in inspect.signature(thing).parameters}
+    public = {
+        name: thing
+        for name, thing in vars(ds).items()
+        if getattr(thing, "__module__", "") == "deepspeech"
+    }
+    public = {
+        name: thing
+        for name, thing in public.items()
+        if callable(thing) and not name.startswith("_")
+    }
+    takers = {
+        name for name, thing in public.items() if "group" in inspect.signature(thing).parameters
+    }
     assert takers - {"Message"} == {name.partition(",")[0] for name in TAKE_A_GROUP}
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(1, 50), max_size=40), batch=st.integers(1, 9), world=st.integers(1, 5))
+@given(
+    lengths=st.lists(st.integers(1, 50), max_size=40),
+    batch=st.integers(1, 9),
+    world=st.integers(1, 5),
+)
 def test_sortagrad(lengths, batch, world):
     """Epoch 0 by length, later ones the same batches shuffled; each utterance once; shares are a batch again."""
     first, *later = (ds.sortagrad_batches(lengths, batch, epoch, seed=3) for epoch in range(3))
     order = [lengths[i] for b in first for i in b]
-    assert order == sorted(lengths) and sorted(i for b in first for i in b) == list(range(len(lengths)))
+    assert order == sorted(lengths) and sorted(i for b in first for i in b) == list(
+        range(len(lengths))
+    )
     for batches in [*later, ds.sortagrad_batches(lengths, batch, 0, seed=3, sort=False)]:
         assert sorted(map(tuple, batches)) == sorted(map(tuple, first))
     for b in first:
         shares = [ds.share_of(b, lengths, r, world) for r in range(world)]
-        assert sorted(itertools.chain(*shares)) == sorted(b) and max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert (
+            sorted(itertools.chain(*shares)) == sorted(b)
+            and max(map(len, shares)) - min(map(len, shares)) <= 1
+        )
 
 
 def test_learning_rates():
@@ -766,7 +873,10 @@ def test_spectrogram():
     x = ds.log_spectrogram(tone)
     assert x.shape == (1 + (16_000 - 320) // 160, 161)
     assert x.std(0).argmax() in (19, 20, 21)  # 1,000 Hz stands in bin 20; only it moves
-    assert torch.allclose(x, ds.log_spectrogram(100 * tone), atol=1e-4) and x.mean(0).abs().max() < 1e-4
+    assert (
+        torch.allclose(x, ds.log_spectrogram(100 * tone), atol=1e-4)
+        and x.mean(0).abs().max() < 1e-4
+    )
     assert ds.log_spectrogram(tone[:7], 8000, 40).shape == (1, 40)
     assert torch.isfinite(ds.log_spectrogram(torch.zeros(4000), 8000, 40)).all()
     assert ds.log_spectrogram(torch.rand(8000), 8000, 40).std(0).min() > 0  # no band is empty
@@ -776,27 +886,38 @@ def test_spectrogram():
 def test_noise_has_the_power_that_was_asked_for(snr):
     wave, noise = random(5000), random(700, seed=2) * 13
     added = ds.mix_noise(wave, noise, snr) - wave
-    assert math.isclose(10 * math.log10(wave.square().mean() / added.square().mean()), snr, abs_tol=1e-9)
+    assert math.isclose(
+        10 * math.log10(wave.square().mean() / added.square().mean()), snr, abs_tol=1e-9
+    )
     with pytest.raises(ValueError, match="no power"):
         ds.mix_noise(wave, torch.zeros(5), 3.0)
 
 
 def test_resampling_keeps_the_tone():
     for rate in (16_000, 11_025, 44_100, 8000):
-        at, there = torch.arange(rate, dtype=torch.float64) / rate, torch.arange(8000, dtype=torch.float64) / 8000
+        at, there = (
+            torch.arange(rate, dtype=torch.float64) / rate,
+            torch.arange(8000, dtype=torch.float64) / 8000,
+        )
         wave = ds.resample(torch.sin(2 * math.pi * 500 * at), rate, 8000)
         assert_equal({"wave": wave}, {"wave": torch.sin(2 * math.pi * 500 * there)})
 
 
 def test_speech_is_a_function_of_the_seed():
     a, b, c = (ds.Speech.synthetic(3, config(), seed) for seed in (1, 1, 2))
-    assert a.texts == b.texts and all(torch.equal(x, y) for x, y in zip(a.waves, b.waves)) and a.texts != c.texts
+    assert (
+        a.texts == b.texts
+        and all(torch.equal(x, y) for x, y in zip(a.waves, b.waves))
+        and a.texts != c.texts
+    )
     first, again, other = (a.batch([1, 2], config(), key) for key in ((0, 1), (0, 1), (0, 2)))
     assert torch.equal(first.features_BTF, again.features_BTF)
     assert first.features_BTF.shape != other.features_BTF.shape or not torch.equal(
         first.features_BTF, other.features_BTF
     )
-    swapped = a.batch([2], config(), (0, 1))  # distortion belongs to the utterance, whatever batch it is in
+    swapped = a.batch(
+        [2], config(), (0, 1)
+    )  # distortion belongs to the utterance, whatever batch it is in
     assert torch.equal(swapped.features_BTF[0], first.features_BTF[1, : swapped.frames_B[0]])
 
 
@@ -809,14 +930,19 @@ def test_the_same_size_nets():
     assert [round(count, 1) for count in counts] == [38.9, 38.7, 39.2, 38.3]
     cfg = config(layers=3, hidden_size=8)
     layers = ds.DeepSpeech2(cfg).layers
-    assert sum(p.numel() for layer in layers[1:] for p in (layer.input.weight, layer.weight)) == 2 * 3 * 8**2
+    assert (
+        sum(p.numel() for layer in layers[1:] for p in (layer.input.weight, layer.weight))
+        == 2 * 3 * 8**2
+    )
 
 
 def test_tables_that_must_agree_with_themselves():
     assert sum(ds.ENGLISH_HOURS.values()) == 11_940
     shares = [ds.noisy_share(*rates) for rates in ds.NOISY_SPEECH.values()]
     assert len(shares) == 5 and max(shares) - min(shares) < 5e-4 and abs(shares[0] - 0.423) < 5e-4
-    assert abs((12.6 + 19.3) / 2 - 16.0) < 0.051 and (20.0 + 31.8) / 2 == 25.9  # Switchboard and CallHome: full
+    assert (
+        abs((12.6 + 19.3) / 2 - 16.0) < 0.051 and (20.0 + 31.8) / 2 == 25.9
+    )  # Switchboard and CallHome: full
 
 
 def test_the_cut_in_time_takes_as_many_slots_as_ranks():
@@ -853,7 +979,9 @@ def logits_gradient(loss_function, logits, *args) -> tuple[torch.Tensor, torch.T
     return loss.detach(), x.grad
 
 
-@pytest.mark.planted_bug(symptom="texts with double letters seem too probable; all others are right", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="texts with double letters seem too probable; all others are right", seen_in=None
+)
 def test_a_skip_between_equal_letters():
     """A skip over the blank between equal labels lets "l" + "l" say "ll"."""
     original = ds._lattice
@@ -869,7 +997,9 @@ def test_a_skip_between_equal_letters():
         wrong, wrong_grad = logits_gradient(ds.ctc_loss, random(6, 2, 4), *args)
     assert math.isclose(wrong[0], right[0], rel_tol=1e-12) and wrong[1] < right[1] - 0.1
     assert_equal({"no repeat": wrong_grad[:, 0]}, {"no repeat": grad[:, 0]})
-    return Shows(off(wrong[1], right[1]), worst_of({"repeat": wrong_grad[:, 1]}, {"repeat": grad[:, 1]}))
+    return Shows(
+        off(wrong[1], right[1]), worst_of({"repeat": wrong_grad[:, 1]}, {"repeat": grad[:, 1]})
+    )
 
 
 @pytest.mark.planted_bug(
@@ -880,7 +1010,9 @@ def test_minus_infinity_for_the_impossible():
     logits, args = random(4, 1, 4), (torch.tensor([[1, 2]]), [4], [2])
     logits[1, 0, 1] = -1e4  # as good as 0, and finite
     right, grad = logits_gradient(ds.ctc_loss, logits, *args)
-    assert_equal({"loss": right}, {"loss": loss_over_all_paths(logits[:, 0].log_softmax(-1), (1, 2))[None]})
+    assert_equal(
+        {"loss": right}, {"loss": loss_over_all_paths(logits[:, 0].log_softmax(-1), (1, 2))[None]}
+    )
     logits[1, 0, 1] = -math.inf
     assert_equal({"grad": logits_gradient(ds.ctc_loss, logits, *args)[1]}, {"grad": grad})
     with plant(ds, "IMPOSSIBLE", -math.inf):
@@ -897,15 +1029,23 @@ def test_ctc_in_linear_space():
     def loss(log_probs_TV, labels):
         y, symbols = log_probs_TV.exp(), [0, *(s for label in labels for s in (label, 0))]
         alpha = F.one_hot(torch.tensor(0), len(symbols)).to(y.dtype)
-        skip = torch.tensor([s > 1 and symbols[s] not in (0, symbols[s - 2]) for s in range(len(symbols))])
+        skip = torch.tensor(
+            [s > 1 and symbols[s] not in (0, symbols[s - 2]) for s in range(len(symbols))]
+        )
         for y_V in y:
             step, two = (F.pad(alpha, (n, 0))[: len(alpha)] for n in (1, 2))
             alpha = (alpha + step + two * skip) * y_V[symbols]
         return -alpha[-2:].sum().log()
 
     for T in (60, 300):
-        a, b = (torch.full((T, 29), 1 / 29, dtype=torch.float64).log().requires_grad_() for _ in range(2))
-        right, wrong = ds.ctc_loss(a[:, None], torch.tensor([[3, 3, 4]]), [T], [3], reduction="sum"), loss(b, (3, 3, 4))
+        a, b = (
+            torch.full((T, 29), 1 / 29, dtype=torch.float64).log().requires_grad_()
+            for _ in range(2)
+        )
+        right, wrong = (
+            ds.ctc_loss(a[:, None], torch.tensor([[3, 3, 4]]), [T], [3], reduction="sum"),
+            loss(b, (3, 3, 4)),
+        )
         right.backward(), wrong.backward()
         assert torch.isfinite(right) and torch.isfinite(a.grad).all()
         if T == 60:
@@ -933,18 +1073,29 @@ def test_batch_norm_that_counts_padding():
     return Shows(off(*losses), worst_of(*found))
 
 
-@pytest.mark.planted_bug(symptom="in bf16, running averages and outputs off by a percent", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="in bf16, running averages and outputs off by a percent", seen_in=None
+)
 def test_batch_norm_in_bf16():
     """Its squares and sums have 8 bits; the output need not have more, but what it is made of must."""
     x, valid = random(40, 5, 6) + 3, torch.ones(40, 5, dtype=torch.bool)
-    layers = [ds.SequenceBatchNorm(6).to(dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
+    layers = [
+        ds.SequenceBatchNorm(6).to(dtype)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16)
+    ]
     rounded, results = x.bfloat16(), []
     for layer, planted in zip(layers, (False, False, True)):
-        leaf = (rounded if layer.weight.dtype != torch.float64 else rounded.double()).clone().requires_grad_()
+        leaf = (
+            (rounded if layer.weight.dtype != torch.float64 else rounded.double())
+            .clone()
+            .requires_grad_()
+        )
         with plant(torch, "promote_types", (lambda a, b: a) if planted else torch.promote_types):
             y = layer(leaf, valid)
         (y.to(torch.float64) * random(40, 5, 6, seed=2)).sum().backward()
-        results.append(({"y": y.double(), "mean": layer.running_mean.double()}, {"x": leaf.grad.double()}))
+        results.append(
+            ({"y": y.double(), "mean": layer.running_mean.double()}, {"x": leaf.grad.double()})
+        )
     (right, grad), (wide, _), (narrow, wrong_grad) = results
     assert worst_of(wide, right) < 1e-5 and worst_of(narrow, right) > 3e-3
     return Shows(worst_of(narrow, right), worst_of(wrong_grad, grad))
@@ -960,7 +1111,8 @@ def step_of(plain, parallel, batch) -> tuple[tuple, tuple]:
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="the loss is right to the last digit, gradients below every BatchNorm are not", seen_in=None
+    symptom="the loss is right to the last digit, gradients below every BatchNorm are not",
+    seen_in=None,
 )
 def test_statistics_that_are_reduced_forward_only():
     plain, parallel = models(config())
@@ -968,7 +1120,11 @@ def test_statistics_that_are_reduced_forward_only():
         (loss, expected), found = step_of(plain, parallel, batch_of(8))
     assert_equal({"loss": loss}, {"loss": expected})
     wrong = assert_differs(*found)
-    assert "convolutions.0.weight" in wrong and "out.weight" not in wrong and "full_norm.weight" not in wrong
+    assert (
+        "convolutions.0.weight" in wrong
+        and "out.weight" not in wrong
+        and "full_norm.weight" not in wrong
+    )
     return Shows(off(loss, expected), worst_of(*found))
 
 
@@ -993,7 +1149,8 @@ def test_the_average_of_unequal_shares():
 
 
 @pytest.mark.planted_bug(
-    symptom="short utterances are heard differently in the company of long ones; alone they are right", seen_in=None
+    symptom="short utterances are heard differently in the company of long ones; alone they are right",
+    seen_in=None,
 )
 def test_a_backward_direction_that_starts_in_the_padding():
     """Padding that is not zero behind the norm wakes the backward direction before the utterance's true end."""
@@ -1015,7 +1172,11 @@ def test_a_backward_direction_that_starts_in_the_padding():
     (loss, grads), (expected, right) = heard(range(6), shortest), heard([shortest], 0)
     assert_equal(grads | {"loss": loss}, right | {"loss": expected})
     original = ds.SequenceBatchNorm.forward
-    with plant(ds.SequenceBatchNorm, "forward", lambda self, x, valid: original(self, x, torch.ones_like(valid))):
+    with plant(
+        ds.SequenceBatchNorm,
+        "forward",
+        lambda self, x, valid: original(self, x, torch.ones_like(valid)),
+    ):
         (loss, grads), (expected, right) = heard(range(6), shortest), heard([shortest], 0)
     assert_differs(grads, right)
     return Shows(off(loss, expected), worst_of(grads, right))
@@ -1023,7 +1184,8 @@ def test_a_backward_direction_that_starts_in_the_padding():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="outputs are right; what should cross the cut in backward is missing from every gradient", seen_in=None
+    symptom="outputs are right; what should cross the cut in backward is missing from every gradient",
+    seen_in=None,
 )
 def test_an_exchange_outside_the_graph():
     original = ds._wave
@@ -1032,7 +1194,9 @@ def test_an_exchange_outside_the_graph():
         if up == 0:
             return original(compute, state, up, group)
         for direction in (slice(0, 1), slice(1, 2)):
-            compute(direction, state[direction])  # nothing arrives, as if the state had been a constant
+            compute(
+                direction, state[direction]
+            )  # nothing arrives, as if the state had been a constant
 
     with plant(ds, "_wave", wave):
         here, there = time_parallel_case(16)
@@ -1044,7 +1208,8 @@ def test_an_exchange_outside_the_graph():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="nothing, for ever; then, on every rank, an error that names the send and the timeout", seen_in=None
+    symptom="nothing, for ever; then, on every rank, an error that names the send and the timeout",
+    seen_in=None,
 )
 def test_a_ring_that_sends_before_it_receives():
     group = ds.make_group([[0, 1]], ranks.device, 1.0)  # a group of its own: what times out is lost
@@ -1054,7 +1219,10 @@ def test_a_ring_that_sends_before_it_receives():
             (dist.send if way is dist.isend else dist.recv)(x, peer, group=group)
 
     begin = time.monotonic()
-    with plant(ds, "_exchange", exchange), pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
+    with (
+        plant(ds, "_exchange", exchange),
+        pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"),
+    ):
         ds.ring_all_reduce(torch.ones(1000), group)
     assert 0.5 < time.monotonic() - begin < 20
     assert ds.ring_all_reduce(torch.ones(1000)).sum() == 2000
@@ -1063,11 +1231,15 @@ def test_a_ring_that_sends_before_it_receives():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the last, short batch of an epoch: who has no utterance goes on, and the others wait for it", seen_in=None
+    symptom="the last, short batch of an epoch: who has no utterance goes on, and the others wait for it",
+    seen_in=None,
 )
 def test_a_rank_that_skips_an_empty_batch():
     group = ds.make_group([[0, 1]], ranks.device, 1.0)
-    model, batch = ds.parallel_model(config(), group).to(ranks.device, torch.float64), mine(batch_of().rows([3]))
+    model, batch = (
+        ds.parallel_model(config(), group).to(ranks.device, torch.float64),
+        mine(batch_of().rows([3])),
+    )
     if len(batch.frames_B):  # the safeguard is not to ask
         with pytest.raises(RuntimeError, match=r"(?i)timed out|timeout|closed by peer"):
             model(batch.features_BTF, batch.frames_B)
@@ -1075,7 +1247,9 @@ def test_a_rank_that_skips_an_empty_batch():
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(symptom="ranks learn, each something else; no error where sizes happen to fit", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="ranks learn, each something else; no error where sizes happen to fit", seen_in=None
+)
 def test_buckets_in_another_order_on_one_rank():
     """Rank 1 sends the gradient of `b` while rank 0 sends that of `a`, of the same size: both are summed."""
     N, r = dist.get_world_size(), dist.get_rank()
@@ -1083,7 +1257,9 @@ def test_buckets_in_another_order_on_one_rank():
     x, results = random(N, 3, 4, seed=5), []
     for planted in (False, True):
         net.zero_grad()
-        ring = ds.GradientRing(list(net.values())[:: -1 if planted and r == 1 else 1], ring_group(), bucket_bytes=1)
+        ring = ds.GradientRing(
+            list(net.values())[:: -1 if planted and r == 1 else 1], ring_group(), bucket_bytes=1
+        )
         partial_loss = (x[r] @ net["a"] @ net["b"]).square().sum()
         partial_loss.backward()
         ring.finish()
@@ -1106,10 +1282,16 @@ def test_buckets_in_another_order_on_one_rank():
 )
 def test_two_backward_passes_before_finish():
     plain, parallel = models(config(batch_norm=False))
-    ring, halves = ds.GradientRing(parallel.parameters(), ring_group()), [batch_of(4, seed=seed) for seed in (1, 2)]
+    ring, halves = (
+        ds.GradientRing(parallel.parameters(), ring_group()),
+        [batch_of(4, seed=seed) for seed in (1, 2)],
+    )
     loss, expected = (torch.zeros((), dtype=torch.float64, device=ranks.device) for _ in range(2))
     for half in halves:
-        here, alone = loss_of(parallel, mine(half)) / dist.get_world_size(), loss_of(plain, half, F.ctc_loss)
+        here, alone = (
+            loss_of(parallel, mine(half)) / dist.get_world_size(),
+            loss_of(plain, half, F.ctc_loss),
+        )
         here.backward(), alone.backward()
         loss += here.detach()
         expected += alone.detach()
@@ -1135,7 +1317,13 @@ def test_a_row_convolution_padded_on_the_wrong_side():
         layer.zero_grad()
         loss = y.square().mean()
         loss.backward()
-        results.append((grad[:, 0, 0].nonzero().flatten().tolist(), loss, {"weight": layer.weight.grad.clone()}))
+        results.append(
+            (
+                grad[:, 0, 0].nonzero().flatten().tolist(),
+                loss,
+                {"weight": layer.weight.grad.clone()},
+            )
+        )
     (reach, expected, right), (wrong_reach, loss, wrong) = results
     assert reach == [4, 5, 6] and wrong_reach == [2, 3, 4]
     assert_differs(wrong, right)
@@ -1143,10 +1331,16 @@ def test_a_row_convolution_padded_on_the_wrong_side():
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(symptom="the sum points elsewhere; hidden wherever nothing is clipped", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="the sum points elsewhere; hidden wherever nothing is clipped", seen_in=None
+)
 def test_clipping_before_the_sum():
     plain, parallel = models(config())
-    batch, options, original = batch_of(7), dict(lr=lambda step: 0.01, max_norm=0.1), ds.GradientRing._sum
+    batch, options, original = (
+        batch_of(7),
+        dict(lr=lambda step: 0.01, max_norm=0.1),
+        ds.GradientRing._sum,
+    )
 
     def clipped_sum(self, bucket):  # the network fits into one bucket
         assert len(self.buckets) == 1
@@ -1178,9 +1372,17 @@ def test_ctc_refuses_what_does_not_fit():
     x = torch.zeros(5, 2, 4).log_softmax(-1)
     two = torch.tensor([[1, 2], [3, 1]])
     cases = [
-        ((torch.tensor([[1, 4], [3, 1]]), [5, 5], [2, 2]), {}, "target 4 is the blank 0 or no symbol"),
+        (
+            (torch.tensor([[1, 4], [3, 1]]), [5, 5], [2, 2]),
+            {},
+            "target 4 is the blank 0 or no symbol",
+        ),
         ((torch.tensor([[1, 0], [3, 1]]), [5, 5], [2, 2]), {}, "target 0 is the blank"),
-        ((two, [5, 6], [2, 2]), {}, r"input_lengths \[5, 6\], target_lengths \[2, 2\]: there are 5 frames"),
+        (
+            (two, [5, 6], [2, 2]),
+            {},
+            r"input_lengths \[5, 6\], target_lengths \[2, 2\]: there are 5 frames",
+        ),
         ((two, [5, 5], [2, 3]), {}, "targets have 2 columns"),
         ((two, [5], [2, 2]), {}, "do not fit log_probs of 2 utterances"),
         ((two.flatten(), [5, 5], [2, 1]), {}, "4 targets in one row, but target_lengths sum to 3"),
@@ -1190,7 +1392,9 @@ def test_ctc_refuses_what_does_not_fit():
     for args, options, message in cases:
         with pytest.raises(ValueError, match=message):
             ds.ctc_loss(x, *args, **options)
-    assert ds.ctc_loss(x, torch.tensor([[1, 0], [3, 9]]), [5, 5], [1, 1]) > 0  # behind the end anything goes
+    assert (
+        ds.ctc_loss(x, torch.tensor([[1, 0], [3, 9]]), [5, 5], [1, 1]) > 0
+    )  # behind the end anything goes
 
 
 @pytest.mark.ranks(1, 2)
@@ -1211,7 +1415,9 @@ def test_the_network_and_the_ring_refuse_on_every_rank():
 def write(folder, *lines, audio=None, rate=8000, name="a.wav"):
     import soundfile
 
-    soundfile.write(folder / name, np.zeros(4000) if audio is None else audio, rate, subtype="FLOAT")
+    soundfile.write(
+        folder / name, np.zeros(4000) if audio is None else audio, rate, subtype="FLOAT"
+    )
     (folder / "m.jsonl").write_text("\n".join(lines), "utf-8")
     return str(folder / "m.jsonl")
 
@@ -1235,7 +1441,10 @@ def test_manifests_that_cannot_be_used(tmp_path, lines, message):
 def test_manifests_that_can_be_used(tmp_path):
     """Large letters, many spaces, further keys, empty lines and an empty text; the path is relative to the manifest."""
     path = write(tmp_path, entry(text="  One  TWO "), "", entry(text="", speaker="me"))
-    assert ds.read_manifest(path) == [(str(tmp_path / "a.wav"), "one two", 1), (str(tmp_path / "a.wav"), "", 3)]
+    assert ds.read_manifest(path) == [
+        (str(tmp_path / "a.wav"), "one two", 1),
+        (str(tmp_path / "a.wav"), "", 3),
+    ]
     with pytest.raises(FileNotFoundError):
         ds.read_manifest(str(tmp_path / "nowhere"))
 
@@ -1256,7 +1465,10 @@ def test_audio_of_any_kind(tmp_path, rate, channels, name):
 
 def test_audio_that_cannot_be_used(tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"this is no audio at all" * 50)
-    for name, message in (("noise.wav", "noise.wav cannot be read as audio"), ("gone.wav", "gone.wav cannot be read")):
+    for name, message in (
+        ("noise.wav", "noise.wav cannot be read as audio"),
+        ("gone.wav", "gone.wav cannot be read"),
+    ):
         with pytest.raises(ValueError, match=message):
             ds.load_audio(str(tmp_path / name), 8000)
     bad = np.zeros(4000)
@@ -1276,10 +1488,16 @@ def test_audio_that_cannot_be_used(tmp_path):
 def test_texts_that_are_too_long_are_left_out_aloud(tmp_path):
     """0.5 s are 49 frames, 25 behind the stride: 25 letters fit, 24 with a repeat, not 25 with one."""
     long, heard = "abcdefghijklmnopqrstuvwxyz"[:25], []
-    path = write(tmp_path, entry(text=long), entry(text=long[:24] + "z"), entry(text="aa" + long[2:25]))
+    path = write(
+        tmp_path, entry(text=long), entry(text=long[:24] + "z"), entry(text="aa" + long[2:25])
+    )
     speech = ds.Speech.from_manifest(path, config(), heard.append)
     assert speech.texts == [long, long[:24] + "z"]
-    assert len(heard) == 1 and "left out 1 of 3 utterances" in heard[0] and heard[0].endswith("a.wav, line 3")
+    assert (
+        len(heard) == 1
+        and "left out 1 of 3 utterances" in heard[0]
+        and heard[0].endswith("a.wav, line 3")
+    )
     with pytest.raises(ValueError, match="no utterance that is long enough"):
         ds.Speech.from_manifest(write(tmp_path, entry(text="a" * 99)), config(), heard.append)
 
@@ -1299,14 +1517,19 @@ def test_files_that_are_no_model(tmp_path):
 DIGITS = Path(__file__).resolve().parents[2] / "shared" / "data" / "digits"
 
 
-@pytest.mark.skipif(not DIGITS.exists(), reason=f"needs recordings of people, {DIGITS}/train.jsonl and dev.jsonl")
+@pytest.mark.skipif(
+    not DIGITS.exists(), reason=f"needs recordings of people, {DIGITS}/train.jsonl and dev.jsonl"
+)
 def test_recordings_of_people():
     """Every utterance can be read, is long enough for its text, and is distorted to something of a similar size."""
     cfg, heard = ds.SpeechConfig(**ds.SIZES["digits"]), []
     speech = ds.Speech.from_manifest(str(DIGITS / "dev.jsonl"), cfg, heard.append)
     assert not heard and len(speech.texts) == 100
     plain, other = (speech.batch(list(range(100)), cfg, key) for key in (None, (0, 0)))
-    assert torch.isfinite(other.features_BTF).all() and 0.6 < other.frames_B.sum() / plain.frames_B.sum() < 1.5
+    assert (
+        torch.isfinite(other.features_BTF).all()
+        and 0.6 < other.frames_B.sum() / plain.frames_B.sum() < 1.5
+    )
     loss = loss_of(ds.parallel_model(cfg), other)
     assert torch.isfinite(loss)
 
@@ -1350,7 +1573,9 @@ def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, capsys,
     assert message in refused(flags, capsys, monkeypatch)
 
 
-def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(tmp_path, capsys, monkeypatch):
+def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(
+    tmp_path, capsys, monkeypatch
+):
     """Weights of another size than the file's configuration says, or of another alphabet."""
     path, wave = str(tmp_path / "model"), str(tmp_path / "a.wav")
     write(tmp_path)
@@ -1364,7 +1589,11 @@ def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(tmp_path, 
     with plant(ds, "ALPHABET", ds.ALPHABET.replace("ab", "ba")):
         ds.save_model(path, model, ["one"])
     line = refused(use, capsys, monkeypatch)
-    assert f"{path} holds no model" in line and "its alphabet is \"_ 'bac" in line and "it is \"_ 'abc" in line
+    assert (
+        f"{path} holds no model" in line
+        and "its alphabet is \"_ 'bac" in line
+        and "it is \"_ 'abc" in line
+    )
     model.config.layers = 1.5
     ds.save_model(path, model, ["one"])
     assert "layers=1.5 must be of type int" in refused(use, capsys, monkeypatch)
@@ -1381,7 +1610,12 @@ def test_no_flag_is_needed_on_any_number_of_gpus(gpus, nodes, capsys, monkeypatc
             size = gpus * nodes if name == "WORLD_SIZE" else gpus
             monkeypatch.setenv(name, str(size if "SIZE" in name else 0))
     args = ds.flags()
-    assert (args.ranks, args.world_size, args.device, args.backend) == (gpus, gpus * nodes, "cuda", "nccl")
+    assert (args.ranks, args.world_size, args.device, args.backend) == (
+        gpus,
+        gpus * nodes,
+        "cuda",
+        "nccl",
+    )
 
 
 def arguments(monkeypatch, *flags: str) -> argparse.Namespace:
@@ -1389,7 +1623,9 @@ def arguments(monkeypatch, *flags: str) -> argparse.Namespace:
     return ds.flags()
 
 
-@pytest.mark.parametrize("save, message", [([], "after step 2$"), (["--save", "m"], "2; nothing was saved in m$")])
+@pytest.mark.parametrize(
+    "save, message", [([], "after step 2$"), (["--save", "m"], "2; nothing was saved in m$")]
+)
 def test_an_interrupted_run_says_after_which_step(save, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
@@ -1421,7 +1657,11 @@ def test_ranks_that_read_or_search_longer_than_others_are_waited_for():
         return real_gather(every, found)
 
     real_gather, argv = dist.all_gather_object, [str(SCRIPT), "--beam", "1"]
-    with plant(sys, "argv", argv), contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
+    with (
+        plant(sys, "argv", argv),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.ExitStack() as stack,
+    ):
         args = ds.flags()
         for target, name, double in (
             (ds, "transcribe", transcribe), (ds, "train", learn), (ds, "wait_for_all", lambda: called.append("wait")),
@@ -1436,11 +1676,21 @@ def test_ranks_that_read_or_search_longer_than_others_are_waited_for():
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_the_check(dtype):
     """What --check runs on every rank: every tensor's error, and an exit code of 0 where all are within the bound."""
-    args = dict(check=True, dtype=dtype, device=ranks.device.type, backend=dist.get_backend(), seed=0, timeout=60.0)
+    args = dict(
+        check=True,
+        dtype=dtype,
+        device=ranks.device.type,
+        backend=dist.get_backend(),
+        seed=0,
+        timeout=60.0,
+    )
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit) as stop:
         ds.main(argparse.Namespace(**args), ranks.device)
     assert stop.value.code == 0, printed.getvalue()
-    assert dist.get_rank() > 0 or f"bound {ds.BOUNDS[dtype]:.0e}; 3 ranks, {dtype}" in printed.getvalue()
+    assert (
+        dist.get_rank() > 0
+        or f"bound {ds.BOUNDS[dtype]:.0e}; 3 ranks, {dtype}" in printed.getvalue()
+    )
 
 
 @pytest.mark.parametrize("flags", [[], ["--save", "m"], ["--seed", "3"], ["--epochs", "1"], ["--size", "digits"],
@@ -1451,7 +1701,9 @@ def test_words_that_are_wrong_are_judged_in_the_default_run_alone(flags, monkeyp
     errors = dict.fromkeys(("gradient", "norm", "after", "CTC", "cut"), 0.0)
     rows = ds.claims(arguments(monkeypatch, *flags), errors, 0, [2.0, 1.0], 0.5, 0.5)
     verdicts = [
-        verdict for claim, _, _, verdict in rows if "words wrong in speech" in claim or "the same with" in claim
+        verdict
+        for claim, _, _, verdict in rows
+        if "words wrong in speech" in claim or "the same with" in claim
     ]
     is_default = flags == [] or flags[0] in ("--save", "--seed")
     assert verdicts == ([False, False] if is_default else ["–", "–"])
@@ -1469,7 +1721,9 @@ def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
     small = '{"hidden_size": 8}'
-    trained = scripts.run(SCRIPT, "--data", manifest, "--epochs", "2", "--distort", "--model", small, "--save", model)
+    trained = scripts.run(
+        SCRIPT, "--data", manifest, "--epochs", "2", "--distort", "--model", small, "--save", model
+    )
     assert trained.returncode == 0, trained.stderr
     rate = next(line for line in trained.stdout.splitlines() if line.startswith("word error rate"))
     use = ["--load", model, "--evaluate", manifest, "--transcribe", str(tmp_path / "3.wav")]

@@ -49,7 +49,9 @@ def config(**changes) -> pl.GPTConfig:
 def batch_of(rows=9, length=13, seed=1):
     """Tokens and targets of which rows count unequally: the first row's targets are mostly −100."""
     generator = torch.Generator().manual_seed(seed)
-    tokens_BS, targets_BS = torch.randint(61, (2, rows, length), generator=generator).to(ranks.device)
+    tokens_BS, targets_BS = torch.randint(61, (2, rows, length), generator=generator).to(
+        ranks.device
+    )
     targets_BS[0, 3:] = -100
     return tokens_BS, targets_BS
 
@@ -128,7 +130,9 @@ each_shape = pytest.mark.parametrize("kind, chunks", SHAPES, ids=lambda x: str(x
 
 def every_schedule(stages: int, microbatches: int, chunks: int):
     for kind in pl.KINDS:
-        if (chunks == 1 or kind == "interleaved") and not (kind == "interleaved" and microbatches % stages):
+        if (chunks == 1 or kind == "interleaved") and not (
+            kind == "interleaved" and microbatches % stages
+        ):
             yield kind, pl.schedule(kind, stages, microbatches, chunks)
 
 
@@ -182,7 +186,11 @@ def test_zero_bubble_outside_its_rule():
     assert pl.verify(few) == [2, 2, 2, 2] and pl.simulate(few).bubble > pl.bubble("zb-h1", 4, 2)
     many = pl.schedule("zb-h1", 4, 8)
     assert pl.simulate(many, 1, 3, 2).length > 8 * 4 + 3 * (1 + 1 - 2)
-    assert pl.simulate(many).bubble == Fraction(1, 8) == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble / 3
+    assert (
+        pl.simulate(many).bubble
+        == Fraction(1, 8)
+        == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble / 3
+    )
 
 
 def test_a_shorter_last_group_costs_more_than_chunks_gain():
@@ -208,7 +216,12 @@ def test_a_shorter_last_group_costs_more_than_chunks_gain():
 def ahead_of(ahead, p: int, m: int, v: int = 1) -> list:
     """The table in which rank r runs ahead(r) forwards ahead, in the order of interleaving."""
     forwards, backwards = (
-        [Op(kind, i, chunk) for first in range(0, m, p) for chunk in order for i in range(first, first + p)]
+        [
+            Op(kind, i, chunk)
+            for first in range(0, m, p)
+            for chunk in order
+            for i in range(first, first + p)
+        ]
         for kind, order in (("F", range(v)), ("B", range(v)[::-1]))
     )
     table = []
@@ -224,9 +237,16 @@ def test_why_so_many_forwards_go_ahead():
     """One less, and ranks wait for each other; interleaving's second p − rank − 1 hides messages."""
     assert ahead_of(lambda r: 3 - r, 4, 8) == pl.schedule("1f1b", 4, 8)
     less = ahead_of(lambda r: max(0, 2 - r), 4, 8)
-    assert pl.simulate(less).bubble == Fraction(5, 4) > Fraction(3, 8) == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble
+    assert (
+        pl.simulate(less).bubble
+        == Fraction(5, 4)
+        > Fraction(3, 8)
+        == pl.simulate(pl.schedule("1f1b", 4, 8)).bubble
+    )
     once, twice = ahead_of(lambda r: 3 - r + 4, 4, 8, 2), pl.schedule("interleaved", 4, 8, 2)
-    assert pl.simulate(once).bubble == pl.simulate(twice).bubble and pl.verify(once) < pl.verify(twice)
+    assert pl.simulate(once).bubble == pl.simulate(twice).bubble and pl.verify(once) < pl.verify(
+        twice
+    )
     assert round(pl.simulate(once, t_send=Fraction(1, 10)).bubble, 2) == Fraction("0.31")
     assert round(pl.simulate(twice, t_send=Fraction(1, 10)).bubble, 2) == Fraction("0.25")
 
@@ -245,9 +265,14 @@ def test_four_batches_in_the_air_cost_nothing():
     for kind, v in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("interleaved", 4)):
         for p, m in ((2, 8), (4, 4), (4, 8), (8, 16)):
             table = pl.schedule(kind, p, m, v)
-            four, one = (executed_length(pl.programs(table), dict(F=1, B=2), n) for n in (pl.Mailbox.AIRBORNE, 1))
+            four, one = (
+                executed_length(pl.programs(table), dict(F=1, B=2), n)
+                for n in (pl.Mailbox.AIRBORNE, 1)
+            )
             ideal = pl.simulate(table, v, 2 * v).length
-            assert four == ideal and (one == ideal or (kind == "interleaved" and p == 8 and one <= ideal + 6))
+            assert four == ideal and (
+                one == ideal or (kind == "interleaved" and p == 8 and one <= ideal + 6)
+            )
 
 
 def executed_length(programs: list, duration: dict, airborne: int) -> int:
@@ -259,13 +284,19 @@ def executed_length(programs: list, duration: dict, airborne: int) -> int:
     def landed(rank: int, hops: tuple):
         """When all of `hops` have landed; None where an end of one has not been posted yet."""
         ends = [(r, place[r, hop]) for hop in hops for r in (hop.source, hop.target)]
-        return max(posted[r][k] for r, k in ends) if all(k < len(posted[r]) for r, k in ends) else None
+        return (
+            max(posted[r][k] for r, k in ends) if all(k < len(posted[r]) for r, k in ends) else None
+        )
 
     def go(rank: int, step: pl.Step) -> bool:
         op, batch = step
         needed = [key for key in pl.needs(op, rank, p, v) if key[0] != rank] if op else []
         waits = [landed(rank, [pl.Hop(source, rank, o)]) for source, o in needed]
-        earlier = [s.batch for s in programs[rank][: len(posted[rank])] if s.batch][-airborne:][:1] if batch else []
+        earlier = (
+            [s.batch for s in programs[rank][: len(posted[rank])] if s.batch][-airborne:][:1]
+            if batch
+            else []
+        )
         before = [landed(rank, hops) for hops in earlier]
         if None in waits + before:
             return False
@@ -303,7 +334,11 @@ def test_the_order_is_what_pytorch_executes(p, m):
 
         def __init__(self, rank, index):
             self.group_rank, self.group_size, self.num_stages = rank, p, p * chunks
-            self.stage_index, self.is_first, self.is_last = index, index == 0, index == p * chunks - 1
+            self.stage_index, self.is_first, self.is_last = (
+                index,
+                index == 0,
+                index == p * chunks - 1,
+            )
             self.has_backward, self.device, self.group = True, torch.device("cpu"), None
 
         def __getattr__(self, name):
@@ -316,12 +351,17 @@ def test_the_order_is_what_pytorch_executes(p, m):
             schedule = theirs.ScheduleInterleaved1F1B(stages, m, loss_fn=lambda *a: None)
             names = {"FORWARD": "F", "FULL_BACKWARD": "B"}
             actions = [a for a in schedule.pipeline_order[rank] if a is not None]
-            there = [(names[a.computation_type.name], a.microbatch_index, a.stage_index // p) for a in actions]
+            there = [
+                (names[a.computation_type.name], a.microbatch_index, a.stage_index // p)
+                for a in actions
+            ]
             assert there == ours[rank], (kind, rank)
     chunks = 1
     for kind, name in (("gpipe", "ScheduleGPipe"), ("1f1b", "Schedule1F1B")):
         for rank, ops in enumerate(executed(pl.schedule(kind, p, m))):
-            assert order_executed(getattr(theirs, name), Stage(rank, rank), m) == [op[:2] for op in ops], (kind, rank)
+            assert order_executed(getattr(theirs, name), Stage(rank, rank), m) == [
+                op[:2] for op in ops
+            ], (kind, rank)
 
 
 def order_executed(kind, stage, m: int) -> list:
@@ -368,22 +408,30 @@ def test_verify_programs_refuses_what_is_wrong():
         return str(error.value)
 
     def order(programs):  # two messages in the other order, on one end
-        places = [k for k, step in enumerate(programs[1]) if any(h.source == 0 for h in step.batch)][:2]
+        places = [
+            k for k, step in enumerate(programs[1]) if any(h.source == 0 for h in step.batch)
+        ][:2]
         hops = [next(h for h in programs[1][k].batch if h.source == 0) for k in places]
         for k, old, new in zip(places, hops, reversed(hops)):
-            programs[1][k] = programs[1][k]._replace(batch=tuple(new if h == old else h for h in programs[1][k].batch))
+            programs[1][k] = programs[1][k]._replace(
+                batch=tuple(new if h == old else h for h in programs[1][k].batch)
+            )
 
     def lost(programs):  # a receive that nobody posts
         programs[1][0] = programs[1][0]._replace(batch=())
 
     def early(programs):  # sent before it is made
-        programs[0][0], programs[0][1] = (programs[0][k]._replace(op=programs[0][1 - k].op) for k in (0, 1))
+        programs[0][0], programs[0][1] = (
+            programs[0][k]._replace(op=programs[0][1 - k].op) for k in (0, 1)
+        )
 
     assert "one end lists" in wrong(order)
     assert "one end lists" in wrong(lost)
     assert "before it is made" in wrong(early)
     assert "deadlock" in wrong(
-        lambda programs: programs.__setitem__(slice(None), [halves(p, r) for r, p in enumerate(programs)])
+        lambda programs: programs.__setitem__(
+            slice(None), [halves(p, r) for r, p in enumerate(programs)]
+        )
     )
 
 
@@ -469,7 +517,9 @@ def test_training_on_every_grid(pp, recompute):
     batches = [batch_of(rows=13, seed=step) for step in range(5)]
     rate = lambda step: 1e-3 / (step + 1)  # noqa: E731
     alone = pl.train_alone(plain, batches, rate, max_norm=0.1)
-    here = pl.train(stage, pl.schedule("1f1b", pp, 3), batches, rate, grid, max_norm=0.1, recompute=recompute)
+    here = pl.train(
+        stage, pl.schedule("1f1b", pp, 3), batches, rate, grid, max_norm=0.1, recompute=recompute
+    )
     for (expected, norm), (loss, norm_here) in zip(alone, here, strict=True):
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
     weights = joined(stage.state_dict(), cfg, grid)
@@ -490,9 +540,13 @@ def test_without_a_process_group_there_is_one_rank():
 def test_gradients_do_not_depend_on_the_schedule(kind, chunks):
     """Where one chunk's micro-batches come in one order, gradients are equal to the bit; losses always."""
     grid = grid_of(dist.get_world_size())
-    first, here = (loss_and_grads(grid, k, 4, c, num_layers=5) for k, c in (("gpipe", 1), (kind, chunks)))
+    first, here = (
+        loss_and_grads(grid, k, 4, c, num_layers=5) for k, c in (("gpipe", 1), (kind, chunks))
+    )
     assert torch.equal(first[0], here[0])
-    tied = {"embedding.weight"}  # head and embedding add into one tensor in an order that is the schedule's
+    tied = {
+        "embedding.weight"
+    }  # head and embedding add into one tensor in an order that is the schedule's
     assert all(torch.equal(first[1][name], here[1][name]) for name in first[1].keys() - tied)
 
 
@@ -502,19 +556,28 @@ def test_evaluation_runs_the_forwards_alone(kind, chunks):
     grid, cfg = grid_of(dist.get_world_size()), config(num_layers=4 * chunks)
     plain, stage = models(cfg, grid, chunks)
     tokens, targets = batch_of()
-    forwards = [[op for op in ops if op.kind == "F"] for ops in pl.schedule(kind, grid.pp, 4, chunks)]
+    forwards = [
+        [op for op in ops if op.kind == "F"] for ops in pl.schedule(kind, grid.pp, 4, chunks)
+    ]
     with torch.no_grad(), pl.Counter() as counter:
         loss = pl.run_step(stage, pl.programs(forwards)[grid.pp_rank], tokens, targets, grid)
-    assert_equal({"loss": loss}, {"loss": plain.loss(tokens, targets).sum() / (targets != -100).sum()})
+    assert_equal(
+        {"loss": loss}, {"loss": plain.loss(tokens, targets).sum() / (targets != -100).sum()}
+    )
     sent = [m for m in counter.messages if m.op == "send"]
-    assert len(sent) == 4 * (chunks - (grid.pp_rank == grid.pp - 1))  # the last rank's last chunk sends nothing
+    assert len(sent) == 4 * (
+        chunks - (grid.pp_rank == grid.pp - 1)
+    )  # the last rank's last chunk sends nothing
 
 
 @pytest.mark.ranks(2)
 def test_autocast():
     """bf16 products over fp32 weights: gradients stay fp32, and are the plain model's under the same autocast."""
     cfg, grid = config(), grid_of(2)
-    plain, stage = pl.GPT(cfg).to(ranks.device), pl.PipelineStage(cfg, grid.pp_rank, 2).to(ranks.device)
+    plain, stage = (
+        pl.GPT(cfg).to(ranks.device),
+        pl.PipelineStage(cfg, grid.pp_rank, 2).to(ranks.device),
+    )
     tokens, targets = batch_of()
     with torch.autocast(ranks.device.type, torch.bfloat16):
         expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
@@ -522,7 +585,13 @@ def test_autocast():
     for recompute in (False, True):
         stage.zero_grad()
         pl.run_step(
-            stage, program_of("1f1b", grid, 4), tokens, targets, grid, autocast=torch.bfloat16, recompute=recompute
+            stage,
+            program_of("1f1b", grid, 4),
+            tokens,
+            targets,
+            grid,
+            autocast=torch.bfloat16,
+            recompute=recompute,
         )
         # bf16 keeps 8 bits: the sums over micro-batches are of rounded gradients, which the single device does not do.
         assert_equal(joined(grads_of(stage), cfg, grid), grads_of(plain), bound=0.05)
@@ -564,8 +633,13 @@ def test_dropout_equals_the_plain_model_under_the_same_masks(kind, chunks, recom
         return forward_of(self, chunk, x, streams)
 
     streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
-    with plant(pl, "keep_mask", recorded), plant(pl.PipelineStage, "forward", forward) as forward_of:
-        loss = pl.run_step(stage, program_of(kind, grid, 4, chunks), tokens, targets, grid, streams, recompute)
+    with (
+        plant(pl, "keep_mask", recorded),
+        plant(pl.PipelineStage, "forward", forward) as forward_of,
+    ):
+        loss = pl.run_step(
+            stage, program_of(kind, grid, 4, chunks), tokens, targets, grid, streams, recompute
+        )
     every = [None] * grid.pp
     dist.all_gather_object(every, masks)
     whole = {place: drawn for rank in every for place, drawn in rank.items()}
@@ -574,14 +648,18 @@ def test_dropout_equals_the_plain_model_under_the_same_masks(kind, chunks, recom
         for s in range(last):
             drawn = [whole.pop((s, k)) for k in range(8)]
             same = lambda a, b: all(torch.equal(x, y) for x, y in zip(a, b))  # noqa: E731
-            assert all(sum(same(a, b) for b in drawn) == 2 for a in drawn), "a second mask is not the first"
+            assert all(sum(same(a, b) for b in drawn) == 2 for a in drawn), (
+                "a second mask is not the first"
+            )
             firsts = [a for k, a in enumerate(drawn) if not any(same(a, b) for b in drawn[:k])]
             whole |= {(s, k): a for k, a in enumerate(firsts)}
     total = 0
     count = (targets != -100).sum()
     for i, (x, y) in enumerate(zip(tokens.tensor_split(4), targets.tensor_split(4))):
         replay = iter([mask for s in range(last) for mask in whole[s, i]])
-        with plant(pl, "keep_mask", lambda x, p, generator, replay=replay: next(replay).to(x.device)):
+        with plant(
+            pl, "keep_mask", lambda x, p, generator, replay=replay: next(replay).to(x.device)
+        ):
             part = plain.loss(x, y).sum() / count
         part.backward()
         total = total + part.detach()
@@ -598,7 +676,9 @@ def test_recomputation_is_equal_to_the_bit(kind, chunks, dropout):
         streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
         _, stage = models(cfg, grid, chunks)
         program = program_of(kind, grid, 4, chunks)
-        found.append((pl.run_step(stage, program, *batch_of(), grid, streams, recompute), grads_of(stage)))
+        found.append(
+            (pl.run_step(stage, program, *batch_of(), grid, streams, recompute), grads_of(stage))
+        )
     assert torch.equal(found[0][0], found[1][0])
     assert all(torch.equal(found[0][1][name], found[1][1][name]) for name in found[0][1])
 
@@ -630,7 +710,9 @@ def test_what_is_held_at_once(kind, chunks, recompute):
         return y
 
     with plant(pl.PipelineStage, "forward", forward) as forward_of:
-        pl.run_step(stage, program_of(kind, grid, 8, chunks), *batch_of(), grid, recompute=recompute)
+        pl.run_step(
+            stage, program_of(kind, grid, 8, chunks), *batch_of(), grid, recompute=recompute
+        )
     held = pl.in_flight(kind, 4, 8, chunks, grid.pp_rank)
     assert max(most_graphs) == (1 if recompute else held)
     assert max(most_outputs) <= pl.Mailbox.AIRBORNE + 1
@@ -647,7 +729,9 @@ def test_messages(kind, chunks):
         pl.run_step(stage, program_of(kind, grid, m, chunks), tokens, targets, grid)
     sent = [message.bytes for message in counter.messages if message.op == "send"]
     first, last = grid.pp_rank == 0, grid.pp_rank == grid.pp - 1
-    boundaries = (chunks - last) + (chunks - first)  # forward over the one to the next rank, backward to the last
+    boundaries = (chunks - last) + (
+        chunks - first
+    )  # forward over the one to the next rank, backward to the last
     sizes = [len(x) * 13 * 16 * 8 for x in tokens.tensor_split(m)]
     assert sorted(sent) == sorted(sizes * boundaries)
     reductions = [message for message in counter.messages if message.op == "all_reduce"]
@@ -659,9 +743,18 @@ def test_replicas_are_summed_once_and_after_the_last_backward():
     grid, cfg = grid_of(2), config()
     _, stage = models(cfg, grid)
     with pl.Counter() as counter:
-        pl.run_step(stage, program_of("1f1b", grid, 4), *(x.tensor_split(2)[grid.dp_rank] for x in batch_of()), grid)
-    over_dp = [(k, m.bytes) for k, m in enumerate(counter.messages) if m.group == grid.dp_group.group_name]
-    last_message = max(k for k, m in enumerate(counter.messages) if m.op in ("send", "recv_any_source", "recv"))
+        pl.run_step(
+            stage,
+            program_of("1f1b", grid, 4),
+            *(x.tensor_split(2)[grid.dp_rank] for x in batch_of()),
+            grid,
+        )
+    over_dp = [
+        (k, m.bytes) for k, m in enumerate(counter.messages) if m.group == grid.dp_group.group_name
+    ]
+    last_message = max(
+        k for k, m in enumerate(counter.messages) if m.op in ("send", "recv_any_source", "recv")
+    )
     size = 8 * sum(p.numel() for p in stage.parameters())
     assert [b for _, b in over_dp] == [8, size, 8] and over_dp[1][0] > last_message
 
@@ -673,7 +766,9 @@ def test_scatter_gather(kind, chunks):
     rank = dist.get_rank()
     pp_group = pl.make_group([[0, 2], [1, 3]], ranks.device, 60)
     tp_group = pl.make_group([[0, 1], [2, 3]], ranks.device, 60)
-    grid = pl.Grid(pp=2, pp_rank=rank // 2, pp_group=pp_group, tied_group=pp_group, tp_group=tp_group)
+    grid = pl.Grid(
+        pp=2, pp_rank=rank // 2, pp_group=pp_group, tied_group=pp_group, tp_group=tp_group
+    )
     with pl.Counter() as counter:
         check_equal(*loss_and_grads(grid, kind, 4, chunks))
     tokens = batch_of()[0]
@@ -750,8 +845,12 @@ def test_weights_survive_any_resharding(layers, tied, first, second):
     state = whole
     for p, v in (first, second):
         if p * v <= layers:
-            state = pl.merge_state_dicts([pl.shard_state_dict(state, cfg, r, p, v) for r in range(p)], cfg)
-    assert list(state) == list(whole) and all(torch.equal(state[name], x) for name, x in whole.items())
+            state = pl.merge_state_dicts(
+                [pl.shard_state_dict(state, cfg, r, p, v) for r in range(p)], cfg
+            )
+    assert list(state) == list(whole) and all(
+        torch.equal(state[name], x) for name, x in whole.items()
+    )
 
 
 def test_weights_are_the_plain_models_whatever_the_cut():
@@ -762,7 +861,9 @@ def test_weights_are_the_plain_models_whatever_the_cut():
             stages = [pl.PipelineStage(cfg, rank, p, v).state_dict() for rank in range(p)]
             assert all(torch.equal(x, whole[name]) for stage in stages for name, x in stage.items())
             assert set().union(*stages) == set(whole)
-            assert sum("embedding.weight" in stage for stage in stages) == (2 if tied and p > 1 else 1)
+            assert sum("embedding.weight" in stage for stage in stages) == (
+                2 if tied and p > 1 else 1
+            )
 
 
 @given(layers=st.integers(1, 60), stages=st.integers(1, 20))
@@ -791,7 +892,11 @@ def test_table_1(row):
     assert (row.tflops - 0.5) / 3.12 - 0.5 <= row.percent <= (row.tflops + 0.5) / 3.12 + 0.5
     d = row.gpus // (row.tp * row.pp)
     m = row.batch // (d * row.b)
-    assert row.gpus == row.tp * row.pp * d and row.layers % (row.pp * row.v) == 0 and row.batch == m * d * row.b
+    assert (
+        row.gpus == row.tp * row.pp * d
+        and row.layers % (row.pp * row.v) == 0
+        and row.batch == m * d * row.b
+    )
     assert row.v == 1 or m % row.pp == 0
     pl.schedule("interleaved" if row.v > 1 else "1f1b", row.pp, m, row.v)  # exists
 
@@ -801,7 +906,9 @@ def test_operations_are_the_papers_formula():
         B, s, l, h, V = row.batch, 2048, row.layers, row.hidden, 51_200
         published = 96 * B * s * l * h**2 * (1 + Fraction(s, 6 * h) + Fraction(V, 16 * l * h))
         assert pl.flops(l, h, B) == published
-        assert pl.parameter_count(l, h) == 12 * l * h**2 * (1 + Fraction(13, 12 * h) + Fraction(V + s, 12 * l * h))
+        assert pl.parameter_count(l, h) == 12 * l * h**2 * (
+            1 + Fraction(13, 12 * h) + Fraction(V + s, 12 * l * h)
+        )
     assert pl.flops(2, 8, 1, recompute=False) < pl.flops(2, 8, 1)
 
 
@@ -809,7 +916,9 @@ def test_operations_are_those_that_pytorch_counts():
     """The formula against the products that one step of the plain model does (attention written out)."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cfg = pl.GPTConfig(96, 16, 32, 2, 4, dropout=0.5)  # with dropout attention is two products and no fused kernel
+    cfg = pl.GPTConfig(
+        96, 16, 32, 2, 4, dropout=0.5
+    )  # with dropout attention is two products and no fused kernel
     model, tokens = pl.GPT(cfg), torch.zeros(3, 16, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model.loss(tokens, tokens).sum().backward()
@@ -830,7 +939,10 @@ TABLE_2 = [
 def test_table_2(row):
     """Days from the exact count of operations, within the rounding of the printed TFLOP/s and of the days."""
     (layers, hidden), gpus, tflops, days = row
-    low, high = (pl.training_days(300e9, gpus, (tflops + half) * 1e12, layers, hidden) for half in (0.5, -0.5))
+    low, high = (
+        pl.training_days(300e9, gpus, (tflops + half) * 1e12, layers, hidden)
+        for half in (0.5, -0.5)
+    )
     assert low <= days + 0.5 and high >= days - 0.5
 
 
@@ -844,11 +956,18 @@ def test_the_rule_of_thumb():
 
 
 @settings(max_examples=20, deadline=None)
-@given(layers=st.integers(1, 3), heads=st.integers(1, 3), size=st.integers(1, 4), vocab=st.integers(1, 50))
+@given(
+    layers=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    size=st.integers(1, 4),
+    vocab=st.integers(1, 50),
+)
 def test_the_formula_counts_the_plain_model(layers, heads, size, vocab):
     cfg = pl.GPTConfig(vocab, 7, heads * size, layers, heads)
     counted = sum(shape.numel() for shape in pl.parameter_shapes(cfg).values())
-    assert counted == pl.parameter_count(layers, heads * size, vocab, 7) + 2 * heads * size  # and the final norm
+    assert (
+        counted == pl.parameter_count(layers, heads * size, vocab, 7) + 2 * heads * size
+    )  # and the final norm
 
 
 def place_in(layouts: list, row) -> int:
@@ -859,7 +978,14 @@ def place_in(layouts: list, row) -> int:
 @pytest.mark.parametrize("row", pl.TABLE_1, ids=lambda row: f"{row.billions}B")
 def test_plan_finds_the_papers_layouts(row, overhead):
     """The paper's own (t, p) is among the best three, also where the least certain constant is another."""
-    layouts = pl.plan(row.layers, row.hidden, row.heads, row.gpus, row.batch, machine=pl.Machine(overhead=overhead))
+    layouts = pl.plan(
+        row.layers,
+        row.hidden,
+        row.heads,
+        row.gpus,
+        row.batch,
+        machine=pl.Machine(overhead=overhead),
+    )
     assert place_in(layouts, row) <= 3
     for x in layouts:
         assert x.t * x.p * x.d == row.gpus and x.m * x.d * x.b == row.batch and x.memory <= 72
@@ -878,7 +1004,11 @@ def test_what_the_plan_says_about_table_1():
         own = pl.predict(*sizes, row.batch, row.tp, row.pp, d, row.v, row.b)
         off.append(own.tflops / row.tflops - 1)
         if row.billions == 18.4:
-            shares = {x.t: round(100 * x.tensor / x.seconds) for x in layouts if (x.t, x.p) in ((8, 1), (4, 2))}
+            shares = {
+                x.t: round(100 * x.tensor / x.seconds)
+                for x in layouts
+                if (x.t, x.p) in ((8, 1), (4, 2))
+            }
             assert shares == {8: 13, 4: 6}
             careless = pl.plan(*sizes, row.gpus, row.batch, machine=pl.Machine(overhead=1e-4))
             assert place_in(careless, row) == 5
@@ -936,7 +1066,9 @@ def test_each_replica_divides_by_its_own_count():
     with plant(pl, "count_targets", lambda targets, group=None: (targets != -100).sum() * grid.dp):
         loss, grads, expected, reference = loss_and_grads(grid)
     assert_differs(grads, reference, at_least=0.01)
-    return Shows(loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
+    return Shows(
+        loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference)
+    )
 
 
 @pytest.mark.ranks(2, 4)
@@ -949,10 +1081,18 @@ def test_tied_gradient_not_summed():
     grid, cfg = grid_of(dist.get_world_size()), config()
     plain, stage = models(cfg, grid)
     tokens, targets = batch_of()
-    rate, batches, table = lambda step: 1e-2, [(tokens, targets)] * 5, pl.schedule("1f1b", grid.pp, 4)
+    rate, batches, table = (
+        lambda step: 1e-2,
+        [(tokens, targets)] * 5,
+        pl.schedule("1f1b", grid.pp, 4),
+    )
     with plant(pl.PipelineStage, "tied_copies", lambda self: []):
         pl.run_step(stage, pl.programs(table)[grid.pp_rank], tokens, targets, grid)
-        wrong = {name: grad.clone() for name, grad in grads_of(stage).items() if name == "embedding.weight"}
+        wrong = {
+            name: grad.clone()
+            for name, grad in grads_of(stage).items()
+            if name == "embedding.weight"
+        }
         stage.zero_grad()
         losses = [loss for loss, _ in pl.train(stage, table, batches, rate, grid)]
     assert losses[-1] < losses[0]  # looks well
@@ -966,7 +1106,9 @@ def test_tied_gradient_not_summed():
 
 
 @pytest.mark.ranks(2)
-@pytest.mark.planted_bug(symptom="the tied weight counts twice in the norm, and clipping bites too early", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="the tied weight counts twice in the norm, and clipping bites too early", seen_in=None
+)
 def test_norm_that_counts_the_tied_weight_twice():
     grid = grid_of(2)
     loss, grads, expected, reference = loss_and_grads(grid)
@@ -975,7 +1117,9 @@ def test_norm_that_counts_the_tied_weight_twice():
     assert_equal({"norm": pl.clip_grad_norm_(stage, 1e9, grid.pp_group)}, {"norm": norm})
     with plant(pl.PipelineStage, "tied_copies", lambda self: []):
         wrong = pl.clip_grad_norm_(stage, 1e9, grid.pp_group)
-    assert_equal({"n": wrong.square()}, {"n": norm.square() + reference["embedding.weight"].square().sum()})
+    assert_equal(
+        {"n": wrong.square()}, {"n": norm.square() + reference["embedding.weight"].square().sum()}
+    )
     assert wrong > 1.01 * norm
     assert_equal(grads, reference)
     seen = f"right; the norm is {100 * (wrong / norm - 1):.0f} % off"
@@ -998,7 +1142,9 @@ def test_replicas_summed_at_every_micro_batch():
     with plant(torch.autograd, "backward", eager) as original:
         loss, grads, expected, reference = loss_and_grads(grid, m=2)
     assert_differs(grads, reference, at_least=0.1)
-    return Shows(loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
+    return Shows(
+        loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference)
+    )
 
 
 @pytest.mark.planted_bug(
@@ -1022,7 +1168,9 @@ def test_received_activation_without_requires_grad():
         with plant(pl.Mailbox, "put", put) as put_of:
             loss, grads, expected, reference = loss_and_grads(pl.Grid(), "interleaved", 2, 2)
     assert not grads["positions.weight"].any() and grads["final_norm.weight"].any()
-    return Shows(loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
+    return Shows(
+        loss=assert_equal({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference)
+    )
 
 
 @pytest.mark.ranks(2)
@@ -1035,22 +1183,30 @@ def test_two_ranks_disagree_about_the_order_of_micro_batches():
 
     def renamed(program: list) -> list:
         other = lambda op: op._replace(microbatch=(1, 0, 2, 3)[op.microbatch])  # noqa: E731
-        batches = (tuple(sorted(hop._replace(op=other(hop.op)) for hop in step.batch)) for step in program)
+        batches = (
+            tuple(sorted(hop._replace(op=other(hop.op)) for hop in step.batch)) for step in program
+        )
         return [pl.Step(step.op and other(step.op), batch) for step, batch in zip(program, batches)]
 
     programs, grid = pl.programs(pl.schedule("1f1b", 2, 4)), grid_of(2)
     wrong = [programs[0], renamed(programs[1])]
     with pytest.raises(ValueError, match="rank 0 to 1: one end lists"):
         pl.verify_programs(wrong)
-    loss, grads, expected, reference = loss_and_grads(grid, batch=batch_of(rows=8), program=wrong[grid.pp_rank])
+    loss, grads, expected, reference = loss_and_grads(
+        grid, batch=batch_of(rows=8), program=wrong[grid.pp_rank]
+    )
     assert_differs(grads, reference, at_least=0.1)
-    return Shows(loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference))
+    return Shows(
+        loss=worst_of({"loss": loss}, {"loss": expected}), gradients=worst_of(grads, reference)
+    )
 
 
 @pytest.mark.planted_bug(symptom="a deadlock, which verify finds without a process", seen_in=None)
 def test_backward_through_the_first_chunk_first():
     table = pl.schedule("interleaved", 2, 4, 2)
-    wrong = [[op._replace(chunk=1 - op.chunk) if op.kind == "B" else op for op in ops] for ops in table]
+    wrong = [
+        [op._replace(chunk=1 - op.chunk) if op.kind == "B" else op for op in ops] for ops in table
+    ]
     with pytest.raises(ValueError, match="deadlock: rank 0 cannot do"):
         pl.verify(wrong)
     return Shows(loss="never comes: all wait", gradients=None)
@@ -1067,7 +1223,9 @@ def test_recomputation_with_another_mask():
         streams = pl.random_streams(7, grid.pp_rank, 0, ranks.device)
         _, stage = models(cfg, grid)
         with plant(pl, "replayed", replayed):
-            loss = pl.run_step(stage, program_of("gpipe", grid, 4), *batch_of(), grid, streams, recompute=True)
+            loss = pl.run_step(
+                stage, program_of("gpipe", grid, 4), *batch_of(), grid, streams, recompute=True
+            )
         found.append((loss, joined(grads_of(stage), cfg, grid)))
     assert torch.equal(found[0][0], found[1][0])
     assert_differs(found[1][1], found[0][1], at_least=0.1)
@@ -1091,11 +1249,15 @@ def sends_first(path: str) -> None:
 def test_each_send_before_the_receive_of_its_pair(tmp_path):
     """Both ways to see it: verify says so without a process; real ranks hang until their time is up."""
     programs = pl.programs(pl.schedule("1f1b", 2, 4))
-    with pytest.raises(ValueError, match="deadlock: all wait for each other's batches: rank 0 in .* rank 1 in"):
+    with pytest.raises(
+        ValueError, match="deadlock: all wait for each other's batches: rank 0 in .* rank 1 in"
+    ):
         pl.verify_programs([halves(program, rank) for rank, program in enumerate(programs)])
     pool = ranks.Pool(2)
     try:
-        pool.run(__name__, "reference_of", dict(changes=()))  # the ranks are there, and have imported all they need
+        pool.run(
+            __name__, "reference_of", dict(changes=())
+        )  # the ranks are there, and have imported all they need
         with pytest.raises(TimeoutError, match=r"ranks \[0, 1\] silent"):
             pool.run(__name__, "sends_first", dict(path=str(tmp_path)), timeout=2)
     finally:
@@ -1127,11 +1289,22 @@ def test_what_does_not_fit_is_refused_on_every_rank():
     _, stage = models(cfg, grid)
     tokens, targets = batch_of(rows=3)
     program = program_of("1f1b", grid, 4)
-    with pytest.raises(ValueError, match="a batch of 3 rows has too few for 4 micro-batches: a row each at least"):
+    with pytest.raises(
+        ValueError, match="a batch of 3 rows has too few for 4 micro-batches: a row each at least"
+    ):
         pl.run_step(stage, program, tokens, targets, grid)
-    with pytest.raises(ValueError, match="a batch of 3 rows is too small for 4 micro-batches on 1 replicas"):
-        next(pl.train(stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)], lambda step: 1.0, grid))
-    with pytest.raises(ValueError, match="a program of 2 chunks on rank . of ., but the stage was built with 1 chunks"):
+    with pytest.raises(
+        ValueError, match="a batch of 3 rows is too small for 4 micro-batches on 1 replicas"
+    ):
+        next(
+            pl.train(
+                stage, pl.schedule("1f1b", grid.pp, 4), [(tokens, targets)], lambda step: 1.0, grid
+            )
+        )
+    with pytest.raises(
+        ValueError,
+        match="a program of 2 chunks on rank . of ., but the stage was built with 1 chunks",
+    ):
         pl.run_step(stage, program_of("interleaved", grid, 4, 2), *batch_of(), grid)
     with pytest.raises(ValueError, match="zb-h1 is planned here and not executed"):
         pl.run_step(stage, program_of("zb-h1", grid, 4), *batch_of(), grid)
@@ -1141,7 +1314,9 @@ def test_what_does_not_fit_is_refused_on_every_rank():
     _, wet = models(config(dropout=0.1), grid)
     with pytest.raises(ValueError, match=r"dropout=0.1 needs streams=random_streams"):
         pl.run_step(wet, program, *batch_of(), grid)
-    with pytest.raises(ValueError, match="4 layers on 5 stages: a stage needs a layer, choose at most 4"):
+    with pytest.raises(
+        ValueError, match="4 layers on 5 stages: a stage needs a layer, choose at most 4"
+    ):
         pl.PipelineStage(cfg, 0, 5)
     with pytest.raises(ValueError, match="rank=2, stages=2"):
         pl.PipelineStage(cfg, 2, 2)
@@ -1171,7 +1346,9 @@ def test_a_peer_that_is_lost_before_the_next_message_is_named():
         raise RuntimeError("Connection closed by peer")
 
     with plant(dist, "batch_isend_irecv", broken):
-        with pytest.raises(RuntimeError, match=r"rank (0 lost rank 1|1 lost rank 0) in Hop\(.*Connection closed"):
+        with pytest.raises(
+            RuntimeError, match=r"rank (0 lost rank 1|1 lost rank 0) in Hop\(.*Connection closed"
+        ):
             mailbox.post((pl.Hop(1 - grid.pp_rank, grid.pp_rank, Op("F", 0)),))
 
 
@@ -1183,7 +1360,8 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name():
             name: x for name, x in full.items() if name != "final_norm.weight"
         },
         r"head.weight is \(1,\), not known": full | {"head.weight": torch.zeros(1)},
-        r"positions.weight is \(4, 16\), not \(16, 16\)": full | {"positions.weight": torch.zeros(4, 16)},
+        r"positions.weight is \(4, 16\), not \(16, 16\)": full
+        | {"positions.weight": torch.zeros(4, 16)},
     }
     for message, state in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -1255,7 +1433,9 @@ def mortal(rank: int, folder: str) -> None:
 
 def test_a_rank_that_dies_is_named_by_its_neighbours(tmp_path):
     context, begin = multiprocessing.get_context("forkserver"), time.monotonic()
-    processes = [context.Process(target=mortal, args=(rank, str(tmp_path)), daemon=True) for rank in range(3)]
+    processes = [
+        context.Process(target=mortal, args=(rank, str(tmp_path)), daemon=True) for rank in range(3)
+    ]
     try:
         for process in processes:
             process.start()
@@ -1267,7 +1447,10 @@ def test_a_rank_that_dies_is_named_by_its_neighbours(tmp_path):
             process.kill()
     assert processes[1].exitcode == -signal.SIGKILL and time.monotonic() - begin < 40
     for rank in (0, 2):
-        assert f"pipeline rank {rank} lost rank 1 in Hop(" in (tmp_path / f"seen by {rank}").read_text()
+        assert (
+            f"pipeline rank {rank} lost rank 1 in Hop("
+            in (tmp_path / f"seen by {rank}").read_text()
+        )
 
 
 # ── Whole scripts ───────────────────────────────────────────────────────────────────────────────────────
@@ -1297,11 +1480,35 @@ def run(*flags, timeout=120):
         (["--batch", "7"], "need at least 8 rows"),
         (["--chunks", "2"], "1f1b has one chunk a rank"),
         (
-            ["plan", "--layers", "8", "--hidden", "30", "--heads", "4", "--gpus", "8", "--batch", "8"],
+            [
+                "plan",
+                "--layers",
+                "8",
+                "--hidden",
+                "30",
+                "--heads",
+                "4",
+                "--gpus",
+                "8",
+                "--batch",
+                "8",
+            ],
             "heads must divide",
         ),
         (
-            ["plan", "--layers", "8", "--hidden", "32", "--heads", "4", "--gpus", "8", "--batch", "8"]
+            [
+                "plan",
+                "--layers",
+                "8",
+                "--hidden",
+                "32",
+                "--heads",
+                "4",
+                "--gpus",
+                "8",
+                "--batch",
+                "8",
+            ]
             + ["--network", "nan"],
             "all must be finite and above 0",
         ),
@@ -1315,7 +1522,9 @@ def test_a_wrong_flag_is_one_line_before_any_rank_starts(flags, message, monkeyp
     assert error.value.code == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("flags", [[], ["--schedule", "interleaved", "--chunks", "2"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "flags", [[], ["--schedule", "interleaved", "--chunks", "2"]], ids=" ".join
+)
 @pytest.mark.parametrize("world", [*range(1, 10), 11, 12, 14, 16])
 def test_defaults_fit_any_number_of_ranks(world, flags, monkeypatch):
     """4 stages where they divide the ranks; else the most that divide them and have layers for their chunks."""
@@ -1324,7 +1533,10 @@ def test_defaults_fit_any_number_of_ranks(world, flags, monkeypatch):
     most = 8 // args.chunks
     assert world % args.pp == 0 and args.pp <= most
     assert args.pp == 4 or (world % 4 and all(world % pp for pp in range(args.pp + 1, most + 1)))
-    assert args.batch >= max(16, args.microbatches * world // args.pp) and args.microbatches == 2 * args.pp
+    assert (
+        args.batch >= max(16, args.microbatches * world // args.pp)
+        and args.microbatches == 2 * args.pp
+    )
 
 
 def test_fewer_layers_make_fewer_stages(monkeypatch):
@@ -1368,13 +1580,18 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_message():
 
 def test_a_wrong_flag_starts_nothing():
     result = run("--pp", "3")
-    assert result.returncode == 2 and "--pp 3 must divide the 4 ranks" in result.stderr.splitlines()[-1]
+    assert (
+        result.returncode == 2
+        and "--pp 3 must divide the 4 ranks" in result.stderr.splitlines()[-1]
+    )
     assert not result.stdout and "torchrun" not in result.stderr
 
 
 def test_the_plan_command(capsys):
     """The layout of the 1T model, its schedule proven."""
-    pl.plan_command("--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split())
+    pl.plan_command(
+        "--layers 128 --hidden 25600 --heads 160 --gpus 3072 --batch 3072 --gpu-memory 80".split()
+    )
     printed = capsys.readouterr().out
     assert "1008.0 B parameters" in printed
     rows = [line.split() for line in printed.splitlines() if line.strip()[:1].isdigit()]
@@ -1403,10 +1620,25 @@ TINY = ["--steps", "3", "--hidden-size", "32", "--seq-length", "32"]
 @pytest.mark.slow
 def test_a_whole_run():
     """Two stages × two replicas, interleaved, recomputed, with dropout: every flag together."""
-    flags = ["--pp", "2", "--schedule", "interleaved", "--chunks", "2", "--recompute", "--untied", "--dropout", "0.1"]
+    flags = [
+        "--pp",
+        "2",
+        "--schedule",
+        "interleaved",
+        "--chunks",
+        "2",
+        "--recompute",
+        "--untied",
+        "--dropout",
+        "0.1",
+    ]
     result = run(*TINY, *flags)
     assert result.returncode == 0, result.stderr
-    assert "pp 2 × dp 2" in result.stdout and "FAILED" not in result.stdout and result.stdout.count("rank 1 ") == 2
+    assert (
+        "pp 2 × dp 2" in result.stdout
+        and "FAILED" not in result.stdout
+        and result.stdout.count("rank 1 ") == 2
+    )
 
 
 @pytest.mark.slow
@@ -1417,14 +1649,21 @@ def test_a_whole_run_in_a_strange_environment(monkeypatch):
         monkeypatch.setenv(name, value)
     result = run(*TINY, "--ranks", "2")
     assert result.returncode == 0, result.stderr
-    assert "pp 2 ? dp 1" in result.stdout and "verdict" in result.stdout and "FAILED" not in result.stdout
+    assert (
+        "pp 2 ? dp 1" in result.stdout
+        and "verdict" in result.stdout
+        and "FAILED" not in result.stdout
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Unable to enable fault handler")  # pytest has taken stderr
 def test_a_whole_run_on_one_rank_stays_in_its_process(monkeypatch, capsys):
     """As under a debugger: nothing is started, and no process group is left behind."""
-    flags, threads = [*TINY, "--ranks", "1", "--schedule", "interleaved", "--chunks", "2"], torch.get_num_threads()
+    flags, threads = (
+        [*TINY, "--ranks", "1", "--schedule", "interleaved", "--chunks", "2"],
+        torch.get_num_threads(),
+    )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     try:
         pl.launch(pl.main, pl.flags())

@@ -27,7 +27,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import Events, SavedStorages, Shapes, Shows, assert_differs, assert_equal, plant, worst_of
+from proof import (
+    Events,
+    SavedStorages,
+    Shapes,
+    Shows,
+    assert_differs,
+    assert_equal,
+    plant,
+    worst_of,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,13 +56,17 @@ def config(**changes) -> sp.GPTConfig:
 
 
 def random(*shape, seed=1):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(ranks.device)
 
 
 def batch_of(rows=3, length=12, vocab=61, seed=1):
     """Tokens and targets of which rows count unequally; 12 tokens divide over 1, 2, 4 ranks, and are fewer than 16."""
     generator = torch.Generator().manual_seed(seed)
-    tokens_BS, targets_BS = torch.randint(vocab, (2, rows, length), generator=generator).to(ranks.device)
+    tokens_BS, targets_BS = torch.randint(vocab, (2, rows, length), generator=generator).to(
+        ranks.device
+    )
     targets_BS[0, 3:] = -100
     return tokens_BS, targets_BS
 
@@ -79,7 +92,9 @@ def everywhere(x) -> list:
 
 def joined(tensors: dict, cfg: sp.GPTConfig) -> dict:
     """All ranks' shares, put together; what should be whole on each must be the same on each, to the bit."""
-    return sp.merge_state_dicts(everywhere({name: x.detach().cpu() for name, x in tensors.items()}), cfg)
+    return sp.merge_state_dicts(
+        everywhere({name: x.detach().cpu() for name, x in tensors.items()}), cfg
+    )
 
 
 def rank_0s(tensors: dict, cfg: sp.GPTConfig) -> dict:
@@ -155,7 +170,10 @@ def test_without_a_process_group_there_is_one_rank():
         assert door(x) is x
     cfg = config(num_layers=1)
     plain, batches = sp.GPT(cfg).to(ranks.device, torch.float64), [batch_of()] * 2
-    alone = {step: loss for step, (loss, _) in enumerate(sp.train_alone(plain, batches, lambda step: 1e-3))}
+    alone = {
+        step: loss
+        for step, (loss, _) in enumerate(sp.train_alone(plain, batches, lambda step: 1e-3))
+    }
     for mode in MODES:
         here = enumerate(sp.train(parallel_model(cfg, *mode), batches, lambda step: 1e-3))
         assert_equal({step: loss for step, (loss, _) in here}, alone)
@@ -175,7 +193,10 @@ def test_linear_layers(sequence_parallel, shape):
     torch.manual_seed(3)
     layers = (sp.SPColumnParallelLinear(8, 12, None, sequence_parallel), nn.Tanh())
     parallel = nn.Sequential(*layers, sp.SPRowParallelLinear(12, 8, None, sequence_parallel))
-    plain, parallel = plain.to(ranks.device, torch.float64), parallel.to(ranks.device, torch.float64)
+    plain, parallel = (
+        plain.to(ranks.device, torch.float64),
+        parallel.to(ranks.device, torch.float64),
+    )
     x, upstream = random(*shape, 8).requires_grad_(), random(*shape, 8, seed=2)
     expected = plain(x)
     grad_x, *grads = torch.autograd.grad(expected, [x, *plain.parameters()], upstream)
@@ -227,7 +248,10 @@ def test_nothing_is_sent_for_what_needs_no_gradient():
 @pytest.mark.ranks(2)
 def test_a_second_derivative_is_refused():
     """Differentiated once more, backward would pass on one rank's part alone: it raises."""
-    layer, x = sp.SPColumnParallelLinear(8, 12).to(ranks.device, torch.float64), random(4, 3, 8).requires_grad_()
+    layer, x = (
+        sp.SPColumnParallelLinear(8, 12).to(ranks.device, torch.float64),
+        random(4, 3, 8).requires_grad_(),
+    )
     (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
@@ -272,7 +296,9 @@ def test_layer(sequence_parallel, recompute, norm):
     torch.manual_seed(5)
     plain = sp.TransformerLayer(cfg).to(ranks.device, torch.float64)
     torch.manual_seed(5)
-    parallel = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(ranks.device, torch.float64)
+    parallel = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(
+        ranks.device, torch.float64
+    )
     x_SBH, upstream_SBH = random(12, 3, 32), random(12, 3, 32, seed=2)
     mine = slice(12 // world * rank, 12 // world * (rank + 1)) if sequence_parallel else slice(None)
     a, b = x_SBH.transpose(0, 1).clone().requires_grad_(), x_SBH[mine].clone().requires_grad_()
@@ -317,8 +343,13 @@ def test_two_replicas_side_by_side(sequence_parallel, recompute):
     mine = sp.scatter_to_sp(x, group)
     assert torch.equal(mine, x.chunk(2)[rank]) and torch.equal(sp.gather_from_sp(mine, group), x)
     plain, batches = models(cfg)[0], [batch_of(seed=10 * replica + step) for step in range(2)]
-    parallel = sp.SequenceParallelGPT(cfg, group, sequence_parallel, recompute).to(ranks.device, torch.float64)
-    runs = zip(sp.train_alone(plain, batches, lambda step: 1e-3), sp.train(parallel, batches, lambda step: 1e-3))
+    parallel = sp.SequenceParallelGPT(cfg, group, sequence_parallel, recompute).to(
+        ranks.device, torch.float64
+    )
+    runs = zip(
+        sp.train_alone(plain, batches, lambda step: 1e-3),
+        sp.train(parallel, batches, lambda step: 1e-3),
+    )
     for (expected, norm), (loss, norm_here) in runs:
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
     shares = sp.shard_state_dict(plain.state_dict(), cfg, rank, 2)
@@ -333,7 +364,9 @@ def test_weights_are_the_plain_models_whatever_t_is():
     whole = sp.GPT(cfg).state_dict()
     mine = sp.shard_state_dict(whole, cfg, dist.get_rank(), dist.get_world_size())
     here = sp.SequenceParallelGPT(cfg).state_dict()
-    assert here.keys() == mine.keys() and all(torch.equal(x, mine[name]) for name, x in here.items())
+    assert here.keys() == mine.keys() and all(
+        torch.equal(x, mine[name]) for name, x in here.items()
+    )
     back = joined(here, cfg)
     assert all(torch.equal(back[name], x) for name, x in whole.items())
 
@@ -369,8 +402,12 @@ def plain_masks(masks: list, cfg: sp.GPTConfig, sequence_parallel: bool, own: bo
     own: under sequence parallelism each rank has other masks than the next, as it should be."""
     whole = []
     for pieces in zip(*everywhere([mask.cpu() for mask in masks]), strict=True):
-        if pieces[0].shape[1] == pieces[0].shape[2]:  # attention: (B·n, S, S), the ranks' heads side by side
-            whole.append(torch.cat([p.unflatten(0, (-1, cfg.num_heads // len(pieces))) for p in pieces], 1))
+        if (
+            pieces[0].shape[1] == pieces[0].shape[2]
+        ):  # attention: (B·n, S, S), the ranks' heads side by side
+            whole.append(
+                torch.cat([p.unflatten(0, (-1, cfg.num_heads // len(pieces))) for p in pieces], 1)
+            )
         elif sequence_parallel:
             whole.append(torch.cat(pieces).transpose(0, 1))
         else:
@@ -398,7 +435,9 @@ def once(key: tuple, masks: list, compute):
 
 @EVERY_WORLD
 @EVERY_MODE
-def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks(sequence_parallel, recompute):
+def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks(
+    sequence_parallel, recompute
+):
     """The ranks' masks of the forward pass, put together, are a mask of the plain model. Recomputation draws its own
     in backward, from generators that were put back: under the same masks, or gradients would not be equal."""
     cfg = config(dropout=0.3)
@@ -412,7 +451,10 @@ def test_model_with_dropout_equals_the_plain_one_under_the_joined_masks(sequence
     if sequence_parallel:
         sp.reduce_sequence_parallel_grads(parallel)
     # Recomputation leaves the streams where forward left them, or the next micro-batch would repeat its masks.
-    assert all(torch.equal(a, s.get_state()) for a, s in zip(after_forward, (streams.outside, streams.inside)))
+    assert all(
+        torch.equal(a, s.get_state())
+        for a, s in zip(after_forward, (streams.outside, streams.inside))
+    )
 
     def alone():
         plain = sp.GPT(cfg).to(ranks.device, torch.float64)
@@ -496,7 +538,11 @@ def test_random_streams():
     assert own.outside is own.inside and common.outside is not common.inside
     outside, inside = zip(*everywhere(draw([common.outside, common.inside])))
     assert all(torch.equal(outside[0], other) for other in outside)
-    masks = [*inside, *[drawn for (drawn,) in everywhere(draw([sp.random_streams(1, rank).outside]))], outside[0]]
+    masks = [
+        *inside,
+        *[drawn for (drawn,) in everywhere(draw([sp.random_streams(1, rank).outside]))],
+        outside[0],
+    ]
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(masks, 2))
 
 
@@ -513,7 +559,9 @@ def test_what_is_computed_again(dropout):
     s, b, h = 16, 3, 32
     x, streams, found = torch.randn(s, b, h, requires_grad=True), sp.RandomStreams(), {}
     for recompute in sp.RECOMPUTE:
-        found[recompute] = flops_of(sp.SequenceParallelLayer(config(dropout=dropout), recompute=recompute), x, streams)
+        found[recompute] = flops_of(
+            sp.SequenceParallelLayer(config(dropout=dropout), recompute=recompute), x, streams
+        )
     forward = 24 * b * s * h**2 + 4 * b * s**2 * h
     assert found["none"] == 3 * forward and math.isclose(3 * forward, sp.model_flops(b, s, h, 1, 0))
     assert found["selective"] - found["none"] == sp.recomputed_flops(b, s, h, 1, products=1)
@@ -540,7 +588,9 @@ def test_saved_bytes_are_the_papers():
         saved = cost.kept
         statistics = 0 if cost.recompute == "full" else 8 * cfg.seq_length * batch
         divided = world if cost.sequence_parallel else 1
-        assert cost.formula == sp.activation_bytes(cfg, world, cost.sequence_parallel, cost.recompute, batch)
+        assert cost.formula == sp.activation_bytes(
+            cfg, world, cost.sequence_parallel, cost.recompute, batch
+        )
         assert saved == cost.formula + statistics / divided, cost
         assert saved / cost.formula < 1.01
 
@@ -553,7 +603,11 @@ def test_saved_bytes_term_by_term():
     expected = [
         (2 / t, bf16, wide),  # norm 1
         (2 / t, bf16, wide),  # qkv's input: the share
-        (6 / t, bf16, (B * n, S, H // 8)),  # queries, keys, values: one storage, of which queries are a view
+        (
+            6 / t,
+            bf16,
+            (B * n, S, H // 8),
+        ),  # queries, keys, values: one storage, of which queries are a view
         (2 * 8 * S / H / t, bf16, (B * n, S, S)),  # softmax
         (1 * 8 * S / H / t, mask, (B * n, S, S)),
         (2 * 8 * S / H / t, bf16, (B * n, S, S)),  # after dropout
@@ -567,8 +621,13 @@ def test_saved_bytes_term_by_term():
     ]
     (cost,) = [c for c in sp.layer_costs(cfg, B) if c.sequence_parallel and c.recompute == "none"]
     of_norms = [kept for kept in cost.saved if kept.shape[-1] == 1]
-    here = [(k.bytes / (S * B * H), k.dtype, tuple(k.shape)) for k in cost.saved if k.shape[-1] != 1]
-    here = [(units, kind, shape if len(shape) == 3 else (S, B, shape[-1])) for units, kind, shape in here]
+    here = [
+        (k.bytes / (S * B * H), k.dtype, tuple(k.shape)) for k in cost.saved if k.shape[-1] != 1
+    ]
+    here = [
+        (units, kind, shape if len(shape) == 3 else (S, B, shape[-1]))
+        for units, kind, shape in here
+    ]
     assert here == expected and len(of_norms) == 4
     assert "softmax" in cost.saved[5].line and all(kept.line for kept in cost.saved)
 
@@ -584,7 +643,9 @@ def test_saved_bytes_of_the_ends(sequence_parallel):
     model.layers = nn.ModuleList()
     streams = sp.random_streams(0, dist.get_rank(), sequence_parallel, ranks.device)
     batch = batch_of(B, 16, 64)
-    saved = sum(k.bytes for k in sp.saved_bytes(partial(model.loss, *batch, streams), model.parameters()))
+    saved = sum(
+        k.bytes for k in sp.saved_bytes(partial(model.loss, *batch, streams), model.parameters())
+    )
     t = world if sequence_parallel else 1
     formula = 16 * B * ((1 + 4) * 64 / t + 4 * 64 / world)
     assert formula <= saved <= formula + 16 * B * 40
@@ -607,9 +668,14 @@ def test_the_fused_kernel_keeps_no_scores():
 def test_the_plain_layer_keeps_a_wide_softmax():
     """34 + 7·a·s/h: fp32 of the softmax in place of bf16, and otherwise the same bytes in other tensors."""
     S, B, N, cfg = 16, 3, 4, config(hidden_size=64, dropout=0.1)
-    layer, x = sp.TransformerLayer(cfg).bfloat16(), torch.randn(B, S, 64, dtype=torch.bfloat16, requires_grad=True)
+    layer, x = (
+        sp.TransformerLayer(cfg).bfloat16(),
+        torch.randn(B, S, 64, dtype=torch.bfloat16, requires_grad=True),
+    )
     kept = sp.saved_bytes(partial(layer, x, sp.RandomStreams()), layer.parameters())
-    assert sum(k.bytes for k in kept) == 34 * S * B * 64 + 7 * N * S * S * B + 8 * S * B  # and the norms' statistics
+    assert (
+        sum(k.bytes for k in kept) == 34 * S * B * 64 + 7 * N * S * S * B + 8 * S * B
+    )  # and the norms' statistics
 
 
 def test_saved_bytes_counts_memory_once_and_no_parameters():
@@ -638,7 +704,9 @@ def test_messages_of_a_layer(sequence_parallel, recompute, dropout):
     """TP: 2 + 2 all-reduces. SP: 2 + 4 gathers, two of them again, and 2 + 2 reduce-scatters. Each is of s·b·h numbers.
     Full recomputation sends forward's once more; without a mask at its end it stops before the last of them."""
     cfg, t = config(dropout=dropout), dist.get_world_size()
-    layer = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(ranks.device, torch.float64)
+    layer = sp.SequenceParallelLayer(cfg, None, sequence_parallel, recompute).to(
+        ranks.device, torch.float64
+    )
     x = random(16 // (t if sequence_parallel else 1), 3, 32).requires_grad_()
     streams = sp.random_streams(0, dist.get_rank(), sequence_parallel, ranks.device)
     with sp.Counter() as forward:
@@ -732,7 +800,9 @@ def test_autocast(sequence_parallel, recompute):
     expected.sum().backward()
     if sequence_parallel:
         sp.reduce_sequence_parallel_grads(parallel)
-        assert {m.bytes for m in counter.messages if m.op.startswith("all_gather")} == {12 * 3 * 32 * 2}  # sent narrow
+        assert {m.bytes for m in counter.messages if m.op.startswith("all_gather")} == {
+            12 * 3 * 32 * 2
+        }  # sent narrow
     # bf16 keeps 8 bits: each product is off by up to 0.4 %, and the summands of a row-parallel layer are rounded before
     # they are added, which the single device does not do.
     assert_equal(joined(grads_of(parallel), cfg), grads_of(plain), bound=0.05)
@@ -757,7 +827,13 @@ def test_table_2_in_units_of_sbh():
         assert alone == [34 + 5 * m.a * 2048 / m.h, 34, 2]
 
 
-@given(st.integers(1, 9), st.integers(1, 5), st.integers(1, 8), st.integers(1, 8), st.sampled_from([1, 2, 4]))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 5),
+    st.integers(1, 8),
+    st.integers(1, 8),
+    st.sampled_from([1, 2, 4]),
+)
 @settings(max_examples=30, deadline=None)
 def test_what_the_modes_have_in_common(s, b, heads, size, t):
     """At t = 1 the flag changes nothing; more saving never keeps more; with SP every term is divided by t."""
@@ -767,7 +843,9 @@ def test_what_the_modes_have_in_common(s, b, heads, size, t):
         assert whole == sp.activation_bytes(cfg, 1, False, recompute, b)
         assert math.isclose(whole, b * sp.activation_bytes(cfg, 1, False, recompute))
         assert math.isclose(sp.activation_bytes(cfg, t, True, recompute, b), whole / t)
-    none, selective, full = (sp.activation_bytes(cfg, t, False, recompute, b) for recompute in sp.RECOMPUTE)
+    none, selective, full = (
+        sp.activation_bytes(cfg, t, False, recompute, b) for recompute in sp.RECOMPUTE
+    )
     assert none > selective > full
 
 
@@ -787,15 +865,25 @@ def test_memory_of_the_published_models():
     factors = [round(sp.first_stage_bytes(m, *tp_only) / sp.first_stage_bytes(m, *both), 1)
                for m in sp.PAPER_MODELS.values()]  # fmt: skip
     assert factors == [6.2, 5.4, 4.9, 4.9]  # "about five times"
-    ranges = {(True, "none"): (58, 67), (False, "selective"): (49, 62), both: (16, 20), full: (8, 10)}
+    ranges = {
+        (True, "none"): (58, 67),
+        (False, "selective"): (49, 62),
+        both: (16, 20),
+        full: (8, 10),
+    }
     for mode, (least, most) in ranges.items():  # of tensor parallelism's, in percent
-        kept = [[sp.first_stage_bytes(m, *which) for m in sp.PAPER_MODELS.values()] for which in (mode, tp_only)]
+        kept = [
+            [sp.first_stage_bytes(m, *which) for m in sp.PAPER_MODELS.values()]
+            for which in (mode, tp_only)
+        ]
         shares = [round(100 * here / there) for here, there in zip(*kept)]
         assert (min(shares), max(shares)) == (least, most)
     saved = [5 * m.a * 2048 / m.h / (34 + 5 * m.a * 2048 / m.h) for m in sp.PAPER_MODELS.values()]
     assert [round(100 * x) for x in saved[1:3]] == [70, 65]
     small = sp.PAPER_MODELS["22B"]
-    assert round(100 * sp.extra_bytes(small) / sp.first_stage_bytes(small, True, "none"), 2) == 0.57  # not 0.01
+    assert (
+        round(100 * sp.extra_bytes(small) / sp.first_stage_bytes(small, True, "none"), 2) == 0.57
+    )  # not 0.01
     assert round(sp.stage_output_bytes(sp.PAPER_MODELS["530B"]) / 2**30, 2) == 2.73  # GiB
 
 
@@ -806,7 +894,10 @@ def test_utilization_of_the_published_models():
         mfu = 100 * sp.utilization(sp.model_flops(*sizes), m.seconds, m.gpus)
         hfu = 100 * sp.utilization(sp.hardware_flops(*sizes), m.seconds, m.gpus)
         bound = 0.005 / 1.10 if name == "22B" else 0.001
-        assert abs(mfu / m.mfu - 1) < bound + 0.05 / m.mfu and abs(hfu / m.hfu - 1) < bound + 0.05 / m.hfu, name
+        assert (
+            abs(mfu / m.mfu - 1) < bound + 0.05 / m.mfu
+            and abs(hfu / m.hfu - 1) < bound + 0.05 / m.hfu
+        ), name
     gains = [round(100 * (m.seconds_full / m.seconds - 1)) for m in sp.PAPER_MODELS.values()]
     assert gains == [29, 32, 30, 32]
 
@@ -818,14 +909,23 @@ def test_the_papers_hardware_flops_count_attention_twice():
     for m, hfu in zip(sp.PAPER_MODELS.values(), corrected):
         sizes = m.batch, sp.SEQUENCE, m.h, m.L
         right = sp.model_flops(*sizes, sp.WORDS) + sp.recomputed_flops(*sizes)
-        two_ninths = 72 * m.batch * m.L * 2048 * m.h**2 * (1 + 2 * 2048 / (9 * m.h) + 51_200 / (12 * m.h * m.L))
+        two_ninths = (
+            72
+            * m.batch
+            * m.L
+            * 2048
+            * m.h**2
+            * (1 + 2 * 2048 / (9 * m.h) + 51_200 / (12 * m.h * m.L))
+        )
         assert math.isclose(right, two_ninths, rel_tol=1e-12)
         assert round(100 * sp.utilization(right, m.seconds, m.gpus), 1) == hfu
     for m in sp.PAPER_MODELS.values():
         sizes = m.batch, sp.SEQUENCE, m.h, m.L
         added = sp.hardware_flops(*sizes, sp.WORDS) - sp.model_flops(*sizes, sp.WORDS)
         assert math.isclose(added, 3 * sp.recomputed_flops(*sizes), rel_tol=1e-9)
-        shares = [100 * x / sp.model_flops(*sizes, sp.WORDS) for x in (added, sp.recomputed_flops(*sizes))]
+        shares = [
+            100 * x / sp.model_flops(*sizes, sp.WORDS) for x in (added, sp.recomputed_flops(*sizes))
+        ]
         found.append([round(share, 1) for share in shares])
     assert found[1:3] == [[2.7, 0.9], [1.6, 0.5]]  # 175B and 530B: the paper says 2.7 and 1.6
     assert found[0] == [5.2, 1.7]  # 22B, whose layer takes 7 % more time
@@ -833,12 +933,17 @@ def test_the_papers_hardware_flops_count_attention_twice():
 
 def test_published_layers_on_pretended_ranks():
     """Full size, through the same code: bytes within 0.02 %, messages, volume and operations."""
-    numbers = "[(c.kept / c.formula - 1, c.wire, len(c.messages), c.flops) for c in s.paper_scale(name)]"
+    numbers = (
+        "[(c.kept / c.formula - 1, c.wire, len(c.messages), c.flops) for c in s.paper_scale(name)]"
+    )
     program = f"import seq_parallel as s; print({{name: {numbers} for name in s.PAPER_MODELS}})"
     options = dict(cwd=SCRIPT.parent, stdout=subprocess.PIPE, text=True, check=True, timeout=120)
     found = ast.literal_eval(subprocess.run([sys.executable, "-c", program], **options).stdout)
     for name, m in sp.PAPER_MODELS.items():
-        size, forward = 2 * sp.SEQUENCE * m.micro_batch * m.h, sp.model_flops(m.micro_batch, sp.SEQUENCE, m.h, 1, 0) / 3
+        size, forward = (
+            2 * sp.SEQUENCE * m.micro_batch * m.h,
+            sp.model_flops(m.micro_batch, sp.SEQUENCE, m.h, 1, 0) / 3,
+        )
         assert all(0 <= error < 2e-4 for error, *_ in found[name])
         assert [wire / size * 8 / 7 for _, wire, *_ in found[name]] == [8, 8, 12, 10, 10, 14]
         assert [count for _, _, count, _ in found[name]] == [4, 4, 6, 10, 10, 14]
@@ -891,7 +996,8 @@ def test_partial_gradients_not_summed():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="without sequence parallelism: whole gradients come out t times too large; Adam hides it", seen_in=None
+    symptom="without sequence parallelism: whole gradients come out t times too large; Adam hides it",
+    seen_in=None,
 )
 def test_whole_gradients_summed():
     def step(parallel, batch):
@@ -927,7 +1033,8 @@ def test_partial_gradients_averaged():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="each rank finds another norm and scales by another number: copies drift apart", seen_in=None
+    symptom="each rank finds another norm and scales by another number: copies drift apart",
+    seen_in=None,
 )
 def test_gradients_clipped_before_they_are_summed():
     plain, parallel = models(cfg := config(), True)
@@ -950,11 +1057,14 @@ def test_gradients_clipped_before_they_are_summed():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="every row bias counts t times: unseen at the start, where biases are zero", seen_in=None
+    symptom="every row bias counts t times: unseen at the start, where biases are zero",
+    seen_in=None,
 )
 def test_bias_before_the_reduce_scatter():
     def forward(self, y_SBf):
-        return sp.sum_over_tp(F.linear(y_SBf, self.weight, self.bias), self.group, self.sequence_parallel)
+        return sp.sum_over_tp(
+            F.linear(y_SBf, self.weight, self.bias), self.group, self.sequence_parallel
+        )
 
     torch.manual_seed(3)
     layer, t = sp.SPRowParallelLinear(8, 12).to(ranks.device, torch.float64), dist.get_world_size()
@@ -981,7 +1091,10 @@ def test_every_rank_adds_the_first_positions():
     skipped = dist.get_rank() * tokens.shape[1] // dist.get_world_size()
     with torch.no_grad():
         parallel.positions.weight.copy_(parallel.positions.weight.roll(skipped, 0))
-    loss, expected = step_gradients(parallel, (tokens, targets)).sum(), plain.loss(tokens, targets).sum()
+    loss, expected = (
+        step_gradients(parallel, (tokens, targets)).sum(),
+        plain.loss(tokens, targets).sum(),
+    )
     expected.backward()
     grads, reference = rank_0s(grads_of(parallel), cfg), grads_of(plain)
     assert_differs(grads, reference)
@@ -1001,12 +1114,16 @@ def test_one_stream_for_all_tokens():
     for flag, repeats in ((True, False), (False, True)):
         plain, parallel = models(cfg, True)
         with recorded_masks() as masks:
-            loss = step_gradients(parallel, batch_of(), sp.random_streams(7, dist.get_rank(), flag, ranks.device)).sum()
+            loss = step_gradients(
+                parallel, batch_of(), sp.random_streams(7, dist.get_rank(), flag, ranks.device)
+            ).sum()
         assert torch.equal(*everywhere(masks[0].cpu())) == repeats
         with replayed_masks(plain_masks(masks, cfg, True, own=not repeats)):
             expected = plain.loss(*batch_of()).sum()
         expected.backward()
-        assert_equal({"loss": loss, **joined(grads_of(parallel), cfg)}, {"loss": expected, **grads_of(plain)})
+        assert_equal(
+            {"loss": loss, **joined(grads_of(parallel), cfg)}, {"loss": expected, **grads_of(plain)}
+        )
     return shown(loss.item(), joined(grads_of(parallel), cfg), expected.item(), grads_of(plain))
 
 
@@ -1036,7 +1153,9 @@ def test_slice_instead_of_reduce_scatter():
 
 
 @pytest.mark.ranks(2, 4)
-@pytest.mark.planted_bug(symptom="gradients below repeated work come out t times too large", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="gradients below repeated work come out t times too large", seen_in=None
+)
 def test_reduce_scatter_instead_of_slice():
     """A classifier that every rank computes whole, behind a gather made for divided work."""
     t, rank, x, weight = dist.get_world_size(), dist.get_rank(), random(8, 3, 5), random(5, 2)
@@ -1063,7 +1182,9 @@ def test_collective_over_the_wrong_dimension():
     original, t = sp._start_gather, dist.get_world_size()
 
     def of_batch_first(x_sBH, group):
-        x_SBH, work = original(x_sBH.transpose(0, 1), group)  # (B, s, H) of all ranks behind one another
+        x_SBH, work = original(
+            x_sBH.transpose(0, 1), group
+        )  # (B, s, H) of all ranks behind one another
         s, B, H = x_sBH.shape
         return x_SBH.view(B, s * t, H).transpose(0, 1), work
 
@@ -1074,7 +1195,10 @@ def test_collective_over_the_wrong_dimension():
         )
         assert math.isclose(loss, expected, rel_tol=1e-12)
         losses = [
-            loss.item() for loss, _ in sp.train(parallel_model(config(), True), [batch_of()] * 3, lambda step: 1e-2)
+            loss.item()
+            for loss, _ in sp.train(
+                parallel_model(config(), True), [batch_of()] * 3, lambda step: 1e-2
+            )
         ]
         assert losses[-1] < losses[0]
         loss, grads, expected, reference = loss_and_grads(True)
@@ -1085,11 +1209,16 @@ def test_collective_over_the_wrong_dimension():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="nothing is wrong but the memory: 34/t becomes 34/t + 4·(1 − 1/t) units of s·b·h", seen_in=None
+    symptom="nothing is wrong but the memory: 34/t becomes 34/t + 4·(1 − 1/t) units of s·b·h",
+    seen_in=None,
 )
 def test_gathered_input_kept():
     def naive(x, weight, bias, group, sequence_parallel):
-        return F.linear(sp.gather_from_sp(x, group) if sequence_parallel else sp.copy_to_tp(x, group), weight, bias)
+        return F.linear(
+            sp.gather_from_sp(x, group) if sequence_parallel else sp.copy_to_tp(x, group),
+            weight,
+            bias,
+        )
 
     cfg, t = config(seq_length=32, hidden_size=64, dropout=0.1), dist.get_world_size()
     with plant(sp, "column_parallel", naive):
@@ -1134,8 +1263,14 @@ def test_core_attention_written_carelessly(carelessness):
         y.square().sum().backward()
         found.append(({"y": y}, {"x": x.grad, **grads_of(layer)}))
         layer, x = layer.bfloat16(), x.detach().bfloat16().requires_grad_()
-        kept.append(sum(k.bytes for k in sp.saved_bytes(partial(layer, x, streams), layer.parameters())))
-    extra = {"masked_fill": S * S, "scaled queries": 2 * S * B * 64, "wide softmax": 2 * N * S * S * B}
+        kept.append(
+            sum(k.bytes for k in sp.saved_bytes(partial(layer, x, streams), layer.parameters()))
+        )
+    extra = {
+        "masked_fill": S * S,
+        "scaled queries": 2 * S * B * 64,
+        "wide softmax": 2 * N * S * S * B,
+    }
     assert kept[1] - kept[0] == extra[carelessness]
     (right, right_grads), (careless, grads) = found
     assert_equal(careless, right)
@@ -1159,7 +1294,9 @@ def test_recomputed_with_fresh_random_numbers(recompute):
     assert torch.equal(*losses)
     wrong = assert_differs(grads[1], grads[0], at_least=0.1)
     assert "layers.0.attention.qkv.weight" in wrong
-    return Shows(loss=worst_of({"": losses[1]}, {"": losses[0]}), gradients=worst_of(grads[1], grads[0]))
+    return Shows(
+        loss=worst_of({"": losses[1]}, {"": losses[0]}), gradients=worst_of(grads[1], grads[0])
+    )
 
 
 @pytest.mark.ranks(1, 2)
@@ -1184,7 +1321,9 @@ def test_streams_left_where_recomputation_ended():
     right = two_steps()
     with plant(sp._Replay, "__exit__", lambda self, *error: None):
         (masks, _, grads), (masks_next, loss_next, grads_next) = two_steps()
-    assert all(torch.equal(x, right[0][2][name]) for name, x in grads.items())  # the first step is right to the bit
+    assert all(
+        torch.equal(x, right[0][2][name]) for name, x in grads.items()
+    )  # the first step is right to the bit
     assert torch.equal(masks[2], masks_next[0]) and not torch.equal(right[0][0][2], right[1][0][0])
     return Shows(loss=worst_of(loss_next, right[1][1]), gradients=worst_of(grads_next, right[1][2]))
 
@@ -1201,16 +1340,29 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
     model = sp.SequenceParallelGPT(config())
     with pytest.raises(ValueError, match=remedy):
         model(torch.zeros(2, 10, dtype=torch.int64))
-    assert sp.SequenceParallelGPT(config(), None, False)(torch.zeros(2, 10, dtype=torch.int64)).shape[0] == 10
-    with pytest.raises(ValueError, match=r"num_heads=6 and ffn_hidden_size=144 .* choose tp from \[1, 2, 3\]"):
+    assert (
+        sp.SequenceParallelGPT(config(), None, False)(torch.zeros(2, 10, dtype=torch.int64)).shape[
+            0
+        ]
+        == 10
+    )
+    with pytest.raises(
+        ValueError, match=r"num_heads=6 and ffn_hidden_size=144 .* choose tp from \[1, 2, 3\]"
+    ):
         sp.SequenceParallelGPT(config(hidden_size=36, num_heads=6))
-    with pytest.raises(ValueError, match="num_heads=6 does not divide over 4 ranks: choose a multiple of 4"):
+    with pytest.raises(
+        ValueError, match="num_heads=6 does not divide over 4 ranks: choose a multiple of 4"
+    ):
         sp.SequenceParallelLayer(config(hidden_size=36, num_heads=6))
     with pytest.raises(ValueError, match="dropout=0.1 on 4 ranks needs streams=random_streams"):
         sp.SequenceParallelGPT(config(dropout=0.1))(batch_of()[0].cpu())
     with pytest.raises(ValueError, match="dropout=0.1 on 4 ranks needs streams=random_streams"):
         sp.SequenceParallelLayer(config(dropout=0.1))(torch.zeros(4, 2, 32))
-    assert sp.SequenceParallelLayer(config(dropout=0.1)).eval()(torch.zeros(4, 2, 32)).shape == (4, 2, 32)
+    assert sp.SequenceParallelLayer(config(dropout=0.1)).eval()(torch.zeros(4, 2, 32)).shape == (
+        4,
+        2,
+        32,
+    )
 
 
 @pytest.mark.ranks(1, 2)
@@ -1218,15 +1370,21 @@ def test_what_makes_no_sense_is_refused_on_every_rank():
     model, (tokens, targets) = sp.SequenceParallelGPT(config()), (x.cpu() for x in batch_of())
     with pytest.raises(ValueError, match="words are numbered 0 to 60"):
         model(torch.full_like(tokens, 61))
-    with pytest.raises(ValueError, match=r"target 61 is neither a word in \[0, 61\) nor ignore_index=-100"):
+    with pytest.raises(
+        ValueError, match=r"target 61 is neither a word in \[0, 61\) nor ignore_index=-100"
+    ):
         model.loss(tokens, torch.full_like(targets, 61))
     with pytest.raises(ValueError, match="a sequence of 20 tokens, but the model has 16 positions"):
         model(torch.zeros(1, 20, dtype=torch.int64))
-    with pytest.raises(ValueError, match="tied_head=False: this model's last layer multiplies with the embed"):
+    with pytest.raises(
+        ValueError, match="tied_head=False: this model's last layer multiplies with the embed"
+    ):
         sp.SequenceParallelGPT(config(tied_head=False))
     with pytest.raises(ValueError, match="recompute='some': choose from none, selective, full"):
         sp.SequenceParallelLayer(config(), recompute="some")
-    with pytest.raises(ValueError, match="backward='sum': 'reduce_scatter' in front of divided work"):
+    with pytest.raises(
+        ValueError, match="backward='sum': 'reduce_scatter' in front of divided work"
+    ):
         sp.gather_from_sp(torch.zeros(2, 2), backward="sum")
     with pytest.raises(ValueError, match=r"dropout=0.1: the fused kernel takes no generator"):
         sp.fused_attention(*torch.zeros(3, 1, 2, 2), p=0.1)
@@ -1245,18 +1403,28 @@ TAKES_A_GROUP = {
     "gather_from_sp": lambda group: sp.gather_from_sp(torch.ones(2, 1, 4), group),
     "reduce_scatter_to_sp": lambda group: sp.reduce_scatter_to_sp(torch.ones(2, 1, 4), group),
     "scatter_to_sp": lambda group: sp.scatter_to_sp(torch.ones(2, 1, 4), group),
-    "column_parallel": lambda group: sp.column_parallel(torch.ones(2, 1, 4), torch.ones(3, 4), None, group, True),
-    "column_parallel, TP": lambda group: sp.column_parallel(torch.ones(2, 1, 4), torch.ones(3, 4), None, group, False),
+    "column_parallel": lambda group: sp.column_parallel(
+        torch.ones(2, 1, 4), torch.ones(3, 4), None, group, True
+    ),
+    "column_parallel, TP": lambda group: sp.column_parallel(
+        torch.ones(2, 1, 4), torch.ones(3, 4), None, group, False
+    ),
     "sum_over_tp": lambda group: sp.sum_over_tp(torch.ones(2, 1, 4), group, True),
     "sum_over_tp, TP": lambda group: sp.sum_over_tp(torch.ones(2, 1, 4), group, False),
     "SPColumnParallelLinear": lambda group: sp.SPColumnParallelLinear(4, 4, group),
     "SPRowParallelLinear": lambda group: sp.SPRowParallelLinear(4, 4, group),
-    "ParallelAttention": lambda group: sp.ParallelAttention(config(), group, True, False, sp.unfused_attention),
+    "ParallelAttention": lambda group: sp.ParallelAttention(
+        config(), group, True, False, sp.unfused_attention
+    ),
     "ParallelMLP": lambda group: sp.ParallelMLP(config(), group, True),
     "SequenceParallelLayer": lambda group: sp.SequenceParallelLayer(config(), group),
     "SequenceParallelGPT": lambda group: sp.SequenceParallelGPT(config(), group),
-    "look_up": lambda group: sp.look_up(torch.zeros(2, 1, dtype=torch.int64), torch.ones(3, 4), 3, group),
-    "reduce_sequence_parallel_grads": lambda group: sp.reduce_sequence_parallel_grads(torch.nn.Linear(2, 2), group),
+    "look_up": lambda group: sp.look_up(
+        torch.zeros(2, 1, dtype=torch.int64), torch.ones(3, 4), 3, group
+    ),
+    "reduce_sequence_parallel_grads": lambda group: sp.reduce_sequence_parallel_grads(
+        torch.nn.Linear(2, 2), group
+    ),
     "layer_costs": lambda group: sp.layer_costs(config(), 1, group),
     "copy_to_tp": lambda group: sp.copy_to_tp(torch.ones(2), group),
     "reduce_from_tp": lambda group: sp.reduce_from_tp(torch.ones(2), group),
@@ -1296,7 +1464,10 @@ def run(*flags, timeout=120):
     "flags, message",
     [
         (["--seq-length", "30"], "--seq-length 30 does not divide over 4 ranks: try 32"),
-        (["--num-heads", "2"], "num_heads=2 and ffn_hidden_size=512 do not both divide over tp=4 ranks"),
+        (
+            ["--num-heads", "2"],
+            "num_heads=2 and ffn_hidden_size=512 do not both divide over tp=4 ranks",
+        ),
         (["--batch", "0"], "argument --batch: '0' must be of type int, from 1"),
         (["--num-heads", "0"], "argument --num-heads: '0' must be of type int, from 1"),
         (["--hidden-size", "0"], "argument --hidden-size: '0' must be of type int, from 1"),
@@ -1326,14 +1497,18 @@ def test_defaults_fit_any_number_of_ranks(world, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", str(world)])
     args = sp.flags()
     sizes = args.seq_length, args.hidden_size, args.num_heads
-    assert all(size % world == 0 for size in (args.seq_length, args.num_heads, 4 * args.hidden_size))
+    assert all(
+        size % world == 0 for size in (args.seq_length, args.num_heads, 4 * args.hidden_size)
+    )
     least = (128, 128, 4)
     assert all(size - world < at_least <= size for size, at_least in zip(sizes[::2], least[::2]))
     assert sizes == least or world not in (1, 2, 4)
 
 
 def test_what_a_flag_says_is_kept_or_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "3", "--num-heads", "3", "--hidden-size", "6"])
+    monkeypatch.setattr(
+        sys, "argv", [str(SCRIPT), "--ranks", "3", "--num-heads", "3", "--hidden-size", "6"]
+    )
     args = sp.flags()
     assert (args.num_heads, args.hidden_size, args.seq_length) == (3, 6, 129)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--ranks", "3", "--num-heads", "4"])
@@ -1381,7 +1556,9 @@ def test_the_dry_run_of_a_script_with_another_name(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     found = module.dry_run()
     assert list(found) == list(sp.PAPER_MODELS)
-    assert all(abs(kept / formula - 1) < 0.01 for modes in found.values() for kept, formula, _ in modes)
+    assert all(
+        abs(kept / formula - 1) < 0.01 for modes in found.values() for kept, formula, _ in modes
+    )
 
 
 def printed(function, *flags):
@@ -1398,15 +1575,22 @@ def test_five_steps_without_dropout():
     world = dist.get_world_size()
     text, good = printed(sp.check, "--dtype", "fp64")
     assert good and text.count(f"; tp {world}, fp64") == text.count(" bound 1e-10") == 6
-    errors = [line.split()[-1] for line in text.splitlines() if "after AdamW" in line or "norm 4" in line]
-    assert len(errors) == 6 * (len(sp.parameter_shapes(config())) + 1) and max(map(float, errors)) < 1e-10
+    errors = [
+        line.split()[-1] for line in text.splitlines() if "after AdamW" in line or "norm 4" in line
+    ]
+    assert (
+        len(errors) == 6 * (len(sp.parameter_shapes(config())) + 1)
+        and max(map(float, errors)) < 1e-10
+    )
 
 
 @pytest.mark.ranks(1, 2)
 def test_training_in_another_mode_with_dropout():
     flags = "--no-sequence-parallel --recompute full --dropout 0.1 --steps 3 --num-layers 1 --batch 2".split()
     text, differences = printed(sp.demonstrate, *flags)
-    assert "training with TP + full" in text and differences == {}  # nothing to compare with: masks differ
+    assert (
+        "training with TP + full" in text and differences == {}
+    )  # nothing to compare with: masks differ
 
 
 @pytest.mark.ranks(2)
@@ -1433,7 +1617,9 @@ def test_what_rank_0_does_alone_may_take_longer_than_a_message():
 def test_the_script_and_its_exit_code():
     """A short run ends in its claims, all ok; --check in a single process ends well."""
     result = run("--ranks", "2", "--steps", "6", "--num-layers", "1")
-    assert result.returncode == 0 and "claim" in result.stdout and "FAILED" not in result.stdout, result.stderr
+    assert result.returncode == 0 and "claim" in result.stdout and "FAILED" not in result.stdout, (
+        result.stderr
+    )
     result = run("--ranks", "1", "--check", "--dtype", "fp64")
     assert result.returncode == 0 and result.stdout.count("; tp 1, fp64") == 6, result.stderr
     assert result.stdout.count(" bound 1e-10") == 6
@@ -1447,7 +1633,11 @@ def test_the_script_in_a_strange_environment(monkeypatch):
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     result = run("--ranks", "3", "--steps", "2", "--num-layers", "1")
     assert result.returncode == 0, result.stderr
-    assert "3 ranks: tp 3" in result.stdout and "verdict" in result.stdout and "FAILED" not in result.stdout
+    assert (
+        "3 ranks: tp 3" in result.stdout
+        and "verdict" in result.stdout
+        and "FAILED" not in result.stdout
+    )
     monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
     result = run("--paper-scale", "22B")
     assert result.returncode == 0 and "one layer of 22B" in result.stdout, result.stderr

@@ -45,25 +45,33 @@ def config(**changes) -> mh.HybridConfig:
     sizes = dict(vocab_size=61, hidden_size=24, pattern="M*-M", ffn_hidden_size=16, chunk=4)
     sizes |= dict(mamba_heads=4, mamba_head_size=6, mamba_groups=2, state_size=5)
     sizes |= dict(attention_heads=4, attention_groups=2, attention_head_size=4)
-    sizes |= dict(init_std=0.05, dt_init=(0.05, 0.5))  # states that matter at once, so that their gradients are large
+    sizes |= dict(
+        init_std=0.05, dt_init=(0.05, 0.5)
+    )  # states that matter at once, so that their gradients are large
     return mh.HybridConfig(**(sizes | changes))
 
 
 def random(*shape, seed=1, dtype=torch.float64):
-    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed)).to(
+        ranks.device
+    )
 
 
 def scan_inputs(S, B=2, N=4, D=3, G=2, Z=5, seed=1, state=True, skip=True) -> dict:
     """Arguments of the three forms; dt and A reach from hardly any decay to forgetting within a token."""
     tensors = dict(x=random(B, S, N, D, seed=seed), dt=random(B, S, N, seed=seed + 1).exp())
     tensors |= dict(A=-random(N, seed=seed + 2).exp(), B=random(B, S, G, Z, seed=seed + 3))
-    tensors |= dict(C=random(B, S, G, Z, seed=seed + 4), D=random(N, seed=seed + 5) if skip else None)
+    tensors |= dict(
+        C=random(B, S, G, Z, seed=seed + 4), D=random(N, seed=seed + 5) if skip else None
+    )
     return tensors | dict(initial_state=random(B, N, D, Z, seed=seed + 6) if state else None)
 
 
 def values_and_gradients(form, inputs: dict, **options) -> dict:
     """y, the final state, and the gradients of all inputs under random weights of both outputs."""
-    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x is not None}
+    leaves = {
+        name: x.detach().clone().requires_grad_() for name, x in inputs.items() if x is not None
+    }
     y, state = form(**leaves, **options)
     upstream = [random(*out.shape, seed=50).to(out.dtype) for out in (y, state)]
     grads = torch.autograd.grad((y, state), list(leaves.values()), upstream)
@@ -72,7 +80,9 @@ def values_and_gradients(form, inputs: dict, **options) -> dict:
 
 def tokens_of(rows=2, length=14, vocab=61, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    tokens_BS, targets_BS = torch.randint(vocab, (2, rows, length), generator=generator).to(ranks.device)
+    tokens_BS, targets_BS = torch.randint(vocab, (2, rows, length), generator=generator).to(
+        ranks.device
+    )
     targets_BS[0, 3:6] = -100
     return tokens_BS, targets_BS
 
@@ -85,7 +95,11 @@ def test_segsum_is_the_sum_over_the_stretch():
     here = mh.segsum(a)
     for i in range(9):
         for j in range(9):
-            expected = a[..., j + 1 : i + 1].sum(-1) if j <= i else torch.full((2, 3), -torch.inf, dtype=a.dtype)
+            expected = (
+                a[..., j + 1 : i + 1].sum(-1)
+                if j <= i
+                else torch.full((2, 3), -torch.inf, dtype=a.dtype)
+            )
             assert torch.allclose(here[..., i, j], expected, rtol=0, atol=1e-13)
     assert torch.equal(here.diagonal(dim1=-2, dim2=-1), torch.zeros_like(a))
 
@@ -117,7 +131,9 @@ def test_three_forms_agree(S, chunk, groups, state, skip, documents):
     if documents and state and loop["grad of initial_state"].abs().max() < 1e-6:
         zeros["grad of initial_state"] = 1e-12  # a document begins at once in both sequences
     assert_equal(values_and_gradients(mh.ssd_quadratic, inputs, starts=starts), loop, zeros=zeros)
-    assert_equal(values_and_gradients(mh.ssd, inputs, starts=starts, chunk=chunk), loop, zeros=zeros)
+    assert_equal(
+        values_and_gradients(mh.ssd, inputs, starts=starts, chunk=chunk), loop, zeros=zeros
+    )
 
 
 def test_against_the_sum_written_out():
@@ -179,7 +195,11 @@ def test_stable_over_65536_tokens(dtype, bound):
     inputs = scan_inputs(S, B=1, N=N, D=4, G=1, Z=4, state=False)
     inputs["dt"] = torch.logspace(-4, 1, N, dtype=torch.float64) * inputs["dt"].clamp(max=4)
     inputs["A"] = -torch.tensor([0.01, 1.0, 16.0, 100.0], dtype=torch.float64)
-    narrow = {name: x.to(torch.float32 if name in ("A", "D") else dtype) for name, x in inputs.items() if x is not None}
+    narrow = {
+        name: x.to(torch.float32 if name in ("A", "D") else dtype)
+        for name, x in inputs.items()
+        if x is not None
+    }
     here = values_and_gradients(mh.ssd, narrow, chunk=64)
     exact = values_and_gradients(mh.ssd, {name: x.double() for name, x in narrow.items()}, chunk=64)
     assert here["state"].dtype == torch.float32 and here["y"].dtype == dtype
@@ -194,7 +214,10 @@ def test_extreme_decays_give_no_nan():
     narrow = {name: x.to(torch.float32) for name, x in inputs.items()}
     loop = values_and_gradients(mh.ssd_recurrent, {n: x.double() for n, x in narrow.items()})
     for name, x in values_and_gradients(mh.ssd, narrow, chunk=16).items():
-        assert x.isfinite().all() and (x.double() - loop[name]).abs().max() <= 1e-4 * loop[name].abs().max(), name
+        assert (
+            x.isfinite().all()
+            and (x.double() - loop[name]).abs().max() <= 1e-4 * loop[name].abs().max()
+        ), name
 
 
 def test_autocast_does_not_narrow_the_scan():
@@ -206,16 +229,28 @@ def test_autocast_does_not_narrow_the_scan():
         assert_equal(here, expected, bound=1e-6)  # fp32
         for form in (mh.ssd_quadratic, mh.ssd_recurrent):
             y, state = form(**inputs)
-            assert_equal({"y": y, "state": state}, {"y": here["y"], "state": here["state"]}, bound=1e-5)  # fp32
+            assert_equal(
+                {"y": y, "state": state}, {"y": here["y"], "state": here["state"]}, bound=1e-5
+            )  # fp32
 
 
 def test_the_scan_keeps_its_inputs_and_a_state_for_each_chunk():
     """x, dt and A; B and C as they are; dt·x and dt·A, of which the products are made; S / Q states."""
-    inputs = {name: x.requires_grad_() for name, x in scan_inputs(64, skip=False).items() if x is not None}
+    inputs = {
+        name: x.requires_grad_() for name, x in scan_inputs(64, skip=False).items() if x is not None
+    }
     with SavedStorages() as saved:
         mh.ssd(**inputs, chunk=16)
     size = {name: x.nbytes for name, x in inputs.items()}
-    assert saved.bytes == 2 * size["x"] + 2 * size["dt"] + size["A"] + size["B"] + size["C"] + 4 * size["initial_state"]
+    assert (
+        saved.bytes
+        == 2 * size["x"]
+        + 2 * size["dt"]
+        + size["A"]
+        + size["B"]
+        + size["C"]
+        + 4 * size["initial_state"]
+    )
     with SavedStorages() as naive:
         mh.ssd_quadratic(**inputs)
     assert naive.bytes > 2 * saved.bytes
@@ -229,14 +264,21 @@ def test_the_scan_keeps_its_inputs_and_a_state_for_each_chunk():
 def test_convolution_is_pytorchs(S, K):
     """F.conv1d of the padded input; with the inputs before as well, of any number, and shorter than the taps. Value and
     gradients."""
-    u, weight, bias, before = random(2, S, 6), random(6, K, seed=2), random(6, seed=3), random(2, K + 1, 6, seed=4)
+    u, weight, bias, before = (
+        random(2, S, 6),
+        random(6, K, seed=2),
+        random(6, seed=3),
+        random(2, K + 1, 6, seed=4),
+    )
     for previous in (None, before, before[:, :0], before[:, :1]):
         leaves = [t.clone().requires_grad_() for t in (u, weight, bias)]
         y = mh.causal_conv1d(*leaves, previous)
         seen = leaves[0] if previous is None else torch.cat([previous, leaves[0]], 1)
         padded = F.pad(seen, (0, 0, K - 1, 0))[:, -(K - 1 + S) :]
         expected = F.conv1d(padded.mT, leaves[1][:, None], leaves[2], groups=6).mT
-        here, there = (torch.autograd.grad(out, leaves, random(2, S, 6, seed=5)) for out in (y, expected))
+        here, there = (
+            torch.autograd.grad(out, leaves, random(2, S, 6, seed=5)) for out in (y, expected)
+        )
         names = "u", "weight", "bias"
         assert_equal({"y": y} | dict(zip(names, here)), {"y": expected} | dict(zip(names, there)))
 
@@ -255,9 +297,13 @@ def test_rms_norm_is_pytorchs_group_by_group():
     norm = mh.RMSNorm(12, groups=3).double()
     nn.init.normal_(norm.weight)
     x = random(2, 5, 12)
-    expected = torch.cat([F.rms_norm(part, (4,), None, 1e-5) for part in x.split(4, -1)], -1) * norm.weight
+    expected = (
+        torch.cat([F.rms_norm(part, (4,), None, 1e-5) for part in x.split(4, -1)], -1) * norm.weight
+    )
     assert_equal({"y": norm(x)}, {"y": expected})
-    assert torch.equal(norm.to(torch.bfloat16)(x.bfloat16()), norm.float()(x.bfloat16().float()).bfloat16())
+    assert torch.equal(
+        norm.to(torch.bfloat16)(x.bfloat16()), norm.float()(x.bfloat16().float()).bfloat16()
+    )
 
 
 @pytest.mark.parametrize("rope", [0.0, 0.5])
@@ -268,10 +314,15 @@ def test_attention_written_out(rope, groups):
     layer, x = mh.Attention(cfg).double(), random(2, S, 24)
     heads = [(proj(x)).view(2, S, -1, 4) for proj in (layer.q_proj, layer.k_proj, layer.v_proj)]
     if rope:
-        angle = torch.arange(S, dtype=torch.float64)[:, None]  # R = 2: one pair, which turns by a radian a token
+        angle = torch.arange(S, dtype=torch.float64)[
+            :, None
+        ]  # R = 2: one pair, which turns by a radian a token
         for t in heads[:2]:
             a, b = t[..., 0].clone(), t[..., 1].clone()
-            t[..., 0], t[..., 1] = a * angle.cos() - b * angle.sin(), b * angle.cos() + a * angle.sin()
+            t[..., 0], t[..., 1] = (
+                a * angle.cos() - b * angle.sin(),
+                b * angle.cos() + a * angle.sin(),
+            )
     q, k, v = (t.repeat_interleave(4 // t.shape[2], 2).transpose(1, 2) for t in heads)
     weights = (q @ k.mT / 2 + torch.full((S, S), -torch.inf).triu(1)).softmax(-1)
     expected = layer.o_proj((weights @ v).transpose(1, 2).reshape(2, S, -1))
@@ -300,7 +351,9 @@ def test_squared_relu():
 
 def test_first_weights():
     """What the published models start from, and a function of the configuration alone."""
-    cfg = config(mamba_heads=512, mamba_groups=2, pattern="MM-*", init_std=0.02, dt_init=(1e-3, 0.1))
+    cfg = config(
+        mamba_heads=512, mamba_groups=2, pattern="MM-*", init_std=0.02, dt_init=(1e-3, 0.1)
+    )
     weights = dict(mh.initial_weights(cfg))
     model = mh.HybridLM(cfg)
     assert all(torch.equal(weights[name], p) for name, p in model.state_dict().items())
@@ -314,7 +367,10 @@ def test_first_weights():
     conv = weights["layers.0.mixer.conv_weight"]
     assert 0.45 < conv.abs().max() <= 0.5 and abs(conv.std() - 0.5 / 3**0.5) < 0.01
     assert (weights["layers.0.mixer.D"] == 1).all() and (weights["layers.0.norm.weight"] == 1).all()
-    for name, std in (("in_proj", 0.02), ("out_proj", 0.01)):  # 1/√4 of it for what writes onto the residual stream
+    for name, std in (
+        ("in_proj", 0.02),
+        ("out_proj", 0.01),
+    ):  # 1/√4 of it for what writes onto the residual stream
         assert abs(weights[f"layers.0.mixer.{name}.weight"].std() - std) < 0.05 * std
     assert not torch.equal(weights["layers.0.mixer.A_log"], weights["layers.1.mixer.A_log"])
     assert torch.isfinite(mh.Mamba2Mixer(cfg)(torch.randn(1, 5, 24))).all()
@@ -334,7 +390,9 @@ def test_packed_documents_are_as_if_alone():
     alone = torch.cat([model.loss(tokens[:, part], targets[:, part]) for part in parts], 1)
     expected = torch.autograd.grad(alone.sum(), list(model.parameters()))
     names = [name for name, _ in model.named_parameters()]
-    assert_equal({"loss": packed} | dict(zip(names, grads)), {"loss": alone} | dict(zip(names, expected)))
+    assert_equal(
+        {"loss": packed} | dict(zip(names, grads)), {"loss": alone} | dict(zip(names, expected))
+    )
     assert (model.loss(tokens, targets) - alone).abs().max() > 1e-3
 
 
@@ -362,7 +420,10 @@ def test_generation_equals_the_full_forward_each_time():
     for _ in range(6):
         expected = torch.cat([expected, model(expected)[:, -1].argmax(-1, keepdim=True)], 1)
     assert torch.equal(mh.generate(model, tokens, 6), expected)
-    drawn = [mh.generate(model, tokens, 6, 1.0, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    drawn = [
+        mh.generate(model, tokens, 6, 1.0, torch.Generator().manual_seed(seed))
+        for seed in (0, 0, 1)
+    ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
@@ -375,7 +436,10 @@ def kept_bytes(model, tokens_BS, capacity) -> int:
 def test_the_state_does_not_grow():
     """Behind 10 tokens and behind 500, and with room for a million."""
     model = mh.HybridLM(config(pattern="M-M"))
-    sizes = {kept_bytes(model, tokens_of(1, n)[0], room) for n, room in ((10, 10), (500, 500), (10, 1_000_000))}
+    sizes = {
+        kept_bytes(model, tokens_of(1, n)[0], room)
+        for n, room in ((10, 10), (500, 500), (10, 1_000_000))
+    }
     assert len(sizes) == 1 and min(sizes) > 0
 
 
@@ -397,7 +461,9 @@ def everywhere(x, group=None) -> list:
 
 def joined(tensors: dict, cfg: mh.HybridConfig, grid: mh.Grid) -> dict:
     """All tp ranks' shares, put together; what several hold must be the same on each, to the bit, and over cp too."""
-    merged = mh.merge_state_dicts(everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group), cfg)
+    merged = mh.merge_state_dicts(
+        everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group), cfg
+    )
     others = everywhere(merged, grid.cp_group)
     assert all(torch.equal(x, other[name]) for other in others for name, x in merged.items())
     return merged
@@ -415,7 +481,10 @@ def grads_of(module: nn.Module) -> dict:
 
 
 def models(cfg: mh.HybridConfig, grid: mh.Grid):
-    return (model.to(ranks.device, torch.float64) for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg, grid)))
+    return (
+        model.to(ranks.device, torch.float64)
+        for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg, grid))
+    )
 
 
 def whole_losses(loss_Bs: torch.Tensor, grid: mh.Grid) -> torch.Tensor:
@@ -442,7 +511,9 @@ def every_layout(*groups):
         for world, tp in ((1, 1), (2, 2), (2, 1), (3, 1), (4, 4), (4, 2), (4, 1)):
             name, scope = f"{function.__name__}_tp{tp}_cp{world // tp}", {"function": function}
             exec(f"def {name}(groups): function({tp}, groups)", scope)
-            marked = pytest.mark.parametrize("groups", sorted({tp if g == "tp" else g for g in groups}))(scope[name])
+            marked = pytest.mark.parametrize(
+                "groups", sorted({tp if g == "tp" else g for g in groups})
+            )(scope[name])
             globals()[name] = pytest.mark.ranks(world)(marked)
 
     return decorate
@@ -508,18 +579,33 @@ def test_the_scan_over_ranks_of_any_lengths(documents):
     world, rank = dist.get_world_size(), dist.get_rank()
     lengths = [1, 7, 2, 10][:world]
     inputs, first = scan_inputs(sum(lengths), state=False), sum(lengths[:rank])
-    starts = (random(2, sum(lengths), seed=9) > 1) if documents else torch.zeros(2, sum(lengths), dtype=torch.bool)
+    starts = (
+        (random(2, sum(lengths), seed=9) > 1)
+        if documents
+        else torch.zeros(2, sum(lengths), dtype=torch.bool)
+    )
     expected = values_and_gradients(mh.ssd_recurrent, inputs, starts=starts)
     cut = slice(first, first + lengths[rank])
     whole = {"A", "D"}
-    leaves = {n: (x if n in whole else x[:, cut]).clone().requires_grad_() for n, x in inputs.items() if x is not None}
+    leaves = {
+        n: (x if n in whole else x[:, cut]).clone().requires_grad_()
+        for n, x in inputs.items()
+        if x is not None
+    }
     y, state = mh.ssd_sequence_parallel(**leaves, chunk=4, starts=starts[:, cut])
-    upstream_y, upstream = random(*expected["y"].shape, seed=50)[:, cut], random(*state.shape, seed=50)
+    upstream_y, upstream = (
+        random(*expected["y"].shape, seed=50)[:, cut],
+        random(*state.shape, seed=50),
+    )
     last = upstream if rank == world - 1 else torch.zeros_like(upstream)
-    grads = dict(zip(leaves, torch.autograd.grad((y, state), list(leaves.values()), (upstream_y, last))))
+    grads = dict(
+        zip(leaves, torch.autograd.grad((y, state), list(leaves.values()), (upstream_y, last)))
+    )
     for name in whole:
         dist.all_reduce(grads[name])
-    here = {"grad of " + n: g if n in whole else torch.cat(everywhere(g), 1) for n, g in grads.items()}
+    here = {
+        "grad of " + n: g if n in whole else torch.cat(everywhere(g), 1) for n, g in grads.items()
+    }
     here |= {"y": torch.cat(everywhere(y.detach()), 1), "state": everywhere(state.detach())[-1]}
     assert_equal(here, expected)
 
@@ -530,13 +616,17 @@ def test_state_passing_sends_the_same_whatever_the_length():
     world, found = dist.get_world_size(), []
     for S in (8, 800):
         inputs = {
-            n: x.to(ranks.device).requires_grad_() for n, x in scan_inputs(S, state=False).items() if x is not None
+            n: x.to(ranks.device).requires_grad_()
+            for n, x in scan_inputs(S, state=False).items()
+            if x is not None
         }
         with mh.Counter() as forward:
             y, _ = mh.ssd_sequence_parallel(**inputs, chunk=4)
         with mh.Counter() as backward:
             y.sum().backward()
-        found.append([[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)])
+        found.append(
+            [[(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)]
+        )
     numbers = 2 * 4 * 3 * (5 + 1) * world * 8  # B, N, D, Z + 1; of all ranks; float64
     assert found[0] == found[1] == [[("all_gather", numbers)], [("reduce_scatter", numbers)]]
 
@@ -568,7 +658,10 @@ def test_one_collective_each_way_for_a_layer_of_any_kind(pattern):
             y = model.run(model.layers[0], x, mh.Past())
         with mh.Counter() as backward:
             y.sum().backward()
-        size, small = 2 * 9 * 24 * 8, [("all_reduce", 2 * 9 * groups * 8)] * (pattern == "M" and groups < world)
+        size, small = (
+            2 * 9 * 24 * 8,
+            [("all_reduce", 2 * 9 * groups * 8)] * (pattern == "M" and groups < world),
+        )
         assert [(m.op, m.bytes) for m in forward.messages] == [*small, ("all_reduce", size)]
         assert [(m.op, m.bytes) for m in backward.messages] == [*small, ("all_reduce", size)]
 
@@ -579,11 +672,20 @@ def test_weights_move_there_and_back_to_the_bit(groups):
     """Shards are those that the parallel model starts with, merge to the plain model's, and go to another tp."""
     world, cfg = dist.get_world_size(), config(mamba_groups=groups, attention_groups=groups)
     whole, grid = mh.HybridLM(cfg).state_dict(), grid_of(world)
-    mine, here = mh.shard_state_dict(whole, cfg, grid.tp_rank, world), mh.ParallelHybridLM(cfg, grid).state_dict()
-    assert here.keys() == mine.keys() and all(torch.equal(x, mine[name]) for name, x in here.items())
+    mine, here = (
+        mh.shard_state_dict(whole, cfg, grid.tp_rank, world),
+        mh.ParallelHybridLM(cfg, grid).state_dict(),
+    )
+    assert here.keys() == mine.keys() and all(
+        torch.equal(x, mine[name]) for name, x in here.items()
+    )
     back = joined(here, cfg, grid)
-    assert back.keys() == whole.keys() and all(torch.equal(back[name], x) for name, x in whole.items())
-    again = mh.merge_state_dicts([mh.shard_state_dict(back, cfg, rank, 4) for rank in range(4)], cfg)
+    assert back.keys() == whole.keys() and all(
+        torch.equal(back[name], x) for name, x in whole.items()
+    )
+    again = mh.merge_state_dicts(
+        [mh.shard_state_dict(back, cfg, rank, 4) for rank in range(4)], cfg
+    )
     assert all(torch.equal(again[name], x) for name, x in whole.items())
 
 
@@ -596,7 +698,9 @@ def test_generation_under_tensor_parallelism(groups):
     tokens = tokens_of(2, 5)[0]
     for options in (dict(), dict(temperature=1.0)):
         texts = [
-            mh.generate(model, tokens, 8, generator=torch.Generator(ranks.device).manual_seed(0), **options)
+            mh.generate(
+                model, tokens, 8, generator=torch.Generator(ranks.device).manual_seed(0), **options
+            )
             for model in (plain, parallel)
         ]
         assert torch.equal(*texts)
@@ -630,7 +734,9 @@ def test_compiled_model(tp):
     tokens, targets = tokens_of()
     plain.loss(tokens, targets).sum().backward()
     logits = torch.compile(parallel, backend="aot_eager")(tokens)
-    F.cross_entropy(logits.flatten(0, 1), parallel.mine(targets).flatten(), reduction="sum").backward()
+    F.cross_entropy(
+        logits.flatten(0, 1), parallel.mine(targets).flatten(), reduction="sum"
+    ).backward()
     mh.reduce_gradients(parallel)
     assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain))
 
@@ -640,7 +746,9 @@ def test_compiled_model(tp):
 def test_autocast_of_the_parallel_model(tp):
     """bf16 products over fp32 weights: gradients stay fp32, and are the plain model's under the same autocast."""
     grid, cfg = grid_of(tp), config(mamba_groups=1)
-    plain, parallel = (model.to(ranks.device) for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg, grid)))
+    plain, parallel = (
+        model.to(ranks.device) for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg, grid))
+    )
     with torch.autocast(ranks.device.type, torch.bfloat16):
         loss, expected = (model.loss(*tokens_of()) for model in (parallel, plain))
     loss.sum().backward()
@@ -656,7 +764,9 @@ def test_no_weight_decay_on_the_recurrence():
     decayed, spared = (group["params"] for group in mh.make_optimizer(model).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     kinds = {names[id(p)].split(".")[-1] for p in spared if "mixer" in names[id(p)]}
-    assert kinds == {"A_log", "dt_bias", "D", "conv_bias", "weight"} and all(p.ndim > 1 for p in decayed)
+    assert kinds == {"A_log", "dt_bias", "D", "conv_bias", "weight"} and all(
+        p.ndim > 1 for p in decayed
+    )
     assert len(decayed) + len(spared) == len(names)
 
 
@@ -696,18 +806,29 @@ def test_published_weights_against_transformers(tmp_path, sharded):
     sums. Its clamp of dt does not act on these weights."""
     theirs = published_folder(tmp_path, sharded)
     cfg, weights = mh.load_nemotron_h(tmp_path)
-    assert cfg.pattern == "M*-M" and mh.parameters(cfg) == sum(p.numel() for p in theirs.parameters())
+    assert cfg.pattern == "M*-M" and mh.parameters(cfg) == sum(
+        p.numel() for p in theirs.parameters()
+    )
     ours, (tokens, _) = mh.HybridLM(cfg), tokens_of(2, 14)
     ours.load_state_dict(weights)
     smallest = []
-    with plant(F, "softplus", lambda x, softplus=F.softplus: smallest.append(softplus(x).min()) or softplus(x)):
+    with plant(
+        F,
+        "softplus",
+        lambda x, softplus=F.softplus: smallest.append(softplus(x).min()) or softplus(x),
+    ):
         logits, expected = ours(tokens), theirs(tokens).logits
     assert min(smallest) > 0.01
     upstream = random(2, 14, 61, dtype=torch.float32)
     logits.backward(upstream)
     expected.backward(upstream)
     published = {name: p.grad for name, p in theirs.named_parameters()}
-    names = {"conv_": "conv1d.", "head.": "lm_head.", "final_norm": "model.norm_f", "embedding": "model.embeddings"}
+    names = {
+        "conv_": "conv1d.",
+        "head.": "lm_head.",
+        "final_norm": "model.norm_f",
+        "embedding": "model.embeddings",
+    }
     here = {"logits": logits}
     for name, p in ours.named_parameters():
         for ours_, theirs_ in names.items():
@@ -723,9 +844,16 @@ def test_published_weights_cut_for_ranks(tmp_path):
     cfg, whole = mh.load_nemotron_h(tmp_path)
     for tp in (1, 2, 4):
         for rank in range(tp):
-            here, expected = mh.load_nemotron_h(tmp_path, rank, tp)[1], mh.shard_state_dict(whole, cfg, rank, tp)
-            assert here.keys() == expected.keys() and all(torch.equal(here[name], x) for name, x in expected.items())
-    with pytest.raises(ValueError, match="mamba_heads=4 does not divide over tp=3 ranks|attention_heads|ffn_hidden"):
+            here, expected = (
+                mh.load_nemotron_h(tmp_path, rank, tp)[1],
+                mh.shard_state_dict(whole, cfg, rank, tp),
+            )
+            assert here.keys() == expected.keys() and all(
+                torch.equal(here[name], x) for name, x in expected.items()
+            )
+    with pytest.raises(
+        ValueError, match="mamba_heads=4 does not divide over tp=3 ranks|attention_heads|ffn_hidden"
+    ):
         mh.load_nemotron_h(tmp_path, 0, 3)
 
 
@@ -739,14 +867,19 @@ def test_the_older_published_layout(tmp_path, prefix):
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("model.").removeprefix("backbone."): x for name, x in tensors.items()}
     save_file(
-        {name if "lm_head" in name else prefix + name: x for name, x in bare.items()}, tmp_path / "model.safetensors"
+        {name if "lm_head" in name else prefix + name: x for name, x in bare.items()},
+        tmp_path / "model.safetensors",
     )
     published = json.loads((tmp_path / "config.json").read_text())
     for name in ("layers_block_type", "layer_types"):
         published.pop(name, None)
-    (tmp_path / "config.json").write_text(json.dumps(published | dict(hybrid_override_pattern="M*-M")))
+    (tmp_path / "config.json").write_text(
+        json.dumps(published | dict(hybrid_override_pattern="M*-M"))
+    )
     cfg, weights = mh.load_nemotron_h(tmp_path)
-    assert cfg.pattern == "M*-M" and all(torch.equal(weights[name], x) for name, x in expected.items())
+    assert cfg.pattern == "M*-M" and all(
+        torch.equal(weights[name], x) for name, x in expected.items()
+    )
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
@@ -759,12 +892,19 @@ def test_checkpoints_that_do_not_fit(tmp_path):
     with pytest.raises(ValueError, match=r"lacks the tensor layers.0.mixer.A_log"):
         mh.load_nemotron_h(tmp_path)
     save_file(tensors | {name: torch.zeros(5)}, file)
-    with pytest.raises(ValueError, match=r"layers.0.mixer.A_log has shape \(5,\); config.json implies \(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.mixer.A_log has shape \(5,\); config.json implies \(4,\)"
+    ):
         mh.load_nemotron_h(tmp_path)
     published = json.loads((tmp_path / "config.json").read_text())
-    for changes, message in ((dict(mlp_hidden_act="gelu"), "mlp_hidden_act"), (dict(model_type="llama"), "model_type")):
+    for changes, message in (
+        (dict(mlp_hidden_act="gelu"), "mlp_hidden_act"),
+        (dict(model_type="llama"), "model_type"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps(published | changes))
-        with pytest.raises(ValueError, match=rf"config.json has {{'{message}'.*which this model cannot be"):
+        with pytest.raises(
+            ValueError, match=rf"config.json has {{'{message}'.*which this model cannot be"
+        ):
             mh.load_nemotron_h(tmp_path)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError):
@@ -782,7 +922,9 @@ def test_the_mixer_equals_transformers(tmp_path):
     y, expected = ours.layers[0]["mixer"](a), theirs.model.layers[0].mixer(b)
     y.backward(upstream)
     expected.backward(upstream)
-    assert_equal({"y": y, "x": a.grad}, {"y": expected, "x": b.grad}, bound=1e-5)  # two orders of fp32 sums
+    assert_equal(
+        {"y": y, "x": a.grad}, {"y": expected, "x": b.grad}, bound=1e-5
+    )  # two orders of fp32 sums
 
 
 # ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
@@ -795,7 +937,9 @@ def test_allocation_gives_the_studys_patterns():
     assert mh.allocate_layers(56, 0.08, 0.5) == STUDY_8B
     assert mh.allocate_layers(48, 0.08, 0.5) == STUDY_800M
     assert mh.allocate_layers(5, 0, 0) == "MMMMM" and mh.allocate_layers(4, 0, 1) == "----"
-    with pytest.raises(ValueError, match="5 attention and 6 feed-forward layers do not fit into 10"):
+    with pytest.raises(
+        ValueError, match="5 attention and 6 feed-forward layers do not fit into 10"
+    ):
         mh.allocate_layers(10, 0.5, 0.6)
 
 
@@ -810,29 +954,40 @@ def test_allocation_keeps_its_shares(n, attention, mlp):
 
 def test_published_models():
     """Layers of each kind; attention in Nemotron-H-8B stands at 7, 18, 29 and 40; parameters."""
-    counts = {name: tuple(c.pattern.count(kind) for kind in "M*-") for name, c in mh.PUBLISHED.items()}
+    counts = {
+        name: tuple(c.pattern.count(kind) for kind in "M*-") for name, c in mh.PUBLISHED.items()
+    }
     assert counts == {
         "study hybrid": (24, 4, 28), "Nemotron-H-8B": (24, 4, 24), "Nemotron-H-47B": (45, 5, 48),
         "Nemotron-H-56B": (54, 10, 54), "Nano-12B-v2": (28, 6, 28), "Nano-9B-v2": (27, 4, 25),
     }  # fmt: skip
     at = [i for i, kind in enumerate(mh.PUBLISHED["Nemotron-H-8B"].pattern) if kind == "*"]
     assert at == [7, 18, 29, 40]
-    assert [i for i, kind in enumerate(mh.PUBLISHED["Nemotron-H-56B"].pattern) if kind == "*"] == list(
-        range(7, 107, 11)
-    )
+    assert [
+        i for i, kind in enumerate(mh.PUBLISHED["Nemotron-H-56B"].pattern) if kind == "*"
+    ] == list(range(7, 107, 11))
     assert mh.PUBLISHED["Nemotron-H-47B"].pattern == (
         "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
     )
     billions = {name: mh.parameters(c) / 1e9 for name, c in mh.PUBLISHED.items()}
     assert mh.parameters(mh.PUBLISHED["Nemotron-H-8B"]) == 8_100_852_736
-    assert [round(billions[name], 3) for name in ("Nemotron-H-56B", "Nemotron-H-47B")] == [56.324, 46.792]
+    assert [round(billions[name], 3) for name in ("Nemotron-H-56B", "Nemotron-H-47B")] == [
+        56.324,
+        46.792,
+    ]
     assert [round(billions[n], 3) for n in ("Nano-12B-v2", "Nano-9B-v2")] == [12.310, 8.888]
     assert round(billions["study hybrid"], 2) == 8.65
 
 
 def test_parameters_are_the_models():
-    for cfg in (config(), config(pattern="MM-", mamba_groups=4, conv_kernel=3), mh.PUBLISHED["Nemotron-H-8B"]):
-        assert mh.parameters(cfg) == sum(shape.numel() for shape in mh.parameter_shapes(cfg).values())
+    for cfg in (
+        config(),
+        config(pattern="MM-", mamba_groups=4, conv_kernel=3),
+        mh.PUBLISHED["Nemotron-H-8B"],
+    ):
+        assert mh.parameters(cfg) == sum(
+            shape.numel() for shape in mh.parameter_shapes(cfg).values()
+        )
 
 
 def test_memory_of_the_published_models():
@@ -846,7 +1001,9 @@ def test_memory_of_the_published_models():
     ):
         cfg = mh.PUBLISHED[name]
         here = [mh.decode_memory(cfg, 0, 2, width).state / 2**20 for width in (2, 4)]
-        assert all(round(x, 0 if isinstance(given, int) else 1) == given for x, given in zip(here, states)), name
+        assert all(
+            round(x, 0 if isinstance(given, int) else 1) == given for x, given in zip(here, states)
+        ), name
         assert tuple(mh.decode_memory(cfg, n).kv / 2**30 for n in (2**16, 2**17, 2**20)) == kv
         assert round(mh.decode_memory(cfg, 1).state / mh.decode_memory(cfg, 1).kv) == equal
     attention = dataclasses.replace(mh.PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
@@ -865,7 +1022,11 @@ def test_without_ranks_and_without_tokens():
     assert torch.equal(mh.halo(x, 3), torch.zeros(2, 3, 3, dtype=x.dtype))
     assert torch.equal(mh.from_earlier_ranks(x), torch.zeros(1, 2, 5, 3, dtype=x.dtype))
     state, empty = random(2, 4, 3, 5, seed=5), dict(dtype=torch.float64)
-    tensors = torch.zeros(2, 0, 4, 3, **empty), torch.zeros(2, 0, 4, **empty), -torch.ones(4, **empty)
+    tensors = (
+        torch.zeros(2, 0, 4, 3, **empty),
+        torch.zeros(2, 0, 4, **empty),
+        -torch.ones(4, **empty),
+    )
     keys = torch.zeros(2, 0, 2, 5, **empty)
     for form in (mh.ssd_recurrent, lambda *a, **k: mh.ssd(*a, 4, **k)):
         y, after = form(*tensors, keys, keys, initial_state=state)
@@ -889,7 +1050,10 @@ def test_a_cache_refuses_what_it_cannot_take_and_stays_as_it_was():
 def shows(wrong: dict, right: dict) -> Shows:
     """Of two dicts with a "loss" of each token and gradients: what the mean loss is off by, and the worst gradient."""
     grads = {name: x for name, x in right.items() if name != "loss"}
-    return Shows(loss=abs(wrong["loss"].mean() / right["loss"].mean() - 1).item(), gradients=worst_of(wrong, grads))
+    return Shows(
+        loss=abs(wrong["loss"].mean() / right["loss"].mean() - 1).item(),
+        gradients=worst_of(wrong, grads),
+    )
 
 
 def alone(cfg=None, documents=False) -> dict:
@@ -917,7 +1081,11 @@ def test_exp_before_the_mask():
 
     def naive(a):
         sums = a.cumsum(-1)
-        return (sums[..., :, None] - sums[..., None, :]).exp().masked_fill(torch.ones(16, 16).triu(1).bool(), 0)
+        return (
+            (sums[..., :, None] - sums[..., None, :])
+            .exp()
+            .masked_fill(torch.ones(16, 16).triu(1).bool(), 0)
+        )
 
     right, wrong = mh.segsum(a).exp(), naive(a)
     assert torch.equal(right, wrong)
@@ -926,7 +1094,9 @@ def test_exp_before_the_mask():
     return Shows(loss=worst_of({"L": wrong}, {"L": right}), gradients="NaN")
 
 
-@pytest.mark.planted_bug(symptom="behind a long past near tokens see each other through noise", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="behind a long past near tokens see each other through noise", seen_in=None
+)
 def test_running_sums_in_fp32():
     """Fifty tokens that forget nearly all, then 250 that keep: the sums are near −10,000, their differences small."""
 
@@ -942,9 +1112,14 @@ def test_running_sums_in_fp32():
     right = values_and_gradients(mh.ssd_quadratic, narrow)
     with plant(mh, "segsum", in_fp32):
         wrong = values_and_gradients(mh.ssd_quadratic, narrow)
-    errors = [{n: worst_of({n: found[n].double()}, {n: x}) for n, x in exact.items()} for found in (right, wrong)]
+    errors = [
+        {n: worst_of({n: found[n].double()}, {n: x}) for n, x in exact.items()}
+        for found in (right, wrong)
+    ]
     assert max(errors[0].values()) < 1e-5 < 1e-4 < errors[1]["y"]
-    return Shows(loss=errors[1]["y"], gradients=max(x for name, x in errors[1].items() if "grad" in name))
+    return Shows(
+        loss=errors[1]["y"], gradients=max(x for name, x in errors[1].items() if "grad" in name)
+    )
 
 
 @pytest.mark.planted_bug(
@@ -953,18 +1128,29 @@ def test_running_sums_in_fp32():
 )
 def test_states_in_16_bits():
     """`at_least_fp32` left out, with inputs in bf16: the loop adds small amounts to a state that cannot hold them."""
-    inputs = scan_inputs(256, N=2, G=1, state=False) | dict(A=-torch.tensor([0.002, 0.02], dtype=torch.float64))
+    inputs = scan_inputs(256, N=2, G=1, state=False) | dict(
+        A=-torch.tensor([0.002, 0.02], dtype=torch.float64)
+    )
     narrow = {name: x.to(torch.bfloat16) for name, x in inputs.items() if x is not None}
     exact = values_and_gradients(mh.ssd_recurrent, {name: x.double() for name, x in narrow.items()})
     right = values_and_gradients(mh.ssd_recurrent, narrow)
     with plant(mh, "at_least_fp32", lambda x: x):
         wrong = values_and_gradients(mh.ssd_recurrent, narrow)
-    errors = [{n: worst_of({n: found[n].double()}, {n: x}) for n, x in exact.items()} for found in (right, wrong)]
-    assert errors[1]["y"] > 10 * errors[0]["y"] and errors[1]["grad of A"] > 5 * errors[0]["grad of A"]
-    return Shows(loss=errors[1]["y"], gradients=max(x for name, x in errors[1].items() if "grad" in name))
+    errors = [
+        {n: worst_of({n: found[n].double()}, {n: x}) for n, x in exact.items()}
+        for found in (right, wrong)
+    ]
+    assert (
+        errors[1]["y"] > 10 * errors[0]["y"] and errors[1]["grad of A"] > 5 * errors[0]["grad of A"]
+    )
+    return Shows(
+        loss=errors[1]["y"], gradients=max(x for name, x in errors[1].items() if "grad" in name)
+    )
 
 
-@pytest.mark.planted_bug(symptom="the model is in fp32, and its scan is not: no dtype shows it", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="the model is in fp32, and its scan is not: no dtype shows it", seen_in=None
+)
 def test_autocast_reaches_into_the_scan():
     inputs = {name: x.to(torch.float32) for name, x in scan_inputs(40).items()}
     right = values_and_gradients(mh.ssd, inputs, chunk=8)
@@ -978,7 +1164,8 @@ def test_autocast_reaches_into_the_scan():
 
 
 @pytest.mark.planted_bug(
-    symptom="it trains, with a memory of one chunk; a test whose sequence fits one chunk is green", seen_in=None
+    symptom="it trains, with a memory of one chunk; a test whose sequence fits one chunk is green",
+    seen_in=None,
 )
 def test_state_dropped_between_chunks():
     def forgetful(x, dt, A, B, C, chunk, D, state, starts):
@@ -1021,7 +1208,10 @@ def test_groups_interleaved():
 )
 def test_convolution_taps_reversed():
     right = alone()
-    reversed_taps = lambda u, weight, *rest, original=mh.causal_conv1d: original(u, weight.flip(-1), *rest)  # noqa: E731
+
+    def reversed_taps(u, weight, *rest, original=mh.causal_conv1d):
+        return original(u, weight.flip(-1), *rest)
+
     with plant(mh, "causal_conv1d", reversed_taps):
         wrong = alone()
     assert "loss" in assert_differs(wrong, right, at_least=1e-6)
@@ -1029,7 +1219,8 @@ def test_convolution_taps_reversed():
 
 
 @pytest.mark.planted_bug(
-    symptom="it trains, and no published weight works: the gate scales what should be normed", seen_in=None
+    symptom="it trains, and no published weight works: the gate scales what should be normed",
+    seen_in=None,
 )
 def test_gate_after_the_norm():
     gates, norm = [], mh.RMSNorm.forward
@@ -1049,7 +1240,8 @@ def test_gate_after_the_norm():
 
 
 @pytest.mark.planted_bug(
-    symptom="it trains, as another model; under tensor parallelism it depends on the number of ranks", seen_in=None
+    symptom="it trains, as another model; under tensor parallelism it depends on the number of ranks",
+    seen_in=None,
 )
 def test_norm_over_all_channels():
     other_norm = lambda self, x_BSH: F.rms_norm(x_BSH, x_BSH.shape[-1:], self.weight, self.eps)  # noqa: E731
@@ -1079,7 +1271,9 @@ def documents_unless(blind, original=mh.Past.documents):
     seen_in="https://github.com/state-spaces/mamba/issues/597",
 )
 def test_state_runs_on_into_the_next_document():
-    return across_documents("M-", plant(mh.Past, "documents", documents_unless(lambda before: before == 1)))
+    return across_documents(
+        "M-", plant(mh.Past, "documents", documents_unless(lambda before: before == 1))
+    )
 
 
 @pytest.mark.planted_bug(
@@ -1087,11 +1281,14 @@ def test_state_runs_on_into_the_next_document():
     seen_in="https://github.com/PrimeIntellect-ai/prime-rl/pull/3001",
 )
 def test_convolution_runs_on_into_the_next_document():
-    return across_documents("M-", plant(mh.Past, "documents", documents_unless(lambda before: before > 1)))
+    return across_documents(
+        "M-", plant(mh.Past, "documents", documents_unless(lambda before: before > 1))
+    )
 
 
 @pytest.mark.planted_bug(
-    symptom="Mamba layers are reset, and four attention layers carry the document before into this one", seen_in=None
+    symptom="Mamba layers are reset, and four attention layers carry the document before into this one",
+    seen_in=None,
 )
 def test_attention_runs_on_into_the_next_document():
     class Blind(mh.Past):
@@ -1100,7 +1297,9 @@ def test_attention_runs_on_into_the_next_document():
     return across_documents("*-", plant(mh, "Past", Blind))
 
 
-@pytest.mark.planted_bug(symptom="generation begins well and goes astray with the first new token", seen_in=None)
+@pytest.mark.planted_bug(
+    symptom="generation begins well and goes astray with the first new token", seen_in=None
+)
 def test_cache_keeps_what_came_out_of_the_convolution():
     """Forward alone: gradients never see a cache. The loss is that of one token behind a prompt."""
 
@@ -1115,7 +1314,9 @@ def test_cache_keeps_what_came_out_of_the_convolution():
         prompt, step = model(tokens[:, :9], cache=cache), model(tokens[:, 9:10], cache=cache)
     assert_equal({"prompt": prompt}, {"prompt": expected[:, :9]})
     assert_differs({"step": step}, {"step": expected[:, 9:10]})
-    wrong, right = (F.cross_entropy(logits, tokens[:, 10]) for logits in (step[:, 0], expected[:, 9]))
+    wrong, right = (
+        F.cross_entropy(logits, tokens[:, 10]) for logits in (step[:, 0], expected[:, 9])
+    )
     return Shows(loss=abs(wrong / right - 1).item(), gradients=None)
 
 
@@ -1124,17 +1325,24 @@ def test_cache_keeps_what_came_out_of_the_convolution():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="it trains, as another model: rank 0 has z and half of x for its first projection", seen_in=None
+    symptom="it trains, as another model: rank 0 has z and half of x for its first projection",
+    seen_in=None,
 )
 def test_the_fused_projection_cut_in_halves():
     cfg, grid = config(), grid_of(2)
 
     def halves(name, whole, *rest, original=mh.shard_tensor):
-        return whole.chunk(2)[grid.tp_rank].clone() if "in_proj" in name else original(name, whole, *rest)
+        return (
+            whole.chunk(2)[grid.tp_rank].clone()
+            if "in_proj" in name
+            else original(name, whole, *rest)
+        )
 
     with plant(mh, "shard_tensor", halves):
         wrong, right = on_ranks(cfg, grid)
-    assert {"loss", "layers.0.mixer.out_proj.weight"} <= set(assert_differs(wrong, right, at_least=1e-4))
+    assert {"loss", "layers.0.mixer.out_proj.weight"} <= set(
+        assert_differs(wrong, right, at_least=1e-4)
+    )
     return shows(wrong, right)
 
 
@@ -1149,7 +1357,9 @@ def test_gradients_of_copies_not_summed():
         loss, expected, here, there = gradients(cfg, grid)
     assert_equal({"loss": loss}, {"loss": expected})
     wrong = {"loss": loss} | rank_0s(here, cfg, grid)
-    assert {"layers.0.mixer.in_proj.weight", "layers.0.mixer.conv_weight"} <= set(assert_differs(wrong, there))
+    assert {"layers.0.mixer.in_proj.weight", "layers.0.mixer.conv_weight"} <= set(
+        assert_differs(wrong, there)
+    )
     with pytest.raises(ValueError, match="should be the same on all ranks that hold it, but rank"):
         joined(here, cfg, grid)
     return shows(wrong, {"loss": expected} | there)
@@ -1157,7 +1367,8 @@ def test_gradients_of_copies_not_summed():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the loss is right and no copy drifts; all that is below counts B's and C's part once a rank", seen_in=None
+    symptom="the loss is right and no copy drifts; all that is below counts B's and C's part once a rank",
+    seen_in=None,
 )
 def test_copies_summed_at_the_activations():
     cfg, grid = config(mamba_groups=1, attention_groups=4), grid_of(2)
@@ -1185,7 +1396,10 @@ def test_norm_counts_what_every_rank_holds_on_each():
     cfg, grid = config(mamba_groups=1), grid_of(2)
 
     def every_copy(model, norm=mh.grad_norm, original=mh.pieces_of):
-        as_if = lambda *args: (original(*args)[0], [p._replace(copies=1) for p in original(*args)[1]])  # noqa: E731
+        def as_if(*args):
+            first, pieces = original(*args)
+            return first, [p._replace(copies=1) for p in pieces]
+
         with plant(mh, "pieces_of", as_if):
             return norm(model)
 
@@ -1193,18 +1407,23 @@ def test_norm_counts_what_every_rank_holds_on_each():
         runs = []
         for model in models(cfg, grid):
             sgd = torch.optim.SGD(model.parameters(), lr=0.5)
-            runs.append([mh.train_step(model, sgd, *tokens_of(seed=1), max_norm=0.1) for _ in range(3)])
+            runs.append(
+                [mh.train_step(model, sgd, *tokens_of(seed=1), max_norm=0.1) for _ in range(3)]
+            )
             clipped = grads_of(model)
             runs[-1].append(clipped if len(runs) == 1 else rank_0s(clipped, cfg, grid))
     right, wrong = runs
     assert_equal({"loss": wrong[0][0]}, {"loss": right[0][0]})
     assert wrong[0][1] > 1.05 * right[0][1], "the norm before clipping, of the first step"
-    return Shows(loss=abs(wrong[2][0] / right[2][0] - 1).item(), gradients=worst_of(wrong[3], right[3]))
+    return Shows(
+        loss=abs(wrong[2][0] / right[2][0] - 1).item(), gradients=worst_of(wrong[3], right[3])
+    )
 
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the loss is right, and gradients lack what the other rank's channels say of the mean square", seen_in=None
+    symptom="the loss is right, and gradients lack what the other rank's channels say of the mean square",
+    seen_in=None,
 )
 def test_mean_square_summed_forward_and_not_backward():
     cfg, grid = config(mamba_groups=1), grid_of(2)
@@ -1223,7 +1442,8 @@ def test_mean_square_summed_forward_and_not_backward():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the loss is off in the first three tokens of each rank alone, which an average hides", seen_in=None
+    symptom="the loss is off in the first three tokens of each rank alone, which an average hides",
+    seen_in=None,
 )
 def test_halo_forgotten():
     cfg, grid = config(pattern="M"), grid_of(1)
@@ -1266,14 +1486,17 @@ def test_decay_of_the_last_chunk_alone():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="forward is right and the run stands still in backward: rank 0 had nothing to differentiate", seen_in=None
+    symptom="forward is right and the run stands still in backward: rank 0 had nothing to differentiate",
+    seen_in=None,
 )
 def test_rank_0_leaves_the_graph():
     """Zeros in the place of what comes from ranks before are the right numbers, and do not lead to the collective."""
     if dist.get_backend() != "gloo":
         pytest.skip("NCCL ends the process where a collective times out")
     group, rank = mh.make_group([[0, 1]], ranks.device, timeout=2.0), dist.get_rank()
-    inputs = {name: x.requires_grad_() for name, x in scan_inputs(8, state=False).items() if x is not None}
+    inputs = {
+        name: x.requires_grad_() for name, x in scan_inputs(8, state=False).items() if x is not None
+    }
     right = mh.ssd_sequence_parallel(**inputs, chunk=4, group=group)[0]
 
     def short(x, group, original=mh.from_earlier_ranks):
@@ -1295,10 +1518,19 @@ def test_rank_0_leaves_the_graph():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(pattern="M*-E"), r"pattern='M\*-E': write M, \* or - for each layer, and nothing else"),
+        (
+            dict(pattern="M*-E"),
+            r"pattern='M\*-E': write M, \* or - for each layer, and nothing else",
+        ),
         (dict(pattern=""), r"pattern='': write M, \* or - for each layer"),
-        (dict(mamba_heads=6, mamba_groups=4), "mamba_heads=6 do not divide into mamba_groups=4: choose a multiple"),
-        (dict(attention_heads=4, attention_groups=3), "attention_heads=4 do not divide into attention_groups=3"),
+        (
+            dict(mamba_heads=6, mamba_groups=4),
+            "mamba_heads=6 do not divide into mamba_groups=4: choose a multiple",
+        ),
+        (
+            dict(attention_heads=4, attention_groups=3),
+            "attention_heads=4 do not divide into attention_groups=3",
+        ),
         (dict(state_size=0), "state_size=0: it must be at least 1"),
         (dict(conv_kernel=1), "conv_kernel=1: it must be at least 2"),
         (dict(rope=0.25), "rope=0.25 of 4: an even number"),
@@ -1311,7 +1543,9 @@ def test_sizes_that_contradict_each_other(changes, message):
 
 def test_the_scan_refuses_groups_that_do_not_divide():
     inputs = scan_inputs(6)
-    with pytest.raises(ValueError, match="4 heads in 3 groups, chunk=4: groups divide heads, chunk > 0"):
+    with pytest.raises(
+        ValueError, match="4 heads in 3 groups, chunk=4: groups divide heads, chunk > 0"
+    ):
         mh.ssd(**(inputs | {name: random(2, 6, 3, 5) for name in "BC"}), chunk=4)
     with pytest.raises(ValueError, match="4 heads in 2 groups, chunk=0"):
         mh.ssd(**inputs, chunk=0)
@@ -1319,7 +1553,9 @@ def test_the_scan_refuses_groups_that_do_not_divide():
 
 def test_prompts_that_do_not_fit():
     model = mh.HybridLM(config())
-    with pytest.raises(ValueError, match=r"an empty prompt, \(2, 0\): begin with at least one token"):
+    with pytest.raises(
+        ValueError, match=r"an empty prompt, \(2, 0\): begin with at least one token"
+    ):
         mh.generate(model, torch.zeros(2, 0, dtype=torch.int64), 3)
     with pytest.raises(ValueError, match="9 tokens, but the cache has room for 8"):
         model(torch.zeros(1, 9, dtype=torch.int64), cache=model.new_cache(8))
@@ -1331,7 +1567,10 @@ def test_prompts_that_do_not_fit():
 @pytest.mark.ranks(4)
 def test_sizes_that_do_not_divide_are_refused_on_every_rank():
     for changes, message in (
-        (dict(mamba_heads=6), "mamba_heads=6 does not divide over tp=4 ranks: choose a multiple of 4"),
+        (
+            dict(mamba_heads=6),
+            "mamba_heads=6 does not divide over tp=4 ranks: choose a multiple of 4",
+        ),
         (dict(mamba_heads=12, mamba_groups=6), "mamba_groups=6 does not divide over tp=4 ranks"),
         (dict(attention_heads=6, attention_groups=1), "attention_heads=6 does not divide"),
         (dict(ffn_hidden_size=18), "ffn_hidden_size=18 does not divide"),
@@ -1340,10 +1579,13 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
             mh.ParallelHybridLM(config(**changes), grid_of(4))
     model = mh.ParallelHybridLM(config(), grid_of(1))
     with pytest.raises(
-        ValueError, match="11 tokens over cp=4 leave 2 to the last rank: use fewer, for a convolution of 4"
+        ValueError,
+        match="11 tokens over cp=4 leave 2 to the last rank: use fewer, for a convolution of 4",
     ):
         model(torch.zeros(1, 11, dtype=torch.int64))
-    with pytest.raises(ValueError, match="cp=4: a cache holds the past of one rank; decode with tp alone"):
+    with pytest.raises(
+        ValueError, match="cp=4: a cache holds the past of one rank; decode with tp alone"
+    ):
         mh.generate(model, torch.zeros(1, 20, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="2 tokens on this rank; the next one needs the last 3"):
         mh.halo(torch.zeros(1, 2, 5), 3)
@@ -1356,11 +1598,15 @@ def test_state_dicts_that_do_not_fit():
     whole = mh.HybridLM(cfg).state_dict()
     for wrong in ({**whole, "more": torch.zeros(1)}, {n: x for n, x in whole.items() if n != "head.weight"},
                   {**whole, "head.weight": torch.zeros(3)}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"missing, unknown, or of another shape .*\['(more|head.weight)'\]"):
+        with pytest.raises(
+            ValueError, match=r"missing, unknown, or of another shape .*\['(more|head.weight)'\]"
+        ):
             mh.shard_state_dict(wrong, cfg, 0, 2)
     shards = [mh.shard_state_dict(whole, cfg, rank, 4) for rank in range(4)]
     shards[1]["layers.0.mixer.conv_bias"][-1] += 1  # one of two copies of a group's C
-    with pytest.raises(ValueError, match="layers.0.mixer.conv_bias should be the same on all ranks that hold it"):
+    with pytest.raises(
+        ValueError, match="layers.0.mixer.conv_bias should be the same on all ranks that hold it"
+    ):
         mh.merge_state_dicts(shards, cfg)
 
 
@@ -1376,8 +1622,12 @@ GROUP_USERS = {
     "ssd_sequence_parallel": lambda group: mh.ssd_sequence_parallel(**a_slice(), group=group),
     "RankPast.inputs": lambda group: mh.RankPast(0, None, [6, 6], group).inputs(random(1, 6, 4), 4),
     "RankPast.scan": lambda group: mh.RankPast(0, None, [6, 6], group).scan(**a_slice()),
-    "RankPast.keys": lambda group: mh.RankPast(0, None, [6, 6], group).keys(random(1, 2, 6, 4), random(1, 2, 6, 4)),
-    "ParallelRMSNorm": lambda group: mh.ParallelRMSNorm(12, 1e-5, 1, foreign_grid(group))(random(1, 3, 12)),
+    "RankPast.keys": lambda group: mh.RankPast(0, None, [6, 6], group).keys(
+        random(1, 2, 6, 4), random(1, 2, 6, 4)
+    ),
+    "ParallelRMSNorm": lambda group: mh.ParallelRMSNorm(12, 1e-5, 1, foreign_grid(group))(
+        random(1, 3, 12)
+    ),
     "ParallelHybridLM": lambda group: foreign_model(group)(tokens_of()[0]),
     "reduce_gradients": lambda group: mh.reduce_gradients(foreign_model(group)),
     "grad_norm": lambda group: mh.grad_norm(foreign_model(group)),
@@ -1418,7 +1668,9 @@ def group_of_rank_0():
 def test_a_group_without_this_rank_is_refused(name):
     group = group_of_rank_0()
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match="rank 1 is not in the process group that it was given"):
+        with pytest.raises(
+            ValueError, match="rank 1 is not in the process group that it was given"
+        ):
             GROUP_USERS[name](group)
 
 
@@ -1464,7 +1716,9 @@ def test_any_number_of_ranks_needs_no_flag(ranks_here, monkeypatch):
     args = flags_of("--ranks", str(ranks_here))
     assert args.tp * args.cp == args.world_size == ranks_here
     assert args.tp == {2: 2, 4: 4, 6: 2, 8: 4, 12: 4}.get(ranks_here, 1)
-    for name, value in dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here
+    ).items():
         monkeypatch.setenv(name, str(value))  # as torchrun does on two servers
     args = flags_of()
     assert args.tp * args.cp == args.world_size == 2 * ranks_here
@@ -1505,10 +1759,23 @@ def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
 def test_a_wrong_flag_ends_the_script_before_any_rank_starts():
     flags, message = WRONG_FLAGS[0]
     result = run(SCRIPT, *flags)
-    assert result.returncode == 2 and message in result.stderr.splitlines()[-1] and not result.stdout
+    assert (
+        result.returncode == 2 and message in result.stderr.splitlines()[-1] and not result.stdout
+    )
 
 
-SMALL = "--hidden-size", "32", "--pattern", "M*-", "--attention-heads", "2", "--mamba-heads", "2", "--batch", "2"
+SMALL = (
+    "--hidden-size",
+    "32",
+    "--pattern",
+    "M*-",
+    "--attention-heads",
+    "2",
+    "--mamba-heads",
+    "2",
+    "--batch",
+    "2",
+)
 
 
 @pytest.mark.ranks(2)
@@ -1524,7 +1791,11 @@ def test_the_single_device_may_take_longer_than_a_collective():
     args = flags_of("--ranks", "2", "--steps", "2", "--timeout", "3", *SMALL)
     with plant(mh.HybridLM, "loss", slow):
         differences = mh.demonstrate(args, ranks.device)
-    assert slept and list(differences) == ["loss 0", "loss 1"] and mh.worst(differences) <= mh.BOUNDS["fp32"]
+    assert (
+        slept
+        and list(differences) == ["loss 0", "loss 1"]
+        and mh.worst(differences) <= mh.BOUNDS["fp32"]
+    )
 
 
 @pytest.mark.ranks(2)
@@ -1553,16 +1824,22 @@ def test_one_ranks_measurement_may_take_longer_than_a_collective(tmp_path):
         "if __name__ == '__main__':\n    mh.launch(mh.main, mh.flags())\n"
     )
     result = run(script, "--ranks", "2", "--steps", "1", "--timeout", "12", *SMALL, timeout=120)
-    assert result.returncode == 0 and "claim " in result.stdout and "FAILED" not in result.stdout, result.stderr
+    assert result.returncode == 0 and "claim " in result.stdout and "FAILED" not in result.stdout, (
+        result.stderr
+    )
 
 
 @pytest.mark.slow
 def test_the_script_in_unusual_surroundings(monkeypatch):
     """No docstrings, a terminal without ×, and what people set when something hangs."""
-    for name, value in dict(PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL").items():
+    for name, value in dict(
+        PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL"
+    ).items():
         monkeypatch.setenv(name, str(value))
     result = run(SCRIPT, "--ranks", "2", "--steps", "2", *SMALL, timeout=120)
-    assert result.returncode == 0 and "on tp 2 ? cp 1" in result.stdout and "claim " in result.stdout, result.stderr
+    assert (
+        result.returncode == 0 and "on tp 2 ? cp 1" in result.stdout and "claim " in result.stdout
+    ), result.stderr
 
 
 @pytest.mark.slow
@@ -1578,5 +1855,7 @@ def test_the_script_in_unusual_surroundings(monkeypatch):
 def test_the_script_and_its_flags(flags, expected):
     """A short run ends in its claims, none of them failed; --check proves each layout; cp trains; one rank does too."""
     result = run(SCRIPT, *flags, timeout=200)
-    assert result.returncode == 0 and expected in result.stdout and "FAILED" not in result.stdout, result.stderr
+    assert result.returncode == 0 and expected in result.stdout and "FAILED" not in result.stdout, (
+        result.stderr
+    )
     assert "--check" in flags or "claim " in result.stdout

@@ -38,13 +38,21 @@ STEP = dict(alpha=0.05, gamma=0.02)  # large enough to be seen in five steps
 
 def config(**changes) -> moe.MoEConfig:
     sizes = dict(
-        vocab_size=61, hidden_size=16, num_heads=4, num_experts=8, expert_size=12, shared_size=20, init_std=0.05
+        vocab_size=61,
+        hidden_size=16,
+        num_heads=4,
+        num_experts=8,
+        expert_size=12,
+        shared_size=20,
+        init_std=0.05,
     )
     return moe.MoEConfig(**(sizes | changes))
 
 
 def random(*shape, seed=1):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(ranks.device)
+    return torch.randn(
+        shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    ).to(ranks.device)
 
 
 def grads_of(module: nn.Module) -> dict:
@@ -68,9 +76,9 @@ def grid_of(ep: int) -> moe.Grid:
 
 def batch_of(rows: int, length: int = 7, seed: int = 1):
     """Tokens and targets of which rows count unequally: the first row's targets are mostly −100."""
-    tokens, targets = torch.randint(61, (2, rows, length), generator=torch.Generator().manual_seed(seed)).to(
-        ranks.device
-    )
+    tokens, targets = torch.randint(
+        61, (2, rows, length), generator=torch.Generator().manual_seed(seed)
+    ).to(ranks.device)
     targets[0, 2:] = -100
     return tokens, targets
 
@@ -96,7 +104,11 @@ def share_of(whole: torch.Tensor, how: str) -> torch.Tensor:
     if how == "one rank has all":
         return whole if rank == world - 1 else whole[:0]
     first = len(whole) // 3  # rank 0 a third, rank 1 nothing, the others the rest
-    cuts = {1: [0, len(whole)], 2: [0, first, len(whole)], 4: [0, first, first, len(whole) - 1, len(whole)]}[world]
+    cuts = {
+        1: [0, len(whole)],
+        2: [0, first, len(whole)],
+        4: [0, first, first, len(whole) - 1, len(whole)],
+    }[world]
     return whole[cuts[rank] : cuts[rank + 1]]
 
 
@@ -105,7 +117,10 @@ def share_of(whole: torch.Tensor, how: str) -> torch.Tensor:
 
 def test_the_token_of_section_1_1():
     router = moe.Router(config(hidden_size=4, num_experts=4, num_heads=2, top_k=2)).double()
-    router.weight.data, router.bias[0] = torch.diag(torch.tensor([2.0, 1.0, 0.5, -1.0], dtype=torch.float64)), -0.3
+    router.weight.data, router.bias[0] = (
+        torch.diag(torch.tensor([2.0, 1.0, 0.5, -1.0], dtype=torch.float64)),
+        -0.3,
+    )
     experts, weights, scores = router(torch.ones(1, 4, dtype=torch.float64))
     assert experts.tolist() == [[1, 2]]
     assert [round(s, 2) for s in scores[0].tolist()] == [0.88, 0.73, 0.62, 0.27]
@@ -122,9 +137,14 @@ def test_the_journey_of_section_2_2():
     plan = moe.plan_dispatch(experts, 4)
     assert plan.order_R.tolist() == [[0, 2, 3, 1], [2, 0, 1, 3]][rank]
     assert plan.send == plan.receive == [[3, 1], [1, 3]][rank]
-    assert plan.order_r.tolist() == [[0, 1, 3, 2], [0, 1, 2, 3]][rank] and plan.counts == [[3, 1], [2, 2]][rank]
+    assert (
+        plan.order_r.tolist() == [[0, 1, 3, 2], [0, 1, 2, 3]][rank]
+        and plan.counts == [[3, 1], [2, 2]][rank]
+    )
     tokens = torch.tensor([ord(name) for name in ("ab", "cd")[rank]], device=ranks.device)
-    assert "".join(map(chr, moe.dispatch(tokens[:, None], plan)().flatten())) == ("abdb", "accd")[rank]
+    assert (
+        "".join(map(chr, moe.dispatch(tokens[:, None], plan)().flatten())) == ("abdb", "accd")[rank]
+    )
 
 
 def test_the_numbers_of_section_2_4():
@@ -137,8 +157,14 @@ def test_the_numbers_of_section_2_4():
     assert smallest["e5m2"][:4] == [Fraction(i, 2**16) for i in range(1, 5)]
     quantized = moe.quantize_fp8(torch.tensor([0.02, -0.5, 0.00035]))
     assert quantized.codes.to(torch.float32).tolist() == [18, -448, 0.3125]
-    assert [f"{x:.3g}" for x in moe.dequantize_fp8(quantized).tolist()] == ["0.0201", "-0.5", "0.000349"]
-    assert not torch.tensor([0.0009, 0.00035]).to(torch.float8_e4m3fn).to(torch.float32).any()  # unscaled
+    assert [f"{x:.3g}" for x in moe.dequantize_fp8(quantized).tolist()] == [
+        "0.0201",
+        "-0.5",
+        "0.000349",
+    ]
+    assert (
+        not torch.tensor([0.0009, 0.00035]).to(torch.float8_e4m3fn).to(torch.float32).any()
+    )  # unscaled
 
 
 # ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
@@ -197,7 +223,9 @@ def test_the_router_is_wide_whatever_the_model_is(dtype):
     torch.manual_seed(0)
     narrow, x = moe.Router(cfg).to(dtype), torch.randn(50, 64).to(dtype)
     wide = moe.Router(cfg)
-    wide.load_state_dict({name: value.to(torch.float32) for name, value in narrow.state_dict().items()})
+    wide.load_state_dict(
+        {name: value.to(torch.float32) for name, value in narrow.state_dict().items()}
+    )
     expected = wide(x.to(torch.float32))
     assert all(torch.equal(a, b) for a, b in zip(narrow(x), expected))
     with torch.autocast("cpu", torch.bfloat16):
@@ -221,11 +249,15 @@ def test_the_balancing_loss_written_out():
 
 
 def test_the_balancing_loss_of_balanced_and_of_lopsided_scores():
-    balanced = torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
+    balanced = (
+        torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
+    )
     assert abs(moe.load_balancing_loss(balanced, 1).item() - 1) < 1e-6
     lopsided = torch.full((2, 8, 8), 1e-9, dtype=torch.float64)
     lopsided[..., :2] = 0.9
-    assert torch.allclose(moe.load_balancing_loss(lopsided, 2), torch.tensor(4.0, dtype=torch.float64))  # E / K
+    assert torch.allclose(
+        moe.load_balancing_loss(lopsided, 2), torch.tensor(4.0, dtype=torch.float64)
+    )  # E / K
 
 
 def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
@@ -238,7 +270,9 @@ def test_the_bias_moves_against_the_load():
     router = moe.Router(config(num_experts=4))
     router.bias.copy_(torch.tensor([0.5, 0.0, -0.5, 0.25]))
     router.counts.copy_(torch.tensor([2, 0, 0, 1]))  # this rank's
-    moe.update_expert_bias([router], torch.tensor([[6, 3, 0, 3]]), gamma=0.125)  # of all ranks: the mean is 3
+    moe.update_expert_bias(
+        [router], torch.tensor([[6, 3, 0, 3]]), gamma=0.125
+    )  # of all ranks: the mean is 3
     assert router.bias.tolist() == [0.375, 0.0, -0.375, 0.25]
     assert not router.counts.any()
 
@@ -258,19 +292,26 @@ def test_every_bias_moves_by_the_sign_of_mean_minus_count():
 
 def test_a_bias_in_which_steps_vanish_is_refused():
     router = moe.Router(config()).to(torch.bfloat16)
-    with pytest.raises(ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"):
+    with pytest.raises(
+        ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"
+    ):
         moe.update_expert_bias([router], router.counts[None])
 
 
 # ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize(
+    "counts", [[3, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_grouped_product(dtype, counts):
     """One kernel where there is one, one product for each expert where not: the same, with empty experts and none."""
     torch.manual_seed(0)
-    x, w = torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True), torch.randn(4, 24, 16, dtype=dtype)
+    x, w = (
+        torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True),
+        torch.randn(4, 24, 16, dtype=dtype),
+    )
     w.requires_grad_()
     assert moe._has_grouped_mm(x, w) == (dtype != torch.float64 and hasattr(moe.F, "grouped_mm"))
     y = moe.grouped_product(x, w, counts)
@@ -280,7 +321,9 @@ def test_grouped_product(dtype, counts):
     x64, w64 = (tensor.detach().double().requires_grad_() for tensor in (x, w))
     expected = torch.einsum("rh,rfh->rf", x64, w64[owner])
     there = torch.autograd.grad(expected, [x64, w64], upstream.double())
-    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype]  # rounding of each dtype
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 1e-2}[
+        dtype
+    ]  # rounding of each dtype
     for a, b in zip([y, *here], [expected, *there]):
         assert a.shape == b.shape
         assert not b.numel() or (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max())
@@ -335,12 +378,20 @@ def test_attention_with_groups_is_attention_with_repeated_keys():
 
 def test_the_model_sees_no_future_and_learns():
     cfg = config()
-    model, tokens = moe.MoELM(cfg).double(), torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+    model, tokens = (
+        moe.MoELM(cfg).double(),
+        torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0)),
+    )
     changed = tokens.clone()
     changed[:, 8] = (changed[:, 8] + 1) % 61
     gap = (model(tokens)[0] - model(changed)[0]).abs().amax((0, 2))
-    assert gap[:8].max() < 1e-14 and gap[8:].min() > 1e-6  # other rows in a product round it otherwise
-    losses = [step.loss.item() for step in moe.train_alone(moe.MoELM(cfg), [(tokens, tokens)] * 30, lambda step: 1e-2)]
+    assert (
+        gap[:8].max() < 1e-14 and gap[8:].min() > 1e-6
+    )  # other rows in a product round it otherwise
+    losses = [
+        step.loss.item()
+        for step in moe.train_alone(moe.MoELM(cfg), [(tokens, tokens)] * 30, lambda step: 1e-2)
+    ]
     assert losses[0] > 4 and losses[-1] < 2
 
 
@@ -359,7 +410,9 @@ def test_weights_are_a_function_of_the_configuration():
 def test_all_to_all_against_what_everybody_sent(width):
     """Uneven pieces, empty ones among them, rank 0 sending nothing at all: every row and every gradient by name."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    pieces = [[(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)]  # i to j
+    pieces = [
+        [(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)
+    ]  # i to j
     send, receive = pieces[rank], [pieces[i][rank] for i in range(world)]
 
     def name(i: int, j: int, n: int) -> torch.Tensor:
@@ -378,7 +431,9 @@ def test_all_to_all_against_what_everybody_sent(width):
 @pytest.mark.ranks(2)
 def test_all_to_all_refuses_lists_that_do_not_fit():
     for send, receive in (([1], [1, 2]), ([2, 2], [1, 2]), ([1, 2], [3])):
-        with pytest.raises(ValueError, match=r"both lists need a number for each rank, and all rows must be sent"):
+        with pytest.raises(
+            ValueError, match=r"both lists need a number for each rank, and all rows must be sent"
+        ):
             moe.all_to_all(torch.ones(3, 2), send, receive)
 
 
@@ -397,8 +452,13 @@ def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
     plan = moe.plan_dispatch(mine, 8)
     rows = moe.dispatch(here, plan)()
     e = 8 // dist.get_world_size()
-    expected = [x[(experts == i).nonzero()[:, 0]] for i in range(e * dist.get_rank(), e * (dist.get_rank() + 1))]
-    assert torch.equal(rows, torch.cat(expected)) and plan.counts == [len(part) for part in expected]
+    expected = [
+        x[(experts == i).nonzero()[:, 0]]
+        for i in range(e * dist.get_rank(), e * (dist.get_rank() + 1))
+    ]
+    assert torch.equal(rows, torch.cat(expected)) and plan.counts == [
+        len(part) for part in expected
+    ]
     weights = torch.ones(len(here), top_k, dtype=torch.float64)
     assert_equal_or_empty(moe.combine(rows, weights, plan), top_k * here)
 
@@ -439,7 +499,9 @@ def lopsided(layer: nn.Module, router: str) -> None:
 
 @EVERY_WORLD
 @pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
-@pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
+@pytest.mark.parametrize(
+    "router", ["as it is", "two experts get nothing", "only the first experts work"]
+)
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_the_layer(top_k, router, how):
     """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and whoever works."""
@@ -458,10 +520,14 @@ def test_the_layer(top_k, router, how):
     torch.autograd.backward([y, balance], [upstream, of_balance])
     b = share_of(x, how).clone().requires_grad_()
     y_here, balance_here = parallel(b)
-    torch.autograd.backward([y_here, balance_here], [share_of(upstream, how), share_of(of_balance, how)])
+    torch.autograd.backward(
+        [y_here, balance_here], [share_of(upstream, how), share_of(of_balance, how)]
+    )
     for here, whole in ((y_here, y), (balance_here, balance), (b.grad, a.grad)):
         assert_equal_or_empty(here, share_of(whole.detach(), how))
-    grads = {n: g if moe.shard_dim(n) is not None else summed(g) for n, g in grads_of(parallel).items()}
+    grads = {
+        n: g if moe.shard_dim(n) is not None else summed(g) for n, g in grads_of(parallel).items()
+    }
     expected = {n: g for n, g in grads_of(plain).items()}
     unused = router == "only the first experts work" and top_k < 8
     zero = [n for n, g in expected.items() if unused and moe.shard_dim(n) is not None]
@@ -478,22 +544,34 @@ def test_the_shared_expert_works_while_rows_travel():
         y, _ = layer(x)
     e = 8 // dist.get_world_size()
     counts = ["all_to_all"]  # of numbers, before anything else
-    first, rest = ["all_to_all", "product", "product", "wait"], ["product"] * 2 * e + ["all_to_all", "wait", "product"]
-    assert events.order[1:] == counts + first + rest, events.order  # the first product is the router's
+    first, rest = (
+        ["all_to_all", "product", "product", "wait"],
+        ["product"] * 2 * e + ["all_to_all", "wait", "product"],
+    )
+    assert events.order[1:] == counts + first + rest, (
+        events.order
+    )  # the first product is the router's
     with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
         y.sum().backward()
     order = events.order
     back = [i for i, event in enumerate(order) if event == "all_to_all"]
     waits = [i for i, event in enumerate(order) if event == "wait"]
-    assert len(back) == len(waits) == 2 and waits[0] == back[0] + 1  # combine's rows come back at once
-    assert order[back[1] + 1 : waits[1]] == ["product"] * 4  # and dispatch's while the shared expert's backward runs
+    assert (
+        len(back) == len(waits) == 2 and waits[0] == back[0] + 1
+    )  # combine's rows come back at once
+    assert (
+        order[back[1] + 1 : waits[1]] == ["product"] * 4
+    )  # and dispatch's while the shared expert's backward runs
 
 
 @pytest.mark.ranks(2, 4)
 def test_the_bytes_of_a_layer():
     """Every row travels there and back, forward and backward, and nothing else but one message of counts."""
     cfg = config()
-    layer, x = layer_of(cfg, moe.ExpertParallelMoELayer), random(3, 5, 16, seed=dist.get_rank()).requires_grad_()
+    layer, x = (
+        layer_of(cfg, moe.ExpertParallelMoELayer),
+        random(3, 5, 16, seed=dist.get_rank()).requires_grad_(),
+    )
     with moe.Counter() as counter:
         layer(x)[0].sum().backward()
     sizes = [m.bytes for m in counter.messages if m.op.startswith("alltoall")]
@@ -514,8 +592,12 @@ def test_without_a_process_group_there_is_one_rank():
     assert moe.all_to_all(x, [3], [3]) is x
     batch = batch_of(3)
     alone = list(moe.train_alone(moe.MoELM(cfg).double(), [batch] * 3, lambda step: 1e-3))
-    together = list(moe.train(moe.ParallelMoELM(cfg).double(), [batch] * 3, lambda step: 1e-3, moe.Grid()))
-    assert_equal({i: s.loss for i, s in enumerate(together)}, {i: s.loss for i, s in enumerate(alone)})
+    together = list(
+        moe.train(moe.ParallelMoELM(cfg).double(), [batch] * 3, lambda step: 1e-3, moe.Grid())
+    )
+    assert_equal(
+        {i: s.loss for i, s in enumerate(together)}, {i: s.loss for i, s in enumerate(alone)}
+    )
     assert all(torch.equal(a.counts_LE, b.counts_LE) for a, b in zip(alone, together))
 
 
@@ -537,8 +619,13 @@ def test_the_layer_under_autocast_and_compiled():
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=False)
     a, b = (x.clone().requires_grad_() for _ in range(2))
     here, there = compiled(a)[0], layer(b)[0]
-    grads = [torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()]) for y, leaf in ((here, a), (there, b))]
-    assert_equal({"y": here, **dict(enumerate(grads[0]))}, {"y": there, **dict(enumerate(grads[1]))})
+    grads = [
+        torch.autograd.grad(y.square().sum(), [leaf, *layer.parameters()])
+        for y, leaf in ((here, a), (there, b))
+    ]
+    assert_equal(
+        {"y": here, **dict(enumerate(grads[0]))}, {"y": there, **dict(enumerate(grads[1]))}
+    )
 
 
 @pytest.mark.ranks(2)
@@ -568,12 +655,20 @@ def numbers_of(format: str) -> dict[int, Fraction]:
     exponent_bits, fraction_bits, bias = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}[format]
     found = {}
     for code in range(256):
-        sign, exponent, fraction = code >> 7, (code >> fraction_bits) % 2**exponent_bits, code % 2**fraction_bits
+        sign, exponent, fraction = (
+            code >> 7,
+            (code >> fraction_bits) % 2**exponent_bits,
+            code % 2**fraction_bits,
+        )
         top = 2**exponent_bits - 1
         if exponent == top and (format == "e5m2" or fraction == 2**fraction_bits - 1):
             continue  # infinity and NaN; E4M3 spends one code a sign on NaN, and the rest of that exponent on numbers
         part = Fraction(fraction, 2**fraction_bits)
-        value = part * Fraction(2) ** (1 - bias) if exponent == 0 else (1 + part) * Fraction(2) ** (exponent - bias)
+        value = (
+            part * Fraction(2) ** (1 - bias)
+            if exponent == 0
+            else (1 + part) * Fraction(2) ** (exponent - bias)
+        )
         found[code] = -value if sign else value
     return found
 
@@ -606,11 +701,19 @@ def test_ties_and_their_neighbours(format):
     positive = sorted(number for number in numbers_of(format).values() if number >= 0)
     middles = [float((a + b) / 2) for a, b in itertools.pairwise(positive)]
     x = torch.tensor([max(positive).__float__(), *middles])
-    near = torch.cat([x, torch.nextafter(x[1:], torch.tensor(0.0)), torch.nextafter(x[1:], torch.tensor(math.inf))])
+    near = torch.cat(
+        [
+            x,
+            torch.nextafter(x[1:], torch.tensor(0.0)),
+            torch.nextafter(x[1:], torch.tensor(math.inf)),
+        ]
+    )
     near = torch.cat([near, -near])
     quantized = moe.quantize_fp8(near, format)
     assert quantized.inverse_scale == 1
-    assert codes_of(quantized) == [rounded(Fraction(v.item()), format, math.copysign(1, v.item()) < 0) for v in near]
+    assert codes_of(quantized) == [
+        rounded(Fraction(v.item()), format, math.copysign(1, v.item()) < 0) for v in near
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -629,14 +732,18 @@ def test_any_numbers_against_fractions(values, format, power_of_two):
     if power_of_two:
         scale = Fraction(2) ** math.floor(math.log2(scale))
     assert Fraction(quantized.inverse_scale.item()) == fp32(1 / scale)
-    expected = [rounded(fp32(Fraction(v.item()) * scale), format, math.copysign(1, v.item()) < 0) for v in x]
+    expected = [
+        rounded(fp32(Fraction(v.item()) * scale), format, math.copysign(1, v.item()) < 0) for v in x
+    ]
     assert codes_of(quantized) == expected
 
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (2, 3)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 130), (130, 257), (2, 3, 7), (0, 128), (1, 1)], ids=str)
 def test_tiles_are_quantised_each_by_itself(shape, block):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(1, shape[-1] + 1)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(
+        1, shape[-1] + 1
+    )
     quantized = moe.quantize_fp8(x, "e4m3", block)
     back = moe.dequantize_fp8(quantized)
     assert quantized.codes.shape == back.shape == x.shape
@@ -645,7 +752,9 @@ def test_tiles_are_quantised_each_by_itself(shape, block):
             here = (slice(rows, rows + block[0]), slice(columns, columns + block[1]))
             for lead in itertools.product(*(range(n) for n in shape[:-2])):
                 tile = moe.quantize_fp8(x[lead][here])
-                assert torch.equal(quantized.codes[lead][here].view(torch.uint8), tile.codes.view(torch.uint8))
+                assert torch.equal(
+                    quantized.codes[lead][here].view(torch.uint8), tile.codes.view(torch.uint8)
+                )
                 place = (*lead, rows // block[0], columns // block[1])
                 assert quantized.inverse_scale[place] == tile.inverse_scale
                 assert torch.equal(back[lead][here], moe.dequantize_fp8(tile))
@@ -656,7 +765,9 @@ def test_numbers_at_the_edge():
     for values in ([0.0, -0.0], [1e-45, 0.0], [3e38, -3e38], [1e-30, 3e38], [1e-38]):
         for format, power in itertools.product(moe.FP8_FORMATS, (False, True)):
             for dtype in (torch.float32, torch.float64):
-                quantized = moe.quantize_fp8(torch.tensor(values, dtype=dtype), format, power_of_two=power)
+                quantized = moe.quantize_fp8(
+                    torch.tensor(values, dtype=dtype), format, power_of_two=power
+                )
                 assert moe.dequantize_fp8(quantized).isfinite().all(), values
                 assert quantized.inverse_scale > 0
     empty = moe.quantize_fp8(torch.zeros(0, 4))
@@ -702,7 +813,10 @@ def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
     x, upstream = random(rows, 32).requires_grad_(), random(rows, 48, seed=2)
     y = layer(x)
     y.backward(upstream)
-    q = lambda tensor, operand: moe.dequantize_fp8(moe.quantize_fp8(tensor, *operand), torch.float64)  # noqa: E731
+
+    def q(tensor, operand):
+        return moe.dequantize_fp8(moe.quantize_fp8(tensor, *operand), torch.float64)
+
     w, dy, x_ = layer.weight.detach(), upstream, x.detach()
     there = {
         "fprop": q(x_, recipe.fprop[0]) @ q(w, recipe.fprop[1]).T,
@@ -741,8 +855,12 @@ def test_torchs_scaled_product_within_the_stated_bound(formats):
     a, b = (moe.quantize_fp8(random(*shape), f) for shape, f in zip([(32, 64), (48, 64)], formats))
     exact = moe.fp8_product(a, b, torch.float64)
     here = moe.fp8_product(a, b, torch.float32, hardware=True)
-    sizes = moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
-    assert ((here - exact).abs() <= 2.0**-13 * sizes + 2.0**-23 * exact.abs()).all() and exact.abs().max() > 1
+    sizes = (
+        moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
+    )
+    assert (
+        (here - exact).abs() <= 2.0**-13 * sizes + 2.0**-23 * exact.abs()
+    ).all() and exact.abs().max() > 1
 
 
 def test_fp8_linear_takes_the_hardwares_line():
@@ -755,8 +873,12 @@ def test_fp8_linear_takes_the_hardwares_line():
     upstream = torch.randn(37, 48)
     here = torch.autograd.grad(hard(x), [x, hard.weight], upstream)
     there = torch.autograd.grad(soft(x), [x, soft.weight], upstream)
-    assert_equal(dict(enumerate(here)), dict(enumerate(there)), bound=1e-5)  # fp32 sums in another order
-    with pytest.raises(ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"):
+    assert_equal(
+        dict(enumerate(here)), dict(enumerate(there)), bound=1e-5
+    )  # fp32 sums in another order
+    with pytest.raises(
+        ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"
+    ):
         moe.FP8Linear(32, 8, recipe)(x)
 
 
@@ -764,12 +886,18 @@ def test_fp8_linear_takes_the_hardwares_line():
 def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
     """Each expert's rows by themselves, experts without rows among them: the numbers of one FP8Linear each."""
     torch.manual_seed(0)
-    counts, x, w = [5, 0, 16, 1], torch.randn(22, 32, requires_grad=True), torch.randn(4, 48, 32, requires_grad=True)
+    counts, x, w = (
+        [5, 0, 16, 1],
+        torch.randn(22, 32, requires_grad=True),
+        torch.randn(4, 48, 32, requires_grad=True),
+    )
     y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID._replace(hardware=hardware))
     upstream = torch.randn(22, 48)
     grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
     assert y.shape == (22, 48) and not grad_w[1].any()
-    for i, (rows, dy, here, dx) in enumerate(zip(*(t.split(counts) for t in (x.detach(), upstream, y, grad_x)))):
+    for i, (rows, dy, here, dx) in enumerate(
+        zip(*(t.split(counts) for t in (x.detach(), upstream, y, grad_x)))
+    ):
         if not len(rows):
             continue
         layer, leaf = moe.FP8Linear(32, 48), rows.clone().requires_grad_()
@@ -777,13 +905,19 @@ def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
         there = layer(leaf)
         there.backward(dy)
         expected = {"y": there, "x": leaf.grad, "w": layer.weight.grad}
-        assert_equal({"y": here, "x": dx, "w": grad_w[i]}, expected, bound=1e-5)  # fp32 sums in another order
+        assert_equal(
+            {"y": here, "x": dx, "w": grad_w[i]}, expected, bound=1e-5
+        )  # fp32 sums in another order
 
 
 def test_fp8_hardware_is_refused_where_there_is_none():
     cpu = torch.device("cpu")
-    assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware("emulate", cpu, moe.HYBRID)
-    with pytest.raises(ValueError, match="FP8 units are asked for, but a cpu has none: use emulate, or auto"):
+    assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware(
+        "emulate", cpu, moe.HYBRID
+    )
+    with pytest.raises(
+        ValueError, match="FP8 units are asked for, but a cpu has none: use emulate, or auto"
+    ):
         moe.fp8_hardware("hardware", cpu, moe.HYBRID)
 
 
@@ -809,7 +943,9 @@ class Codes:
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.shape == b.shape and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 @EVERY_WORLD
@@ -821,7 +957,9 @@ def test_shares_of_a_tensor_have_the_whole_tensors_codes(format, how):
     x[36, 3] = 300.0
     whole = moe.quantize_fp8(x, format)
     here = moe.quantize_fp8(share_of(x, how), format, amax_group=dist.group.WORLD)
-    assert same_bits(here.codes, share_of(whole.codes.view(torch.uint8), how).view(whole.codes.dtype))
+    assert same_bits(
+        here.codes, share_of(whole.codes.view(torch.uint8), how).view(whole.codes.dtype)
+    )
     assert torch.equal(here.inverse_scale, whole.inverse_scale)
 
 
@@ -845,7 +983,9 @@ def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
 
 
 @EVERY_WORLD
-@pytest.mark.parametrize("router", ["as it is", "two experts get nothing", "only the first experts work"])
+@pytest.mark.parametrize(
+    "router", ["as it is", "two experts get nothing", "only the first experts work"]
+)
 def test_experts_in_fp8_have_the_single_devices_codes(router):
     """The rows of each expert and its weights, at every ep: codes and scales to the bit; then the layer's output."""
     for ep in LAYOUTS[dist.get_world_size()]:
@@ -857,7 +997,10 @@ def test_experts_in_fp8_have_the_single_devices_codes(router):
         moe.to_fp8(fake, moe.HYBRID)
         fake.layers = nn.ModuleList([nn.Identity(), parallel, nn.Identity()])
         moe.to_fp8(fake, moe.HYBRID, grid=grid)
-        assert isinstance(plain.shared.up, moe.FP8Linear) and type(model.layers[0].mixer.qkv) is nn.Linear
+        assert (
+            isinstance(plain.shared.up, moe.FP8Linear)
+            and type(model.layers[0].mixer.qkv) is nn.Linear
+        )
         for layer in (plain, parallel):
             lopsided(layer, router)
         x = random(6, 5, 16)
@@ -889,7 +1032,9 @@ def test_weights_move_from_any_ep_to_any_other_to_the_bit():
         shards = [moe.shard_state_dict(full, cfg, rank, ep) for rank in range(ep)]
         assert shards[0]["layers.1.mixer.experts.up"].shape[0] == 8 // ep
         back = moe.merge_state_dicts(shards)
-        assert back.keys() == full.keys() and all(torch.equal(back[name], full[name]) for name in full)
+        assert back.keys() == full.keys() and all(
+            torch.equal(back[name], full[name]) for name in full
+        )
 
 
 @EVERY_WORLD
@@ -918,7 +1063,10 @@ def test_bad_state_dicts():
             moe.shard_state_dict(bad, cfg, 0, 2)
     shards = [moe.shard_state_dict(full, cfg, rank, 2) for rank in range(2)]
     shards[1]["layers.1.mixer.router.weight"] += 1
-    with pytest.raises(ValueError, match="layers.1.mixer.router.weight should be the same on every rank, and is not"):
+    with pytest.raises(
+        ValueError,
+        match="layers.1.mixer.router.weight should be the same on every rank, and is not",
+    ):
         moe.merge_state_dicts(shards)
 
 
@@ -938,7 +1086,9 @@ def publish(folder: Path, **changes):
     if not hasattr(transformers, "NemotronHConfig"):
         pytest.skip("this transformers has no NemotronH")
     torch.manual_seed(0)
-    model = transformers.NemotronHForCausalLM(transformers.NemotronHConfig(**published_config(**changes)))
+    model = transformers.NemotronHForCausalLM(
+        transformers.NemotronHConfig(**published_config(**changes))
+    )
     for name, x in model.state_dict().items():
         if "bias" in name or "gate.weight" in name:
             x.normal_(std=0.3)
@@ -972,14 +1122,20 @@ def test_published_weights_that_cannot_be_read(tmp_path):
         r"has \{'moe_latent_size': 16\}, which this model cannot be": dict(moe_latent_size=16),
         r"has \{'n_group': 2\}": dict(n_group=2),
         r"one expert a token, normalised": dict(num_experts_per_tok=1),
-        r"lacks the tensor backbone.layers.5.norm.weight": dict(layers_block_type=["full_attention", "moe", "moe"] * 2),
-        r"which this model does not know": dict(layers_block_type=["full_attention", "moe", "moe", "full_attention"]),
+        r"lacks the tensor backbone.layers.5.norm.weight": dict(
+            layers_block_type=["full_attention", "moe", "moe"] * 2
+        ),
+        r"which this model does not know": dict(
+            layers_block_type=["full_attention", "moe", "moe", "full_attention"]
+        ),
     }
     for message, change in cases.items():
         (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | change))
         with pytest.raises(ValueError, match=message):
             moe.load_nemotron3(tmp_path / "good")
-    (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | dict(hidden_size=48)))
+    (tmp_path / "good" / "config.json").write_text(
+        json.dumps(json.loads(text) | dict(hidden_size=48))
+    )
     with pytest.raises(RuntimeError, match="size mismatch for embedding.weight"):
         moe.load_nemotron3(tmp_path / "good")
     with pytest.raises(FileNotFoundError):
@@ -994,7 +1150,9 @@ def one_step(model, optimizer, batch, grid=None, **options) -> moe.Step:
     if grid:
         options["gradients"] = partial(moe.parallel_gradients, grid=grid)
     with plant(moe, "make_optimizer", lambda model: optimizer):
-        return next(moe.train_alone(model, [batch], lambda step: optimizer.defaults["lr"], **options))
+        return next(
+            moe.train_alone(model, [batch], lambda step: optimizer.defaults["lr"], **options)
+        )
 
 
 OPTIMIZERS = {
@@ -1003,7 +1161,9 @@ OPTIMIZERS = {
 }
 
 
-def compared(cfg, grid, how, steps, optimizer="sgd", max_norm=1e9, micro_batches=1, dtype=torch.float64):
+def compared(
+    cfg, grid, how, steps, optimizer="sgd", max_norm=1e9, micro_batches=1, dtype=torch.float64
+):
     """Trains both models; yields for each step both Steps and both models."""
     plain, parallel = (
         moe.MoELM(cfg).to(ranks.device, dtype),
@@ -1028,7 +1188,9 @@ def test_every_gradient_of_the_model(top_k, how):
         cfg = config(top_k=top_k)
         for here, there, parallel, plain in compared(cfg, grid_of(ep), how, steps=1):
             assert_equal(joined(grads_of(parallel), grid_of(ep).ep_group), grads_of(plain))
-            assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
+            assert_equal(
+                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
+            )
             assert torch.equal(here.counts_LE, there.counts_LE)
 
 
@@ -1039,14 +1201,28 @@ def test_five_steps(optimizer, how):
     """SGD with momentum, and AdamW with clipping: losses, norms before clipping, weights and biases after each step."""
     for ep in LAYOUTS[dist.get_world_size()]:
         max_norm, floor = (1e9, 0.0) if optimizer == "sgd" else (0.05, 5 * 1e-3)
-        run = compared(config(), grid_of(ep), how, 5, optimizer, max_norm, micro_batches=1 if how == "even" else 3)
+        run = compared(
+            config(),
+            grid_of(ep),
+            how,
+            5,
+            optimizer,
+            max_norm,
+            micro_batches=1 if how == "even" else 3,
+        )
         for here, there, parallel, plain in run:
             assert there.norm > 0.05 or optimizer == "sgd"  # clipped
-            assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
+            assert_equal(
+                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
+            )
             state = joined(parallel.state_dict(), grid_of(ep).ep_group)
             expected = plain.state_dict()
-            biases = [name for name in expected if name.endswith("router.bias")]  # steps of γ, and may be back at 0
-            assert all((state.pop(name) - expected.pop(name).cpu()).abs().max() < 1e-12 for name in biases)
+            biases = [
+                name for name in expected if name.endswith("router.bias")
+            ]  # steps of γ, and may be back at 0
+            assert all(
+                (state.pop(name) - expected.pop(name).cpu()).abs().max() < 1e-12 for name in biases
+            )
             assert_equal(state, expected, floor=floor)
         assert all(router.bias.abs().max() > 0.01 for router in plain.routers())
 
@@ -1072,7 +1248,9 @@ def test_fp8_training_on_every_layout_starts_with_the_same_loss():
     batch = batch_of(8)
     loss_BS, _ = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)(batch[0])
     for ep in LAYOUTS[4]:
-        model = moe.to_fp8(moe.ParallelMoELM(cfg, grid_of(ep).ep_group).double(), moe.HYBRID, grid=grid_of(ep))
+        model = moe.to_fp8(
+            moe.ParallelMoELM(cfg, grid_of(ep).ep_group).double(), moe.HYBRID, grid=grid_of(ep)
+        )
         here, _ = model(share_of(batch[0], "even"))
         assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")}, bound=1e-6)
 
@@ -1095,7 +1273,11 @@ def test_parameters_of_this_model_are_those_that_it_has():
 
 @pytest.mark.parametrize(
     "name, total, active, without_input_table",
-    [("Nano", 31.578, 3.580, 3.228), ("Super", 120.669, 12.770, 12.233), ("Ultra", 549.3, 56.1, 55.0)],
+    [
+        ("Nano", 31.578, 3.580, 3.228),
+        ("Super", 120.669, 12.770, 12.233),
+        ("Ultra", 549.3, 56.1, 55.0),
+    ],
 )
 def test_published_parameters(name, total, active, without_input_table):
     """To the digits of an independent count; the papers print 31.6 and 3.6 (3.2), 120.6 and 12.7 (12.1), 550 and 55."""
@@ -1160,7 +1342,9 @@ def alone(prepare=lambda model: None):
 
 def shown(wrong, right) -> Shows:
     """What two results of `gradients` or of `alone` differ by."""
-    return Shows(worst_of({"loss": wrong[0].loss}, {"loss": right[0].loss}), worst_of(wrong[1], right[1]))
+    return Shows(
+        worst_of({"loss": wrong[0].loss}, {"loss": right[0].loss}), worst_of(wrong[1], right[1])
+    )
 
 
 def through_fp8(x, upstream, recipe=moe.HYBRID):
@@ -1214,11 +1398,15 @@ def test_bias_updated_from_local_counts():
     right = gradients(grid, steps=4)
     with plant(moe, "_all_reduce", buggy) as original:
         wrong = gradients(grid, steps=4)
-    biases = [torch.stack([router.bias for router in model.routers()]) for *_, model in (right, wrong)]
+    biases = [
+        torch.stack([router.bias for router in model.routers()]) for *_, model in (right, wrong)
+    ]
     first = [b.clone() for b in biases]
     for b in first:
         dist.broadcast(b, 0)
-    unequal = [summed(torch.tensor(float(not torch.equal(b, f)))).item() for b, f in zip(biases, first)]
+    unequal = [
+        summed(torch.tensor(float(not torch.equal(b, f)))).item() for b, f in zip(biases, first)
+    ]
     assert unequal[0] == 0 and unequal[1] > 0
     return shown(wrong, right)
 
@@ -1244,7 +1432,8 @@ def test_bias_updated_per_micro_batch():
         wrong = gradients(grid, moe.overload, micro_batches=3)
         wrong_fourth = gradients(grid, moe.overload, steps=4, micro_batches=3)
     moved = [
-        [router.bias.abs().max().item() / STEP["gamma"] for router in model.routers()] for *_, model in (right, wrong)
+        [router.bias.abs().max().item() / STEP["gamma"] for router in model.routers()]
+        for *_, model in (right, wrong)
     ]
     assert max(moved[0]) < 1.001 and max(moved[1]) > 1.999, moved
     return shown(wrong_fourth, fourth)
@@ -1258,8 +1447,14 @@ def test_gradient_through_the_balancing_counts():
     scores = random(2, 5, 8).sigmoid().requires_grad_()
 
     def buggy(scores_BSE, top_k):
-        kept = scores_BSE * torch.zeros_like(scores_BSE).scatter(-1, scores_BSE.topk(top_k, -1).indices, 1.0)
-        f_BE = (kept / kept.detach().clamp(min=1e-9)).sum(1) / (top_k * scores_BSE.shape[1]) * scores_BSE.shape[2]
+        kept = scores_BSE * torch.zeros_like(scores_BSE).scatter(
+            -1, scores_BSE.topk(top_k, -1).indices, 1.0
+        )
+        f_BE = (
+            (kept / kept.detach().clamp(min=1e-9)).sum(1)
+            / (top_k * scores_BSE.shape[1])
+            * scores_BSE.shape[2]
+        )
         return (f_BE * (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)).sum(-1)
 
     right, wrong = moe.load_balancing_loss(scores, 2), buggy(scores, 2)
@@ -1309,9 +1504,14 @@ def test_expert_gradients_that_grow_with_ep():
         with plant(moe, "reduce_gradients", buggy):
             wrong = gradients(grid_of(ep))
         assert_equal({"loss": wrong[0].loss}, {"loss": right[0].loss})
-        factors = {name: (wrong[1][name].norm() / right[1][name].norm()).item() for name in right[1]}
+        factors = {
+            name: (wrong[1][name].norm() / right[1][name].norm()).item() for name in right[1]
+        }
         for name, factor in factors.items():
-            assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (name, factor)
+            assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (
+                name,
+                factor,
+            )
     return shown(wrong, right)  # at ep = 4, three times too much on top
 
 
@@ -1344,7 +1544,11 @@ def test_a_mean_of_the_ranks_means():
     grid = grid_of(2)
 
     def buggy(x, *args):
-        return x * moe.group_size() if x.dtype == torch.int64 and x.shape == (2,) else original(x, *args)
+        return (
+            x * moe.group_size()
+            if x.dtype == torch.int64 and x.shape == (2,)
+            else original(x, *args)
+        )
 
     right = gradients(grid)
     with plant(moe, "_all_reduce", buggy) as original:
@@ -1367,7 +1571,9 @@ def test_a_router_in_bf16():
 
     cfg = config(num_experts=64, top_k=6, hidden_size=64)
     router, x = moe.Router(cfg), torch.randn(500, 64, generator=torch.Generator().manual_seed(0))
-    other = (router(x).experts_TK.sort(-1).values != buggy(router, x).experts_TK.sort(-1).values).any(-1)
+    other = (
+        router(x).experts_TK.sort(-1).values != buggy(router, x).experts_TK.sort(-1).values
+    ).any(-1)
     assert other.double().mean() > 0.02  # of the tokens
     right = alone()
     with plant(moe.Router, "forward", buggy):
@@ -1391,10 +1597,19 @@ def test_splits_not_swapped_in_backward():
         rows = random(sum(send), 3, seed=rank).requires_grad_()
         loss = (moe.all_to_all(rows, send, receive) ** 2).sum()
         loss.backward()
-        return (SimpleNamespace(loss=summed(loss)), {"rows": rows.grad}), (rows.grad / 2 - rows.detach()).abs().max()
+        return (SimpleNamespace(loss=summed(loss)), {"rows": rows.grad}), (
+            rows.grad / 2 - rows.detach()
+        ).abs().max()
 
-    even = [[(1, 2, 0, 3)[(j - i) % 4] for j in range(4)] for i in range(4)]  # everybody sends 6 and receives 6
-    odd = [[1, 1, 1, 1], [2, 2, 2, 2], [2, 2, 2, 2], [4, 4, 4, 4]]  # nobody receives as many as it sends
+    even = [
+        [(1, 2, 0, 3)[(j - i) % 4] for j in range(4)] for i in range(4)
+    ]  # everybody sends 6 and receives 6
+    odd = [
+        [1, 1, 1, 1],
+        [2, 2, 2, 2],
+        [2, 2, 2, 2],
+        [4, 4, 4, 4],
+    ]  # nobody receives as many as it sends
     (right, gap), (_, odd_gap) = gradient(even), gradient(odd)
     assert gap == odd_gap == 0
     with plant(moe._Arrive, "backward", staticmethod(buggy)):
@@ -1415,7 +1630,9 @@ def skips_where_there_are_no_rows(trip, rows, send, receive):
 
         trip.work = Done()
         return there
-    trip.work = dist.all_to_all_single(there, rows.contiguous(), receive, send, group=trip.group, async_op=True)
+    trip.work = dist.all_to_all_single(
+        there, rows.contiguous(), receive, send, group=trip.group, async_op=True
+    )
     return there
 
 
@@ -1438,7 +1655,9 @@ def test_a_rank_without_tokens_that_skips_the_collective():
     pool = ranks.Pool(4)
     try:
         pool.run(__name__, "one_rank_has_nothing", dict(bug=False), timeout=30)
-        with pytest.raises((TimeoutError, ranks.RankFailed), match="silent after 2 s|one_rank_has_nothing"):
+        with pytest.raises(
+            (TimeoutError, ranks.RankFailed), match="silent after 2 s|one_rank_has_nothing"
+        ):
             pool.run(__name__, "one_rank_has_nothing", dict(bug=True), timeout=2)
     finally:
         pool.close()
@@ -1472,7 +1691,9 @@ def test_an_amax_over_the_wrong_group():
     """Over the ranks among which tokens travel, in place of those that hold the same experts."""
     grid = grid_of(2)
     right = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid))
-    wrong = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid._replace(edp_group=grid.ep_group)))
+    wrong = gradients(
+        grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid._replace(edp_group=grid.ep_group))
+    )
     assert_differs(wrong[1], right[1], at_least=1e-2)
     return shown(wrong, right)
 
@@ -1485,7 +1706,10 @@ def test_a_stale_scale_after_a_spike():
     """The scale of the last step, as delayed scaling takes it with a history of one."""
     quiet, upstream = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
     spike = 1e5 * quiet
-    right, wrong = through_fp8(spike, upstream), with_the_scales_of(quiet, spike, upstream, saturated)
+    right, wrong = (
+        through_fp8(spike, upstream),
+        with_the_scales_of(quiet, spike, upstream, saturated),
+    )
     assert_differs(wrong[1], right[1], at_least=0.9)
     codes = moe.quantize_fp8(spike)
     after = saturated(quiet / codes.inverse_scale)
@@ -1521,7 +1745,9 @@ def with_the_scales_of(before, x, upstream, cast):
 def test_a_cast_that_does_not_saturate():
     """Rounding alone stays below the next step; a scale of another tensor, shared or delayed, does not."""
 
-    def cast(x):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
+    def cast(
+        x,
+    ):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
         return torch.where(x.abs() > 464, math.nan, x).to(torch.float8_e4m3fn)
 
     amaxes = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
@@ -1549,13 +1775,20 @@ def test_the_scale_of_a_tensor_of_zeros():
     def careless(x, format="e4m3", *args, **options):
         most = torch.finfo(moe.FP8_FORMATS[format]).max
         scale = most / x.abs().amax()
-        return moe.Quantized((x * scale).clamp(-most, most).to(moe.FP8_FORMATS[format]), 1 / scale, None)
+        return moe.Quantized(
+            (x * scale).clamp(-most, most).to(moe.FP8_FORMATS[format]), 1 / scale, None
+        )
 
-    x, upstream = torch.randn(16, 32, generator=torch.Generator().manual_seed(0)), torch.zeros(16, 32)
+    x, upstream = (
+        torch.randn(16, 32, generator=torch.Generator().manual_seed(0)),
+        torch.zeros(16, 32),
+    )
     _, right = through_fp8(x, upstream)
     with plant(moe, "quantize_fp8", careless):
         loss, wrong = through_fp8(x, upstream)
-    assert not any(grad.any() for grad in right.values()) and all(grad.isnan().all() for grad in wrong.values())
+    assert not any(grad.any() for grad in right.values()) and all(
+        grad.isnan().all() for grad in wrong.values()
+    )
     return Shows(loss.loss.item(), "NaN")
 
 
@@ -1566,7 +1799,9 @@ def test_the_scale_of_a_tensor_of_zeros():
 def test_scale_and_inverse_exchanged():
     a, b = moe.quantize_fp8(random(16, 32)), moe.quantize_fp8(random(16, 32, seed=2))
     right = moe.fp8_product(a, b, torch.float64)
-    wrong = moe.fp8_product(*(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64)
+    wrong = moe.fp8_product(
+        *(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64
+    )
     assert wrong.norm() / right.norm() > 1e6
     original = moe.fp8_product
     x, upstream = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
@@ -1587,11 +1822,17 @@ def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
     generator = torch.Generator().manual_seed(0)
     grad = torch.randn(64, 64, generator=generator) * 1e-6
     grad[0] *= 1e6  # one token that the model got very wrong
-    lost = {f: (moe.dequantize_fp8(moe.quantize_fp8(grad, f))[1:] == 0).double().mean().item() for f in moe.FP8_FORMATS}
+    lost = {
+        f: (moe.dequantize_fp8(moe.quantize_fp8(grad, f))[1:] == 0).double().mean().item()
+        for f in moe.FP8_FORMATS
+    }
     assert lost["e4m3"] == 1.0 and lost["e5m2"] < 0.6
     tiles = moe.dequantize_fp8(moe.quantize_fp8(grad, *moe.TILE))
     assert (tiles[1:] == 0).double().mean() < 0.01  # a scale for each token: E4M3 is enough
-    x, narrow = torch.randn(64, 64, generator=generator), moe.FP8Recipe(dgrad=(moe.E4M3,) * 2, wgrad=(moe.E4M3,) * 2)
+    x, narrow = (
+        torch.randn(64, 64, generator=generator),
+        moe.FP8Recipe(dgrad=(moe.E4M3,) * 2, wgrad=(moe.E4M3,) * 2),
+    )
     (loss, right), (same, wrong) = through_fp8(x, grad), through_fp8(x, grad, narrow)
     others = [{"x": grads["x"][1:]} for grads in (wrong, right)]  # all tokens but the one
     return Shows(worst_of({"": same.loss}, {"": loss.loss}), worst_of(*others))
@@ -1605,7 +1846,10 @@ def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
     [
         (dict(top_k=9), "top_k=9, but there are 8 experts: choose at most as many"),
         (dict(top_k=0), "top_k=0: it must be at least 1"),
-        (dict(num_heads=3), "num_heads=3 does not divide into num_kv_heads=2 groups: choose num_heads a multiple"),
+        (
+            dict(num_heads=3),
+            "num_heads=3 does not divide into num_kv_heads=2 groups: choose num_heads a multiple",
+        ),
         (dict(pattern="**"), r"pattern='\*\*': one letter a layer, of 'M\*E', at least one E"),
         (dict(pattern="*Ex"), r"pattern='\*Ex'"),
         (dict(gate="tanh"), "gate='tanh'.*'sigmoid' or 'softmax'"),
@@ -1620,7 +1864,8 @@ def test_bad_sizes(changes, message):
 def test_a_model_with_layers_of_other_chapters_is_refused():
     for changes in (dict(pattern="M*E"), dict(latent_size=8)):
         with pytest.raises(
-            ValueError, match=r"Mamba is chapter 5's \(mamba_hybrid\), latent experts are the next chapter's"
+            ValueError,
+            match=r"Mamba is chapter 5's \(mamba_hybrid\), latent experts are the next chapter's",
         ):
             moe.MoELM(config(**changes))
 
@@ -1628,11 +1873,15 @@ def test_a_model_with_layers_of_other_chapters_is_refused():
 @pytest.mark.ranks(2, 4)
 def test_bad_groups():
     world = dist.get_world_size()
-    with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks: choose ep from \[1\]"):
+    with pytest.raises(
+        ValueError, match=rf"num_experts=7 does not divide over {world} ranks: choose ep from \[1\]"
+    ):
         moe.ExpertParallelMoELayer(config(num_experts=7))
     with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
         moe.ParallelMoELM(config(num_experts=7))
-    with pytest.raises(ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"):
+    with pytest.raises(
+        ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"
+    ):
         moe.make_grid(3, ranks.device)
     with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
         moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
@@ -1642,7 +1891,9 @@ def test_bad_groups():
 
 GROUP_USERS = {
     "all_to_all": lambda group: moe.all_to_all(random(3, 4), [3], [3], group),
-    "plan_dispatch": lambda group: moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 8, group),
+    "plan_dispatch": lambda group: moe.plan_dispatch(
+        torch.zeros(2, 1, dtype=torch.int64), 8, group
+    ),
     "dispatch": lambda group: moe.dispatch(random(2, 4), foreign_plan(group)),
     "combine": lambda group: moe.combine(random(2, 4), torch.ones(2, 1), foreign_plan(group)),
     "ExpertParallelMoELayer": lambda group: moe.ExpertParallelMoELayer(config(), group),
@@ -1658,7 +1909,9 @@ GROUP_USERS = {
         moe.HYBRID._replace(first=0, last=0),
         moe.Grid(2, 1, 1, group, group),
     )(batch_of(1)[0]),
-    "reduce_gradients": lambda group: moe.reduce_gradients(with_gradients(), moe.Grid(2, 1, 1, group, group)),
+    "reduce_gradients": lambda group: moe.reduce_gradients(
+        with_gradients(), moe.Grid(2, 1, 1, group, group)
+    ),
 }
 
 
@@ -1685,7 +1938,9 @@ def group_of_rank_0():
 def test_a_group_without_this_rank_is_refused(name):
     group = group_of_rank_0()
     if dist.get_rank() == 1:
-        with pytest.raises(ValueError, match="rank 1 is not in the process group that it was given"):
+        with pytest.raises(
+            ValueError, match="rank 1 is not in the process group that it was given"
+        ):
             GROUP_USERS[name](group)
 
 
@@ -1704,7 +1959,9 @@ def test_the_script():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64")], ids=str)
+@pytest.mark.parametrize(
+    "flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64")], ids=str
+)
 def test_check(flags):
     done = run("--check", *flags)
     assert done.returncode == 0, done.stderr
@@ -1720,7 +1977,10 @@ def test_check_on_other_layouts(dtype, ep):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--fp8", "hardware", "--device", "cpu"), "FP8 units are asked for, but a cpu has none: use emulate, or auto"),
+        (
+            ("--fp8", "hardware", "--device", "cpu"),
+            "FP8 units are asked for, but a cpu has none: use emulate, or auto",
+        ),
         (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
         (("--ranks", "1", "--ep", "2"), "--ep 2 must divide the 1 ranks"),
         (("--ep", "0"), "argument --ep: '0' must be of type int, from 1"),
@@ -1733,7 +1993,10 @@ def test_check_on_other_layouts(dtype, ep):
         (("--seq-length", "0"), "argument --seq-length: '0' must be of type int, from 1"),
         (("--batch", "0"), "argument --batch: '0' must be of type int, from 1"),
         (("--gate", "tanh"), "argument --gate: invalid choice: 'tanh'"),
-        (("--num-experts", "7", "--ep", "2"), "num_experts=7 does not divide over 2 ranks: choose ep from [1]"),
+        (
+            ("--num-experts", "7", "--ep", "2"),
+            "num_experts=7 does not divide over 2 ranks: choose ep from [1]",
+        ),
         (("--top-k", "9"), "top_k=9, but there are 8 experts"),
         (("--pattern", "M*E"), "Mamba is chapter 5's"),
         (("--data", "/nowhere"), "No such file"),
@@ -1758,7 +2021,9 @@ def flags_of(*words: str):
 def test_any_number_of_ranks_needs_no_flag(ranks_here, monkeypatch):
     args = flags_of("--ranks", str(ranks_here))
     assert args.ep == (1 if ranks_here % 2 else 2) and args.world_size == ranks_here
-    for name, value in dict(RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here).items():
+    for name, value in dict(
+        RANK=0, LOCAL_RANK=0, LOCAL_WORLD_SIZE=ranks_here, WORLD_SIZE=2 * ranks_here
+    ).items():
         monkeypatch.setenv(name, str(value))  # as torchrun does on two servers
     args = flags_of()
     assert args.ep == 2 and args.world_size == 2 * ranks_here
@@ -1808,12 +2073,25 @@ def test_the_schedules_floor_is_never_above_its_peak():
 def test_the_load_is_judged_in_the_default_run_alone(flags, verdict):
     """Loads that stay uneven: a failed claim of the default run, and none of another."""
     errors = {f"{kind} x": 0.0 for kind in ("gradient of", "norm", "after AdamW", "counts")}
-    rows = moe.claims(flags_of(*flags.split()), errors, True, {"loss 0": 0.0}, [(4.0, 4.0)] * 60, [1.0, 1.0])
+    rows = moe.claims(
+        flags_of(*flags.split()), errors, True, {"loss 0": 0.0}, [(4.0, 4.0)] * 60, [1.0, 1.0]
+    )
     (found,) = [row[3] for row in rows if row[0].startswith("largest load with γ")]
     assert found == verdict
 
 
-SMALL = "--hidden-size", "32", "--pattern", "E*E", "--expert-size", "16", "--shared-size", "16", "--batch", "4"
+SMALL = (
+    "--hidden-size",
+    "32",
+    "--pattern",
+    "E*E",
+    "--expert-size",
+    "16",
+    "--shared-size",
+    "16",
+    "--batch",
+    "4",
+)
 
 
 @pytest.mark.ranks(2)
@@ -1830,7 +2108,11 @@ def test_the_single_device_may_take_longer_than_a_collective():
     grid = moe.make_grid(args.ep, ranks.device, args.timeout)
     with plant(moe.MoELM, "loss", slow):
         differences, _, _ = moe.demonstrate(args, grid, ranks.device)
-    assert slept and list(differences) == ["loss 0", "loss 1"] and moe.worst(differences) <= moe.BOUNDS["fp32"]
+    assert (
+        slept
+        and list(differences) == ["loss 0", "loss 1"]
+        and moe.worst(differences) <= moe.BOUNDS["fp32"]
+    )
 
 
 @pytest.mark.ranks(2)
@@ -1853,14 +2135,20 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
 @pytest.mark.slow
 def test_the_script_in_unusual_surroundings(monkeypatch):
     """No docstrings, a terminal without ×, and what people set when something hangs."""
-    for name, value in dict(PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL").items():
+    for name, value in dict(
+        PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL"
+    ).items():
         monkeypatch.setenv(name, str(value))
     done = run("--ranks", "3", "--steps", "2", *SMALL)
-    assert done.returncode == 0 and "3 ranks: ep 1 ? dp 3" in done.stdout and "claim " in done.stdout, done.stderr
+    assert (
+        done.returncode == 0 and "3 ranks: ep 1 ? dp 3" in done.stdout and "claim " in done.stdout
+    ), done.stderr
 
 
 @pytest.mark.slow
 def test_a_script_with_wrong_flags_ends_at_once():
     done = run("--ep", "3", timeout=60)
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and "--ep 3 must divide the 4 ranks" in lines[-1] and len(lines) <= 2
+    assert (
+        done.returncode == 2 and "--ep 3 must divide the 4 ranks" in lines[-1] and len(lines) <= 2
+    )

@@ -19,9 +19,17 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "01_deepspeech"))
 import deepspeech as ds  # noqa: E402
 
-HEARD, UNHEARD = (ds.Speech.synthetic(count, ds.SpeechConfig(), seed) for count, seed in ((320, 0), (100, 1)))
+HEARD, UNHEARD = (
+    ds.Speech.synthetic(count, ds.SpeechConfig(), seed) for count, seed in ((320, 0), (100, 1))
+)
 LENGTHS, BATCH = [len(wave_W) for wave_W in HEARD.waves], 8
-LOUDNESS = ("clean", "15", "10", "5", "0")  # of the test's noise: decibels by which speech is louder
+LOUDNESS = (
+    "clean",
+    "15",
+    "10",
+    "5",
+    "0",
+)  # of the test's noise: decibels by which speech is louder
 SEEDS = (0, 1, 2)
 
 
@@ -30,9 +38,13 @@ def noisy(speech: ds.Speech, low: float, high: float, share: float, key: tuple) 
     rng, waves = np.random.default_rng(key), []
     for wave_W in speech.waves:
         if rng.random() < share:
-            spectrum = torch.fft.rfft(torch.from_numpy(rng.standard_normal(len(wave_W))).to(wave_W.dtype))
+            spectrum = torch.fft.rfft(
+                torch.from_numpy(rng.standard_normal(len(wave_W))).to(wave_W.dtype)
+            )
             slope = torch.arange(1, len(spectrum) + 1, dtype=wave_W.dtype) ** -rng.uniform(0, 1)
-            wave_W = ds.mix_noise(wave_W, torch.fft.irfft(spectrum * slope, len(wave_W)), rng.uniform(low, high))
+            wave_W = ds.mix_noise(
+                wave_W, torch.fft.irfft(spectrum * slope, len(wave_W)), rng.uniform(low, high)
+            )
         waves.append(wave_W)
     return ds.Speech(waves, speech.texts)
 
@@ -42,7 +54,9 @@ def words_wrong(found: list[tuple[str, str]]) -> float:
 
 
 @torch.no_grad()
-def heard_by(model: ds.DeepSpeech2, speech: ds.Speech, shifts: tuple[int, ...] = (0,)) -> list[torch.Tensor]:
+def heard_by(
+    model: ds.DeepSpeech2, speech: ds.Speech, shifts: tuple[int, ...] = (0,)
+) -> list[torch.Tensor]:
     """Each utterance's log-probabilities; with `shifts`, in samples, the mean of the probabilities of each version."""
     found = []
     for wave_W in speech.waves:
@@ -53,7 +67,9 @@ def heard_by(model: ds.DeepSpeech2, speech: ds.Speech, shifts: tuple[int, ...] =
     return found
 
 
-def learn(config: ds.SpeechConfig, epochs=8, lr=0.04, sort=True, noise=False) -> tuple[ds.DeepSpeech2, dict]:
+def learn(
+    config: ds.SpeechConfig, epochs=8, lr=0.04, sort=True, noise=False
+) -> tuple[ds.DeepSpeech2, dict]:
     """A network, trained as in the chapter's default run but for what is said; its losses, and greedy words wrong."""
     model, test = ds.parallel_model(config), UNHEARD.batch(range(len(UNHEARD.texts)), config)
     record, sums = dict(train=[], held_out=[]), []
@@ -96,18 +112,30 @@ def of_noise_and_search() -> tuple[dict, dict, dict]:
         for seed in SEEDS:
             model, _ = learn(ds.SpeechConfig(seed=seed), noise=training == "noisy")
             for test in LOUDNESS:
-                speech = UNHEARD if test == "clean" else noisy(UNHEARD, float(test), float(test), 1, (99,))
+                speech = (
+                    UNHEARD
+                    if test == "clean"
+                    else noisy(UNHEARD, float(test), float(test), 1, (99,))
+                )
                 heard = heard_by(model, speech)
 
                 def count(decode, into, *keys, heard=heard):
                     texts = [decode(log_probs_TV) for log_probs_TV in heard]
                     for key in keys[:-1]:
                         into = into.setdefault(key, {})
-                    into.setdefault(keys[-1], []).append(words_wrong(list(zip(UNHEARD.texts, texts))))
+                    into.setdefault(keys[-1], []).append(
+                        words_wrong(list(zip(UNHEARD.texts, texts)))
+                    )
 
                 count(ds.greedy, decoders, training, test, "greedy")
                 count(lambda x: ds.beam_search(x)[0][0], decoders, training, test, "beam")
-                count(lambda x: ds.beam_search(x, lm=lm)[0][0], decoders, training, test, "beam + language model")
+                count(
+                    lambda x: ds.beam_search(x, lm=lm)[0][0],
+                    decoders,
+                    training,
+                    test,
+                    "beam + language model",
+                )
                 count(ds.greedy, jitter, training, test, "as it is")
                 step = model.config.sample_rate // 200  # 5 ms
                 shifted = heard_by(model, speech, (-step, 0, step))
@@ -131,13 +159,19 @@ if __name__ == "__main__":
                 batch_norm[name] = compare(name, config=sizes, epochs=6, lr=lr)
     for norm in (True, False):
         for sort in (True, False):
-            name = f"{'sorted' if sort else 'not sorted'}, {'with' if norm else 'without'} BatchNorm"
-            sortagrad[name] = compare(name, config=dict(layers=3, hidden_size=48, batch_norm=norm), epochs=6, sort=sort)
+            name = (
+                f"{'sorted' if sort else 'not sorted'}, {'with' if norm else 'without'} BatchNorm"
+            )
+            sortagrad[name] = compare(
+                name, config=dict(layers=3, hidden_size=48, batch_norm=norm), epochs=6, sort=sort
+            )
     decoders, beams, jitter = of_noise_and_search()
     seconds = round(time.process_time() - begin)
     result = dict(
         command="python notebooks/results/measure_01_ablations.py", torch=torch.__version__, cpu_seconds=seconds,
         seeds=SEEDS, batch_norm=batch_norm, sortagrad=sortagrad, decoders=decoders, beams=beams, jitter=jitter,
     )  # fmt: skip
-    (HERE / "01_ablations.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (HERE / "01_ablations.json").write_text(
+        json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8"
+    )
     print(f"{seconds} s of CPU time")

@@ -26,7 +26,11 @@ if __name__ == "__main__":
     model, milliseconds = ds.parallel_model(CONFIG).eval(), {}
     with torch.no_grad():
         for streams in STREAMS:
-            x_BTF, lengths_B, times = torch.randn(streams, FRAMES, CONFIG.features), torch.full((streams,), FRAMES), []
+            x_BTF, lengths_B, times = (
+                torch.randn(streams, FRAMES, CONFIG.features),
+                torch.full((streams,), FRAMES),
+                [],
+            )
             for _ in range(ROUNDS):
                 begin = time.process_time()
                 model(x_BTF, lengths_B)

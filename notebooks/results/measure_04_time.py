@@ -24,16 +24,31 @@ if __name__ == "__main__":
     pool = ranks.Pool(2)
     found = pool.run("04_seq_parallel", "measure", SIZES, timeout=300)[0]
     pool.close()
-    totals = {name: [sum(pair) for pair in zip(run["forward"], run["backward"])] for name, run in found.items()}
+    totals = {
+        name: [sum(pair) for pair in zip(run["forward"], run["backward"])]
+        for name, run in found.items()
+    }
     layers, base = {}, totals["tensor parallelism"]
     for (
         name,
         total,
-    ) in totals.items():  # ratios of neighbouring rounds: whatever else the machine does, both have seen it
-        ratio, kept = statistics.median(here / of_base for here, of_base in zip(total, base)), found[name]["memory"]
-        layers[name] = dict(time=round(ratio, 3), kept=round(kept / found["tensor parallelism"]["memory"], 4))
-        print(f"{name:25}{ratio:8.2f} of the first's time, {layers[name]['kept']:6.2f} of its memory")
+    ) in (
+        totals.items()
+    ):  # ratios of neighbouring rounds: whatever else the machine does, both have seen it
+        ratio, kept = (
+            statistics.median(here / of_base for here, of_base in zip(total, base)),
+            found[name]["memory"],
+        )
+        layers[name] = dict(
+            time=round(ratio, 3), kept=round(kept / found["tensor parallelism"]["memory"], 4)
+        )
+        print(
+            f"{name:25}{ratio:8.2f} of the first's time, {layers[name]['kept']:6.2f} of its memory"
+        )
     result = dict(
-        command="python notebooks/results/measure_04_time.py", torch=torch.__version__, sizes=SIZES, layers=layers
+        command="python notebooks/results/measure_04_time.py",
+        torch=torch.__version__,
+        sizes=SIZES,
+        layers=layers,
     )
     (HERE / "04_time.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -28,14 +28,27 @@ if __name__ == "__main__":
     models, times = {}, {name: [] for name in PATTERNS}
     for _ in range(ROUNDS):
         for name, pattern in PATTERNS.items():
-            config = mh.HybridConfig(**SIZES, pattern=pattern, rope=1.0 if name == "Transformer" else 0.0)
+            config = mh.HybridConfig(
+                **SIZES, pattern=pattern, rope=1.0 if name == "Transformer" else 0.0
+            )
             times[name].append(mh.decode_times(config, CONTEXTS, torch.device("cpu"), repeats=7))
-            kept = [sum(mh.decode_memory(config, context, number_bytes=4, state_bytes=4)) for context in CONTEXTS]
+            kept = [
+                sum(mh.decode_memory(config, context, number_bytes=4, state_bytes=4))
+                for context in CONTEXTS
+            ]
             models[name] = dict(parameters=mh.parameters(config), bytes=kept)
     for name, row in models.items():
-        row["milliseconds"] = [round(statistics.median(of_context), 3) for of_context in zip(*times[name])]
-        print(f"{name:12}", "".join(f"{milliseconds:9.2f}" for milliseconds in row["milliseconds"]), "ms a token")
+        row["milliseconds"] = [
+            round(statistics.median(of_context), 3) for of_context in zip(*times[name])
+        ]
+        print(
+            f"{name:12}",
+            "".join(f"{milliseconds:9.2f}" for milliseconds in row["milliseconds"]),
+            "ms a token",
+        )
     sizes = dict(SIZES, patterns=PATTERNS, rounds=ROUNDS, dtype="float32", threads=1)
     command = "python notebooks/results/measure_05_decode.py"
-    result = dict(command=command, torch=torch.__version__, sizes=sizes, contexts=CONTEXTS, models=models)
+    result = dict(
+        command=command, torch=torch.__version__, sizes=sizes, contexts=CONTEXTS, models=models
+    )
     (HERE / "05_decode.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")

@@ -24,7 +24,9 @@ sys.path[:0] = [str(HERE.parent.parent / "05_mamba_hybrid")]
 import mamba_hybrid as mh  # noqa: E402
 
 NAMES, NUMBERS, ENTRIES = 64, 64, 32
-TRAINING = dict(steps=600, batch=32, lr=3e-3, warm_up=50, decay_from=0.7, clip=1.0, parameters=120_000)
+TRAINING = dict(
+    steps=600, batch=32, lr=3e-3, warm_up=50, decay_from=0.7, clip=1.0, parameters=120_000
+)
 SIZES = dict(
     vocab_size=NUMBERS, hidden_size=64, mamba_heads=2, mamba_head_size=64, mamba_groups=1,
     attention_heads=4, attention_groups=4, attention_head_size=16, rope=1.0, chunk=64, init_std=0.05,
@@ -41,7 +43,9 @@ class Entry(nn.Module):
 
     def __init__(self, generator: torch.Generator):
         super().__init__()
-        self.name, self.number = (nn.Embedding(n, SIZES["hidden_size"]) for n in (NAMES, NUMBERS + 1))
+        self.name, self.number = (
+            nn.Embedding(n, SIZES["hidden_size"]) for n in (NAMES, NUMBERS + 1)
+        )
         for table in (self.name, self.number):
             table.weight.data.normal_(generator=generator)
 
@@ -60,7 +64,9 @@ def books(batch: int, entries: int, generator: torch.Generator) -> tuple[Tensor,
 
 def build(pattern: str, state: int, seed: int, start: str) -> mh.HybridLM:
     """The model, with feed-forward layers such that it has about TRAINING["parameters"] of them."""
-    narrow = mh.HybridConfig(**SIZES, **STARTS[start], pattern=pattern, state_size=state, seed=seed, ffn_hidden_size=1)
+    narrow = mh.HybridConfig(
+        **SIZES, **STARTS[start], pattern=pattern, state_size=state, seed=seed, ffn_hidden_size=1
+    )
     without = mh.HybridLM(narrow)
     without.embedding = Entry(torch.Generator())
     rest = TRAINING["parameters"] - sum(p.numel() for p in without.parameters())
@@ -74,14 +80,20 @@ def build(pattern: str, state: int, seed: int, start: str) -> mh.HybridLM:
 def accuracy(model: mh.HybridLM, entries: int = ENTRIES) -> float:
     """The share of right answers on 256 books that are the same for every model and in no training batch."""
     tokens, answers = books(256, entries, torch.Generator().manual_seed(99))
-    return round((model(tokens)[:, entries:].argmax(-1) == answers).to(torch.float64).mean().item(), 4)
+    return round(
+        (model(tokens)[:, entries:].argmax(-1) == answers).to(torch.float64).mean().item(), 4
+    )
 
 
 def train(name: str, state: int, seed: int, start: str, steps: int) -> dict:
     """One run: the model's size, its accuracy on full books every 100 steps, and at the end on shorter ones."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    began, model, generator = time.process_time(), build(MODELS[name], state, seed, start), torch.Generator()
+    began, model, generator = (
+        time.process_time(),
+        build(MODELS[name], state, seed, start),
+        torch.Generator(),
+    )
     generator.manual_seed(1000 + seed)
     optimiser = torch.optim.AdamW(model.parameters(), TRAINING["lr"], weight_decay=0.0)
     decay = TRAINING["decay_from"]
@@ -94,7 +106,9 @@ def train(name: str, state: int, seed: int, start: str, steps: int) -> dict:
         # Books of all lengths: a state that is too small for the full book can still learn to look up in short ones.
         entries = int(torch.randint(1, ENTRIES + 1, (), generator=generator))
         tokens, answers = books(TRAINING["batch"], entries, generator)
-        loss = nn.functional.cross_entropy(model(tokens)[:, entries:].flatten(0, 1), answers.flatten())
+        loss = nn.functional.cross_entropy(
+            model(tokens)[:, entries:].flatten(0, 1), answers.flatten()
+        )
         optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), TRAINING["clip"])
@@ -121,21 +135,36 @@ def main() -> None:
     args = parser.parse_args()
     jobs = []
     for seed in range(args.seeds):
-        jobs += [("Transformer", 16, seed, "slow", args.steps)]  # it has no state, so neither its size nor its start
+        jobs += [
+            ("Transformer", 16, seed, "slow", args.steps)
+        ]  # it has no state, so neither its size nor its start
         jobs += [("Mamba-2", state, seed, "slow", args.steps) for state in (2, 4, 8, 16, 32, 64)]
         jobs += [("hybrid", state, seed, "slow", args.steps) for state in (2, 16)]
     jobs += [(name, 64, 0, "published", args.steps) for name in ("Mamba-2", "hybrid")]
     command = "python notebooks/results/measure_05_recall.py --processes 2"
-    sizes = dict(SIZES, **TRAINING, names=NAMES, numbers=NUMBERS, entries=ENTRIES, starts=STARTS, dtype="float32")
+    sizes = dict(
+        SIZES,
+        **TRAINING,
+        names=NAMES,
+        numbers=NUMBERS,
+        entries=ENTRIES,
+        starts=STARTS,
+        dtype="float32",
+    )
     result = dict(command=command, torch=torch.__version__, sizes=sizes, runs=[])
     with ProcessPoolExecutor(args.processes) as pool:
         for future in as_completed([pool.submit(train, *job) for job in jobs]):
             result["runs"].append(run := future.result())
-            words = ", ".join(f"{run['accuracy'][entries]:.2f} of {entries}" for entries in (8, 16, 32))
-            print(
-                f"{run['model']:12} Z {run['state']:2}, seed {run['seed']}, {run['start']} start: {words}", flush=True
+            words = ", ".join(
+                f"{run['accuracy'][entries]:.2f} of {entries}" for entries in (8, 16, 32)
             )
-            result["runs"].sort(key=lambda r: (r["start"] == "published", r["model"], r["state"], r["seed"]))
+            print(
+                f"{run['model']:12} Z {run['state']:2}, seed {run['seed']}, {run['start']} start: {words}",
+                flush=True,
+            )
+            result["runs"].sort(
+                key=lambda r: (r["start"] == "published", r["model"], r["state"], r["seed"])
+            )
             (HERE / "05_recall.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

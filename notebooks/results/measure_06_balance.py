@@ -34,7 +34,9 @@ def rate(step: int) -> float:
 def chosen(model: mf.MoELM, tokens_S: torch.Tensor) -> list[list[int]]:
     """Which experts each token chose in the last layer of experts."""
     found, router = [], model.routers()[-1]
-    handle = router.register_forward_hook(lambda router, args, routing: found.append(routing.experts_TK.tolist()))
+    handle = router.register_forward_hook(
+        lambda router, args, routing: found.append(routing.experts_TK.tolist())
+    )
     model.eval()
     with torch.no_grad():
         model(tokens_S[None])
@@ -54,7 +56,9 @@ def run(alpha: float, gamma: float, seed: int) -> dict:
     return dict(
         largest=[round(mf.largest_load(step.counts_LE), 3) for step in steps],
         loss=[round(step.loss.item(), 4) for step in steps],
-        loads=[(step.counts_LE[-1] * 100 / even).round().int().tolist() for step in steps],  # last layer, hundredths
+        loads=[
+            (step.counts_LE[-1] * 100 / even).round().int().tolist() for step in steps
+        ],  # last layer, hundredths
         text=data.decode(piece_S),
         before=before,
         after=chosen(model, piece_S),
@@ -68,12 +72,19 @@ if __name__ == "__main__":
         runs = [run(alpha, gamma, seed) for seed in SEEDS]
         curves[name] = [{key: found[key] for key in ("largest", "loss")} for found in runs]
         maps[name] = {key: runs[0][key] for key in ("loads", "text", "before", "after")}
-        below = [next((i for i, x in enumerate(found["largest"]) if x < 1.5), None) for found in runs]
+        below = [
+            next((i for i, x in enumerate(found["largest"]) if x < 1.5), None) for found in runs
+        ]
         last = [(found["largest"][-1], found["loss"][-1]) for found in runs]
         print(f"{name:30} below 1.5 at step {below}; at the end load and loss {last}", flush=True)
     result = dict(
-        command="python notebooks/results/measure_06_balance.py", torch=torch.__version__, curves=curves, maps=maps
+        command="python notebooks/results/measure_06_balance.py",
+        torch=torch.__version__,
+        curves=curves,
+        maps=maps,
     )
-    lines = ",\n".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in result.items())
+    lines = ",\n".join(
+        f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in result.items()
+    )
     (HERE / "06_balance.json").write_text(f"{{\n{lines}\n}}\n", "utf-8")
     print(f"{time.time() - begin:.0f} s")

@@ -27,7 +27,9 @@ RECIPES = {
     "fp32, weights moved by 1e-6": None,
     "one scale a tensor": mf.HYBRID,
     "blockwise": mf.BLOCKWISE,
-    "broken: gradients in E4M3, not scaled": mf.FP8Recipe(dgrad=(UNSCALED, mf.E4M3), wgrad=(UNSCALED, mf.E4M3)),
+    "broken: gradients in E4M3, not scaled": mf.FP8Recipe(
+        dgrad=(UNSCALED, mf.E4M3), wgrad=(UNSCALED, mf.E4M3)
+    ),
     "broken: the first step's scales for ever": mf.FP8Recipe(
         (STALE, STALE), (STALE_GRADIENT, STALE), (STALE_GRADIENT, STALE)
     ),
@@ -69,7 +71,9 @@ def breakable():
 
 
 def run(recipe: mf.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[float]:
-    config = mf.MoEConfig(pattern="*E*E*E", num_experts=4, seed=seed)  # the recipes leave first and last layer in fp32
+    config = mf.MoEConfig(
+        pattern="*E*E*E", num_experts=4, seed=seed
+    )  # the recipes leave first and last layer in fp32
     data, model, losses = mf.TextData("", "bytes", LENGTH), mf.MoELM(config), []
     with torch.no_grad():
         for p in model.parameters():
@@ -92,8 +96,14 @@ if __name__ == "__main__":
             torch.manual_seed(seed)
             curves[name].append(run(recipe, seed, nudge=1e-6 if "moved" in name else 0.0))
             ours, wide = (sum(curves[which][-1][-40:]) for which in (name, "fp32"))
-            print(f"seed {seed}  {name:42} the last 40 steps' loss {ours / wide - 1:+.2%}", flush=True)
-    result = dict(command="python notebooks/results/measure_06_fp8.py", torch=torch.__version__, curves=curves)
-    lines = ",\n".join(f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in result.items())
+            print(
+                f"seed {seed}  {name:42} the last 40 steps' loss {ours / wide - 1:+.2%}", flush=True
+            )
+    result = dict(
+        command="python notebooks/results/measure_06_fp8.py", torch=torch.__version__, curves=curves
+    )
+    lines = ",\n".join(
+        f'"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in result.items()
+    )
     (HERE / "06_fp8.json").write_text(f"{{\n{lines}\n}}\n", "utf-8")
     print(f"{time.time() - begin:.0f} s")

@@ -32,7 +32,9 @@ def alternate(ours, theirs, rounds: int, cuda: bool = False) -> tuple[float, flo
         return (time.perf_counter() - begin) * 1e3
 
     pairs = [(timed(ours), timed(theirs)) for _ in range(rounds + 1)][1:]
-    return *(statistics.median(times) for times in zip(*pairs)), statistics.median(a / b for a, b in pairs)
+    return *(statistics.median(times) for times in zip(*pairs)), statistics.median(
+        a / b for a, b in pairs
+    )
 
 
 def bench_ctc(device: torch.device, rounds: int) -> None:
@@ -41,7 +43,10 @@ def bench_ctc(device: torch.device, rounds: int) -> None:
     labels_BU = torch.randint(1, V, (B, U), generator=torch.Generator().manual_seed(1)).to(device)
     full = torch.full((B,), T), torch.full((B,), U)
     generator = torch.Generator().manual_seed(2)
-    ragged = torch.randint(100, T + 1, (B,), generator=generator), torch.randint(5, U + 1, (B,), generator=generator)
+    ragged = (
+        torch.randint(100, T + 1, (B,), generator=generator),
+        torch.randint(5, U + 1, (B,), generator=generator),
+    )
     for name, lengths in (("full lengths", full), ("ragged lengths", ragged)):
 
         def run(loss, lengths=lengths):
@@ -51,12 +56,18 @@ def bench_ctc(device: torch.device, rounds: int) -> None:
 
         torch.testing.assert_close(run(ds.ctc_loss), run(F.ctc_loss), rtol=1e-3, atol=1e-6)  # fp32
         show(
-            f"CTC, {name}", *alternate(lambda: run(ds.ctc_loss), lambda: run(F.ctc_loss), rounds, device.type == "cuda")
+            f"CTC, {name}",
+            *alternate(
+                lambda: run(ds.ctc_loss), lambda: run(F.ctc_loss), rounds, device.type == "cuda"
+            ),
         )
 
 
 def bench_recurrence(device: torch.device, rounds: int) -> None:
-    x_T2BH, weight_2HH = torch.randn(105, 2, 16, 128, device=device), torch.randn(2, 128, 128, device=device) * 0.03
+    x_T2BH, weight_2HH = (
+        torch.randn(105, 2, 16, 128, device=device),
+        torch.randn(2, 128, 128, device=device) * 0.03,
+    )
 
     def run(recurrence):
         leaves = x_T2BH.clone().requires_grad_(), weight_2HH.clone().requires_grad_()
@@ -75,7 +86,9 @@ def measure_ring(size: int, rounds: int) -> tuple[float, float, float]:
         function(x)
         x.fill_(1)
 
-    return alternate(lambda: both(ds.ring_all_reduce), lambda: both(dist.all_reduce), rounds, x.is_cuda)
+    return alternate(
+        lambda: both(ds.ring_all_reduce), lambda: both(dist.all_reduce), rounds, x.is_cuda
+    )
 
 
 def show(name: str, ours: float, theirs: float, ratio: float) -> None:
@@ -91,7 +104,9 @@ def main() -> None:
     torch.set_num_threads(1)
     cuda, device = args.device == "cuda", torch.device(args.device)
     name = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"
-    print(f"forward + backward, {name}, torch {torch.__version__}; medians of {args.rounds} rounds\n")
+    print(
+        f"forward + backward, {name}, torch {torch.__version__}; medians of {args.rounds} rounds\n"
+    )
     print(f"{'':40} {'ours':>13} {'PyTorch’s':>13} {'ours / PyTorch’s':>8}")
     bench_ctc(device, args.rounds)
     bench_recurrence(device, args.rounds)

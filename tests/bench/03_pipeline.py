@@ -19,7 +19,11 @@ import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"gpipe": ("ScheduleGPipe", 1), "1f1b": ("Schedule1F1B", 1), "interleaved": ("ScheduleInterleaved1F1B", 2)}
+KINDS = {
+    "gpipe": ("ScheduleGPipe", 1),
+    "1f1b": ("Schedule1F1B", 1),
+    "interleaved": ("ScheduleInterleaved1F1B", 2),
+}
 
 
 class Chunk(torch.nn.Module):
@@ -39,7 +43,9 @@ def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: i
 
     world, rank, device = dist.get_world_size(), dist.get_rank(), ranks.device
     name, chunks = KINDS[kind]
-    config = pl.GPTConfig(hidden_size=hidden, num_heads=4, seq_length=seq, num_layers=layers, tied_head=False)
+    config = pl.GPTConfig(
+        hidden_size=hidden, num_heads=4, seq_length=seq, num_layers=layers, tied_head=False
+    )
     grid = pl.make_grid(world, device)
     ours, theirs = (pl.PipelineStage(config, rank, world, chunks).to(device) for _ in range(2))
     program = pl.programs(pl.schedule(kind, world, m, chunks))[rank]
@@ -54,7 +60,9 @@ def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: i
     def loss_of(logits_BSV, targets_BS):
         return theirs.loss(logits_BSV, targets_BS).sum() / (batch * seq)
 
-    schedule = getattr(pipelining, name)(stages if chunks > 1 else stages[0], m, loss_fn=loss_of, scale_grads=False)
+    schedule = getattr(pipelining, name)(
+        stages if chunks > 1 else stages[0], m, loss_fn=loss_of, scale_grads=False
+    )
 
     def step(own: bool) -> None:
         if own:
@@ -107,7 +115,9 @@ def sleep_through(kind: str, m: int, chunks: int, seconds: float) -> float:
     config = pl.GPTConfig(hidden_size=8, num_heads=1, seq_length=4, num_layers=grid.pp * chunks)
     stage = pl.PipelineStage(config, grid.pp_rank, grid.pp, chunks)
     plain = pl.PipelineStage.forward
-    stage.forward = lambda chunk, x, streams: Sleeper.apply(plain(stage, chunk, x, streams), seconds / chunks)
+    stage.forward = lambda chunk, x, streams: Sleeper.apply(
+        plain(stage, chunk, x, streams), seconds / chunks
+    )
     program = pl.programs(pl.schedule(kind, grid.pp, m, chunks))[grid.pp_rank]
     tokens_BS = torch.zeros(m, 4, dtype=torch.int64)
     bubbles = []
@@ -135,23 +145,43 @@ def main() -> None:
         else dict(hidden=128, seq=64, layers=8, batch=16, m=8)
     )
     name = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"
-    print(f"a step of {world} stages, {sizes}, {name}, torch {torch.__version__}; medians of {args.rounds} rounds\n")
+    print(
+        f"a step of {world} stages, {sizes}, {name}, torch {torch.__version__}; medians of {args.rounds} rounds\n"
+    )
     print("schedule          ours   PyTorch's   ours / PyTorch's   gradients apart")
     pool = ranks.Pool(world, args.device, "nccl" if cuda else "gloo")
     for kind in KINDS:
-        results = pool.run(Path(__file__).stem, "measure", dict(kind=kind, rounds=args.rounds, **sizes), timeout=600)
+        results = pool.run(
+            Path(__file__).stem,
+            "measure",
+            dict(kind=kind, rounds=args.rounds, **sizes),
+            timeout=600,
+        )
         ours, theirs = results[0]["ours"], results[0]["theirs"]
-        ratio, gap = statistics.median(o / t for o, t in zip(ours, theirs)), max(r["gap"] for r in results)
+        ratio, gap = (
+            statistics.median(o / t for o, t in zip(ours, theirs)),
+            max(r["gap"] for r in results),
+        )
         times = f"{statistics.median(ours) * 1e3:8.1f} ms {statistics.median(theirs) * 1e3:8.1f} ms"
         print(f"{kind:12} {times} {ratio:18.2f} {gap:17.0e}", flush=True)
     pool.close()
 
-    print("\nbubble of 4 stages whose operations sleep 60 and 120 ms\nschedule       m   v   measured   formula")
+    print(
+        "\nbubble of 4 stages whose operations sleep 60 and 120 ms\nschedule       m   v   measured   formula"
+    )
     pool = ranks.Pool(4)
-    for kind, m, chunks in (("gpipe", 8, 1), ("1f1b", 8, 1), ("1f1b", 16, 1), ("interleaved", 8, 2)):
+    for kind, m, chunks in (
+        ("gpipe", 8, 1),
+        ("1f1b", 8, 1),
+        ("1f1b", 16, 1),
+        ("interleaved", 8, 2),
+    ):
         kwargs = dict(kind=kind, m=m, chunks=chunks, seconds=0.06)
         found = max(pool.run(Path(__file__).stem, "sleep_through", kwargs, timeout=120))
-        print(f"{kind:12} {m:3} {chunks:3} {found:10.3f} {float(pl.bubble(kind, 4, m, chunks)):9.4f}", flush=True)
+        print(
+            f"{kind:12} {m:3} {chunks:3} {found:10.3f} {float(pl.bubble(kind, 4, m, chunks)):9.4f}",
+            flush=True,
+        )
     pool.close()
 
 

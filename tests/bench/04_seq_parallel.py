@@ -40,10 +40,17 @@ def measure(hidden: int, heads: int, seq: int, batch: int, rounds: int, dtype: s
     wait = torch.cuda.synchronize if cuda else dist.barrier
     layers = {}
     for name, (sequence_parallel, recompute, core, _) in EXPERIMENTS.items():
-        sizes = dict(seq_length=seq, hidden_size=hidden, num_heads=heads, dropout=0.0 if core == "fused" else 0.1)
+        sizes = dict(
+            seq_length=seq,
+            hidden_size=hidden,
+            num_heads=heads,
+            dropout=0.0 if core == "fused" else 0.1,
+        )
         core = getattr(sp, core + "_attention")
         with device:
-            layer = sp.SequenceParallelLayer(sp.GPTConfig(**sizes), None, sequence_parallel, recompute, core).to(dtype)
+            layer = sp.SequenceParallelLayer(
+                sp.GPTConfig(**sizes), None, sequence_parallel, recompute, core
+            ).to(dtype)
         tokens = seq // t if sequence_parallel else seq
         x = torch.randn(tokens, batch, hidden, device=device, dtype=dtype, requires_grad=True)
         layers[name] = layer, x, sp.random_streams(0, dist.get_rank(), sequence_parallel, device)
@@ -84,7 +91,11 @@ def main() -> None:
     worlds = [n for n in (1, 2, 4, 8) if n <= torch.cuda.device_count()] if cuda else [2]
     device = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"
     for world in worlds:
-        sizes = dict(hidden=6144, heads=64, seq=2048, batch=4) if cuda else dict(hidden=384, heads=4, seq=256, batch=2)
+        sizes = (
+            dict(hidden=6144, heads=64, seq=2048, batch=4)
+            if cuda
+            else dict(hidden=384, heads=4, seq=256, batch=2)
+        )
         kwargs = sizes | dict(rounds=args.rounds, dtype="bfloat16" if cuda else "float32")
         pool = ranks.Pool(world, args.device, "nccl" if cuda else "gloo")
         found = pool.run(Path(__file__).stem, "measure", kwargs, timeout=600)[0]
@@ -93,14 +104,24 @@ def main() -> None:
         print(
             f"one layer, {sizes}, t = {world}, {device}, torch {torch.__version__}; medians of {args.rounds} rounds\n"
         )
-        print("experiment                   forward   backward      total   overhead   22B, paper     memory")
+        print(
+            "experiment                   forward   backward      total   overhead   22B, paper     memory"
+        )
         for name, (*_, paper) in EXPERIMENTS.items():
             here = found[name]
-            total, of_base = ([a + b for a, b in zip(run["forward"], run["backward"])] for run in (here, base))
+            total, of_base = (
+                [a + b for a, b in zip(run["forward"], run["backward"])] for run in (here, base)
+            )
             overhead = statistics.median(a / b for a, b in zip(total, of_base)) - 1
-            times = "".join(f"{1e3 * statistics.median(x):8.1f} ms" for x in (here["forward"], here["backward"], total))
+            times = "".join(
+                f"{1e3 * statistics.median(x):8.1f} ms"
+                for x in (here["forward"], here["backward"], total)
+            )
             beside = f"{paper:+.0%}" if paper is not None else "–"
-            print(f"{name:25}{times}{overhead:+11.1%}{beside:>13}{here['memory'] / 2**20:7.0f} MiB", flush=True)
+            print(
+                f"{name:25}{times}{overhead:+11.1%}{beside:>13}{here['memory'] / 2**20:7.0f} MiB",
+                flush=True,
+            )
         print()
 
 

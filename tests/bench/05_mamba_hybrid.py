@@ -32,7 +32,9 @@ class Peak(TorchDispatchMode):
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in self.seen:
                 storage, size = x.untyped_storage(), x.untyped_storage().nbytes()
-                self.seen[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, size)
+                self.seen[storage._cdata] = weakref.finalize(
+                    storage, self._free, storage._cdata, size
+                )
                 self.now += size
                 self.bytes = max(self.bytes, self.now)
         return out
@@ -84,7 +86,11 @@ def beside(name: str, ours, theirs, inputs: list[torch.Tensor], device, rounds: 
 def scan_inputs(S, N, D, G, Z, device) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
-    x, dt, A = random(1, S, N, D), 0.05 * random(1, S, N).sigmoid() + 0.002, -1 - 15 * random(N).sigmoid()
+    x, dt, A = (
+        random(1, S, N, D),
+        0.05 * random(1, S, N).sigmoid() + 0.002,
+        -1 - 15 * random(N).sigmoid(),
+    )
     return [x, dt, A, random(1, S, G, Z), random(1, S, G, Z), random(N)]
 
 
@@ -102,15 +108,29 @@ def main() -> None:
     where = torch.cuda.get_device_name() if cuda else "CPU, one thread"
     print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}; forward + backward, fp32, "
           f"medians of {args.rounds} rounds; B 1, S 4,096\n")  # fmt: skip
-    print("                                         ours     theirs   theirs/ours       peak      theirs   ratio")
+    print(
+        "                                         ours     theirs   theirs/ours       peak      theirs   ratio"
+    )
     for N, D, G, Z, chunk in ((8, 64, 1, 128, 256), (8, 64, 1, 128, 128), (16, 32, 2, 64, 128)):
         their_scan = published.mamba2_chunk_scan
         theirs = lambda x, dt, A, B, C, skip, Q=chunk: their_scan(x, dt, A, B, C, Q, D=skip)  # noqa: B023, E731
         ours = lambda x, dt, A, B, C, skip, Q=chunk: mh.ssd(x, dt, A, B, C, Q, skip)[0]  # noqa: E731
         inputs = scan_inputs(4096, N, D, G, Z, device)
-        beside(f"scan, N {N} D {D} G {G} Z {Z} chunk {chunk}", ours, theirs, inputs, device, args.rounds)
+        beside(
+            f"scan, N {N} D {D} G {G} Z {Z} chunk {chunk}",
+            ours,
+            theirs,
+            inputs,
+            device,
+            args.rounds,
+        )
     config = mh.HybridConfig(
-        hidden_size=256, mamba_heads=8, mamba_head_size=64, mamba_groups=1, state_size=128, chunk=256
+        hidden_size=256,
+        mamba_heads=8,
+        mamba_head_size=64,
+        mamba_groups=1,
+        state_size=128,
+        chunk=256,
     )
     theirs_config = transformers.NemotronHConfig(
         hidden_size=256, mamba_num_heads=8, mamba_head_dim=64, n_groups=1, ssm_state_size=128, chunk_size=256,
@@ -122,8 +142,13 @@ def main() -> None:
     x = torch.randn(1, 4096, 256, device=device)
     beside("whole mixer, H 256, the first scan", ours, theirs, [x], device, args.rounds)
 
-    print("\nN 8, D 64, Z 64, chunk 256, beside causal attention of 8 heads of 64, forward + backward")
-    print("tokens        scan   attention   attention/scan   scan's peak, MiB" + ("   compiled" if cuda else ""))
+    print(
+        "\nN 8, D 64, Z 64, chunk 256, beside causal attention of 8 heads of 64, forward + backward"
+    )
+    print(
+        "tokens        scan   attention   attention/scan   scan's peak, MiB"
+        + ("   compiled" if cuda else "")
+    )
     compiled = torch.compile(lambda *t: mh.ssd(*t[:5], 256, t[5])[0]) if cuda else None
     for S in [2**k for k in range(10, 18 if cuda else 15)]:
         inputs = scan_inputs(S, 8, 64, 1, 64, device)
@@ -138,7 +163,9 @@ def main() -> None:
         ratio = statistics.median(b / a for a, b in found)
         line = f"{S:6,}{scans:9.0f} ms{attentions:9.0f} ms{ratio:16.2f}{peak(scan, inputs, device) / 2**20:19.0f}"
         if cuda:
-            again = statistics.median(sum(once(compiled, inputs, device)) for _ in range(rounds + 1))
+            again = statistics.median(
+                sum(once(compiled, inputs, device)) for _ in range(rounds + 1)
+            )
             line += f"{1e3 * again:9.0f} ms"
         print(line, flush=True)
 

@@ -71,7 +71,13 @@ def timed(ways: dict, rounds: int, wait=lambda: None) -> dict[str, list[float]]:
 def bench_layer(args) -> None:
     cuda = args.device == "cuda"
     config = moe.MoEConfig(
-        hidden_size=256, num_experts=64, top_k=6, expert_size=512, shared_size=512, num_heads=4, init_std=0.05
+        hidden_size=256,
+        num_experts=64,
+        top_k=6,
+        expert_size=512,
+        shared_size=512,
+        num_heads=4,
+        init_std=0.05,
     )
     torch.manual_seed(0)
     dtype = torch.bfloat16 if cuda else torch.float32
@@ -79,7 +85,9 @@ def bench_layer(args) -> None:
     loop = LoopLayer(config)
     loop.load_state_dict(ours.state_dict())
     layers = {"this chapter's": ours, "loop over experts": loop}
-    layers |= {f"transformers, {how}": transformers_layer(ours, how) for how in ("eager", "grouped_mm")}
+    layers |= {
+        f"transformers, {how}": transformers_layer(ours, how) for how in ("eager", "grouped_mm")
+    }
     layers = {name: layer.to(args.device, dtype) for name, layer in layers.items()}
     x = torch.randn(8, 256, config.hidden_size, device=args.device, dtype=dtype)
     outputs = {}
@@ -100,7 +108,10 @@ def bench_layer(args) -> None:
     for name, times in found.items():
         ratio = statistics.median(a / b for a, b in zip(times, found["this chapter's"]))
         gap = ((outputs[name] - expected).abs().max() / expected.abs().max()).item()
-        print(f"{name:24}{1e3 * statistics.median(times):8.1f} ms{ratio:18.2f} ×{gap:20.0e}", flush=True)
+        print(
+            f"{name:24}{1e3 * statistics.median(times):8.1f} ms{ratio:18.2f} ×{gap:20.0e}",
+            flush=True,
+        )
 
 
 def bench_fp8(args) -> None:
@@ -109,7 +120,9 @@ def bench_fp8(args) -> None:
     recipe = moe.HYBRID._replace(hardware=moe.fp8_hardware("auto", device, moe.HYBRID))
     print(f"\nFP8Linear, compiled, {'FP8 units' if recipe.hardware else 'emulated'}, beside nn.Linear in bf16, "
           f"{torch.cuda.get_device_name()}\n")  # fmt: skip
-    print("n        bf16 forward   FP8 forward   speed-up   forward + backward   quantisation of one operand")
+    print(
+        "n        bf16 forward   FP8 forward   speed-up   forward + backward   quantisation of one operand"
+    )
     for n in (1024, 2048, 4096, 8192, 16384):
         wide = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
         narrow = torch.compile(moe.FP8Linear(n, n, recipe).to(device, torch.bfloat16))

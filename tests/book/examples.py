@@ -40,14 +40,21 @@ def alone():
 def speech(**changes):
     from deepspeech import SpeechConfig
 
-    return SpeechConfig(**(dict(bins=8, convolutions=((2, (3, 3), (1, 2)),), hidden_size=6) | changes))
+    return SpeechConfig(
+        **(dict(bins=8, convolutions=((2, (3, 3), (1, 2)),), hidden_size=6) | changes)
+    )
 
 
 def utterances():
     """Two of unequal length, as the fields of a Batch."""
     features_BTF = normal(2, 9, 8)
     features_BTF[1, 7:] = 0
-    return features_BTF, torch.tensor([9, 7]), torch.tensor([[3, 4, 4], [5, 6, 0]]), torch.tensor([3, 2])
+    return (
+        features_BTF,
+        torch.tensor([9, 7]),
+        torch.tensor([[3, 4, 4], [5, 6, 0]]),
+        torch.tensor([3, 2]),
+    )
 
 
 def net():
@@ -74,7 +81,9 @@ def recorded(folder):
     import soundfile
 
     soundfile.write(folder / "a.wav", np.sin(np.arange(16_000)), 16_000)
-    (folder / "a.jsonl").write_text('{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}', "utf-8")
+    (folder / "a.jsonl").write_text(
+        '{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}', "utf-8"
+    )
     return str(folder / "a.jsonl")
 
 
@@ -237,7 +246,9 @@ def merges(m, folder):
 
     letters = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != " "]
     letters += [chr(256 + i) for i in range(256 - len(letters))]
-    (folder / "vocab.json").write_text(json.dumps({x: i for i, x in enumerate([*letters, "th"])}), "utf-8")
+    (folder / "vocab.json").write_text(
+        json.dumps({x: i for i, x in enumerate([*letters, "th"])}), "utf-8"
+    )
     (folder / "merges.txt").write_text("#version: 0.2\nt h\n", "utf-8")
     return m.folder_tokenizer(folder).encode("with the")
 
@@ -268,7 +279,11 @@ class Sublayer(torch.nn.Linear):
 def one_grid(m, folder):
     with alone() as device:
         grid = m.make_grid(1, device)
-    return [size for size in getattr(grid, "_asdict", lambda: vars(grid))().values() if isinstance(size, int)]
+    return [
+        size
+        for size in getattr(grid, "_asdict", lambda: vars(grid))().values()
+        if isinstance(size, int)
+    ]
 
 
 def text_of(m, folder):
@@ -383,14 +398,28 @@ def message(**fields):
 def hybrid_config(**changes):
     from mamba_hybrid import HybridConfig
 
-    sizes = dict(vocab_size=13, hidden_size=16, pattern="M*-", ffn_hidden_size=24, mamba_heads=4, mamba_head_size=4)
-    sizes |= dict(mamba_groups=2, state_size=5, attention_heads=4, attention_groups=2, attention_head_size=4)
+    sizes = dict(
+        vocab_size=13,
+        hidden_size=16,
+        pattern="M*-",
+        ffn_hidden_size=24,
+        mamba_heads=4,
+        mamba_head_size=4,
+    )
+    sizes |= dict(
+        mamba_groups=2, state_size=5, attention_heads=4, attention_groups=2, attention_head_size=4
+    )
     return HybridConfig(**(sizes | changes))
 
 
 def scan_arguments():
     """x, dt, A, B, C of seven tokens, four heads in two groups."""
-    return normal(2, 7, 4, 3), torch.rand(2, 7, 4).double(), -torch.rand(4).double(), *normal(2, 2, 7, 2, 5)
+    return (
+        normal(2, 7, 4, 3),
+        torch.rand(2, 7, 4).double(),
+        -torch.rand(4).double(),
+        *normal(2, 2, 7, 2, 5),
+    )
 
 
 def hybrid_model():
@@ -445,7 +474,9 @@ def several_grids(m):
 def moe_config():
     from moe_fp8 import MoEConfig
 
-    return MoEConfig(vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E")
+    return MoEConfig(
+        vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E"
+    )
 
 
 def moe(which="ParallelMoELM"):
@@ -532,16 +563,26 @@ EXAMPLES = {
     "deepspeech": {
         "save_model": lambda m, folder: saved(m, folder),
         "small_batch": lambda m, folder: vars(m.small_batch(3, speech())),
-        "synthesize": lambda m, folder: m.synthesize(["one", "two"], 8000, np.random.default_rng(0)).tolist(),
-        "Speech": lambda m, folder: vars(m.Speech.synthetic(2, speech(), 0).batch([1, 0], speech())),
+        "synthesize": lambda m, folder: m.synthesize(
+            ["one", "two"], 8000, np.random.default_rng(0)
+        ).tolist(),
+        "Speech": lambda m, folder: vars(
+            m.Speech.synthetic(2, speech(), 0).batch([1, 0], speech())
+        ),
         "Counter": lambda m, folder: counted(m),
         "RecurrentLayer": lambda m, folder: through(
-            m.RecurrentLayer(speech(), 5, Normless, sum_so_far), normal(4, 2, 5), torch.ones(4, 2, dtype=torch.bool)
+            m.RecurrentLayer(speech(), 5, Normless, sum_so_far),
+            normal(4, 2, 5),
+            torch.ones(4, 2, dtype=torch.bool),
         ),
         "DeepSpeech2": lambda m, folder: m.DeepSpeech2(speech()).double()(*utterances()[:2]),
         "plain_gradients": lambda m, folder: m.plain_gradients(net(), speech_batches()[0]),
-        "train_alone": lambda m, folder: losses(m.train_alone(net(), speech_batches(), lambda step: 1e-3)),
-        "plain_recurrence": lambda m, folder: m.plain_recurrence(normal(5, 2, 3, 4), normal(2, 4, 4)),
+        "train_alone": lambda m, folder: losses(
+            m.train_alone(net(), speech_batches(), lambda step: 1e-3)
+        ),
+        "plain_recurrence": lambda m, folder: m.plain_recurrence(
+            normal(5, 2, 3, 4), normal(2, 4, 4)
+        ),
         "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
         "parallel_model": lambda m, folder: m.parallel_model(speech()).double()(*utterances()[:2]),
         "load_model": lambda m, folder: loaded(m, folder),
@@ -552,16 +593,26 @@ EXAMPLES = {
         "SequenceBatchNorm": lambda m, folder: through(
             m.SequenceBatchNorm(4), normal(5, 2, 4), torch.arange(5)[:, None] < torch.tensor([5, 3])
         ),
-        "clipped_recurrence": lambda m, folder: m.clipped_recurrence(normal(5, 2, 3, 4), normal(2, 4, 4)),
-        "time_parallel_birnn": lambda m, folder: m.time_parallel_birnn(normal(5, 3, 4), normal(2, 4, 4)),
+        "clipped_recurrence": lambda m, folder: m.clipped_recurrence(
+            normal(5, 2, 3, 4), normal(2, 4, 4)
+        ),
+        "time_parallel_birnn": lambda m, folder: m.time_parallel_birnn(
+            normal(5, 3, 4), normal(2, 4, 4)
+        ),
         "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
         "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
         "check_replicas": lambda m, folder: m.check_replicas(net()) or "no other rank",
         "parallel_gradients": lambda m, folder: speech_gradients(m),
         "train": lambda m, folder: losses(m.train(net(), speech_batches(), lambda step: 1e-3)),
-        "distort": lambda m, folder: m.distort(torch.randn(4000), speech(), np.random.default_rng(0)),
-        "read_manifest": lambda m, folder: [said.text for said in m.read_manifest(recorded(folder))],
-        "load_audio": lambda m, folder: m.load_audio(str(Path(recorded(folder)).parent / "a.wav"), 8000),
+        "distort": lambda m, folder: m.distort(
+            torch.randn(4000), speech(), np.random.default_rng(0)
+        ),
+        "read_manifest": lambda m, folder: [
+            said.text for said in m.read_manifest(recorded(folder))
+        ],
+        "load_audio": lambda m, folder: m.load_audio(
+            str(Path(recorded(folder)).parent / "a.wav"), 8000
+        ),
         "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
     },
     "megatron_tp": {
@@ -570,12 +621,20 @@ EXAMPLES = {
         "reduce_from_tp": lambda m, folder: m.reduce_from_tp(normal(3, 4)),
         "scatter_to_tp": lambda m, folder: m.scatter_to_tp(normal(3, 4)),
         "gather_from_tp": lambda m, folder: m.gather_from_tp(normal(3, 4)),
-        "ColumnParallelLinear": lambda m, folder: through(m.ColumnParallelLinear(4, 6), normal(2, 4)),
+        "ColumnParallelLinear": lambda m, folder: through(
+            m.ColumnParallelLinear(4, 6), normal(2, 4)
+        ),
         "RowParallelLinear": lambda m, folder: through(m.RowParallelLinear(4, 6), normal(2, 4)),
-        "VocabParallelEmbedding": lambda m, folder: through(m.VocabParallelEmbedding(13, 4), TOKENS),
-        "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(normal(2, 6, 13), TOKENS),
+        "VocabParallelEmbedding": lambda m, folder: through(
+            m.VocabParallelEmbedding(13, 4), TOKENS
+        ),
+        "vocab_parallel_cross_entropy": lambda m, folder: m.vocab_parallel_cross_entropy(
+            normal(2, 6, 13), TOKENS
+        ),
         "seed_dropout": lambda m, folder: masks(m),
-        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), m.Dropout(0.5)),
+        "core_attention": lambda m, folder: m.core_attention(
+            *normal(3, 2, 2, 5, 4), m.Dropout(0.5)
+        ),
         "Attention": lambda m, folder: through(m.Attention(small()), normal(2, 5, 16)),
         "MLP": lambda m, folder: through(m.MLP(small()), normal(2, 5, 16)),
         "Block": lambda m, folder: through(m.Block(small()), normal(2, 5, 16)),
@@ -585,7 +644,9 @@ EXAMPLES = {
         "ParallelGPT": lambda m, folder: through(m.ParallelGPT(small()), TOKENS),
         "shard_dim": lambda m, folder: m.shard_dim("layers.0.attention.out.weight"),
         "check_tp": lambda m, folder: m.check_tp(small(), 2) or "it fits",
-        "shard_tensor": lambda m, folder: m.shard_tensor("embedding.weight", normal(13, 16), small(), 1, 2),
+        "shard_tensor": lambda m, folder: m.shard_tensor(
+            "embedding.weight", normal(13, 16), small(), 1, 2
+        ),
         "shard_state_dict": lambda m, folder: m.shard_state_dict(weights(), small(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([weights()], small()),
         "gather_state_dict": lambda m, folder: gathered(m),
@@ -611,7 +672,9 @@ EXAMPLES = {
     "pipeline": {
         "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
         "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
-        "Attention": lambda m, folder: through(m.Attention(pipeline_size()), normal(2, 5, 16), Streams()),
+        "Attention": lambda m, folder: through(
+            m.Attention(pipeline_size()), normal(2, 5, 16), Streams()
+        ),
         "MLP": lambda m, folder: through(m.MLP(pipeline_size()), normal(2, 5, 16), Streams()),
         "Block": lambda m, folder: through(
             m.Block(pipeline_size(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()
@@ -619,7 +682,9 @@ EXAMPLES = {
         "GPT": lambda m, folder: through(m.GPT(pipeline_size()), TOKENS),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(pipeline_size()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(pipeline_size())),
-        "train_alone": lambda m, folder: losses(m.train_alone(pipeline_gpt(), BATCHES, lambda step: 1e-3)),
+        "train_alone": lambda m, folder: losses(
+            m.train_alone(pipeline_gpt(), BATCHES, lambda step: 1e-3)
+        ),
         "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16, num_heads=2)),
         "join_from_wire": lambda m, folder: m.join_from_wire(normal(6), (3, 2)),
         "sum_over": lambda m, folder: m.sum_over(None, [normal(3)]) or "one rank",
@@ -638,14 +703,22 @@ EXAMPLES = {
         "simulate": lambda m, folder: m.simulate(lists()),
         "programs": lambda m, folder: m.programs(lists("interleaved", 2, 4, 2)),
         "verify": lambda m, folder: m.verify(lists()),
-        "verify_programs": lambda m, folder: m.verify_programs(__import__("pipeline").programs(lists())) or "proven",
-        "PipelineStage": lambda m, folder: list(m.PipelineStage(pipeline_size(), 1, 2).parameters()),
+        "verify_programs": lambda m, folder: (
+            m.verify_programs(__import__("pipeline").programs(lists())) or "proven"
+        ),
+        "PipelineStage": lambda m, folder: list(
+            m.PipelineStage(pipeline_size(), 1, 2).parameters()
+        ),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
         "cut_for_wire": lambda m, folder: m.cut_for_wire(normal(3, 2)),
         "Mailbox": lambda m, folder: len(vars(m.Mailbox(one_device(), torch.float32, "cpu", None))),
         "run_step": lambda m, folder: pipeline_step(m),
-        "shard_state_dict": lambda m, folder: m.shard_state_dict(stage_weights(), pipeline_size(), 1, 2),
-        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([stage_weights()], pipeline_size()),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(
+            stage_weights(), pipeline_size(), 1, 2
+        ),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+            [stage_weights()], pipeline_size()
+        ),
         "make_grid": one_grid,
         "clip_grad_norm_": lambda m, folder: pipeline_clip(m),
         "train": lambda m, folder: losses(
@@ -661,29 +734,47 @@ EXAMPLES = {
         "gather_from_sp": lambda m, folder: m.gather_from_sp(normal(4, 2, 3)),
         "reduce_scatter_to_sp": lambda m, folder: m.reduce_scatter_to_sp(normal(4, 2, 3)),
         "scatter_to_sp": lambda m, folder: m.scatter_to_sp(normal(4, 2, 3)),
-        "SPColumnParallelLinear": lambda m, folder: through(m.SPColumnParallelLinear(4, 6), normal(3, 2, 4)),
-        "SPRowParallelLinear": lambda m, folder: through(m.SPRowParallelLinear(4, 6), normal(3, 2, 4)),
+        "SPColumnParallelLinear": lambda m, folder: through(
+            m.SPColumnParallelLinear(4, 6), normal(3, 2, 4)
+        ),
+        "SPRowParallelLinear": lambda m, folder: through(
+            m.SPRowParallelLinear(4, 6), normal(3, 2, 4)
+        ),
         "unfused_attention": lambda m, folder: m.unfused_attention(*normal(3, 4, 5, 2), p=0.5),
         "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
         "ParallelAttention": lambda m, folder: sp_attention(m),
         "SequenceParallelLayer": lambda m, folder: through(
-            m.SequenceParallelLayer(sp_config(), recompute="selective"), normal(5, 2, 16).requires_grad_(), Streams()
+            m.SequenceParallelLayer(sp_config(), recompute="selective"),
+            normal(5, 2, 16).requires_grad_(),
+            Streams(),
         ),
         "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
         "look_up": lambda m, folder: m.look_up(TOKENS.T, normal(13, 4), 13),
-        "SequenceParallelGPT": lambda m, folder: through(m.SequenceParallelGPT(sp_config()), TOKENS),
-        "reduce_sequence_parallel_grads": lambda m, folder: m.reduce_sequence_parallel_grads(sp_gpt()) or "one rank",
+        "SequenceParallelGPT": lambda m, folder: through(
+            m.SequenceParallelGPT(sp_config()), TOKENS
+        ),
+        "reduce_sequence_parallel_grads": lambda m, folder: (
+            m.reduce_sequence_parallel_grads(sp_gpt()) or "one rank"
+        ),
         "train_step": lambda m, folder: sp_step(m),
         "train": lambda m, folder: losses(m.train(sp_gpt(), BATCHES, lambda step: 1e-3)),
-        "TransformerLayer": lambda m, folder: through(m.TransformerLayer(sp_config()), normal(2, 5, 16), Streams()),
-        "column_parallel": lambda m, folder: m.column_parallel(normal(3, 2, 4), normal(6, 4), None, None, True),
+        "TransformerLayer": lambda m, folder: through(
+            m.TransformerLayer(sp_config()), normal(2, 5, 16), Streams()
+        ),
+        "column_parallel": lambda m, folder: m.column_parallel(
+            normal(3, 2, 4), normal(6, 4), None, None, True
+        ),
         "sum_over_tp": lambda m, folder: m.sum_over_tp(normal(3, 2, 4), None, True),
         "ParallelMLP": lambda m, folder: through(
             m.ParallelMLP(sp_config(), None, True), normal(5, 2, 16).requires_grad_(), Streams()
         ),
-        "saved_bytes": lambda m, folder: [kept.bytes for kept in m.saved_bytes(normal(3).requires_grad_().exp)],
+        "saved_bytes": lambda m, folder: [
+            kept.bytes for kept in m.saved_bytes(normal(3).requires_grad_().exp)
+        ],
         "published_config": lambda m, folder: vars(m.published_config(published_model())),
-        "first_stage_bytes": lambda m, folder: m.first_stage_bytes(published_model(), True, "selective"),
+        "first_stage_bytes": lambda m, folder: m.first_stage_bytes(
+            published_model(), True, "selective"
+        ),
         "extra_bytes": lambda m, folder: m.extra_bytes(published_model()),
         "stage_output_bytes": lambda m, folder: m.stage_output_bytes(published_model()),
         "paper_scale": lambda m, folder: [cost.kept for cost in m.paper_scale("22B")],
@@ -692,19 +783,27 @@ EXAMPLES = {
     "mamba_hybrid": {
         "grids": lambda m, folder: several_grids(m),
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
-        "log_decay": lambda m, folder: m.log_decay(-normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1),
+        "log_decay": lambda m, folder: m.log_decay(
+            -normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1
+        ),
         "ssd_recurrent": lambda m, folder: m.ssd_recurrent(*scan_arguments()),
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
-        "causal_conv1d": lambda m, folder: m.causal_conv1d(normal(2, 7, 3), normal(3, 4), normal(3)),
+        "causal_conv1d": lambda m, folder: m.causal_conv1d(
+            normal(2, 7, 3), normal(3, 4), normal(3)
+        ),
         "Past": lambda m, folder: m.Past().scan(*scan_arguments(), 3, normal(4)),
         "RMSNorm": lambda m, folder: through(m.RMSNorm(8, groups=2), normal(2, 5, 8)),
         "Mamba2Mixer": lambda m, folder: through(m.Mamba2Mixer(hybrid_config()), normal(2, 5, 16)),
         "rotate": lambda m, folder: m.rotate(normal(2, 4, 5, 8), 3, 0.5),
         "Attention": lambda m, folder: through(m.Attention(hybrid_config()), normal(2, 5, 16)),
-        "SquaredReLUMLP": lambda m, folder: through(m.SquaredReLUMLP(hybrid_config()), normal(2, 5, 16)),
+        "SquaredReLUMLP": lambda m, folder: through(
+            m.SquaredReLUMLP(hybrid_config()), normal(2, 5, 16)
+        ),
         "HybridLM": lambda m, folder: through(m.HybridLM(hybrid_config()), TOKENS),
-        "initial_value": lambda m, folder: m.initial_value("A_log", torch.Size([4]), hybrid_config()),
+        "initial_value": lambda m, folder: m.initial_value(
+            "A_log", torch.Size([4]), hybrid_config()
+        ),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
         "CachedPast": lambda m, folder: cached(m),
@@ -718,12 +817,22 @@ EXAMPLES = {
         "from_earlier_ranks": lambda m, folder: m.from_earlier_ranks(normal(2, 5, 3)),
         "RankPast": lambda m, folder: m.RankPast(lengths=[7]).scan(*scan_arguments(), 3, normal(4)),
         "ParallelHybridLM": lambda m, folder: through(m.ParallelHybridLM(hybrid_config()), TOKENS),
-        "pieces_of": lambda m, folder: m.pieces_of("layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2),
-        "shard_tensor": lambda m, folder: m.shard_tensor("layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 2),
-        "shard_state_dict": lambda m, folder: m.shard_state_dict(hybrid_weights(), hybrid_config(), 1, 2),
-        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([hybrid_weights()], hybrid_config()),
+        "pieces_of": lambda m, folder: m.pieces_of(
+            "layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2
+        ),
+        "shard_tensor": lambda m, folder: m.shard_tensor(
+            "layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 2
+        ),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(
+            hybrid_weights(), hybrid_config(), 1, 2
+        ),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+            [hybrid_weights()], hybrid_config()
+        ),
         "load_nemotron_h": published_hybrid,
-        "gradient_pieces": lambda m, folder: [part for _, part, _ in m.gradient_pieces(hybrid_gradients())],
+        "gradient_pieces": lambda m, folder: [
+            part for _, part, _ in m.gradient_pieces(hybrid_gradients())
+        ],
         "reduce_gradients": lambda m, folder: hybrid_reduced(m),
         "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
         "train_step": lambda m, folder: hybrid_step(m),
@@ -734,23 +843,31 @@ EXAMPLES = {
         "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {
-        "Layer": lambda m, folder: list(m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))),
+        "Layer": lambda m, folder: list(
+            m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
+        ),
         "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
         "all_to_all_bytes": lambda m, folder: m.all_to_all_bytes(moe_config(), 2),
         "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
         "codes_agree": lambda m, folder: codes(m),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
-        "grouped_product": lambda m, folder: m.grouped_product(normal(5, 3), normal(2, 4, 3), [2, 3]),
+        "grouped_product": lambda m, folder: m.grouped_product(
+            normal(5, 3), normal(2, 4, 3), [2, 3]
+        ),
         "Experts": lambda m, folder: through(m.Experts(2, 3, 4), normal(5, 3), [2, 3]),
         "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
         "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
         "MoELM": lambda m, folder: list(m.MoELM(moe_config()).double()(TOKENS)),
         "state_shapes": lambda m, folder: list(m.state_shapes(moe_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(moe_config())),
-        "train_alone": lambda m, folder: losses(m.train_alone(moe("MoELM"), BATCHES, lambda step: 1e-3)),
+        "train_alone": lambda m, folder: losses(
+            m.train_alone(moe("MoELM"), BATCHES, lambda step: 1e-3)
+        ),
         "all_to_all": lambda m, folder: m.all_to_all(normal(3, 2), [3], [3]),
-        "plan_dispatch": lambda m, folder: m.plan_dispatch(torch.tensor([[0, 2], [1, 0]]), 4).counts,
+        "plan_dispatch": lambda m, folder: (
+            m.plan_dispatch(torch.tensor([[0, 2], [1, 0]]), 4).counts
+        ),
         "dispatch": lambda m, folder: trip(m, "there"),
         "combine": lambda m, folder: trip(m, "back"),
         "ExpertParallelMoELayer": lambda m, folder: list(
@@ -762,13 +879,17 @@ EXAMPLES = {
         "fp8_product": lambda m, folder: m.fp8_product(
             quantized(torch.randn(4, 8)), quantized(torch.randn(3, 8)), torch.float32
         ),
-        "fp8_linear": lambda m, folder: m.fp8_linear(torch.randn(4, 16), torch.randn(16, 16), hybrid()),
+        "fp8_linear": lambda m, folder: m.fp8_linear(
+            torch.randn(4, 16), torch.randn(16, 16), hybrid()
+        ),
         "FP8Linear": lambda m, folder: m.FP8Linear(16, 16)(torch.randn(4, 16)),
         "fp8_grouped_product": lambda m, folder: m.fp8_grouped_product(
             torch.randn(5, 16), torch.randn(2, 16, 16), [2, 3], hybrid()
         ),
         "to_fp8": lambda m, folder: list(m.to_fp8(moe("MoELM").float(), hybrid())(TOKENS)),
-        "shard_tensor": lambda m, folder: m.shard_tensor("layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2),
+        "shard_tensor": lambda m, folder: m.shard_tensor(
+            "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
+        ),
         "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
         "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
@@ -776,7 +897,9 @@ EXAMPLES = {
         "make_grid": one_grid,
         "reduce_gradients": lambda m, folder: moe_reduce(m),
         "plain_gradients": lambda m, folder: moe_gradients(m, moe("MoELM"), "plain_gradients"),
-        "parallel_gradients": lambda m, folder: moe_gradients(m, moe(), "parallel_gradients", m.Grid()),
+        "parallel_gradients": lambda m, folder: moe_gradients(
+            m, moe(), "parallel_gradients", m.Grid()
+        ),
         "train": lambda m, folder: moe_run(m),
         "parameters": lambda m, folder: list(m.parameters(moe_config())),
         "quantisation_error": lambda m, folder: m.quantisation_error(torch.randn(8, 8)),
@@ -814,10 +937,7 @@ WITHOUT_EXAMPLE = {
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "decode_times": "measures time",
     },
-    "moe_fp8": {
-        "print_formats": "prints",
-        "recipe_of": "takes the command line's arguments",
-    },
+    "moe_fp8": {"print_formats": "prints", "recipe_of": "takes the command line's arguments"},
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}

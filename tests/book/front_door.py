@@ -38,7 +38,9 @@ def cells(table: str) -> list[list[str]]:
 
 def tables(output: str) -> list[dict]:
     """What a table file printed: of each table the title and the rows, claim, paper, formula, here, verdict."""
-    found = re.findall(r"^([^\n]+)\n\n(claim +paper +formula .+?)(?=\n\n|\Z)", output, flags=re.M | re.S)
+    found = re.findall(
+        r"^([^\n]+)\n\n(claim +paper +formula .+?)(?=\n\n|\Z)", output, flags=re.M | re.S
+    )
     return [dict(title=title, rows=cells(table)) for title, table in found]
 
 
@@ -46,7 +48,9 @@ def run(path: Path) -> tuple[str, int]:
     """What a script prints, and its seconds; by itself, as a reader would run it."""
     print(f"── {path.relative_to(ROOT)}", flush=True)
     begin = time.monotonic()
-    done = subprocess.run([sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     return done.stdout, round(time.monotonic() - begin)
 
 
@@ -126,13 +130,21 @@ def rendered(page: Path, kept: dict) -> str:
     facts = {name: str(kept[name]) for name in ("command", "machine", "tests", "bugs")}
     measured = json.loads(measure_differences.RESULTS.read_text("utf-8"))
     facts["differences"] = f"\n\n{measure_differences.markdown(measured)}\n\n"
-    facts["notebooks"] = ", ".join(f"{name} {seconds} s" for name, seconds in kept["notebooks"].items())
-    facts["runs"] = ", ".join(f"{name} {chapter['seconds']} s" for name, chapter in chapters.items())
-    facts["minutes"] = f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
+    facts["notebooks"] = ", ".join(
+        f"{name} {seconds} s" for name, seconds in kept["notebooks"].items()
+    )
+    facts["runs"] = ", ".join(
+        f"{name} {chapter['seconds']} s" for name, chapter in chapters.items()
+    )
+    facts["minutes"] = (
+        f"{sum(chapter['seconds'] for chapter in chapters.values()) / 60:.1f} minutes"
+    )
     if "test_minutes" in kept:
         facts["test minutes"] = f"{kept['test_minutes']} minutes"
     for name, chapter in chapters.items():
-        text = re.sub(rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M)
+        text = re.sub(
+            rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M
+        )
         facts[f"claims of {name}"] = f"\n\n{markdown(HEADER, chapter['claims'])}\n"
         papers = ""
         for table in chapter.get("tables", []):
@@ -141,10 +153,14 @@ def rendered(page: Path, kept: dict) -> str:
     for name, value in facts.items():
         text = re.sub(rf"(<!-- {name} -->).*?(<!-- -->)", rf"\g<1>{value}\g<2>", text, flags=re.S)
     if chapter := chapters.get(page.parent.name):
-        text = _printed(text, r"^claim +paper +here .*?(?=^```)", columns(HEADER, chapter["claims"]))
+        text = _printed(
+            text, r"^claim +paper +here .*?(?=^```)", columns(HEADER, chapter["claims"])
+        )
         for table in chapter.get("tables", []):
             title = re.escape(table["title"])
-            text = _printed(text, rf"(?<={title}\n\n)claim .*?(?=^```)", columns(TABLE_HEADER, table["rows"]))
+            text = _printed(
+                text, rf"(?<={title}\n\n)claim .*?(?=^```)", columns(TABLE_HEADER, table["rows"])
+            )
         text = re.sub(r"\d+ s on two cores", f"{chapter['seconds']} s on two cores", text)
     return text
 
@@ -154,14 +170,27 @@ def _printed(text: str, place: str, table: str) -> str:
 
 
 def pages() -> list[Path]:
-    shared = [ROOT / name for name in ("README.md", "INSTALL.md", "DIFFERENCES.md", "CLAIMS.md", "notebooks/README.md")]
+    shared = [
+        ROOT / name
+        for name in (
+            "README.md",
+            "INSTALL.md",
+            "DIFFERENCES.md",
+            "CLAIMS.md",
+            "notebooks/README.md",
+        )
+    ]
     return [*shared, *sorted(ROOT.glob("[0-9][0-9]_*/README.md"))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--render", action="store_true", help="only write the pages, from what is kept")
-    parser.add_argument("--chapter", help="measure only this one, such as 02, and keep all else as it is")
+    parser.add_argument(
+        "--render", action="store_true", help="only write the pages, from what is kept"
+    )
+    parser.add_argument(
+        "--chapter", help="measure only this one, such as 02, and keep all else as it is"
+    )
     args = parser.parse_args()
     kept = json.loads(KEPT.read_text("utf-8"))
     if args.chapter:

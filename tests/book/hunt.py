@@ -39,33 +39,51 @@ def report(number: int | None, shares: list[dict]) -> dict[str, float]:
     Errors are max|Δ| / max|reference| of a tensor; of what every rank has whole, the first rank's is looked at.
     """
     technique = BUGS[number].technique
-    here, alone = differences.join(technique, shares, True), differences.alone(technique, 0, WIDTH, optimizers=("SGD",))
-    errors = {f"loss {step}": differences.error(here["losses"][step], x) for step, x in alone["losses"].items()}
+    here, alone = (
+        differences.join(technique, shares, True),
+        differences.alone(technique, 0, WIDTH, optimizers=("SGD",)),
+    )
+    errors = {
+        f"loss {step}": differences.error(here["losses"][step], x)
+        for step, x in alone["losses"].items()
+    }
     errors["norm"] = differences.error(here["norm"]["norm"], alone["norm"]["norm"])
     for kind, quantity in (("gradient", "gradient"), ("weight", "SGD")):
-        errors |= {f"{kind} {n}": differences.error(here[quantity][n], x) for n, x in alone[quantity].items()}
+        errors |= {
+            f"{kind} {n}": differences.error(here[quantity][n], x)
+            for n, x in alone[quantity].items()
+        }
 
     title = "no bug" if number is None else f"bug {number}"
     print(f"{title}: {differences.TECHNIQUES[technique].title}, {len(shares)} ranks, {WIDTH}\n")
     print("step   loss on the ranks   on a single device   relative difference")
     for step, loss in alone["losses"].items():
-        print(f"{step:4}   {here['losses'][step].item():17.12f}   {loss.item():18.12f}   {errors[f'loss {step}']:.0e}")
+        print(
+            f"{step:4}   {here['losses'][step].item():17.12f}   {loss.item():18.12f}   {errors[f'loss {step}']:.0e}"
+        )
     norms = f"{here['norm']['norm'].item():.9f} on the ranks, {alone['norm']['norm'].item():.9f} on a single device"
     print(f"\nnorm of the first gradient: {norms}")
-    for kind, title in (("gradient", "gradients of the first step"), ("weight", "weights after five steps of SGD")):
+    for kind, title in (
+        ("gradient", "gradients of the first step"),
+        ("weight", "weights after five steps of SGD"),
+    ):
         found = {name.split(" ", 1)[1]: x for name, x in errors.items() if name.startswith(kind)}
         right = [name for name, x in found.items() if x < SAME]
         print(f"\n{title}: {len(right)} of {len(found)} tensors are right")
         if 0 < len(right) < len(found):
             print("   right: " + _short(right))
-        for name, x in sorted(found.items(), key=lambda item: -item[1])[: 8 if len(right) < len(found) else 0]:
+        for name, x in sorted(found.items(), key=lambda item: -item[1])[
+            : 8 if len(right) < len(found) else 0
+        ]:
             if x >= SAME:
                 print(f"   {name:44} off by {x:.1e}")
     return errors
 
 
 def _short(names: list[str]) -> str:
-    return ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:4])} … {', '.join(names[-3:])}"
+    return (
+        ", ".join(names) if len(names) <= 8 else f"{', '.join(names[:4])} … {', '.join(names[-3:])}"
+    )
 
 
 def right(number: int, answer: object) -> bool:
@@ -100,7 +118,7 @@ def bug_2():
 
     def norm(parameters, max_norm, sharded=(), group=None):
         parameters = list(parameters)
-        return correct(parameters, max_norm, parameters, group)
+        return correct(parameters, max_norm, sharded=parameters, group=group)
 
     return plant(tp, "clip_grad_norm_", norm)
 

@@ -173,24 +173,32 @@ def dependencies(path: Path, name: str) -> set[str]:
 
 
 def public(path: Path) -> list[str]:
-    """The functions and classes of a script without an underscore in front."""
+    """The functions and classes of a script without an underscore in front, `main` apart."""
     defined = [
         item.node.name for item in read(path).definitions if isinstance(item.node, Definable)
     ]
-    return [name for name in defined if not name.startswith("_")]
+    return [name for name in defined if not name.startswith("_") and name != "main"]
+
+
+def region_of(path: Path, name: str) -> shared_blocks.Region | None:
+    (definition, *_) = read(path).named(name)
+    for region in shared_blocks.parse(path)[0]:
+        if region.line < definition.first <= region.line + region.body.count("\n"):
+            return region
+    return None
+
+
+def block(path: Path, name: str) -> str | None:
+    """The shared block in which `name` is defined."""
+    region = region_of(path, name)
+    return region and region.name
 
 
 def home(path: Path, name: str) -> Path:
     """The chapter where `name` is explained: the home of its shared block, or this one."""
-    (definition, *_) = read(path).named(name)
-    for region in shared_blocks.parse(path)[0]:
-        if region.line < definition.first <= region.line + region.body.count("\n"):
-            return next(
-                chapter
-                for chapter in shared_blocks.chapters()
-                if chapter.parent.name == region.home
-            )
-    return path
+    region = region_of(path, name)
+    scripts = {chapter.parent.name: chapter for chapter in shared_blocks.chapters()}
+    return scripts[region.home] if region else path
 
 
 # ── Writing a file ────────────────────────────────────────────────────────────────────────────────

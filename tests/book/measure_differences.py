@@ -27,7 +27,11 @@ from torch import Tensor, nn
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "notebooks" / "results" / "00_differences.json"
-FOLDERS = ["tests", "tests/book", *sorted(path.parent.name for path in ROOT.glob("0[1-6]_*/README.md"))]
+FOLDERS = [
+    "tests",
+    "tests/book",
+    *sorted(path.parent.name for path in ROOT.glob("0[1-6]_*/README.md")),
+]
 PATHS = [str(ROOT / folder) for folder in FOLDERS]
 sys.path.extend(path for path in PATHS if path not in sys.path)
 
@@ -48,12 +52,16 @@ WIDTHS = {
     "fp32": Width(torch.float32, None, 2.0**-24),
     "bf16 autocast": Width(torch.float32, torch.bfloat16, 2.0**-8),
     "bf16": Width(torch.bfloat16, None, 2.0**-8),
-    "fp8": Width(torch.float32, None, 2.0**-4),  # E4M3; the experts' and the other products of the middle layers
+    "fp8": Width(
+        torch.float32, None, 2.0**-4
+    ),  # E4M3; the experts' and the other products of the middle layers
 }
 
 OPTIMIZERS = {
     "SGD": lambda model, *_: torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.9),
-    "AdamW": lambda model, *_: torch.optim.AdamW(model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01),
+    "AdamW": lambda model, *_: torch.optim.AdamW(
+        model.parameters(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.01
+    ),
 }
 RATES = {"SGD": 0.01, "AdamW": 1e-3}
 
@@ -68,7 +76,9 @@ class Case:
     chapter: object  # its module, in which the optimiser is exchanged
     batches: list
     plain: Callable[[], nn.Module]  # the single device's model
-    alone: Callable  # trains it: (model, batches, lr=, max_norm=, autocast=) yields (loss, norm, ...)
+    alone: (
+        Callable  # trains it: (model, batches, lr=, max_norm=, autocast=) yields (loss, norm, ...)
+    )
     parallel: Callable[[], nn.Module]  # this rank's part
     together: Callable  # trains it, with the same arguments, from the same batches
     whole: Callable[[list[dict]], dict]  # all ranks' weights, or gradients, to the plain model's
@@ -94,7 +104,9 @@ def world() -> tuple[int, int]:
 
 def of_first(shards: list[dict]) -> dict:
     """Replicas: all ranks hold all, and the same to the bit."""
-    assert all(torch.equal(shard[name], x) for name, x in shards[0].items() for shard in shards), "replicas differ"
+    assert all(torch.equal(shard[name], x) for name, x in shards[0].items() for shard in shards), (
+        "replicas differ"
+    )
     return shards[0]
 
 
@@ -114,11 +126,18 @@ def data(seed: int) -> Case:
 
     rank, n = world()
     convolutions = (3, (5, 5), (2, 2)), (4, (3, 3), (1, 2))
-    config = ds.SpeechConfig(bins=12, convolutions=convolutions, layers=2, hidden_size=32, seed=seed)
+    config = ds.SpeechConfig(
+        bins=12, convolutions=convolutions, layers=2, hidden_size=32, seed=seed
+    )
 
     def together(model, batches, **options):
         group = _ring(ds) if n > 1 else None
-        return ds.train(model, [batch.rows(range(rank, 17, n)) for batch in batches], ring_group=group, **options)
+        return ds.train(
+            model,
+            [batch.rows(range(rank, 17, n)) for batch in batches],
+            ring_group=group,
+            **options,
+        )
 
     return Case(
         ds, [ds.small_batch(17, config, STEPS * seed + step) for step in range(STEPS)],
@@ -226,7 +245,9 @@ def experts(seed: int, fp8: bool = False) -> Case:
 Technique = namedtuple("Technique", "title case widths")
 WIDE, ALL = ("fp64", "fp32", "bf16 autocast"), ("fp64", "fp32", "bf16 autocast", "bf16")
 TECHNIQUES = {
-    "data": Technique("data parallelism (1)", data, WIDE),  # its BatchNorm keeps parameters in 32 bits
+    "data": Technique(
+        "data parallelism (1)", data, WIDE
+    ),  # its BatchNorm keeps parameters in 32 bits
     "tensor": Technique("tensor parallelism (2)", tensor, ALL),
     "pipeline": Technique("pipeline (3)", pipeline, ALL),
     "sequence": Technique("sequence parallelism, recomputation (4)", sequence, ALL),
@@ -250,7 +271,9 @@ def padding_in_the_softmax():
 
     right = tp.vocab_parallel_cross_entropy
     return plant(
-        tp, "vocab_parallel_cross_entropy", lambda logits, targets, group, vocab_size: right(logits, targets, group)
+        tp,
+        "vocab_parallel_cross_entropy",
+        lambda logits, targets, group, vocab_size: right(logits, targets, group),
     )
 
 
@@ -290,7 +313,10 @@ BUGS = {
 
 def error(here: Tensor, reference: Tensor) -> float:
     """max|Δ| / max|reference| of one tensor; infinite where something is no number, or only the reference is zero."""
-    gap, size = (here.double() - reference.double()).abs().max().item(), reference.double().abs().max().item()
+    gap, size = (
+        (here.double() - reference.double()).abs().max().item(),
+        reference.double().abs().max().item(),
+    )
     return gap / size if size and math.isfinite(gap) else math.inf if gap else 0.0
 
 
@@ -312,27 +338,45 @@ def other_order():
         yield
 
 
-def train(case: Case, model: nn.Module, run: Callable, width: Width, flipped: bool, optimizers, steps) -> dict:
+def train(
+    case: Case, model: nn.Module, run: Callable, width: Width, flipped: bool, optimizers, steps
+) -> dict:
     """Trains from the model's weights with each optimizer; quantity to tensors of this rank, and all "losses"."""
     found, first = {}, {name: x.clone() for name, x in model.state_dict().items()}
-    batches = [case.cast(batch, width.parameters) for batch in itertools.islice(itertools.cycle(case.batches), steps)]
+    batches = [
+        case.cast(batch, width.parameters)
+        for batch in itertools.islice(itertools.cycle(case.batches), steps)
+    ]
     batches = [case.flip(batch) for batch in batches] if flipped else batches
     for optimizer in optimizers:
         model.load_state_dict(first)
-        options = dict(lr=lambda step, rate=RATES[optimizer]: rate, max_norm=1e9, autocast=width.autocast)
+        options = dict(
+            lr=lambda step, rate=RATES[optimizer]: rate, max_norm=1e9, autocast=width.autocast
+        )
         with plant(case.chapter, "make_optimizer", OPTIMIZERS[optimizer]):
             for step, (loss, norm, *_) in enumerate(run(model, batches, **options)):
                 found.setdefault("losses", {})[step] = loss.clone()
                 if step == 0:
                     gradient = {name: p.grad.clone() for name, p in model.named_parameters()}
-                    found |= dict(loss={"loss": loss.clone()}, norm={"norm": norm.clone()}, gradient=gradient)
+                    found |= dict(
+                        loss={"loss": loss.clone()}, norm={"norm": norm.clone()}, gradient=gradient
+                    )
         if steps > 1:
             found[optimizer] = {name: p.detach().clone() for name, p in model.named_parameters()}
         model.zero_grad()
     return found
 
 
-def alone(technique: str, seed: int, width: str, dtype=None, flipped=False, optimizers=OPTIMIZERS, steps=STEPS, **size):
+def alone(
+    technique: str,
+    seed: int,
+    width: str,
+    dtype=None,
+    flipped=False,
+    optimizers=OPTIMIZERS,
+    steps=STEPS,
+    **size,
+):
     """The single device. dtype float64: from the weights and numbers that `width` has, computed in float64."""
     make = TECHNIQUES[technique].case
     case = make(seed, **size)
@@ -347,7 +391,15 @@ def alone(technique: str, seed: int, width: str, dtype=None, flipped=False, opti
         return train(case, model, case.alone, how, flipped, optimizers, steps)
 
 
-def on_ranks(technique: str, seed: int, width: str, bug: str = "", optimizers=tuple(OPTIMIZERS), steps=STEPS, **size):
+def on_ranks(
+    technique: str,
+    seed: int,
+    width: str,
+    bug: str = "",
+    optimizers=tuple(OPTIMIZERS),
+    steps=STEPS,
+    **size,
+):
     """This rank's share of what `alone` finds; every rank must call it."""
     case = TECHNIQUES[technique].case(seed, **size)
     with BUGS[bug].plant() if bug else contextlib.nullcontext():
@@ -366,8 +418,13 @@ def join(technique: str, shares: list[dict], broken: bool = False, **size) -> di
         if broken and hasattr(case.chapter, "shard_dim"):
             same = [name for name in parts[0] if case.chapter.shard_dim(name) is None]
             parts = [part | {name: parts[0][name] for name in same} for part in parts]
-        elif broken and case.chapter.__name__ == "pipeline":  # of a tied weight the first stage's copy
-            parts = [*parts[:-1], {name: x for name, x in parts[-1].items() if name not in parts[0]}]
+        elif (
+            broken and case.chapter.__name__ == "pipeline"
+        ):  # of a tied weight the first stage's copy
+            parts = [
+                *parts[:-1],
+                {name: x for name, x in parts[-1].items() if name not in parts[0]},
+            ]
         whole[quantity] = case.whole(parts)
     return whole
 
@@ -413,7 +470,10 @@ def measure_cells(pools: Pools, techniques=tuple(TECHNIQUES)) -> dict:
             cell = cells.setdefault(technique, {})[width] = dict(single={}, reordered={})
             cell |= {str(n): dict(apart={}, float64={}) for n in RANKS}
             for seed in SEEDS:
-                single, wide = alone(technique, seed, width), alone(technique, seed, width, torch.float64)
+                single, wide = (
+                    alone(technique, seed, width),
+                    alone(technique, seed, width, torch.float64),
+                )
                 add(cell["single"], compare(single, wide))
                 add(cell["reordered"], compare(alone(technique, seed, width, flipped=True), single))
                 for n in RANKS:
@@ -434,7 +494,9 @@ def measure_bugs(pools: Pools) -> dict:
             for seed in SEEDS:
                 here = pools.run(bug.ranks, bug.technique, seed, width, name)
                 add(cell["apart"], compare(here, alone(bug.technique, seed, width)))
-                add(cell["float64"], compare(here, alone(bug.technique, seed, width, torch.float64)))
+                add(
+                    cell["float64"], compare(here, alone(bug.technique, seed, width, torch.float64))
+                )
     return found
 
 
@@ -448,11 +510,19 @@ def measure_growth(pools: Pools) -> dict:
         for width in ("fp32", "bf16 autocast"):
             for size in sizes:
                 options = {"steps": 1, "optimizers": ("SGD",), what: size}
-                cell = found.setdefault(what, {}).setdefault(width, {})[str(size)] = dict(single={}, apart={})
+                cell = found.setdefault(what, {}).setdefault(width, {})[str(size)] = dict(
+                    single={}, apart={}
+                )
                 for seed in SEEDS:
                     single = alone("tensor", seed, width, **options)
-                    add(cell["single"], compare(single, alone("tensor", seed, width, torch.float64, **options)))
-                    add(cell["apart"], compare(pools.run(2, "tensor", seed, width, **options), single))
+                    add(
+                        cell["single"],
+                        compare(single, alone("tensor", seed, width, torch.float64, **options)),
+                    )
+                    add(
+                        cell["apart"],
+                        compare(pools.run(2, "tensor", seed, width, **options), single),
+                    )
     return found
 
 
@@ -475,14 +545,23 @@ def measure_curves(pools: Pools, steps: int = 60) -> dict:
             else:
                 here = pools.run(2, "tensor", seed, width, bug, **options)
             errors = [error(here["losses"][step], loss) for step, loss in single["losses"].items()]
-            found.setdefault(width, {}).setdefault(name, []).append([float(f"{x:.2g}") for x in errors])
+            found.setdefault(width, {}).setdefault(name, []).append(
+                [float(f"{x:.2g}") for x in errors]
+            )
     return found
 
 
 # ── What the numbers say ─────────────────────────────────────────────────────────────────────────────────
 
 MARGIN = 5  # of a threshold, over the largest difference that a right run has shown
-RESIDUAL = ("tensor", "pipeline", "sequence", "heads", "tokens", "experts")  # every layer beside a residual connection
+RESIDUAL = (
+    "tensor",
+    "pipeline",
+    "sequence",
+    "heads",
+    "tokens",
+    "experts",
+)  # every layer beside a residual connection
 
 
 def largest(results: dict, technique: str, width: str, quantity: str, what: str = "apart") -> float:
@@ -496,7 +575,9 @@ def threshold(results: dict, techniques, width: str, quantity: str) -> float:
     """MARGIN times the largest difference of these techniques, rounded up to 1, 2 or 5 times a power of ten."""
     found = MARGIN * max(largest(results, name, width, quantity) for name in techniques)
     power = 10.0 ** math.floor(math.log10(found))
-    return float(f"{next(step for step in (1, 2, 5, 10) if step * power >= found * (1 - 1e-9)) * power:.0e}")
+    return float(
+        f"{next(step for step in (1, 2, 5, 10) if step * power >= found * (1 - 1e-9)) * power:.0e}"
+    )
 
 
 def short(value: float) -> str:
@@ -515,7 +596,9 @@ def markdown(results: dict) -> str:
     for technique in TECHNIQUES:
         for width in ("fp32", "bf16 autocast", "fp8"):
             if width in results["cells"][technique]:
-                found = [short(largest(results, technique, width, quantity)) for quantity in QUANTITIES]
+                found = [
+                    short(largest(results, technique, width, quantity)) for quantity in QUANTITIES
+                ]
                 for what in ("single", "reordered"):
                     found.append(f"*{short(largest(results, technique, width, 'gradient', what))}*")
                 lines.append(f"| {TECHNIQUES[technique].title} | {width} | {' | '.join(found)} |")
@@ -528,7 +611,10 @@ def dump(results: dict) -> str:
     def lines(value, depth: int) -> str:
         if not isinstance(value, dict) or set(value) <= set(QUANTITIES):
             return json.dumps(value)
-        inner = (f"{' ' * (depth + 1)}{json.dumps(key)}: {lines(x, depth + 1)}" for key, x in value.items())
+        inner = (
+            f"{' ' * (depth + 1)}{json.dumps(key)}: {lines(x, depth + 1)}"
+            for key, x in value.items()
+        )
         return "{\n" + ",\n".join(inner) + "\n" + " " * depth + "}"
 
     return lines(results, 0) + "\n"
@@ -537,9 +623,13 @@ def dump(results: dict) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     begin, pools = time.time(), Pools()
-    result = dict(command="make differences", torch=torch.__version__, seeds=len(SEEDS), steps=STEPS)
+    result = dict(
+        command="make differences", torch=torch.__version__, seeds=len(SEEDS), steps=STEPS
+    )
     try:
-        result |= dict(bugs=measure_bugs(pools), growth=measure_growth(pools), curves=measure_curves(pools))
+        result |= dict(
+            bugs=measure_bugs(pools), growth=measure_growth(pools), curves=measure_curves(pools)
+        )
         result |= dict(cells=measure_cells(pools))
     finally:
         pools.close()

@@ -23,15 +23,22 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False) -> nbformat.NotebookNode:
+def execute(
+    path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False
+) -> nbformat.NotebookNode:
     """The executed notebook, in memory. With `solutions` the exercises are solved first, and no cell runs that they can
     do without. Raises where a cell fails, or goes on with the next. A copy elsewhere finds the chapters from the folder
     of the notebooks."""
-    notebook, folder = nbformat.read(path, as_version=4), {"metadata": {"path": str(ROOT / "notebooks")}}
+    notebook, folder = (
+        nbformat.read(path, as_version=4),
+        {"metadata": {"path": str(ROOT / "notebooks")}},
+    )
     if solutions:
         solve(notebook)
         notebook.cells = needed(notebook)
-    nbclient.NotebookClient(notebook, timeout=timeout, resources=folder, allow_errors=go_on).execute()
+    nbclient.NotebookClient(
+        notebook, timeout=timeout, resources=folder, allow_errors=go_on
+    ).execute()
     return notebook
 
 
@@ -45,7 +52,9 @@ def exercises(notebook) -> dict[str, dict]:
     """Number to the cell that is to be filled in."""
     found = {}
     for cell in notebook.cells:
-        if cell.cell_type == "code" and (match := re.match(r"(?:%%px.*\n)?# exercise (\d+)", cell.source)):
+        if cell.cell_type == "code" and (
+            match := re.match(r"(?:%%px.*\n)?# exercise (\d+)", cell.source)
+        ):
             found[match[1]] = cell
     return found
 
@@ -56,7 +65,11 @@ def solve(notebook) -> None:
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (match := re.search(r"Solution (\d+)", cell.source)):
             code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
-            magic = cells[match[1]].source.split("\n")[0] if cells[match[1]].source.startswith("%%px") else ""
+            magic = (
+                cells[match[1]].source.split("\n")[0]
+                if cells[match[1]].source.startswith("%%px")
+                else ""
+            )
             cells[match[1]].source = f"{magic}\n{code}" if magic else code
 
 
@@ -65,15 +78,27 @@ def needed(notebook) -> list[dict]:
     which start and stop the ranks; and for each name that one of these mentions the cell that made it last."""
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
-    first = next(n for n, cell in enumerate(cells) if cell.cell_type == "markdown" and cell.source.startswith("## "))
-    tasks = {n for n in code if re.search(r"# exercise \d|exercise \d+:", cells[n].source)}  # to fill in, and to check
+    first = next(
+        n
+        for n, cell in enumerate(cells)
+        if cell.cell_type == "markdown" and cell.source.startswith("## ")
+    )
+    tasks = {
+        n for n in code if re.search(r"# exercise \d|exercise \d+:", cells[n].source)
+    }  # to fill in, and to check
     open_ = {n for n in code if n < first} | {code[-1]} | tasks
     on_ranks = {n: cells[n].source.startswith("%%px") for n in code}
     while open_:
         wanted.add(cell := open_.pop())
         mentioned, fetched = _mentioned(cells[cell].source)
-        for name, side in [(n, on_ranks[cell]) for n in mentioned] + [(n, True) for n in fetched if not on_ranks[cell]]:
-            makers = [n for n in code if n < cell and on_ranks[n] == side and name in _made(cells[n].source)]
+        for name, side in [(n, on_ranks[cell]) for n in mentioned] + [
+            (n, True) for n in fetched if not on_ranks[cell]
+        ]:
+            makers = [
+                n
+                for n in code
+                if n < cell and on_ranks[n] == side and name in _made(cells[n].source)
+            ]
             open_ |= set(makers[-1:]) - wanted
     return [cells[n] for n in sorted(wanted)]
 
@@ -81,11 +106,18 @@ def needed(notebook) -> list[dict]:
 def _statements(source: str) -> list[tuple[ast.stmt, symtable.SymbolTable]]:
     """Each statement of a cell, and what Python's own compiler knows of its names."""
     statements = ast.parse(re.sub(r"^%.*$", "", source, flags=re.MULTILINE)).body
-    return [(statement, symtable.symtable(ast.unparse(statement), "cell", "exec")) for statement in statements]
+    return [
+        (statement, symtable.symtable(ast.unparse(statement), "cell", "exec"))
+        for statement in statements
+    ]
 
 
 def _assigned(table: symtable.SymbolTable) -> set[str]:
-    return {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+    return {
+        symbol.get_name()
+        for symbol in table.get_symbols()
+        if symbol.is_assigned() or symbol.is_imported()
+    }
 
 
 def _made(source: str) -> set[str]:
@@ -103,7 +135,11 @@ def _mentioned(source: str) -> tuple[set[str], set[str]]:
         scopes = [table]
         for scope in scopes:
             scopes += scope.get_children()
-            used = (s for s in scope.get_symbols() if s.is_referenced() and (scope is table or s.is_global()))
+            used = (
+                s
+                for s in scope.get_symbols()
+                if s.is_referenced() and (scope is table or s.is_global())
+            )
             mentioned |= {s.get_name() for s in used} - made
         made |= _assigned(table)
     return mentioned, set(re.findall(r"""["'](\w+)["']""", source))
@@ -126,15 +162,26 @@ def tidy(notebook) -> None:
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            shown = [output for output in cell.outputs if "widget" not in " ".join(output.get("data", {}))]
-            cell.outputs = sorted(shown, key=lambda output: text_of(output) if "[std" in text_of(output) else "")
+            shown = [
+                output
+                for output in cell.outputs
+                if "widget" not in " ".join(output.get("data", {}))
+            ]
+            cell.outputs = sorted(
+                shown, key=lambda output: text_of(output) if "[std" in text_of(output) else ""
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chapter", default="")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
-    parser.add_argument("--grade", type=Path, metavar="FILE", help="only say which exercises of this copy are solved")
+    parser.add_argument(
+        "--grade",
+        type=Path,
+        metavar="FILE",
+        help="only say which exercises of this copy are solved",
+    )
     args = parser.parse_args()
     if args.grade:
         for number, solved in grade(args.grade).items():

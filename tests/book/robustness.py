@@ -64,7 +64,9 @@ class Run:
     def __init__(self, process: subprocess.Popen, mark: str):
         self.process, self.mark, self.out, self.err = process, mark.encode(), [], []
         pipes = (process.stdout, self.out), (process.stderr, self.err)
-        self.readers = [threading.Thread(target=self._read, args=pair, daemon=True) for pair in pipes]
+        self.readers = [
+            threading.Thread(target=self._read, args=pair, daemon=True) for pair in pipes
+        ]
         for reader in self.readers:
             reader.start()
 
@@ -79,8 +81,12 @@ class Run:
         found = {}
         for folder in Path("/proc").iterdir():
             with contextlib.suppress(OSError):
-                if folder.name.isdigit() and self.mark in (words := (folder / "environ").read_bytes()):
-                    pairs = (word.partition("=") for word in words.decode(errors="replace").split("\0"))
+                if folder.name.isdigit() and self.mark in (
+                    words := (folder / "environ").read_bytes()
+                ):
+                    pairs = (
+                        word.partition("=") for word in words.decode(errors="replace").split("\0")
+                    )
                     found[int(folder.name)] = {name: value for name, _, value in pairs}
         return found
 
@@ -96,12 +102,16 @@ class Run:
         self.until(all_there, pause=0.02)
         return found
 
-    def until(self, condition: Callable[[], bool], seconds: float = 120, pause: float = 0.002) -> None:
+    def until(
+        self, condition: Callable[[], bool], seconds: float = 120, pause: float = 0.002
+    ) -> None:
         """Waits for a condition. Raises TimeoutError, also where the run ends before it comes true."""
         deadline = time.monotonic() + seconds
         while not condition():
             if self.process.poll() is not None or time.monotonic() > deadline:
-                raise TimeoutError(f"the moment never came; the run's last words: {self.last_words()}")
+                raise TimeoutError(
+                    f"the moment never came; the run's last words: {self.last_words()}"
+                )
             time.sleep(pause)
 
     def printed(self, pattern: str) -> bool:
@@ -142,7 +152,9 @@ class Run:
 
     def error(self) -> str:
         """The line that says what was wrong: argparse's, or the last one of a Python traceback."""
-        found = [match[0] for line in self.err if (match := re.search(r"\b(\w*Error|error): .*", line))]
+        found = [
+            match[0] for line in self.err if (match := re.search(r"\b(\w*Error|error): .*", line))
+        ]
         return found[-1] if found else self.last_words()
 
 
@@ -182,8 +194,18 @@ def whole(*command: str, seconds: float = 240, **options) -> Run:
 #
 # Which rank, and when within the moment, is drawn from --seed.
 
-TIMEOUT, BOUND = 30, 30  # --timeout of these runs; seconds within which everything must have ended behind a kill
-LAST_LINE = {"01": "^said ", "02": "^held-out", "03": "as it ran", "04": "^   4 ", "05": "^after ", "06": "^held-out"}
+TIMEOUT, BOUND = (
+    30,
+    30,
+)  # --timeout of these runs; seconds within which everything must have ended behind a kill
+LAST_LINE = {
+    "01": "^said ",
+    "02": "^held-out",
+    "03": "as it ran",
+    "04": "^   4 ",
+    "05": "^after ",
+    "06": "^held-out",
+}
 SHORT = ["--steps", "5"]
 LONG = {"01": ["--epochs", "1000"]}  # the others: steps without end
 MOMENTS = ("before the group", "as they meet", "in a step", "at the end")
@@ -209,7 +231,9 @@ def killed(chapter: str, moment: str, dice: random.Random) -> Row:
     raise TimeoutError("three times the run had ended before the kill")
 
 
-def wait_for(moment: str, run: Run, ranks: dict[int, int], victim: int, chapter: str, dice: random.Random) -> None:
+def wait_for(
+    moment: str, run: Run, ranks: dict[int, int], victim: int, chapter: str, dice: random.Random
+) -> None:
     if moment == "before the group":
         time.sleep(dice.uniform(0, 0.5))
         if sockets(ranks[victim]):
@@ -237,13 +261,17 @@ def sockets(pid: int) -> int:
 
 def judged(case: str, run: Run, victim: int, world: int) -> Row:
     took, code, left = run.end(BOUND + 30)
-    demanded = f"over in {BOUND} s, exit code not 0, rank {victim} of {world} named, no process left"
+    demanded = (
+        f"over in {BOUND} s, exit code not 0, rank {victim} of {world} named, no process left"
+    )
     seen = f"{took:.1f} s, exit code {code}, {run.named()}, {left} left"
     good = took <= BOUND and code not in (0, None) and not left
     return Row(case, demanded, seen, good and run.named() == f"rank {victim}, SIGKILL")
 
 
-def killed_while_writing(chapter: str, first: Run, flags: list, file: Path, loads: Callable[[], Run], dice) -> Row:
+def killed_while_writing(
+    chapter: str, first: Run, flags: list, file: Path, loads: Callable[[], Run], dice
+) -> Row:
     """Rank 0 is killed while it replaces `file`, which `first` has written; what then stands there must load."""
     case = f"chapter {chapter}: rank 0 killed while it writes {flags[-2]}"
     if first.code != 0:
@@ -263,16 +291,26 @@ def killed_while_writing(chapter: str, first: Run, flags: list, file: Path, load
     half = [path.name for path in file.parent.iterdir() if path != file]
     again = loads()
     seen = f"; beside it {half[0] if half else 'nothing'}; it {'loads' if again.code == 0 else again.error()}"
-    return Row(case, row.demanded + "; the file loads", row.seen + seen, row.verdict is True and again.code == 0)
+    return Row(
+        case,
+        row.demanded + "; the file loads",
+        row.seen + seen,
+        row.verdict is True and again.code == 0,
+    )
 
 
 def kills(chapters: list[str], dice: random.Random) -> Iterator[Row]:
     for chapter in chapters:
         for moment in MOMENTS:
-            yield attempt(f"chapter {chapter}: a rank killed {moment}", killed, chapter, moment, dice)
+            yield attempt(
+                f"chapter {chapter}: a rank killed {moment}", killed, chapter, moment, dice
+            )
     with tempfile.TemporaryDirectory() as folder:
         if "02" in chapters:
-            file, sizes = Path(folder, "run", "run.safetensors"), ["--hidden-size", 512, "--seq-length", 32]
+            file, sizes = (
+                Path(folder, "run", "run.safetensors"),
+                ["--hidden-size", 512, "--seq-length", 32],
+            )
             file.parent.mkdir()
             flags = [*sizes, "--batch", 4, "--save-every", 1, "--checkpoint", file]
             first = whole(SCRIPTS["02"], *flags, "--steps", 1)
@@ -303,7 +341,9 @@ def attempt(case: str, function: Callable[..., Row], *args) -> Row:
 def a_sound(path: Path) -> None:
     import soundfile
 
-    soundfile.write(path, torch.randn(8000, generator=torch.Generator().manual_seed(0)).numpy() / 10, 8000)
+    soundfile.write(
+        path, torch.randn(8000, generator=torch.Generator().manual_seed(0)).numpy() / 10, 8000
+    )
 
 
 # ── Disks that are full, and folders that cannot be written ──────────────────────────────────────────────
@@ -315,16 +355,24 @@ def a_sound(path: Path) -> None:
 
 TINY = {
     "01": ["--steps", 2, "--beam", 1],
-    "02": ["--steps", 2, "--num-layers", 1, "--hidden-size", 32, "--num-heads", 4, "--seq-length", 32],
+    "02": [
+        "--steps",
+        2,
+        "--num-layers",
+        1,
+        "--hidden-size",
+        32,
+        "--num-heads",
+        4,
+        "--seq-length",
+        32,
+    ],
     "03": ["--steps", 2],
     "04": ["--steps", 2],
     "05": ["--steps", 2],
     "06": ["--steps", 2],
 }
-WRITES = {
-    "run.safetensors": ("--checkpoint", "02"),
-    "model.safetensors": ("--save", "01"),
-}
+WRITES = {"run.safetensors": ("--checkpoint", "02"), "model.safetensors": ("--save", "01")}
 
 
 @contextlib.contextmanager
@@ -336,18 +384,27 @@ def disk(kilobytes: int | None = None) -> Iterator[tuple[Path, Callable[[], None
             os.chmod(folder, 0o755)
             return
         size = f"size={kilobytes}k" if kilobytes else "size=64m"
-        mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True)
+        mounted = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", size, "tmpfs", folder], capture_output=True, text=True
+        )
         if mounted.returncode:
             raise Cannot(f"mount: {mounted.stderr.strip()}")
         try:
-            yield Path(folder), lambda: subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+            yield (
+                Path(folder),
+                lambda: subprocess.run(["mount", "-o", "remount,ro", folder], check=True),
+            )
         finally:
             subprocess.run(["umount", folder], check=True)
 
 
 def contents(folder: Path) -> dict[str, str]:
     """Name to checksum of each file."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir() if path.is_file()}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.iterdir()
+        if path.is_file()
+    }
 
 
 def read_only(flag: str, chapter: str, name: str) -> Row:
@@ -359,7 +416,9 @@ def read_only(flag: str, chapter: str, name: str) -> Row:
 
 def one_line(case: str, run: Run, path: Path) -> Row:
     """What is wrong is one line before any rank starts: argparse's, and its exit code."""
-    seen = f"exit code {run.code}, {len(run.err)} lines, {run.left} left: {short(run.error(), path)}"
+    seen = (
+        f"exit code {run.code}, {len(run.err)} lines, {run.left} left: {short(run.error(), path)}"
+    )
     good = run.code == 2 and len(run.err) == 2 and not run.left and str(path) in run.err[-1]
     return Row(case, "exit code 2, usage and one line that names the file", seen, good)
 
@@ -375,7 +434,11 @@ def full(flag: str, chapter: str, name: str, older: bool) -> Row:
     with disk() as (room, _):
         size = 0
         if older:
-            flags = TINY[chapter] if flag != "--checkpoint" else [*TINY[chapter], "--save-every", 1, "--steps", 1]
+            flags = (
+                TINY[chapter]
+                if flag != "--checkpoint"
+                else [*TINY[chapter], "--save-every", 1, "--steps", 1]
+            )
             first = whole(SCRIPTS[chapter], *flags, flag, room / name)
             if first.code != 0:
                 return Row(case, "", first.error(), False)
@@ -386,14 +449,22 @@ def full(flag: str, chapter: str, name: str, older: bool) -> Row:
             before, limit = contents(folder), (size + 32) * 1024
             options = {}
             if os.geteuid():
-                options["prepare"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit // 2, limit))
+                options["prepare"] = lambda: resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (limit // 2, limit)
+                )
             run = whole(SCRIPTS[chapter], *TINY[chapter], flag, folder / name, **options)
             after = contents(folder)
     error = run.error()
-    what = "what was there" if after == before else f"{sorted(after)}, not what was there: {sorted(before)}"
+    what = (
+        "what was there"
+        if after == before
+        else f"{sorted(after)}, not what was there: {sorted(before)}"
+    )
     seen = f"exit code {run.code}, {run.left} left, {what}: {short(error, folder / name)}"
     good = run.code not in (0, None) and not run.left and after == before and name in error
-    return Row(case, "exit code not 0, an error that names the file, the folder as it was", seen, good)
+    return Row(
+        case, "exit code not 0, an error that names the file, the folder as it was", seen, good
+    )
 
 
 def disks(chapters: list[str], dice: random.Random) -> Iterator[Row]:
@@ -416,7 +487,9 @@ def unprinted() -> Row:
     run = whole("-c", program, SCRIPTS["02"], "--check")
     seen = f"exit code {run.code}, {run.left} left: {run.error()}"
     good = run.code not in (0, None) and not run.left and "No space left" in run.error()
-    return Row("standard output on a full disk", "exit code not 0, an error that says so", seen, good)
+    return Row(
+        "standard output on a full disk", "exit code not 0, an error that says so", seen, good
+    )
 
 
 # ── Ports that are taken ─────────────────────────────────────────────────────────────────────────────────
@@ -458,11 +531,22 @@ def ports(chapters: list[str], dice: random.Random) -> Iterator[Row]:
                 begun = sum("RANK" in words for words in run.processes().values())
                 _, code, left = run.end(0)
         end = "no end in 90 s" if code is None else f"exit code {code}"
-        error = run.error().replace(str(port), "PORT") if code is not None else f"{begun} ranks were started"
+        error = (
+            run.error().replace(str(port), "PORT")
+            if code is not None
+            else f"{begun} ranks were started"
+        )
         good = code not in (0, None) and not left and str(port) in "".join(run.err)
-        if code is None and not begun:  # torchrun speaks to whoever listens there, and waits for an answer
+        if (
+            code is None and not begun
+        ):  # torchrun speaks to whoever listens there, and waits for an answer
             good = "torchrun's own: it never comes to the chapter; take a free port"
-        yield Row(what, "over in 90 s, exit code not 0, an error that names the port", f"{end}: {error}", good)
+        yield Row(
+            what,
+            "over in 90 s, exit code not 0, an error that names the port",
+            f"{end}: {error}",
+            good,
+        )
 
 
 # ── One core, and odd names ──────────────────────────────────────────────────────────────────────────────
@@ -477,9 +561,18 @@ def core(chapters: list[str], dice: random.Random) -> Iterator[Row]:
 
 
 def succeeds(case: str, run: Run, seconds: float | None = None) -> Row:
-    demanded = f"over in {seconds} s, exit code 0, no process left" if seconds else "exit code 0, no process left"
-    seen = f"{run.took:.0f} s, " * bool(seconds) + f"exit code {run.code}, {run.left} left{failed(run)}"
-    return Row(case, demanded, seen, run.code == 0 and not run.left and run.took <= (seconds or run.took))
+    demanded = (
+        f"over in {seconds} s, exit code 0, no process left"
+        if seconds
+        else "exit code 0, no process left"
+    )
+    seen = (
+        f"{run.took:.0f} s, " * bool(seconds)
+        + f"exit code {run.code}, {run.left} left{failed(run)}"
+    )
+    return Row(
+        case, demanded, seen, run.code == 0 and not run.left and run.took <= (seconds or run.took)
+    )
 
 
 def failed(run: Run) -> str:
@@ -493,7 +586,9 @@ def names(chapters: list[str], dice: random.Random) -> Iterator[Row]:
         folder.mkdir()
         for chapter in chapters:
             yield attempt(f"chapter {chapter}: files of odd names", odd_files, chapter, folder)
-        listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"])
+        listed = subprocess.check_output(
+            ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]
+        )
         for name in os.fsdecode(listed).split("\0"):  # what git tracks, and what is new
             if (ROOT / name).is_file():
                 (folder / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -502,7 +597,12 @@ def names(chapters: list[str], dice: random.Random) -> Iterator[Row]:
         few = "-x -k 'checkpoint or flag or ranks_marker or published'"
         for command in (["run", "ARGS=--steps 5"], ["test", f"ARGS={few}"]):
             words = ["make", *command, f"CHAPTER={chapter}", f"PY={sys.executable}"]
-            run = whole("-c", "import os, sys; os.execvp('make', sys.argv[1:])", *words, cwd=folder / "clone")
+            run = whole(
+                "-c",
+                "import os, sys; os.execvp('make', sys.argv[1:])",
+                *words,
+                cwd=folder / "clone",
+            )
             yield succeeds(f"make {command[0]} CHAPTER={chapter} in {ODD!r}", run)
 
 
@@ -514,15 +614,22 @@ def odd_files(chapter: str, folder: Path) -> Row:
         a_sound(sound := folder / f"{ODD}.wav")
         line = dict(audio_filepath=sound.name, text="one two")
         data.write_text((json.dumps(line, ensure_ascii=False) + "\n") * 8, "utf-8")
-        runs = [whole(*flags, "--save", kept), whole(SCRIPTS["01"], "--load", kept, "--transcribe", sound)]
+        runs = [
+            whole(*flags, "--save", kept),
+            whole(SCRIPTS["01"], "--load", kept, "--transcribe", sound),
+        ]
     else:
         data.write_text("Größe ist relativ, – 数 ✓. " * 400, "utf-8")
         again = ["--checkpoint", kept] if chapter == "02" else []
         runs = [whole(*flags, *again) for _ in range(1 + len(again) // 2)]
     seen = ", ".join(f"exit code {run.code}{failed(run)}" for run in runs)
-    good = all(run.code == 0 and not run.left for run in runs) and (kept.exists() or chapter not in ("01", "02"))
+    good = all(run.code == 0 and not run.left for run in runs) and (
+        kept.exists() or chapter not in ("01", "02")
+    )
     seen = seen.replace(str(folder), "…")
-    return Row(f"chapter {chapter}: files of odd names", "exit code 0, files written and read", seen, good)
+    return Row(
+        f"chapter {chapter}: files of odd names", "exit code 0, files written and read", seen, good
+    )
 
 
 # ── Another Python, another torch ────────────────────────────────────────────────────────────────────────
@@ -531,7 +638,10 @@ def odd_files(chapter: str, folder: Path) -> Row:
 def environment(chapters: list[str], dice: random.Random) -> Iterator[Row]:
     """What a person does first: each chapter's proof and default run, and the tests that are quick."""
     for chapter in chapters:
-        yield succeeds(f"chapter {chapter} --check --dtype fp64", whole(SCRIPTS[chapter], "--check", "--dtype", "fp64"))
+        yield succeeds(
+            f"chapter {chapter} --check --dtype fp64",
+            whole(SCRIPTS[chapter], "--check", "--dtype", "fp64"),
+        )
         yield succeeds(f"chapter {chapter}", whole(SCRIPTS[chapter]))
     for chapter in chapters:
         tests = sorted((ROOT / "tests").glob(f"test_{chapter}_*.py"))
@@ -548,21 +658,32 @@ PARTS = {part.__name__: part for part in (kills, disks, ports, core, names, envi
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in PARTS:
-        parser.add_argument(f"--{name}", action="append_const", const=name, dest="parts", help="only this part")
+        parser.add_argument(
+            f"--{name}", action="append_const", const=name, dest="parts", help="only this part"
+        )
     parser.add_argument("--chapter", choices=SCRIPTS, help="only this chapter; nothing is written")
     parser.add_argument("--seed", type=int, default=0, help="draws the ranks and moments of kills")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("asked to stop"))  # so that every block ends what it started
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("asked to stop")
+    )  # so that every block ends what it started
     parts, good = args.parts or [name for name in PARTS if name != "environment"], True
     versions = dict(python=platform.python_version(), torch=torch.__version__, cores=os.cpu_count())
     for part in parts:
         rows = []
-        key = part + f" of Python {versions['python']}, torch {versions['torch']}" * (part == "environment")
+        key = part + f" of Python {versions['python']}, torch {versions['torch']}" * (
+            part == "environment"
+        )
         print(f"\n{part}, Python {versions['python']}, torch {versions['torch']}", flush=True)
-        for row in PARTS[part]([args.chapter] if args.chapter else list(SCRIPTS), random.Random(args.seed)):
+        for row in PARTS[part](
+            [args.chapter] if args.chapter else list(SCRIPTS), random.Random(args.seed)
+        ):
             verdict = {True: "ok", False: "FAILED"}.get(row.verdict, row.verdict)
             rows.append(row._replace(verdict=verdict)._asdict())
-            print(f"{row.case:60} {verdict}\n     demanded: {row.demanded}\n     seen:     {row.seen}", flush=True)
+            print(
+                f"{row.case:60} {verdict}\n     demanded: {row.demanded}\n     seen:     {row.seen}",
+                flush=True,
+            )
             good = good and row.verdict is not False
             if not args.chapter:
                 kept = json.loads(KEPT.read_text("utf-8")) if KEPT.exists() else {}

@@ -14,7 +14,9 @@ import torch.distributed as dist
 
 TEXT = measure.RESULTS.read_text("utf-8")
 RESULTS = json.loads(TEXT)
-CELLS = [(name, width) for name, technique in measure.TECHNIQUES.items() for width in technique.widths]
+CELLS = [
+    (name, width) for name, technique in measure.TECHNIQUES.items() for width in technique.widths
+]
 NARROW = [(name, width) for name, width in CELLS if width != "fp64"]
 NOTEBOOK = measure.ROOT / "notebooks" / "00_is_this_difference_normal.ipynb"
 
@@ -24,7 +26,11 @@ FACTOR = 3  # how much further from float64 than one device the ranks may be, ea
 def test_the_file_is_what_the_command_writes():
     assert RESULTS["command"] == "make differences" and RESULTS["seeds"] >= 3
     assert measure.dump(RESULTS) == TEXT
-    assert re.search(r"^differences:.*\n\t.*measure_differences\.py$", (measure.ROOT / "Makefile").read_text(), re.M)
+    assert re.search(
+        r"^differences:.*\n\t.*measure_differences\.py$",
+        (measure.ROOT / "Makefile").read_text(),
+        re.M,
+    )
 
 
 @pytest.mark.parametrize("name, width", CELLS)
@@ -36,12 +42,16 @@ def test_every_cell_is_there(name, width):
     for place in places:
         assert list(place) == list(measure.QUANTITIES)
         for errors in place.values():
-            assert len(errors) == RESULTS["seeds"] and all(0 <= error < math.inf for error in errors)
+            assert len(errors) == RESULTS["seeds"] and all(
+                0 <= error < math.inf for error in errors
+            )
 
 
 @pytest.mark.parametrize("name, width", [cell for cell in CELLS if cell[1] == "fp64"])
 def test_float64_has_nothing_to_interpret(name, width):
-    assert all(measure.largest(RESULTS, name, width, quantity) < 1e-10 for quantity in measure.QUANTITIES)
+    assert all(
+        measure.largest(RESULTS, name, width, quantity) < 1e-10 for quantity in measure.QUANTITIES
+    )
 
 
 @pytest.mark.parametrize("quantity", ["loss", "norm", "gradient", "SGD"])
@@ -50,7 +60,10 @@ def test_ranks_are_as_good_as_the_single_device(name, width, quantity):
     """A loss and a norm are single numbers, right by chance at times: their own last digit is allowed."""
     single = measure.largest(RESULTS, name, width, quantity, "single")
     if quantity in ("loss", "norm"):
-        single = max(single, measure.WIDTHS["bf16" if (quantity, width) == ("norm", "bf16") else "fp32"].roundoff)
+        single = max(
+            single,
+            measure.WIDTHS["bf16" if (quantity, width) == ("norm", "bf16") else "fp32"].roundoff,
+        )
     assert measure.largest(RESULTS, name, width, quantity, "float64") <= FACTOR * single
 
 
@@ -67,14 +80,23 @@ def test_a_planted_bug_is_as_large_in_every_width(bug):
 def test_thresholds_of_the_notebook():
     """The table in its text is what the measurement gives; so is what its picture of the margin says."""
     text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
-    rows = {row[0]: row[1:] for row in re.findall(r"^\| \*\*(.+?)\*\* \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", text, re.M)}
+    rows = {
+        row[0]: row[1:]
+        for row in re.findall(r"^\| \*\*(.+?)\*\* \| `(.+?)` \| `(.+?)` \| `(.+?)` \|", text, re.M)
+    }
     assert list(rows) == ["fp64", "fp32", "bf16 autocast", "bf16"]
     assert rows.pop("fp64") == ("1e-10",) * 3
     for width, bounds in rows.items():
         names = [name for name in measure.RESIDUAL if width in RESULTS["cells"][name]]
-        here = [measure.threshold(RESULTS, names, width, quantity) for quantity in ("loss", "norm", "gradient")]
+        here = [
+            measure.threshold(RESULTS, names, width, quantity)
+            for quantity in ("loss", "norm", "gradient")
+        ]
         assert bounds == tuple(measure.short(bound) for bound in here)
-    assert f"times {['zero', 'one', 'two', 'three', 'four', 'five'][measure.MARGIN]}, rounded up" in text
+    assert (
+        f"times {['zero', 'one', 'two', 'three', 'four', 'five'][measure.MARGIN]}, rounded up"
+        in text
+    )
 
 
 def test_the_readmes_table():
@@ -90,7 +112,9 @@ def test_a_cell_measured_anew(width):
         pytest.skip("the kept numbers are a CPU's")
     shares = [None, None]
     dist.all_gather_object(shares, measure.on_ranks("tensor", 0, width, optimizers=("SGD",)))
-    found = measure.compare(measure.join("tensor", shares), measure.alone("tensor", 0, width, optimizers=("SGD",)))
+    found = measure.compare(
+        measure.join("tensor", shares), measure.alone("tensor", 0, width, optimizers=("SGD",))
+    )
     for quantity in ("gradient", "SGD"):
         kept = RESULTS["cells"]["tensor"][width]["2"]["apart"][quantity]
         assert min(kept) / 10 < found[quantity] < 10 * max(kept)
@@ -106,11 +130,16 @@ def test_every_adapter_in_float64():
             options, shares = dict(optimizers=("SGD",), steps=1), [None] * dist.get_world_size()
             dist.all_gather_object(shares, measure.on_ranks(name, 3, "fp64", **options))
             if dist.get_rank() == 0:
-                found = measure.compare(measure.join(name, shares), measure.alone(name, 3, "fp64", **options))
+                found = measure.compare(
+                    measure.join(name, shares), measure.alone(name, 3, "fp64", **options)
+                )
                 assert max(found.values()) < 1e-12, f"{name}: {found}"
 
 
 def test_errors_are_never_lost():
     x, nan = torch.ones(2), torch.tensor([1.0, math.nan])
     assert measure.error(x, x) == 0 and measure.error(x + 0.5, x) == 0.5
-    assert measure.error(nan, x) == measure.error(x, 0 * x) == math.inf and measure.error(0 * x, 0 * x) == 0
+    assert (
+        measure.error(nan, x) == measure.error(x, 0 * x) == math.inf
+        and measure.error(0 * x, 0 * x) == 0
+    )

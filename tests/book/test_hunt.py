@@ -5,7 +5,11 @@ import hunt
 import pytest
 import ranks
 
-FORWARD, BACKWARD, LATER = "the first loss is off", "its gradients are off", "the second step is off"
+FORWARD, BACKWARD, LATER = (
+    "the first loss is off",
+    "its gradients are off",
+    "the second step is off",
+)
 SEEN = {  # what of the first step is seen, and a tensor that is right (None: no gradient is)
     None: (None, "final_norm.weight"),
     0: (BACKWARD, None),
@@ -48,7 +52,11 @@ def test_a_bug_shows_where_the_notebook_says(number, pool, capsys):
 def test_answers_are_judged():
     for number, bug in hunt.BUGS.items():
         assert all(hunt.right(number, name) for name in bug.guilty)
-        assert not hunt.right(number, "") and not hunt.right(number, "print") and not hunt.right(number, None)
+        assert (
+            not hunt.right(number, "")
+            and not hunt.right(number, "print")
+            and not hunt.right(number, None)
+        )
 
 
 def test_nothing_stays_planted():

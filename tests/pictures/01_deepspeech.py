@@ -16,7 +16,11 @@ def trained(config: ds.SpeechConfig, epochs: int = 8) -> ds.DeepSpeech2:
     torch.set_flush_denormal(True)
     heard, model = ds.Speech.synthetic(320, config, 0), ds.parallel_model(config)
     lengths = [len(wave_W) for wave_W in heard.waves]
-    rows = (utterances for epoch in range(epochs) for utterances in ds.sortagrad_batches(lengths, 8, epoch))
+    rows = (
+        utterances
+        for epoch in range(epochs)
+        for utterances in ds.sortagrad_batches(lengths, 8, epoch)
+    )
     rate = partial(ds.learning_rate, epoch_steps=40, epochs=epochs, peak=0.04)
     for _ in ds.train(model, (heard.batch(index, config) for index in rows), rate, max_norm=3.0):
         pass
@@ -31,19 +35,28 @@ def main() -> None:
 
     config = ds.SpeechConfig()
     model, unheard = trained(config), ds.Speech.synthetic(60, config, 1)
-    index = next(i for i, text in enumerate(unheard.texts) if text.split()[1:] and len(text) in range(12, 17))
+    index = next(
+        i for i, text in enumerate(unheard.texts) if text.split()[1:] and len(text) in range(12, 17)
+    )
     batch = unheard.batch([index], config)
     with torch.no_grad():
-        before, after = (net(batch.features_BTF, batch.frames_B)[0] for net in (ds.parallel_model(config), model))
+        before, after = (
+            net(batch.features_BTF, batch.frames_B)[0] for net in (ds.parallel_model(config), model)
+        )
     leaf = before.requires_grad_()
     ds.ctc_loss(leaf, batch.labels_BU, before.shape[:1], batch.sizes_B, reduction="sum").backward()
     probs_TV, share_TV = after[:, 0].exp(), -leaf.grad[:, 0]
 
-    figure, (top, middle, low) = plt.subplots(3, 1, figsize=(10.5, 6.2), sharex=True, layout="constrained")
+    figure, (top, middle, low) = plt.subplots(
+        3, 1, figsize=(10.5, 6.2), sharex=True, layout="constrained"
+    )
     seconds, T = len(unheard.waves[index]) / config.sample_rate, len(probs_TV)
     extent = (0, seconds, 0, config.bins)
     top.imshow(batch.features_BTF[0].T, origin="lower", aspect="auto", extent=extent, cmap="magma")
-    top.set(title=f"“{unheard.texts[index]}”, by a speaker whom the network does not know", ylabel="mel band")
+    top.set(
+        title=f"“{unheard.texts[index]}”, by a speaker whom the network does not know",
+        ylabel="mel band",
+    )
     at = (torch.arange(T) + 0.5) * seconds / T
     for axes, share, title in (
         (
@@ -51,7 +64,11 @@ def main() -> None:
             share_TV,
             "what CTC asks of a network that knows nothing: each letter's share of all alignments; grey: blank",
         ),
-        (low, probs_TV, "what the network writes after eight epochs: the probability of each letter"),
+        (
+            low,
+            probs_TV,
+            "what the network writes after eight epochs: the probability of each letter",
+        ),
     ):
         axes.fill_between(at, share[:, 0], color="0.88")
         for symbol in sorted(set(batch.labels_BU[0].tolist())):
@@ -61,7 +78,11 @@ def main() -> None:
                 if share[t, symbol] > 0.15 and share[t, symbol] == here.max():
                     letter = ds.ALPHABET[symbol].replace(" ", "␣")
                     axes.annotate(
-                        letter, (at[t], share[t, symbol] + 0.04), ha="center", color=line.get_color(), fontsize=12
+                        letter,
+                        (at[t], share[t, symbol] + 0.04),
+                        ha="center",
+                        color=line.get_color(),
+                        fontsize=12,
                     )
         axes.set(ylim=(0, 1.2), title=title)
     low.set(xlabel="seconds", xlim=(0, seconds))

@@ -7,7 +7,11 @@ import pipeline as pl
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1))
-COLORS = {"F": ("#4c8fc9", "#a9cbe8"), "B": ("#e08a3c", "#f3c79f"), "W": ("#6aa56a", "#6aa56a")}  # by chunk
+COLORS = {
+    "F": ("#4c8fc9", "#a9cbe8"),
+    "B": ("#e08a3c", "#f3c79f"),
+    "W": ("#6aa56a", "#6aa56a"),
+}  # by chunk
 
 
 def draw() -> None:
@@ -24,12 +28,34 @@ def draw() -> None:
         for rank, bars in enumerate(timeline.ranks):
             for op, start, end in bars:
                 begin, width = float(start), float(end - start)
-                axis.barh(rank, width, 0.9, begin, color=COLORS[op.kind][op.chunk], edgecolor="white", linewidth=0.8)
-                axis.text(begin + width / 2, rank, op.microbatch, ha="center", va="center", fontsize=7, color="0.15")
+                axis.barh(
+                    rank,
+                    width,
+                    0.9,
+                    begin,
+                    color=COLORS[op.kind][op.chunk],
+                    edgecolor="white",
+                    linewidth=0.8,
+                )
+                axis.text(
+                    begin + width / 2,
+                    rank,
+                    op.microbatch,
+                    ha="center",
+                    va="center",
+                    fontsize=7,
+                    color="0.15",
+                )
         held = ", ".join(map(str, pl.verify(table)))
         pieces = ", 2 chunks a rank" if v > 1 else ""
-        axis.set_title(f"{kind}{pieces}: bubble {timeline.bubble}, activations held {held}", loc="left", fontsize=10)
-        axis.set(yticks=range(4), yticklabels=[f"rank {r}" for r in range(4)], xlim=(0, float(longest)))
+        axis.set_title(
+            f"{kind}{pieces}: bubble {timeline.bubble}, activations held {held}",
+            loc="left",
+            fontsize=10,
+        )
+        axis.set(
+            yticks=range(4), yticklabels=[f"rank {r}" for r in range(4)], xlim=(0, float(longest))
+        )
         axis.invert_yaxis()
         axis.spines[["top", "right", "left"]].set_visible(False)
         axis.tick_params(left=False)

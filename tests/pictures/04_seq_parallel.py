@@ -14,7 +14,11 @@ ROOT = Path(__file__).resolve().parents[2]
 KINDS = [
     ("gelu's and row layers' inputs", "#2b6cb0", ("gelu", "F.linear")),
     ("queries, keys, values", "#63a4e0", ("baddbmm",)),
-    ("core attention: softmax, mask, dropped", "#f0b429", ("softmax", "dropout(weights", "dropped_pSS @")),
+    (
+        "core attention: softmax, mask, dropped",
+        "#f0b429",
+        ("softmax", "dropout(weights", "dropped_pSS @"),
+    ),
     ("norms' inputs", "#c53030", ("norm(",)),
     ("column layers' inputs", "#e57373", ("column_parallel",)),
     ("masks outside the regions", "#7b1e1e", ()),
@@ -27,7 +31,9 @@ def kind_of(kept: sp.Kept, cost: sp.LayerCost) -> int:
         return 3 if cost.recompute == "full" else 1
     if kept.dtype == sp.torch.bool and "norm(" in kept.line:
         return 5
-    return next(i for i, (*_, marks) in enumerate(KINDS) if any(mark in kept.line for mark in marks))
+    return next(
+        i for i, (*_, marks) in enumerate(KINDS) if any(mark in kept.line for mark in marks)
+    )
 
 
 def main() -> None:
@@ -38,8 +44,13 @@ def main() -> None:
 
     model, costs = sp.PAPER_MODELS["22B"], sp.paper_scale("22B")
     sbh = sp.SEQUENCE * model.micro_batch * model.h
-    names = [sp.mode_name(cost.sequence_parallel, cost.recompute).replace(" + ", "\n+ ") for cost in costs]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.4), width_ratios=(1.25, 1), layout="constrained")
+    names = [
+        sp.mode_name(cost.sequence_parallel, cost.recompute).replace(" + ", "\n+ ")
+        for cost in costs
+    ]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11.5, 4.4), width_ratios=(1.25, 1), layout="constrained"
+    )
     bottom = [0.0] * len(costs)
     for kind, (label, color, _) in enumerate(KINDS):
         heights = [sum(k.bytes for k in c.saved if kind_of(k, c) == kind) / sbh for c in costs]
@@ -47,10 +58,19 @@ def main() -> None:
         bottom = [a + b for a, b in zip(bottom, heights)]
     for i, (cost, top) in enumerate(zip(costs, bottom)):
         left.plot([i - 0.42, i + 0.42], [cost.formula / sbh] * 2, color="black", linewidth=1.2)
-        left.annotate(f"{top:.2f}", (i, top), ha="center", va="bottom", xytext=(0, 2), textcoords="offset points")
+        left.annotate(
+            f"{top:.2f}",
+            (i, top),
+            ha="center",
+            va="bottom",
+            xytext=(0, 2),
+            textcoords="offset points",
+        )
     left.plot([], [], color="black", linewidth=1.2, label="the paper's formula")
     left.set(
-        title="A layer of 22B on one of 8 ranks, measured", ylabel="kept for backward, in s·b·h bytes", ylim=(0, 30)
+        title="A layer of 22B on one of 8 ranks, measured",
+        ylabel="kept for backward, in s·b·h bytes",
+        ylim=(0, 30),
     )
     left.tick_params(axis="x", labelsize=8)
     handles, labels = left.get_legend_handles_labels()

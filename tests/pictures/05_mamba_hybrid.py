@@ -37,13 +37,30 @@ def main() -> None:
             inside = row == column
             color = "#2b6cb0" if inside else "#f0b429"
             corner = (column * CHUNK - 0.5, row * CHUNK - 0.5)
-            middle.add_patch(Rectangle(corner, CHUNK, CHUNK, facecolor=color, edgecolor="white", alpha=0.85))
+            middle.add_patch(
+                Rectangle(corner, CHUNK, CHUNK, facecolor=color, edgecolor="white", alpha=0.85)
+            )
             text = "masked\nmatrix" if inside else "through\nthe state"
             center = (column + 0.5) * CHUNK - 0.5, (row + 0.5) * CHUNK - 0.5
-            middle.text(*center, text, ha="center", va="center", fontsize=7.5, color="white" if inside else "black")
+            middle.text(
+                *center,
+                text,
+                ha="center",
+                va="center",
+                fontsize=7.5,
+                color="white" if inside else "black",
+            )
     half = TOKENS / 2 - 0.5
     middle.axhline(half, color="#c53030", linewidth=2)
-    middle.text(TOKENS - 1.5, half - 1, "tokens of rank 0", ha="right", va="bottom", color="#c53030", fontsize=8)
+    middle.text(
+        TOKENS - 1.5,
+        half - 1,
+        "tokens of rank 0",
+        ha="right",
+        va="bottom",
+        color="#c53030",
+        fontsize=8,
+    )
     middle.set(title="How it is computed: 4 chunks, 2 ranks", xlabel="written at token j")
     middle.text(TOKENS - 1.5, half + 1, "rank 1", ha="right", va="top", color="#c53030", fontsize=8)
 

@@ -19,7 +19,9 @@ def shares(gamma: float) -> torch.Tensor:
     data = moe.TextData("", "bytes", 64)
     batches = (data.batch(step, 16, 0) for step in range(STEPS))
     model = moe.overload(moe.MoELM(moe.MoEConfig(init_std=0.06)))
-    steps = moe.train_alone(model, batches, lambda step: moe.learning_rate(step, STEPS, 3e-3), gamma=gamma)
+    steps = moe.train_alone(
+        model, batches, lambda step: moe.learning_rate(step, STEPS, 3e-3), gamma=gamma
+    )
     counts_SE = torch.stack([step.counts_LE[0] for step in steps]).double()
     return (counts_SE / counts_SE.mean(1, keepdim=True)).T
 
@@ -41,22 +43,32 @@ def main() -> None:
     import matplotlib.pyplot as plt
 
     torch.set_num_threads(1)
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6), width_ratios=(1, 1, 1.15), layout="constrained")
+    figure, axes = plt.subplots(
+        1, 3, figsize=(12, 3.6), width_ratios=(1, 1, 1.15), layout="constrained"
+    )
     for axis, gamma, title in (
         (axes[0], 0.0, "no balancing (γ = 0, α = 0.0001)"),
         (axes[1], 0.01, "the bias, γ = 0.01"),
     ):
-        image = axis.imshow(shares(gamma), aspect="auto", cmap="magma_r", vmin=0, vmax=4, interpolation="nearest")
+        image = axis.imshow(
+            shares(gamma), aspect="auto", cmap="magma_r", vmin=0, vmax=4, interpolation="nearest"
+        )
         axis.set(title=title, xlabel="step", ylabel="expert", yticks=range(8))
     bar = figure.colorbar(image, ax=axes[1])
     bar.set_label("rows, over the mean")
     sizes = 2.0 ** torch.arange(-34, -0.5)
     for format, color in (("e4m3", "#2b6cb0"), ("e5m2", "#c53030")):
         axes[2].plot(sizes, rounding_error(format, sizes), color=color, label=format.upper())
-    axes[2].set(xscale="log", yscale="log", ylim=(5e-3, 2), title="what rounding to eight bits does")
-    axes[2].set(xlabel="size of a number, over the tensor's largest", ylabel="its mean relative error")
+    axes[2].set(
+        xscale="log", yscale="log", ylim=(5e-3, 2), title="what rounding to eight bits does"
+    )
+    axes[2].set(
+        xlabel="size of a number, over the tensor's largest", ylabel="its mean relative error"
+    )
     axes[2].axhline(1, color="0.5", linestyle=":", linewidth=1)
-    axes[2].annotate("lost: rounded to zero", (sizes[-1], 1), ha="right", va="bottom", fontsize=8, color="0.3")
+    axes[2].annotate(
+        "lost: rounded to zero", (sizes[-1], 1), ha="right", va="bottom", fontsize=8, color="0.3"
+    )
     axes[2].legend(frameon=False, loc="lower left")
     figure.savefig(ROOT / "06_moe_fp8" / "load.png", dpi=110)
 
