@@ -1011,9 +1011,9 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
 # ── 4.2 The norm of a sharded gradient ──────────────────────────────────────────────────────────
 #
 # Sharded parameters are different elements on each rank: their squares are summed over the group.
-# Replicated parameters are the same elements on each rank, and count once. Summed like shards,
-# they enlarge the norm by up to √tp: training clips too much, and nothing shows it. Left out of the
-# sum, each rank would have another norm, and the replicated parameters would drift apart.
+# Replicated parameters are the same elements on each rank, and count once: each rank adds 1/tp of
+# their squares. Summed like shards, they enlarge the norm by up to √tp: training clips too much,
+# and nothing shows it. Left out of the sum, they would give each rank another norm.
 
 
 # region shared: clipping
@@ -1033,16 +1033,17 @@ def clip_grad_norm_(
     device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
     sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
-    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    copies = group_size(group) if sharded_ids else 1
+    squares = [torch.zeros((), device=device)]
     for p in parameters:
         # In at least fp32: PyTorch's own norm has the precision of the gradients.
         dtype = torch.promote_types(p.grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
-        squares[id(p) in sharded_ids].append(norm.square())
-    square = torch.stack(squares[True]).sum()
+        square = torch.linalg.vector_norm(p.grad, dtype=dtype).square()
+        squares.append(square if id(p) in sharded_ids else square / copies)
+    total = torch.stack(squares).sum()
     if sharded_ids:
-        _all_reduce(square, group)
-    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+        _all_reduce(total, group)
+    norm = total.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 

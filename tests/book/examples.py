@@ -561,6 +561,9 @@ GPT_1T = dict(layers=128, hidden=25600, heads=160)
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 EXAMPLES = {
     "deepspeech": {
+        "group_size": lambda m, folder: m.group_size(),
+        "group_rank": lambda m, folder: [m.group_rank()],
+        "SpeechConfig": lambda m, folder: list(vars(m.SpeechConfig(hidden_size=16)).values()),
         "save_model": lambda m, folder: saved(m, folder),
         "small_batch": lambda m, folder: vars(m.small_batch(3, speech())),
         "synthesize": lambda m, folder: m.synthesize(
@@ -781,6 +784,7 @@ EXAMPLES = {
         "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
     },
     "mamba_hybrid": {
+        "HybridConfig": lambda m, folder: list(vars(m.HybridConfig()).values()),
         "grids": lambda m, folder: several_grids(m),
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
         "log_decay": lambda m, folder: m.log_decay(
@@ -843,6 +847,7 @@ EXAMPLES = {
         "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {
+        "MoEConfig": lambda m, folder: list(vars(m.MoEConfig()).values()),
         "Layer": lambda m, folder: list(
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
@@ -919,8 +924,6 @@ WITHOUT_EXAMPLE = {
     "megatron_tp": {
         "count_all_reduces": "counts what two ranks and more send: test_02_megatron_tp.py",
         "measure": "trains and prints; test_02_megatron_tp.py runs the script",
-        "check_args": "takes the command line's arguments",
-        "Options": "the command line's flags",
     },
     "pipeline": {
         "plan_command": "prints; test_03_pipeline.py runs it",
@@ -934,11 +937,25 @@ WITHOUT_EXAMPLE = {
         "losses_alone": "part of the demonstration; test_04_seq_parallel.py runs it",
     },
     "mamba_hybrid": {
+        "largest_tp": "takes the command line's arguments",
+        "time_decoding": "measures time",
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "decode_times": "measures time",
     },
-    "moe_fp8": {"print_formats": "prints", "recipe_of": "takes the command line's arguments"},
+    "moe_fp8": {
+        "print_formats": "prints",
+        "recipe_of": "takes the command line's arguments",
+        "is_default": "takes the command line's arguments",
+    },
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}
-DEMONSTRATION |= {"Options", "check_args"}
+DEMONSTRATION |= {
+    "Options",
+    "check_args",
+    "RunConfig",
+    "parse_flags",
+    "make_group",
+    "over_all_ranks",
+}
+DEMONSTRATION |= {"say", "say_setting", "print_claims", "print_errors"}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 02_megatron_tp/gradients.png: a bug in losses and gradients. `make pictures CHAPTER=02`.
+"""Draws 02_megatron_tp/gradients.png: a bug, its loss curve and its gradients.
+
+make pictures CHAPTER=02
 
 PYTHONPATH=tests:02_megatron_tp python tests/pictures/02_megatron_tp.py --steps 5 --to x.png
 """
