@@ -8,7 +8,7 @@ The problem. Data parallelism (chapter 1) replicates the model on every rank. In
 takes 16 bytes (itself, its gradient, Adam's two moments), so 8.3 billion parameters take 133 GB,
 and a GPU of 2019 has 32 GB.
 
-The idea. Shard the weights so that each rank computes alone until one all-reduce is left. The
+The idea. Shard the weights so that each sublayer needs only one all-reduce in each direction. The
 feed-forward layer z = gelu(x W1) W2 on two ranks, W1 sharded by columns and W2 by rows:
 
                    x                            replicated
@@ -21,7 +21,7 @@ feed-forward layer z = gelu(x W1) W2 on two ranks, W1 sharded by columns and W2 
                    z                            replicated
 
 Attention is sharded in the same way, by heads. Each sublayer costs one all-reduce in forward and
-one in backward, and nothing else changes.
+one in backward.
 
 Run it (no flag is needed; --help lists them):
 
@@ -32,8 +32,8 @@ Run it (no flag is needed; --help lists them):
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         02_megatron_tp/megatron_tp.py
 
-It proves in float64 that every gradient equals the single device's, trains a small GPT on text
-next to the plain model, and prints the claims that it has measured.
+It checks in float64 that every gradient equals the single device's, trains a small GPT on text
+next to the plain model, and prints the claims that it measured.
 
 Left out: checkpoints, published weights and sampling (pretrain.py); the paper's tables
 (megatron_tp_tables.py); fp16 loss scaling (bf16 autocast instead); fused kernels.
@@ -42,7 +42,7 @@ Left out: checkpoints, published weights and sampling (pretrain.py); the paper's
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
 # A tensor's suffix is its shape, one letter per dimension. A CAPITAL is the full dimension,
-# replicated on the ranks of the group. The small letter is this rank's shard of that dimension.
+# replicated on the ranks of the group; a small letter is this rank's shard of that dimension.
 # partial_ marks a partial sum, still to be all-reduced (Partial in PyTorch's DTensor).
 #
 #     B  batch of this replica         N  attention heads          n = N / tp
@@ -53,8 +53,8 @@ Left out: checkpoints, published weights and sampling (pretrain.py); the paper's
 # A digit is a literal size (row_BS1). tp is the number of ranks that share one copy of the model;
 # dp is the number of copies, the replicas. World size = tp · dp.
 #
-# "region carried" marks code that is copied from its home, nearly all at the end of the file, and
-# "region shared" code that later chapters copy. Editors fold both.
+# "region carried" marks code that is copied from its home chapter, nearly all at the end of the
+# file, and "region shared" code that later chapters copy. Editors fold both.
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ from torch.utils.checkpoint import checkpoint
 Group = dist.ProcessGroup | None  # None: all ranks
 Parameters = Iterable[nn.Parameter]
 StateDict = dict[str, Tensor]
-Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 does not count
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 is ignored
 Autocast = torch.dtype | None  # the dtype of GEMMs under autocast; None: no autocast
 
 
@@ -141,8 +141,8 @@ class GPTConfig:
 
 # ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────
 #
-# Two collectives are enough for this chapter. (Chapter 1 explains ranks, groups and collectives,
-# and brings `group_size`, `group_rank` and `_all_reduce`, which works in place.)
+# Two collectives are enough for this chapter. (Chapter 1 explains them. `group_size`, `group_rank`
+# and `_all_reduce`, which works in place, stand at the end of this file.)
 #
 #     all-reduce    rank 0: a    rank 1: b     →    rank 0: a + b     rank 1: a + b
 #     all-gather    rank 0: a    rank 1: b     →    rank 0: [a, b]    rank 1: [a, b]
@@ -150,27 +150,26 @@ class GPTConfig:
 # ── 1.1 Entering and leaving a tensor-parallel region: the operators f and g ────────────────────
 #
 # Inside a tensor-parallel region each rank computes alone on its shard. An operator at each
-# boundary makes forward and backward right:
+# boundary keeps both passes correct:
 #
 #                       forward          backward
 #     copy_to_tp        identity         all-reduce     x was used on every rank: gradients add up
 #     reduce_from_tp    all-reduce       identity       y is a sum: dL/dy goes to each partial sum
 #     scatter_to_tp     take a shard     all-gather     each rank has the gradient of its shard only
-#     gather_from_tp    all-gather       take a shard   all ranks go on with the same full tensor
+#     gather_from_tp    all-gather       take a shard   all ranks use the same full tensor
 #
 # The first two are f and g of the paper's figure 3. They are a conjugate pair, and so are the last
 # two: swap forward and backward of one, and you get the other. So each operator is two small
 # functions, and one autograd Function applies both. (A plain dist.all_reduce is invisible to
-# autograd, as PyTorch warns: the gradient passes unchanged. That is right for g by accident, and
-# leaves no f.)
+# autograd, as PyTorch warns. That is right for g by accident, and leaves no f.)
 #
 # An example with scalars: x = 3 on two ranks, with weights 2 and 5. In forward rank 0 has 3 · 2,
 # rank 1 has 3 · 5, and g makes 21 on both. In backward dL/dz = 1 passes g unchanged, so rank 0
 # computes dL/dx = 2 and rank 1 computes 5. Both are partial sums of 7, and f adds them.
 #
 # Leave out copy_to_tp and training still runs. The loss falls, but every weight below it gets one
-# rank's partial gradient. This is the most common bug of home-made tensor parallelism, and only a
-# comparison of gradients shows it.
+# rank's partial gradient. This is the most common bug of home-made tensor parallelism. The loss
+# curve alone does not show it; a comparison of gradients does, at the first step.
 
 
 # region shared: tensor-parallel operators
@@ -182,12 +181,12 @@ class _Conjugate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # apply(), and not a plain call: so that the second derivative is right too.
+        # apply(), not a plain call: backward must be differentiable too.
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
 def _identity(x: Tensor, group: Group) -> Tensor:
-    return x.view_as(x)  # not x itself, which autograd would take for modified in place
+    return x
 
 
 def _sum(partial_x: Tensor, group: Group) -> Tensor:
@@ -243,7 +242,7 @@ def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
 
 
 def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
 
     Right only where every rank computes the same from the result: its gradient is then replicated,
     and a sum over the ranks would count it tp times.
@@ -277,10 +276,10 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 #
 # Each layer draws nn.Linear's full weight from the default generator and keeps its own shard. The
 # result equals the plain layer bit for bit, for every tp. Shards drawn one by one from equal seeds
-# would all be equal to each other, so a shard refuses to be drawn again. (The model of part 2 draws
+# would all be equal to each other, so `reset_parameters` raises. (The model of part 2 draws
 # its weights by name instead, and loads each rank's shard.)
 #
-# Under autocast the partial sums are added in bf16: there a right parallel layer rounds differently
+# Under autocast the partial sums are added in bf16: so a correct parallel layer rounds differently
 # from a single device. A column-parallel layer without a row-parallel one after it gathers its
 # output (gather_output). A row-parallel layer with a replicated input scatters it first
 # (input_is_parallel=False).
@@ -300,10 +299,10 @@ class _ColumnParallelLinear(torch.autograd.Function):
         x_BSH, weight_fH = ctx.saved_tensors
         dx_BSH = dweight_fH = dbias_f = work = None
         if ctx.needs_input_grad[0]:
-            dx_BSH = dy_BSf @ weight_fH  # a partial sum until work.wait()
+            dx_BSH = partial_dx_BSH = dy_BSf @ weight_fH  # the all-reduce works in place
             if group_size(ctx.group) > 1:
                 overlaps = not torch.compiler.is_compiling()  # a compiler orders the calls itself
-                work = dist.all_reduce(dx_BSH, group=ctx.group, async_op=overlaps)
+                work = dist.all_reduce(partial_dx_BSH, group=ctx.group, async_op=overlaps)
         if ctx.needs_input_grad[1]:
             dweight_fH = einsum(dy_BSf, x_BSH, "... f, ... H -> f H")
         if ctx.needs_input_grad[2]:
@@ -323,9 +322,9 @@ def _cast_to_autocast(x: Tensor | None) -> Tensor | None:
 
 
 class _Sharded:
-    def reset_parameters(self) -> None:  # called by nn.Linear.__init__, before there is a group
+    def reset_parameters(self) -> None:  # nn.Linear.__init__ calls it before there is a group
         if hasattr(self, "group"):
-            raise NotImplementedError("a shard cannot be drawn alone: build the layer again")
+            raise NotImplementedError("cannot initialize a shard alone: build the layer again")
         super().reset_parameters()
 
 
@@ -400,8 +399,8 @@ class RowParallelLinear(_Sharded, nn.Linear):
 # dropout around sublayers work on replicated tensors, and compute the same on every rank.
 #
 # Why columns first? Rows first would leave partial sums before the gelu, and gelu(a + b) is not
-# gelu(a) + gelu(b): one more all-reduce in each direction. Softmax has the same problem, but needs
-# no more than one head. So attention may be sharded between heads, never inside one.
+# gelu(a) + gelu(b): more communication. Softmax has the same problem, but needs no more than one
+# head. So attention is sharded between heads, and not inside one.
 #
 # ── 1.4 The embedding ───────────────────────────────────────────────────────────────────────────
 #
@@ -412,8 +411,8 @@ class RowParallelLinear(_Sharded, nn.Linear):
 # With V = 5 on two ranks, v = 3: rank 0 holds token ids 0, 1, 2, rank 1 holds 3, 4 and one padding
 # row. For the tokens 4, 1, 3 rank 0 looks up (0, e1, 0) and rank 1 (e4, 0, e3).
 #
-# 50,257 entries do not divide by 8. Megatron-LM pads the table to a multiple of 128 · tp, here to
-# 51,200, which suits the tensor cores. The last ranks may hold some padding, or nothing else.
+# 50,257 is not divisible by 8. Megatron-LM pads the table to a multiple of 128 · tp, here to
+# 51,200, which suits the tensor cores. The last ranks may hold some or only padding.
 
 
 # region shared: vocabulary shards
@@ -476,7 +475,7 @@ class VocabParallelEmbedding(_Sharded, nn.Embedding):
 # The output layer is the widest: with 51,200 vocabulary entries and 8 × 1,024 tokens, fp32 logits
 # take 1.7 GB, and their gradient takes as much again. A column-parallel output layer leaves each
 # rank with the logits of its own vocabulary shard, logits_BSv. An all-gather before the softmax
-# would give that saving away, and the loss does not need it:
+# would undo that saving, and the loss does not need it:
 #
 #     loss = log Σ_j exp(x_j) − x_target
 #
@@ -510,14 +509,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # 0 · (−inf) is NaN.
         row_BS, is_local_BS = _local_rows(targets_BS, v, group)
         row_BS1 = row_BS[..., None]
-        partial_target_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
+        partial_logit_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
         exp_BSv = x_BSv.exp_()
-        partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
-        target_BS, sum_BS = _all_reduce(partial_2BS, group)
+        partial_2BS = torch.stack([partial_logit_BS, exp_BSv.sum(dim=-1)])
+        logit_BS, sum_BS = _all_reduce(partial_2BS, group)
         if ctx.needs_input_grad[0]:
             softmax_BSv = exp_BSv.div_(sum_BS[..., None])
             ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
-        return sum_BS.log() - target_BS
+        return sum_BS.log() - logit_BS
 
     @staticmethod
     @once_differentiable
@@ -570,11 +569,11 @@ def vocab_parallel_cross_entropy(
 # ── 1.6 Dropout: one mask for replicated tensors, one per rank for sharded ones ─────────────────
 #
 # A replicated activation must lose the same elements on every tensor-parallel rank. With different
-# masks the ranks' copies drift apart, and no error says so. A sharded activation needs different
+# masks the ranks' copies silently drift apart. A sharded activation needs different
 # masks: with equal ones, head 0 and head n always lose the same attention weights. Replicas have
 # different data, and draw different masks for both kinds.
 #
-# The paper keeps two generator states (appendix B.2). Here a mask is a function of its position:
+# The paper keeps two generator states (appendix B.2). Here a mask is a function of its place:
 # seed, step, replica, the module's name and, where the activation is sharded, the tensor-parallel
 # rank. So a checkpoint needs no state but the step, and a recomputed layer draws its masks again.
 
@@ -646,15 +645,12 @@ def seed_dropout(
 
 # region shared: plain GPT
 def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Dropout) -> Tensor:
-    """Causal attention, each head by itself: q, k and v (B, n, S, D) to y_BnSD.
-
-    Args: dropout is applied to the attention weights.
-    """
+    """Causal attention, each head by itself: q, k, v (B, n, S, D) to y_BnSD; drops weights."""
     if not dropout.p or not dropout.training:
         # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
         return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
     scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
-    is_future_SS = torch.ones_like(scores_BnSS[0, 0], dtype=torch.bool).triu(1)
+    is_future_SS = q_BnSD.new_ones(scores_BnSS.shape[-2:], dtype=torch.bool).triu(1)
     weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
     return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
 
@@ -793,13 +789,13 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 # A model that is large for its GPUs keeps only the input of each layer, and recomputes the layer in
 # backward: a third more arithmetic, and one or two more all-reduces per layer. (`checkpoint` stops
 # at the last tensor that backward needs; the last all-reduce may come after it.) The recomputed
-# layer draws the same dropout masks, since they are functions of position.  [paper, section 4.2]
+# layer draws the same dropout masks, since they are functions of place.  [paper, section 4.2]
 
 
 class ParallelGPT(GPT):
     """`GPT` sharded over `group`: tokens_BS, replicated, to logits_BSv.
 
-    Its weights are those of GPT(config), for every tp; one full tensor at a time is in memory.
+    Its weights are those of GPT(config), for every tp; it holds one full tensor at a time.
     Args: recompute: keep each layer's input only, and compute the layer again in backward.
     Raises: ValueError where heads or features do not divide over the ranks, for a sequence longer
         than seq_length, and for dropout on several ranks without `seed_dropout`.
@@ -829,11 +825,9 @@ class ParallelGPT(GPT):
             raise ValueError("dropout on several ranks: call seed_dropout before each step")
         x_BSH = self.embed(tokens_BS)
         for layer in self.layers:
-            if self.recompute and self.training:
-                x_BSH = checkpoint(layer, x_BSH, use_reentrant=False)
-            else:
-                x_BSH = layer(x_BSH)
-        x_BSH = copy_to_tp(self.final_norm(x_BSH), self.group)
+            recomputes = self.recompute and self.training
+            x_BSH = _recomputed(layer, x_BSH) if recomputes else layer(x_BSH)
+        x_BSH = copy_to_tp(_cast_to_autocast(self.final_norm(x_BSH)), self.group)
         return F.linear(x_BSH, self.embedding.weight)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
@@ -844,6 +838,20 @@ class ParallelGPT(GPT):
     def sharded_parameters(self) -> list[nn.Parameter]:
         """The parameters of which this rank holds a shard; all others are replicated."""
         return [p for name, p in self.named_parameters() if shard_dim(name) is not None]
+
+
+def _recomputed(layer: nn.Module, x_BSH: Tensor) -> Tensor:
+    # Another forward pass may seed the masks again before this one's backward.
+    seeds = [
+        (module, module.mask_seed) for module in layer.modules() if isinstance(module, Dropout)
+    ]
+
+    def run(x_BSH: Tensor) -> Tensor:
+        for module, mask_seed in seeds:
+            module.mask_seed = mask_seed
+        return layer(x_BSH)
+
+    return checkpoint(run, x_BSH, use_reentrant=False)
 
 
 # ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
@@ -872,11 +880,9 @@ def shard_dim(name: str) -> int | None:
 
 def check_tp(config: GPTConfig, tp: int) -> None:
     """Raises ValueError where heads or feed-forward features do not divide over `tp` ranks."""
-    largest = math.gcd(config.num_heads, config.ffn_hidden_size)
-    if largest % tp:
-        possible = [n for n in range(1, largest + 1) if largest % n == 0]
-        have = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
-        raise ValueError(f"{have} do not divide over tp={tp} ranks: choose tp from {possible}")
+    if math.gcd(config.num_heads, config.ffn_hidden_size) % tp:
+        sizes = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
+        raise ValueError(f"{sizes} do not divide over tp={tp} ranks: tp must divide both")
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
@@ -972,9 +978,8 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     rank = dist.get_rank()
     if world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    tp_lists = [list(range(first, first + tp)) for first in range(0, world, tp)]
-    dp_lists = [list(range(first, world, tp)) for first in range(tp)]
-    groups = [make_group(lists, device, timeout) for lists in (tp_lists, dp_lists)]
+    ranks = torch.arange(world).view(world // tp, tp)  # a row is a replica
+    groups = [make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)]
     return Mesh(tp, world // tp, rank % tp, rank // tp, *groups)
 
 
@@ -986,8 +991,8 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
 # means is 3 and the mean over tokens is 2. The correct recipe: divide each replica's loss sum by
 # the global token count, then sum the gradients.
 #
-# No gradient is summed over the tp group. A shard's gradient is complete; replicated parameters
-# already have identical gradients, because copy_to_tp all-reduces them.
+# No gradient is summed over the tp group. Shards have complete gradients; so have replicated
+# parameters, since copy_to_tp sums the gradients of the activations.
 
 
 def sum_gradients(parameters: Parameters, group: Group = None) -> None:
@@ -1010,8 +1015,8 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
 #
 # Sharded parameters are different elements on each rank: their squares are summed over the group.
 # Replicated parameters are the same elements on each rank, and count once: each rank adds 1/tp of
-# their squares. Summed like shards, they enlarge the norm by up to √tp: training clips too much,
-# and nothing shows it. Left out of the sum, they would give each rank another norm.
+# their squares, and all ranks get one norm, even where a single copy is NaN. Counted like shards,
+# they enlarge the norm by up to √tp: gradients are clipped too much, silently.
 
 
 # region shared: clipping
@@ -1082,8 +1087,8 @@ def train_alone(
 
 # endregion
 
-# `train` is `train_alone` on a mesh. New are the replica's rows, the seeds of dropout, the count
-# over replicas, the sum of gradients, the norm of shards and the sum of losses: a line each.
+# `train` is `train_alone` on a mesh. It adds the replica's rows, the seeds of dropout, the count
+# over replicas, the sum of gradients, the norm of shards and the sum of losses.
 
 
 def train(
@@ -1101,20 +1106,19 @@ def train(
     Args: batches are global; where dp does not divide their rows, replicas get unequal parts, and
         the gradient is exact all the same. seed and first_step are for dropout.
     """
-    for step, (tokens_BS, targets_BS) in enumerate(batches, first_step):
+    for step, batch in enumerate(batches, first_step):
         optimizer.zero_grad()
-        tokens_BS = tokens_BS.tensor_split(mesh.dp)[mesh.dp_rank]
-        targets_BS = targets_BS.tensor_split(mesh.dp)[mesh.dp_rank]
+        tokens_BS, targets_BS = (x.tensor_split(mesh.dp)[mesh.dp_rank] for x in batch)
         seed_dropout(model, seed, step, mesh.tp_rank, mesh.dp_rank)
         count = _all_reduce((targets_BS != -100).sum(), mesh.dp_group).clamp(min=1)
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss = model.loss(tokens_BS, targets_BS).sum() / count  # a partial sum of the mean
-        loss.backward()
+            partial_loss = model.loss(tokens_BS, targets_BS).sum() / count
+        partial_loss.backward()
         sum_gradients(model.parameters(), mesh.dp_group)
         sharded = model.sharded_parameters()
         norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=mesh.tp_group)
         optimizer.step()
-        yield _all_reduce(loss.detach(), mesh.dp_group), norm
+        yield _all_reduce(partial_loss.detach(), mesh.dp_group), norm
 
 
 # ── What remains ──────────────────────────────────────────────────────────────────────────────────
@@ -1129,7 +1133,7 @@ def train(
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
-# fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
+# fp64 is the proof. fp32 and bf16 show how rounding affects correct code (bf16: 0.4 % per GEMM).
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
@@ -1141,9 +1145,8 @@ def equivalence(
     config = GPTConfig(
         vocab_size=61, seq_length=16, num_layers=2, num_heads=2 * mesh.tp, hidden_size=16 * mesh.tp
     )
-    generator = torch.Generator().manual_seed(1)
-    ids_2BS = torch.randint(61, (2, 2 * mesh.dp + 1, 13), generator=generator)
-    tokens_BS, targets_BS = ids_2BS.to(device)
+    rng = torch.Generator().manual_seed(1)
+    tokens_BS, targets_BS = torch.randint(61, (2, 2 * mesh.dp + 1, 13), generator=rng).to(device)
     targets_BS[0, 3:] = -100
     plain = GPT(config).to(device, dtype)
     parallel = ParallelGPT(config, mesh.tp_group).to(device, dtype)
@@ -1189,11 +1192,9 @@ def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> l
 
     def batches(steps: int) -> Batches:
         for step in range(steps):
-            tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
-            yield tokens_BS.to(device), targets_BS.to(device)
+            yield [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
 
-    # Every rank trains the plain model for some steps, so that no rank waits for another. With
-    # dropout a single device draws other masks, and there is nothing to compare.
+    # On every rank, so that none waits. Not with dropout: a single device has other masks.
     alone = []
     if config.dropout == 0:
         plain = GPT(config).to(device, dtype)
@@ -1202,8 +1203,7 @@ def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> l
         alone = [loss.item() for loss, _ in steps]
     model = ParallelGPT(config, mesh.tp_group, args.recompute).to(device, dtype)
     held = sum(p.numel() for p in model.parameters())
-    total = sum(shape.numel() for shape in parameter_shapes(config).values())
-    say(f"{total:,} parameters, {held:,} on this rank; {len(data.tokens):,} tokens of text\n")
+    say(f"{held:,} parameters on this rank; {len(data.tokens):,} tokens of text\n")
     say("step      loss  single device    norm  tokens/s  peak GB")
     differences = []
     optimizer = make_optimizer(model, args.lr)
@@ -1262,7 +1262,7 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
 
 @dataclass
 class Options:  # the chapter's own flags
-    tp: int | None = flag(None, "ranks per replica; None: 2 where that divides", least=1)
+    tp: int | None = flag(None, "ranks per replica; None: 2 if even, else 1", least=1)
     batch: int = flag(16, "sequences per step, over all replicas", least=1)
     lr: float = flag(1e-3, "learning rate", least=1e-9)
     recompute: bool = flag(False, "keep each layer's input only, recompute the rest")

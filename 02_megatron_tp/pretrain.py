@@ -4,7 +4,7 @@
 `megatron_tp.py` is the technique. This tool adds what a run of hours or days needs:
 
     python 02_megatron_tp/pretrain.py --steps 200 --checkpoint run.safetensors
-    torchrun --nproc-per-node=8 02_megatron_tp/pretrain.py --tp 8 --gpt2 FOLDER --data my.txt \\
+    torchrun --nproc-per-node=8 02_megatron_tp/pretrain.py --tp 4 --gpt2 FOLDER --data my.txt \\
         --lr 1e-4 --steps 2000 --checkpoint run.safetensors --prompt "In the beginning"
 
 Interrupt it and start the same command again: it goes on from the last checkpoint. It guarantees:
@@ -163,8 +163,8 @@ def check_settings(file: Path | str, saved: dict[str, Any], settings: dict[str, 
         if saved.get(name) != settings.get(name):
             changed.append(f"{name} was {saved.get(name)!r} and is {settings.get(name)!r}")
     if changed:
-        remedy = "go on with the old values, or start another file"
-        raise ValueError(f"{file} is of another run: {', '.join(changed)}: {remedy}")
+        remedy = "keep the old values, or name a new file"
+        raise ValueError(f"{file} is from another run: {', '.join(changed)}: {remedy}")
 
 
 def load_checkpoint(

@@ -525,12 +525,12 @@ class _Conjugate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # apply(), and not a plain call: so that the second derivative is right too.
+        # apply(), not a plain call: backward must be differentiable too.
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
 def _identity(x: Tensor, group: Group) -> Tensor:
-    return x.view_as(x)  # not x itself, which autograd would take for modified in place
+    return x
 
 
 def _sum(partial_x: Tensor, group: Group) -> Tensor:
@@ -586,7 +586,7 @@ def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
 
 
 def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
 
     Right only where every rank computes the same from the result: its gradient is then replicated,
     and a sum over the ranks would count it tp times.
@@ -595,7 +595,7 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
     return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy f6acd3
+# endregion copy 0abe4e
 def _share(size: int, group: Group, what: str) -> int:
     tp = group_size(group)
     if size % tp:
@@ -1205,14 +1205,14 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         # 0 · (−inf) is NaN.
         row_BS, is_local_BS = _local_rows(targets_BS, v, group)
         row_BS1 = row_BS[..., None]
-        partial_target_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
+        partial_logit_BS = torch.where(is_local_BS, x_BSv.gather(-1, row_BS1)[..., 0], 0)
         exp_BSv = x_BSv.exp_()
-        partial_2BS = torch.stack([partial_target_BS, exp_BSv.sum(dim=-1)])
-        target_BS, sum_BS = _all_reduce(partial_2BS, group)
+        partial_2BS = torch.stack([partial_logit_BS, exp_BSv.sum(dim=-1)])
+        logit_BS, sum_BS = _all_reduce(partial_2BS, group)
         if ctx.needs_input_grad[0]:
             softmax_BSv = exp_BSv.div_(sum_BS[..., None])
             ctx.save_for_backward(softmax_BSv, row_BS1, is_local_BS)
-        return sum_BS.log() - target_BS
+        return sum_BS.log() - logit_BS
 
     @staticmethod
     @once_differentiable
@@ -1260,7 +1260,7 @@ def vocab_parallel_cross_entropy(
     return torch.where(is_id_BS, loss_BS, torch.nan)
 
 
-# endregion copy 257d51
+# endregion copy 3ddf6e
 # region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
@@ -1404,11 +1404,9 @@ def shard_dim(name: str) -> int | None:
 
 def check_tp(config: GPTConfig, tp: int) -> None:
     """Raises ValueError where heads or feed-forward features do not divide over `tp` ranks."""
-    largest = math.gcd(config.num_heads, config.ffn_hidden_size)
-    if largest % tp:
-        possible = [n for n in range(1, largest + 1) if largest % n == 0]
-        have = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
-        raise ValueError(f"{have} do not divide over tp={tp} ranks: choose tp from {possible}")
+    if math.gcd(config.num_heads, config.ffn_hidden_size) % tp:
+        sizes = f"num_heads={config.num_heads} and ffn_hidden_size={config.ffn_hidden_size}"
+        raise ValueError(f"{sizes} do not divide over tp={tp} ranks: tp must divide both")
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int) -> Tensor:
@@ -1457,7 +1455,7 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
     return full
 
 
-# endregion copy b9cf42
+# endregion copy e653eb
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 #

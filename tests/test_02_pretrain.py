@@ -568,7 +568,7 @@ def refused(flags, message, monkeypatch, capsys) -> None:
     "flags, message",
     [
         (["--tp", "3"], "--tp 3 must divide the 4 ranks"),
-        (["--tp", "4", "--num-heads", "2"], "do not divide over tp=4 ranks: choose tp from [1, 2]"),
+        (["--tp", "4", "--num-heads", "2"], "do not divide over tp=4 ranks: tp must divide both"),
         (["--hidden-size", "30"], "must be a multiple of the second"),
         (["--dropout", "1"], "dropout=1.0: it must be at least 0 and less than 1"),
         (["--tokenizer", "gpt5000"], "tokenizer 'gpt5000' is unknown"),

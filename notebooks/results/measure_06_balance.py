@@ -47,8 +47,8 @@ def chosen(model: mf.MoELM, tokens_S: torch.Tensor) -> list[list[int]]:
 
 def run(alpha: float, gamma: float, seed: int) -> dict:
     config = mf.MoEConfig(init_std=0.06, seed=seed)  # as in the chapter's own run
-    data, model = mf.TextData("", "bytes", LENGTH), mf.overload(mf.MoELM(config))
-    piece_S = data.batch(0, 1, seed=3, held_out=True)[0][0, :SHOWN]
+    data, model = mf.TextData("", LENGTH), mf.overload(mf.MoELM(config))
+    piece_S = data.batch(0, 1, seed=3, evaluation=True)[0][0, :SHOWN]
     before = chosen(model, piece_S)
     batches = (data.batch(step, SEQUENCES, seed) for step in range(STEPS))
     steps = list(mf.train_alone(model, batches, rate, gamma, alpha=alpha))
@@ -59,7 +59,7 @@ def run(alpha: float, gamma: float, seed: int) -> dict:
         loads=[
             (step.counts_LE[-1] * 100 / even).round().int().tolist() for step in steps
         ],  # last layer, hundredths
-        text=data.decode(piece_S),
+        text=data.encoding.decode(piece_S.tolist()),
         before=before,
         after=chosen(model, piece_S),
     )

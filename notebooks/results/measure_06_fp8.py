@@ -74,7 +74,7 @@ def run(recipe: mf.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[floa
     config = mf.MoEConfig(
         pattern="*E*E*E", num_experts=4, seed=seed
     )  # the recipes leave first and last layer in fp32
-    data, model, losses = mf.TextData("", "bytes", LENGTH), mf.MoELM(config), []
+    data, model, losses = mf.TextData("", LENGTH), mf.MoELM(config), []
     with torch.no_grad():
         for p in model.parameters():
             p *= 1 + nudge * torch.randn_like(p)

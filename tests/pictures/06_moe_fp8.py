@@ -16,7 +16,7 @@ STEPS = 60
 
 def shares(gamma: float) -> torch.Tensor:
     """Each expert's rows over the mean, in the first layer of experts, (E, STEPS), from a bad start."""
-    data = moe.TextData("", "bytes", 64)
+    data = moe.TextData("", 64)
     batches = (data.batch(step, 16, 0) for step in range(STEPS))
     model = moe.overload(moe.MoELM(moe.MoEConfig(init_std=0.06)))
     steps = moe.train_alone(
