@@ -911,7 +911,7 @@ def test_recomputation_changes_no_bit():
 
 @pytest.mark.ranks(1, 2)
 def test_recomputation_of_two_passes_before_their_backward():
-    """Micro-batches: the second pass seeds the masks again, and the first still recomputes its own."""
+    """The second pass seeds the masks again, and the first still recomputes with its own."""
     found = []
     for recompute in (False, True):
         model = on_device(tp.ParallelGPT(config(dropout=0.3), None, recompute))

@@ -137,7 +137,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["run.safetensors"]
     good = file.read_bytes()
     with pytest.raises(
-        ValueError, match=r"is of another run: num_layers was 2 and is 1: go on with"
+        ValueError, match=r"is from another run: num_layers was 2 and is 1: keep the old"
     ):
         load(file, config(num_layers=1))
     flipped = bytearray(good)
@@ -648,7 +648,7 @@ def test_a_changed_run_is_refused_and_says_what_changed(tmp_path, monkeypatch, c
     for message, change in changes.items():
         refused([*flags, *change], message, monkeypatch, capsys)
     text.write_text("a b c " * 199 + "a b d ")
-    refused(flags, f"{file} is of another run: text was", monkeypatch, capsys)
+    refused(flags, f"{file} is from another run: text was", monkeypatch, capsys)
     file.write_bytes(file.read_bytes()[:100])
     refused(flags, f"{file} is damaged, or no checkpoint", monkeypatch, capsys)
 
@@ -665,7 +665,7 @@ def test_a_run_from_other_published_weights_is_refused(
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["transformer.h.0.ln_1.bias"][7] += 1
     save_file(tensors, tmp_path / "model.safetensors")
-    refused(flags, "is of another run: gpt2 was", monkeypatch, capsys)
+    refused(flags, "is from another run: gpt2 was", monkeypatch, capsys)
 
 
 # ── 6 Real starts ───────────────────────────────────────────────────────────────────────────────
