@@ -150,20 +150,20 @@ class GPTConfig:
 # bf16 element takes 2 bytes, an element of a mask 1, and 5·a·s²·b bytes are 5·a·s/h units. TP is
 # tensor parallelism, SP sequence parallelism:
 #
-#                                     one device      t ranks, TP     TP and SP
-#     LayerNorm 1     its input             2               2             2/t      each rank its tokens
-#     attention       qkv's input           2               2             2/t      1.2: keep the shard
-#                     q, k, v               6             6/t             6/t
-#                     core attention   5·a·s/h     5·a·s/(h·t)     5·a·s/(h·t)     1.4, 1.5: recompute
-#                     out's input           2             2/t             2/t
-#     dropout         its mask              1               1             1/t      each rank its tokens
-#     LayerNorm 2     its input             2               2             2/t      each rank its tokens
-#     feed-forward    up's input            2               2             2/t      1.2: keep the shard
-#                     gelu's input          8             8/t             8/t
-#                     down's input          8             8/t             8/t
-#     dropout         its mask              1               1             1/t      each rank its tokens
-#                                          ──       ─────────            ────
-#     sum without core attention           34       10 + 24/t            34/t
+#                                 one device    t ranks, TP    TP and SP
+#     LayerNorm 1     its input           2             2            2/t     each rank its tokens
+#     attention       qkv's input         2             2            2/t     1.2: keep the shard
+#                     q, k, v             6             6/t          6/t
+#                     core           5·a·s/h   5·a·s/(h·t)   5·a·s/(h·t)     1.4, 1.5: recompute
+#                     out's input         2             2/t          2/t
+#     dropout         its mask            1             1            1/t     each rank its tokens
+#     LayerNorm 2     its input           2             2            2/t     each rank its tokens
+#     feed-forward    up's input          2             2            2/t     1.2: keep the shard
+#                     gelu's input        8             8/t          8/t
+#                     down's input        8             8/t          8/t
+#     dropout         its mask            1             1            1/t     each rank its tokens
+#                                        ──      ────────           ────
+#     sum without core attention         34     10 + 24/t           34/t
 #
 # Two collectives split chapter 2's all-reduce into two halves:
 #
@@ -184,9 +184,9 @@ class GPTConfig:
 # partial sum of every token's gradient, and backward reduce-scatters them.
 #
 # An example with one token on each of two ranks, 3 and 4, and the weights 2 and 5. After g rank 0
-# computes 2 · 3 + 2 · 4 and rank 1 computes 5 · 3 + 5 · 4. With dL/dy = 1 the gradient of both tokens
-# is (2, 2) on rank 0 and (5, 5) on rank 1: partial sums of (7, 7). The reduce-scatter gives each
-# rank the 7 of its own token. With a slice in its place, rank 0 would go on with 2 and rank 1
+# computes 2 · 3 + 2 · 4 and rank 1 computes 5 · 3 + 5 · 4. With dL/dy = 1 the gradient of both
+# tokens is (2, 2) on rank 0 and (5, 5) on rank 1: partial sums of (7, 7). The reduce-scatter gives
+# each rank the 7 of its own token. With a slice in its place, rank 0 would go on with 2 and rank 1
 # with 5, and all layers below would learn from one rank's columns.
 #
 # But where every rank computes the same after the gather (a classifier that is not sharded), each
@@ -303,8 +303,8 @@ def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
 class _ColumnParallel(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_sBH, weight_fH, bias_f, group):
-        # The shard is kept, and not x_SBH: see the sum above. A frozen weight keeps no activation at
-        # all, and where the input needs no gradient, the weight is not kept either.
+        # The shard is kept, and not x_SBH: see the sum above. A frozen weight keeps no activation,
+        # and where the input needs no gradient, the weight is not kept either.
         needs_dx, needs_dweight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x_sBH if needs_dweight else None, weight_fH if needs_dx else None)
         ctx.group = group
@@ -410,8 +410,8 @@ class SPRowParallelLinear(nn.Module):
 #     a mean                   gradients are t times too small, which Adam hides
 #     a sum of complete ones   they come out t times too large, which Adam hides as well
 #
-# With the two tokens 3 and 4 on two ranks and a replicated bias of 0, y = x + bias and
-# L = Σ y²: rank 0 finds dL/dbias = 2 · 3 and rank 1 finds 2 · 4. The single device's gradient is 14.
+# With the two tokens 3 and 4 on two ranks and a replicated bias of 0, y = x + bias and L = Σ y²:
+# rank 0 finds dL/dbias = 2 · 3 and rank 1 finds 2 · 4. The single device's gradient is 14.
 #
 # Names cannot tell which is which in a layer of your own, so the parameter does. Megatron-LM sets
 # `sequence_parallel` on parameters with partial gradients. Here every parameter says True or False,
@@ -463,14 +463,15 @@ def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> No
 #     dropout's output     2 bytes    for the GEMM with v
 #
 # Three details keep it at 5 bytes. The causal mask is added, as −∞: masked_fill would keep a
-# boolean mask. baddbmm adds and scales, so no scaled copy of q is kept. Softmax returns bf16: inside
-# it computes in fp32 all the same. (Under autocast PyTorch returns fp32, and 2 bytes become 4.)
+# boolean mask. baddbmm adds and scales, so no scaled copy of q is kept. Softmax returns bf16: it
+# computes in fp32 all the same. (Under autocast PyTorch returns fp32, and 2 bytes become 4.)
 #
-# FlashAttention came later (arXiv 2205.14135). Its kernel keeps its output and one number per query,
-# and computes the weights again in backward, block by block: that is selective recomputation inside
-# a kernel. Around it, recomputation would do the work twice. Selective recomputation still pays
-# where there is no such kernel (biases and masks of one's own), and for other tensors that are large
-# and cheap: LayerNorm's, gelu's, an expert router's.
+# FlashAttention came later (arXiv 2205.14135). Its kernel keeps its output and one value per query,
+# and computes the weights again in backward, block by block. That is selective recomputation in a
+# kernel; around it, recomputation would do the work twice. Selective recomputation still pays where
+# there is no such kernel (biases and masks of one's own), and for other tensors that are large and
+# cheap: LayerNorm's, gelu's, an expert router's.
+
 
 
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout) -> Tensor:
@@ -760,13 +761,14 @@ def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 #
-# The ranks of the group share each sequence, so all of them get the same batch, and every rank
-# has the loss of all tokens. Replicas with other batches are chapter 2's: their gradients are summed
+# The ranks of the group share each sequence, so all of them get the same batch, and every rank has
+# the loss of all tokens. Replicas with other batches are chapter 2's: their gradients are summed
 # over a second group.
 #
-# Next to `train_alone` three lines are new: the seeds of dropout, the sum of partial gradients, and
-# the norm of shards. The sum comes before the norm. Clipped first, each rank would compute another
-# norm and scale by another factor, and the replicated parameters would drift apart.
+# Next to `train_alone` three lines are new: the seeds of dropout, the sum of partial gradients,
+# and the norm of shards. The sum comes before the norm. Clipped first, the norm would be that of
+# partial sums, and every gradient would be scaled by another factor than the single device's.
+
 
 
 def train(

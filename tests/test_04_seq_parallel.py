@@ -1248,7 +1248,7 @@ def test_partial_gradients_averaged():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="each rank finds another norm and scales by another factor: copies drift apart",
+    symptom="the norm is that of partial sums: every gradient is scaled by another factor",
     seen_in=None,
 )
 def test_gradients_clipped_before_they_are_summed():
@@ -1262,9 +1262,10 @@ def test_gradients_clipped_before_they_are_summed():
 
     nothing = plant(sp, "reduce_sequence_parallel_grads", lambda module, group: None)
     with nothing as summed, plant(sp, "clip_grad_norm_", clip_first) as clip:
-        ((loss, _),) = sp.train(parallel, adamw(parallel), [batch_of()], max_norm=0.1)
-    ((expected, _),) = sp.train_alone(plain, adamw(plain), [batch_of()], max_norm=0.1)
+        ((loss, norm),) = sp.train(parallel, adamw(parallel), [batch_of()], max_norm=0.1)
+    ((expected, full_norm),) = sp.train_alone(plain, adamw(plain), [batch_of()], max_norm=0.1)
     assert math.isclose(loss, expected, rel_tol=1e-12)
+    assert all(abs(x / full_norm - 1) > 1e-3 for x in everywhere(norm.item()))
     grads = rank_0s(grads_of(parallel), cfg)
     assert_differs(grads, grads_of(plain))
     return shown(loss.item(), grads, expected.item(), grads_of(plain))

@@ -358,14 +358,17 @@ def pipeline(chapter, device: torch.device) -> Iterator[Variant]:
 
 
 def seq_parallel(chapter, device: torch.device) -> Iterator[Variant]:
-    for mode in chapter.MODES:
+    for recompute in chapter.RECOMPUTE:
+        for dropout in (0.0, 0.1):
 
-        def steps(mode=mode) -> Steps:
-            config = chapter.GPTConfig(61, 16, hidden_size=32, num_layers=2, num_heads=4)
-            model = move(chapter.SequenceParallelGPT(config, None, *mode), device)
-            return chapter.train(model, text(device, 61), rate)
+            def steps(recompute=recompute, dropout=dropout) -> Steps:
+                sizes = dict(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2)
+                config = chapter.GPTConfig(num_heads=4, dropout=dropout, **sizes)
+                model = move(chapter.SequenceParallelGPT(config, recompute=recompute), device)
+                optimizer = chapter.make_optimizer(model, lr=1e-3)
+                return chapter.train(model, optimizer, text(device, 61))
 
-        yield chapter.mode_name(*mode), steps, 1
+            yield f"recompute {recompute}, dropout {dropout}", steps, 1
 
 
 def mamba_hybrid(chapter, device: torch.device) -> Iterator[Variant]:
