@@ -473,7 +473,6 @@ def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> No
 # cheap: LayerNorm's, gelu's, an expert router's.
 
 
-
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout) -> Tensor:
     """Causal attention in single operators, as the paper counts its bytes: (p, S, D) to y_pSD.
 
@@ -768,7 +767,6 @@ def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None
 # Next to `train_alone` three lines are new: the seeds of dropout, the sum of partial gradients,
 # and the norm of shards. The sum comes before the norm. Clipped first, the norm would be that of
 # partial sums, and every gradient would be scaled by another factor than the single device's.
-
 
 
 def train(
