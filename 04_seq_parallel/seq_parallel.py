@@ -422,8 +422,9 @@ class SPRowParallelLinear(nn.Module):
 def mark(parameters: Parameters, sequence_parallel: bool) -> None:
     """Marks parameters for `reduce_sequence_parallel_grads`.
 
-    Args: sequence_parallel: True where a parameter is replicated and ranks apply it to different
-        tokens; False where its gradient is complete after backward.
+    Args: parameters (...) of any shape. sequence_parallel: True where a parameter is replicated
+        and ranks apply it to different tokens; False where its gradient is complete after backward.
+    Source: Megatron-LM, which has an attribute of this name.
     """
     for p in parameters:
         p.sequence_parallel = sequence_parallel
@@ -817,8 +818,9 @@ def train(
 def saved_tensors(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> list[Tensor]:
     """Calls run(); of each storage that autograd keeps for backward, the first tensor that is kept.
 
-    Args: parameters: do not count. What a Function stores on ctx itself is not seen. Works with
-    fake tensors. Source: ours.
+    Args: parameters (...) do not count. What a Function stores on ctx itself is not seen. Works
+        with fake tensors.
+    Returns: tensors (...) that share memory with those of autograd. Source: ours.
     """
     known = {p.untyped_storage()._cdata for p in parameters}  # a fake tensor has no data_ptr()
     kept = []
@@ -837,7 +839,10 @@ def saved_tensors(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> 
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd keeps of run() for backward. Args: `saved_tensors`'s."""
+    """Bytes of the storages that autograd keeps of run() for backward, a scalar.
+
+    Args: parameters (...) do not count. Source: ours.
+    """
     return sum(x.untyped_storage().nbytes() for x in saved_tensors(run, parameters))
 
 

@@ -84,7 +84,9 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
         for name, p in module._parameters.items():
             if p is not None:
                 moved = p.detach().to(device)
-                module._parameters[name] = nn.Parameter(moved, requires_grad=p.requires_grad)
+                moved = nn.Parameter(moved, requires_grad=p.requires_grad)
+                vars(moved).update(vars(p))  # `to` keeps the parameter, and its attributes
+                module._parameters[name] = moved
         for name, x in module._buffers.items():
             if x is not None:
                 module._buffers[name] = x.to(device)
@@ -359,16 +361,17 @@ def pipeline(chapter, device: torch.device) -> Iterator[Variant]:
 
 def seq_parallel(chapter, device: torch.device) -> Iterator[Variant]:
     for recompute in chapter.RECOMPUTE:
-        for dropout in (0.0, 0.1):
+        for core in (chapter.unfused_attention, chapter.fused_attention):
 
-            def steps(recompute=recompute, dropout=dropout) -> Steps:
+            def steps(recompute=recompute, core=core) -> Steps:
                 sizes = dict(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2)
-                config = chapter.GPTConfig(num_heads=4, dropout=dropout, **sizes)
-                model = move(chapter.SequenceParallelGPT(config, recompute=recompute), device)
+                config = chapter.GPTConfig(num_heads=4, **sizes)
+                model = chapter.SequenceParallelGPT(config, None, recompute, core)
+                move(model, device)
                 optimizer = chapter.make_optimizer(model, lr=1e-3)
                 return chapter.train(model, optimizer, text(device, 61))
 
-            yield f"recompute {recompute}, dropout {dropout}", steps, 1
+            yield f"recompute {recompute}, {core.__name__}", steps, 1
 
 
 def mamba_hybrid(chapter, device: torch.device) -> Iterator[Variant]:
