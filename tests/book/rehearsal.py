@@ -85,7 +85,8 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
             if p is not None:
                 moved = p.detach().to(device)
                 moved = nn.Parameter(moved, requires_grad=p.requires_grad)
-                vars(moved).update(vars(p))  # `to` keeps the parameter, and its attributes
+                for key in vars(p).keys() - vars(moved).keys():  # `to` keeps attributes
+                    setattr(moved, key, getattr(p, key))
                 module._parameters[name] = moved
         for name, x in module._buffers.items():
             if x is not None:
