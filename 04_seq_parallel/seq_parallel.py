@@ -1,87 +1,77 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 4. Sequence parallelism and selective recomputation: count every byte that backward needs, then keep few.
+"""Chapter 4. Sequence parallelism and selective recomputation: a fifth of the activations.
 
 Paper: Reducing Activation Recomputation in Large Transformer Models,
        Korthikanti et al., 2022, arXiv 2205.05198
 
-The problem. A pipeline (chapter 3) has many micro-batches in flight, and each keeps what its forward computed until its
-backward has run: for large models more than the weights. Tensor parallelism (chapter 2) divides that over its ranks,
-but for what stands between its regions, which every rank keeps whole. Keeping nothing and computing everything a second
-time takes a third more time.
+The problem. Each layer keeps activations for backward, and in a pipeline (chapter 3) many
+micro-batches are in flight: they outgrow the weights. Tensor parallelism (chapter 2) shards them
+only inside its regions. To recompute all of them takes a third more time.
 
-The idea. Count what one layer keeps: 34·s·b·h + 5·a·s²·b bytes (s tokens, b sequences, h wide, a heads). Tensor
-parallelism divides most of it, but not the 10·s·b·h that stand between its regions, where every rank computes the same
-norm, dropout and residual sum. These work on each token by itself, so let each rank do its own tokens. Half a layer, on
-two ranks, with the tokens a b c d:
+The idea. LayerNorm, dropout and residual sums work on each token alone, so shard them by tokens.
+One sublayer on two ranks, with the tokens a b c d:
 
-        tensor parallelism (chapter 2)                     and sequence parallelism
-          rank 0         rank 1                              rank 0         rank 1
-          x: abcd        x: abcd                             x: ab          x: cd
-          norm           norm         the same twice         norm           norm           each its own tokens
-        f ───────────────────────     nothing              g ───────────────────────       all-gather of the tokens
-          · W1[left]     · W1[right]                         · W1[left]     · W1[right]
-          · W2[top]      · W2[bottom]                        · W2[top]      · W2[bottom]
-        f̄ ───────────────────────     all-reduce           ḡ ───────────────────────       reduce-scatter
-          dropout, + x   dropout, + x the same twice         dropout, + x   dropout, + x   each its own tokens
-          z: abcd        z: abcd                             z: ab          z: cd
+        tensor parallelism (chapter 2)             and sequence parallelism
+          rank 0         rank 1                      rank 0         rank 1
+          x: abcd        x: abcd                     x: ab          x: cd
+          LayerNorm      LayerNorm                   LayerNorm      LayerNorm      own tokens only
+        f ───────────────────────  identity        g ───────────────────────      all-gather
+          · W1[left]     · W1[right]                 · W1[left]     · W1[right]
+          · W2[top]      · W2[bottom]                · W2[top]      · W2[bottom]
+        f̄ ───────────────────────  all-reduce      ḡ ───────────────────────      reduce-scatter
+          dropout, + x   dropout, + x                dropout, + x   dropout, + x   own tokens only
+          z: abcd        z: abcd                     z: ab          z: cd
 
-A ring's all-reduce is a reduce-scatter and then an all-gather: the doors send the same bytes, and nothing is kept
-twice. Then the 5·a·s²·b: attention weights, the largest part, and the cheapest to compute again. So recompute them and
-nothing else. Together that is a fifth of the memory for a few percent of the time.
+A ring all-reduce is a reduce-scatter and an all-gather, so the bytes sent are the same, and every
+activation is sharded. The largest ones left are attention weights. They are cheap to compute, so
+backward computes them again, and nothing else: selective recomputation.
 
 Run it (no flag is needed; --help lists them):
 
-    python 04_seq_parallel/seq_parallel.py                           4 ranks on this machine
-    python 04_seq_parallel/seq_parallel.py --ranks 1                 one process, for a debugger
-    python 04_seq_parallel/seq_parallel.py --check                   equivalence alone, each tensor's error, all modes
-    python 04_seq_parallel/seq_parallel.py --paper-scale 1T          one layer of 1T on 8 pretended ranks, in seconds
-    python 04_seq_parallel/seq_parallel.py --no-sequence-parallel --recompute full --dropout 0.1
+    python 04_seq_parallel/seq_parallel.py                            4 local ranks
+    python 04_seq_parallel/seq_parallel.py --ranks 1                  one process, for a debugger
+    python 04_seq_parallel/seq_parallel.py --check                    equivalence alone, three modes
+    python 04_seq_parallel/seq_parallel.py --recompute full --dropout 0.1
     torchrun --nproc-per-node=8 04_seq_parallel/seq_parallel.py
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         04_seq_parallel/seq_parallel.py
 
-It proves in float64 that every gradient equals the single device's in all six modes (with and without sequence
-parallelism; no, selective or full recomputation), shows tensor by tensor what a layer keeps, holds the measured bytes
-against the paper's formula, trains a small GPT on real text, and ends in a table of the paper's claims.
+It proves in float64 that every gradient equals the single device's, with no, selective and full
+recomputation, trains a small GPT on text, and prints the claims that it has measured.
 
-Left out: data and pipeline parallelism (their stages appear in part 5's arithmetic only), recomputation of some
-micro-batches and not of others (the paper's appendix C), writing fused kernels (PyTorch's is used), and dividing
-attention itself over the sequence (ring attention, Ulysses: often called context parallelism, and another thing).
+Left out: the paper's tables, and a published layer on simulated ranks (seq_parallel_tables.py);
+data and pipeline parallelism; recomputation of some micro-batches only (appendix C); attention
+sharded along the sequence (context parallelism: ring attention, Ulysses).
 """
 
-# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# The suffix of a tensor's name is its shape, one letter a dimension. A CAPITAL is the whole dimension, the small letter
-# this rank's share of it, and partial_ marks a summand that is still to be reduced:
+# A tensor's suffix is its shape, one letter per dimension. A CAPITAL is the full dimension,
+# replicated on the ranks of the group. The small letter is this rank's shard of that dimension.
+# partial_ marks a partial sum, still to be reduced (Partial in PyTorch's DTensor).
 #
-#     S  sequence, in tokens      s = S / t    this rank's tokens         L  layers
-#     B  batch                    F  feed-forward size, or any            V  words in vocabulary
-#     H  hidden size                 other features; f: this rank's       v: V, padded, over t: this rank's words
-#     N  attention heads          n = N / t    this rank's heads          D  size of a head
-#     P  pairs of a sequence and a head, B·N;  p = B·n                    t  ranks that share the model (tp)
+#     S  sequence length, in tokens    s = S / tp: this rank's tokens
+#     B  batch                         N  attention heads, n = N / tp    D  size of a head
+#     H  hidden size                   F  feed-forward size, f = F / tp  L  layers
+#     V  vocabulary entries            v = V, padded, / tp
+#     P  B·N pairs of a sequence and a head, p = B·n
 #
-# An x without a suffix is x_sBH under sequence parallelism, and x_SBH without it. A bare p is dropout's probability.
-#
-# The paper's own letters, in formulas: s = S, b = B, h = H, a = N, L, v = V, t, and for pipelines p stages, m
-# interleaved pieces of a stage. Tensors are laid out x_SBH and not x_BSH as in chapter 2: our collectives cut and join
-# dimension 0, which is contiguous, so that no copy is needed before or after.
+# Activations are x_SBH, and not x_BSH as in chapter 2. Collectives then split and join dimension 0,
+# whose shards are contiguous. Byte counts use the paper's letters: s = S, b = B, h = H, a = N and
+# t = tp.
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import itertools
-import json
 import logging
 import math
 import os
-import subprocess
 import sys
 import sysconfig
 import threading
 import time
-import traceback
 import zlib
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
@@ -101,14 +91,16 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 Group = dist.ProcessGroup | None  # None: all ranks
 Parameters = Iterable[nn.Parameter]
 StateDict = dict[str, Tensor]
+Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 does not count
+Autocast = torch.dtype | None  # the dtype of GEMMs under autocast; None: no autocast
 
 
 # region carried: config fields (home: 01_deepspeech)
@@ -120,400 +112,934 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
 # endregion copy 36d020
 
 
-# The sizes of a GPT, at home in chapter 3.
-# region carried: layered GPT config (home: 03_pipeline)
+# region carried: GPT config (home: 02_megatron_tp)
 @dataclass
 class GPTConfig:
-    """The sizes of a GPT. Raises ValueError where they contradict each other."""
+    """Sizes of a GPT; `flag` makes a field a flag too. Raises ValueError for impossible sizes."""
 
     vocab_size: int = 256
-    seq_length: int = flag(
-        64, "S, tokens of a sequence; the model has this many positions", least=1
-    )
-    hidden_size: int = flag(64, "H", least=1)
-    num_layers: int = flag(8, "L", least=1)
-    num_heads: int = flag(4, "N, attention heads", least=1)
-    ffn_hidden_size: int | None = None  # F; None: 4·H, Megatron-LM's choice
-    dropout: float = flag(0.0, "probability; Megatron-LM trains with 0.1")
-    norm: str = (
-        "pre"  # where LayerNorm stands: "pre" as in GPT-2, "post" as in the first Transformer
-    )
+    num_layers: int = flag(4, "layers, L", least=1)
+    hidden_size: int = flag(128, "hidden size, H", least=1)
+    num_heads: int = flag(4, "attention heads, N", least=1)
+    seq_length: int = flag(128, "tokens of a sequence, S", least=1)
+    dropout: float = flag(0.0, "dropout probability; the paper has 0.1")
+    ffn_hidden_size: int | None = None  # F; None: 4·H
     init_std: float = 0.02
-    seed: int = 0  # the weights are a function of this configuration alone
-    vocab_multiple: int = 1  # each rank's words are padded to a multiple of this (Megatron-LM: 128)
-    tied_head: bool = (
-        True  # the last layer multiplies with the embedding table; False: with a weight of its own
-    )
+    seed: int = 0  # the initial weights are a function of this configuration alone
+    vocab_multiple: int = 1  # v is padded to a multiple of this (Megatron-LM: 128)
 
     def __post_init__(self):
-        self.head_size = self.hidden_size // max(1, self.num_heads)  # D
-        self.ffn_hidden_size = self.ffn_hidden_size or 4 * self.hidden_size
-        for name in (
-            "vocab_size",
-            "seq_length",
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "ffn_hidden_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: it must be at least 1")
-        if rest := self.hidden_size % self.num_heads:
-            sizes = (
-                f"hidden_size={self.hidden_size} does not divide into num_heads={self.num_heads}"
-            )
-            raise ValueError(
-                f"{sizes}: choose a multiple, such as {self.hidden_size - rest + self.num_heads}"
-            )
-        if self.norm not in ("pre", "post"):
-            raise ValueError(f"norm={self.norm!r}: 'pre' or 'post'")
+        if self.ffn_hidden_size is None:
+            self.ffn_hidden_size = 4 * self.hidden_size
+        for name, value in vars(self).items():
+            if name not in ("dropout", "init_std", "seed") and value < 1:
+                raise ValueError(f"{name}={value}: it must be at least 1")
+        if self.hidden_size % self.num_heads:
+            sizes = f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
+            raise ValueError(f"{sizes}: the first must be a multiple of the second")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
+            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
 
 
-# endregion copy b0571d
+# endregion copy 4ffc04
 
-# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+# ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────
 #
-# A GPT on a single device, in ordinary PyTorch and in the usual layout x_BSH: the thing to equal. It is explained in
-# chapter 2. Look at `Block`: it takes a layer's two halves as arguments, and what it does itself (norm, dropout,
-# residual sum) it does to each token alone. So it serves x_BSH and x_SBH, and a rank's share of the tokens, x_sBH, as
-# it is.
+# For backward an operator keeps what its gradient mentions: a GEMM its input, LayerNorm its input,
+# softmax its output, dropout its mask, a sum nothing. This is one layer, in units of s·b·h bytes. A
+# bf16 element takes 2 bytes, an element of a mask 1, and 5·a·s²·b bytes are 5·a·s/h units. TP is
+# tensor parallelism, SP sequence parallelism:
+#
+#                                 one device    t ranks, TP    TP and SP
+#     LayerNorm 1     its input           2             2            2/t     each rank its tokens
+#     attention       qkv's input         2             2            2/t     1.2: keep the shard
+#                     q, k, v             6             6/t          6/t
+#                     core           5·a·s/h   5·a·s/(h·t)   5·a·s/(h·t)     1.4, 1.5: recompute
+#                     out's input         2             2/t          2/t
+#     dropout         its mask            1             1            1/t     each rank its tokens
+#     LayerNorm 2     its input           2             2            2/t     each rank its tokens
+#     feed-forward    up's input          2             2            2/t     1.2: keep the shard
+#                     gelu's input        8             8/t          8/t
+#                     down's input        8             8/t          8/t
+#     dropout         its mask            1             1            1/t     each rank its tokens
+#                                        ──      ────────           ────
+#     sum without core attention         34     10 + 24/t           34/t
+#
+# Two collectives split chapter 2's all-reduce into two halves:
+#
+#     all-gather        rank 0: a        rank 1: b         →    both: [a, b]
+#     reduce-scatter    rank 0: [a, c]   rank 1: [b, d]    →    rank 0: a + b     rank 1: c + d
+#
+# ── 1.1 Entering and leaving a tensor-parallel region: the operators g and ḡ ────────────────────
+#
+#                            forward           backward
+#     f   copy_to_tp         identity          all-reduce         tensor parallelism alone:
+#     f̄   reduce_from_tp     all-reduce        identity           chapter 2 (there called f and g)
+#     g   gather_from_sp     all-gather        reduce-scatter     with sequence parallelism:
+#     ḡ   reduce_scatter_to_sp                                    the same bytes in two halves
+#                            reduce-scatter    all-gather
+#         scatter_to_sp      take a shard      all-gather         to shard a replicated tensor
+#
+# After g each rank multiplies all tokens with its own columns of the weight. So each rank has a
+# partial sum of every token's gradient, and backward reduce-scatters them.
+#
+# An example with one token on each of two ranks, 3 and 4, and the weights 2 and 5. After g rank 0
+# computes 2 · 3 + 2 · 4 and rank 1 computes 5 · 3 + 5 · 4. With dL/dy = 1 the gradient of both
+# tokens is (2, 2) on rank 0 and (5, 5) on rank 1: partial sums of (7, 7). The reduce-scatter gives
+# each rank the 7 of its own token. With a slice in its place, rank 0 would go on with 2 and rank 1
+# with 5, and all layers below would learn from one rank's columns.
+#
+# But where every rank computes the same after the gather (a classifier that is not sharded), each
+# rank has the full gradient already, and a sum would count it t times. There backward takes this
+# rank's tokens, and sends nothing. Only the caller knows which work follows, so it is an argument.
+# Both mistakes run, and the loss of the first steps even falls.
+#
+# `_Conjugate` is chapter 2's: one autograd Function that applies a function in forward and its
+# conjugate in backward.
 
 
-# region carried: layered GPT (home: 03_pipeline)
-# The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
-# tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
-RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
+def _tokens_per_rank(S: int, group: Group) -> int:
+    tp = group_size(group)
+    if S % tp:
+        remedy = f"pad it to {multiple_above(S, tp)}, and its targets with -100"
+        raise ValueError(f"a sequence of {S} tokens does not divide over {tp} ranks: {remedy}")
+    return S // tp
 
 
-def keep_mask(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-    """True where dropout keeps an element of x, with probability 1 − p: as many dimensions as x (...) has."""
-    return torch.empty(x.shape, dtype=torch.bool, device=x.device).bernoulli_(
-        1 - p, generator=generator
-    )
+def _start_all_gather(x_sBH: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
+    """x_SBH, which is complete after work.wait()."""
+    # torch 2.13 has a new name for all_gather_into_tensor, and one for reduce_scatter_tensor.
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    S = x_sBH.shape[0] * group_size(group)
+    x_SBH = x_sBH.new_empty(S, *x_sBH.shape[1:])
+    work = all_gather(x_SBH, x_sBH.contiguous(), group=group, async_op=True)
+    return x_SBH, work
 
 
-def dropout(x: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
-    """Zeroes each element with probability p and scales the others by 1 / (1 − p); saves one byte an element.
+def _start_reduce_scatter(partial_x_SBH: Tensor, group: Group) -> tuple[Tensor, dist.Work]:
+    """x_sBH, which is complete after work.wait()."""
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    s = _tokens_per_rank(partial_x_SBH.shape[0], group)
+    x_sBH = partial_x_SBH.new_empty(s, *partial_x_SBH.shape[1:])
+    work = reduce_scatter(x_sBH, partial_x_SBH.contiguous(), group=group, async_op=True)
+    return x_sBH, work
 
-    Args: x (...), any shape; p in [0, 1); generator on x's device, None for PyTorch's default one.
-    Raises: ValueError where p is outside [0, 1).
+
+def _gather_tokens(x_sBH: Tensor, group: Group) -> Tensor:
+    x_SBH, work = _start_all_gather(x_sBH, group)
+    work.wait()
+    return x_SBH
+
+
+def _reduce_scatter_tokens(partial_x_SBH: Tensor, group: Group) -> Tensor:
+    x_sBH, work = _start_reduce_scatter(partial_x_SBH, group)
+    work.wait()
+    return x_sBH
+
+
+def _take_tokens(x_SBH: Tensor, group: Group) -> Tensor:
+    s = _tokens_per_rank(x_SBH.shape[0], group)
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x_SBH.split(s)[group_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+def gather_from_sp(x_sBH: Tensor, group: Group = None, backward: str = "reduce_scatter") -> Tensor:
+    """g: all-gathers the tokens in order of rank, (s, B, H) to (S, B, H).
+
+    Args: x_sBH: any shape whose first dimension is sharded, of one size on every rank. backward:
+        "reduce_scatter" before work that is sharded over the ranks, "split" before work that every
+        rank repeats.
+    Raises: ValueError for another `backward`.
+    Source: section 4.2.2 of the paper.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout probability {p}: it must be at least 0 and less than 1")
-    return (x * keep_mask(x, p, generator)).mul_(1 / (1 - p)) if p else x
+    conjugates = {"reduce_scatter": _reduce_scatter_tokens, "split": _take_tokens}
+    if backward not in conjugates:
+        raise ValueError(f"backward={backward!r}: choose from {', '.join(conjugates)}")
+    if group_size(group) == 1:
+        return x_sBH
+    return _Conjugate.apply(x_sBH, group, _gather_tokens, conjugates[backward])
 
 
-def core_attention(
-    q_BNSD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, p: float = 0.0, generator=None
+def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
+    """ḡ: sums over `group` and keeps this rank's tokens, (S, B, H) to (s, B, H).
+
+    Args: partial_x_SBH: any shape, the same on every rank, tokens first; not modified.
+    Raises: ValueError where S does not divide over the ranks.
+    Source: section 4.2.2 of the paper.
+    """
+    if group_size(group) == 1:
+        return partial_x_SBH
+    return _Conjugate.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
+
+
+def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
+    """This rank's tokens, (S, B, H) to (s, B, H); the gradient is all-gathered.
+
+    Args: x_SBH: any shape, replicated, tokens first.
+    Raises: ValueError where S does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it.
+    """
+    if group_size(group) == 1:
+        return x_SBH
+    return _Conjugate.apply(x_SBH, group, _take_tokens, _gather_tokens)
+
+
+# ── 1.2 Linear layers: keep the shard, and gather it again in backward ──────────────────────────
+#
+# g followed by a GEMM would keep x_SBH for the weight's gradient. Then every rank has all tokens in
+# memory again: 34/t becomes 34/t + 4·(1 − 1/t). So one Function does both. It keeps x_sBH only,
+# and gathers it again in backward. That is one more all-gather, and both collectives of backward
+# overlap with a GEMM:
+#
+#     network          all-gather x ────────►   reduce-scatter dx ──────────►
+#     tensor cores     dx = dy W                dW = dyᵀ x,  db = Σ dy         wait
+#
+# So this Function contains g: calling gather_from_sp before it would be a mistake.
+#
+# The column-parallel bias is sharded as its outputs are. The row-parallel bias is replicated, and
+# added after the reduce-scatter: before it, each token would get the bias t times.
+
+
+class _ColumnParallel(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_sBH, weight_fH, bias_f, group):
+        # The shard is kept, and not x_SBH: see the sum above. A frozen weight keeps no activation,
+        # and where the input needs no gradient, the weight is not kept either.
+        needs_dx, needs_dweight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x_sBH if needs_dweight else None, weight_fH if needs_dx else None)
+        ctx.group = group
+        return F.linear(_gather_tokens(x_sBH, group), weight_fH, bias_f)
+
+    @staticmethod
+    @once_differentiable  # autograd cannot see the collectives: a second derivative would be wrong
+    def backward(ctx, dy_SBf):
+        x_sBH, weight_fH = ctx.saved_tensors
+        needs_dx, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
+        dx_sBH = dweight_fH = dbias_f = None
+        # Both collectives return at once. On a GPU they must be enqueued before the GEMM after them
+        # can occupy the device: Megatron-LM sets CUDA_DEVICE_MAX_CONNECTIONS=1 for that reason.
+        if needs_dweight:
+            x_SBH, gathering = _start_all_gather(x_sBH, ctx.group)
+        if needs_dx:
+            partial_dx_SBH = dy_SBf @ weight_fH
+            dx_sBH, scattering = _start_reduce_scatter(partial_dx_SBH, ctx.group)
+        if needs_dweight:
+            gathering.wait()
+            dweight_fH = einsum(dy_SBf, x_SBH, "S B f, S B H -> f H")
+        if needs_dbias:
+            dbias_f = reduce(dy_SBf, "S B f -> f", "sum")
+        if needs_dx:
+            scattering.wait()
+        return dx_sBH, dweight_fH, dbias_f, None
+
+
+def column_parallel(
+    x_sBH: Tensor, weight_fH: Tensor, bias_f: Tensor | None = None, group: Group = None
 ) -> Tensor:
-    """Causal attention of any number of heads, each by itself: (B, N, S, D) three times to (B, N, S, D).
+    """g and a column-parallel GEMM: x_sBH to y_SBf. For backward it keeps the shard, x_sBH.
 
-    p is the dropout on the attention weights.
+    Args: weight_fH, bias_f: this rank's rows of F.linear's.
+    Source: section 4.2.2 of the paper.
     """
-    if not p:  # the same sum in one kernel, which never stores the S × S weights; its dropout takes no generator
-        return F.scaled_dot_product_attention(q_BNSD, k_BNSD, v_BNSD, is_causal=True)
-    S, D = q_BNSD.shape[-2:]
-    scores_BNSS = q_BNSD @ k_BNSD.mT / math.sqrt(D)
-    future_SS = torch.full(
-        (S, S), -torch.inf, dtype=scores_BNSS.dtype, device=scores_BNSS.device
-    ).triu(1)
-    wide = torch.promote_types(
-        scores_BNSS.dtype, torch.float32
-    )  # said openly; PyTorch's kernels widen too
-    weights_BNSS = (scores_BNSS + future_SS).softmax(-1, dtype=wide).to(v_BNSD.dtype)
-    return dropout(weights_BNSS, p, generator) @ v_BNSD
+    if group_size(group) == 1:
+        return F.linear(x_sBH, weight_fH, bias_f)
+    device = x_sBH.device.type
+    if torch.is_autocast_enabled(device) and x_sBH.dtype != torch.float64:
+        # Here, because autocast is off in backward, and a bf16 message is half as long.
+        dtype = torch.get_autocast_dtype(device)
+        x_sBH = x_sBH.to(dtype)
+        weight_fH = weight_fH.to(dtype)
+        bias_f = None if bias_f is None else bias_f.to(dtype)
+    return _ColumnParallel.apply(x_sBH, weight_fH, bias_f, group)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention, x_BSH to (B, S, H).
+class SPColumnParallelLinear(nn.Module):
+    """nn.Linear with sharded outputs, after g: x_sBH to y_SBf, f = out_features / tp.
 
-    column and row make its two matrices: classes such as nn.Linear, called with the numbers of inputs and outputs.
+    Args: in_features, out_features: as in nn.Linear, over all ranks. group: the tensor-parallel
+        group; None is all ranks.
+    The full weight is drawn as nn.Linear draws it, and this rank keeps its shard: the default
+    generator must be in the same state on every rank (torch.manual_seed).
+    Raises: ValueError where out_features does not divide over the ranks.
+    Source: section 4.2.2 of the paper.
     """
 
-    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
+    def __init__(self, in_features: int, out_features: int, group: Group = None):
+        super().__init__()
+        full = nn.Linear(in_features, out_features)
+        self.group = group
+        self.weight = nn.Parameter(_take_shard(full.weight.detach(), group, 0, "out_features"))
+        self.bias = nn.Parameter(_take_shard(full.bias.detach(), group, 0))
+        mark([self.weight, self.bias], False)  # section 1.3
+
+    def forward(self, x_sBH: Tensor) -> Tensor:
+        return column_parallel(x_sBH, self.weight, self.bias, self.group)
+
+
+class SPRowParallelLinear(nn.Module):
+    """nn.Linear with sharded inputs, before ḡ: y_SBf, f = in_features / tp, to z_sBH.
+
+    Args and initial weights: as `SPColumnParallelLinear`'s. The bias is replicated.
+    Raises: ValueError where in_features or S does not divide over the ranks.
+    Source: section 4.2.2 of the paper.
+    """
+
+    def __init__(self, in_features: int, out_features: int, group: Group = None):
+        super().__init__()
+        full = nn.Linear(in_features, out_features)
+        self.group = group
+        self.weight = nn.Parameter(_take_shard(full.weight.detach(), group, 1, "in_features"))
+        self.bias = full.bias
+        mark([self.weight], False)
+        mark([self.bias], True)
+
+    def forward(self, y_SBf: Tensor) -> Tensor:
+        partial_z_SBH = F.linear(y_SBf, self.weight)
+        z_sBH = reduce_scatter_to_sp(partial_z_SBH, self.group)
+        return z_sBH + self.bias.to(z_sBH.dtype)
+
+
+# ── 1.3 Replicated parameters have partial gradients ────────────────────────────────────────────
+#
+# LayerNorm, the positions and the row-parallel biases are replicated, and each rank applies them to
+# its own tokens. So each rank's gradient is a partial sum: it must be summed over the group, once a
+# step, before the norm is computed and anything is clipped. A sharded parameter has seen all tokens
+# after g, and its gradient is complete. Three mistakes, and training runs with all of them:
+#
+#     no sum                   the copies of a parameter drift apart from the first step on
+#     a mean                   gradients are t times too small, which Adam hides
+#     a sum of complete ones   they come out t times too large, which Adam hides as well
+#
+# With the two tokens 3 and 4 on two ranks and a replicated bias of 0, y = x + bias and L = Σ y²:
+# rank 0 finds dL/dbias = 2 · 3 and rank 1 finds 2 · 4. The single device's gradient is 14.
+#
+# Names cannot tell which is which in a layer of your own, so the parameter does. Megatron-LM sets
+# `sequence_parallel` on parameters with partial gradients. Here every parameter says True or False,
+# because attributes get lost: copy.deepcopy and load_state_dict(assign=True) make new parameters
+# without them. A parameter that says neither is refused.
+
+
+def mark(parameters: Parameters, sequence_parallel: bool) -> None:
+    """Marks parameters for `reduce_sequence_parallel_grads`.
+
+    Args: parameters (...) of any shape. sequence_parallel: True where a parameter is replicated
+        and ranks apply it to different tokens; False where its gradient is complete after backward.
+    Source: Megatron-LM, which has an attribute of this name.
+    """
+    for p in parameters:
+        p.sequence_parallel = sequence_parallel
+
+
+def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> None:
+    """Sums the partial gradients of the module over `group`, in one flat all-reduce.
+
+    Call it on every rank, once after the backward passes of a step, before clipping.
+    A missing gradient becomes zero: ranks must all-reduce buffers of one size.
+    Raises: ValueError that names a trained parameter which `mark` has not marked.
+    Source: Megatron-LM's allreduce of layernorm gradients.
+    """
+    trained = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    for name, p in trained:
+        if not hasattr(p, "sequence_parallel"):
+            remedy = "mark([p], True) if ranks apply it to different tokens, else mark([p], False)"
+            raise ValueError(f"is the gradient of {name} a partial sum? Call {remedy}")
+    partial_ones = [p for _, p in trained if p.sequence_parallel]
+    if group_size(group) == 1 or not partial_ones:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in partial_ones]
+    flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
+    for p, total in zip(partial_ones, flat.split([p.numel() for p in partial_ones])):
+        p.grad = total.view_as(p).to(p.dtype)
+
+
+# ── 1.4 Core attention: where 5·a·s²·b bytes come from ──────────────────────────────────────────
+#
+# Core attention is what stands between the two matrices: q kᵀ, softmax, dropout, and the GEMM with
+# v. Each pair of a sequence and a head is computed alone. In the layout S B n D, B and n lie next
+# to each other in memory, so both are joined to one dimension p without a copy. Backward needs,
+# of S × S elements for each pair,
+#
+#     softmax's output     2 bytes    for its own backward
+#     dropout's mask       1 byte
+#     dropout's output     2 bytes    for the GEMM with v
+#
+# Three details keep it at 5 bytes. The causal mask is added, as −∞: masked_fill would keep a
+# boolean mask. baddbmm adds and scales, so no scaled copy of q is kept. Softmax returns bf16: it
+# computes in fp32 all the same. (Under autocast PyTorch returns fp32, and 2 bytes become 4.)
+#
+# FlashAttention came later (arXiv 2205.14135). Its kernel keeps its output and one value per query,
+# and computes the weights again in backward, block by block. That is selective recomputation in a
+# kernel; around it, recomputation would do the work twice. Selective recomputation still pays where
+# there is no such kernel (biases and masks of one's own), and for other tensors that are large and
+# cheap: LayerNorm's, gelu's, an expert router's.
+
+
+def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout) -> Tensor:
+    """Causal attention in single operators, as the paper counts its bytes: (p, S, D) to y_pSD.
+
+    Args: dropout is applied to the attention weights. Source: section 4.1 of the paper.
+    """
+    S, D = q_pSD.shape[-2:]
+    is_future_SS = torch.full((S, S), -torch.inf, dtype=q_pSD.dtype, device=q_pSD.device).triu(1)
+    scores_pSS = torch.baddbmm(is_future_SS, q_pSD, k_pSD.mT, alpha=1 / math.sqrt(D))
+    weights_pSS = scores_pSS.softmax(dim=-1)
+    return dropout(weights_pSS) @ v_pSD
+
+
+def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout) -> Tensor:
+    """The same in one kernel that keeps no S × S tensor: (p, S, D) to y_pSD.
+
+    Raises: ValueError for dropout: the kernel accepts no generator.
+    Source: FlashAttention, arXiv 2205.14135.
+    """
+    if dropout.p and dropout.training:
+        raise ValueError(f"dropout={dropout.p}: fused_attention has none; use unfused_attention")
+    # One sequence of p heads: to (S, B, H) its output is a view, and no copy.
+    q_1pSD = q_pSD[None]
+    k_1pSD = k_pSD[None]
+    v_1pSD = v_pSD[None]
+    return F.scaled_dot_product_attention(q_1pSD, k_1pSD, v_1pSD, is_causal=True)[0]
+
+
+# ── 1.5 Recomputation ───────────────────────────────────────────────────────────────────────────
+#
+# PyTorch's `checkpoint` keeps a function's inputs and drops what its operators keep. When backward
+# asks for the first dropped tensor, the function runs again. It stops early, as soon as the last
+# dropped tensor exists again. The last GEMM of core attention keeps only its inputs, so it does not
+# run again. Hence
+#
+#     selective    runs again: q kᵀ, softmax, dropout
+#     full         runs again: the whole layer with its collectives. Without dropout nothing is kept
+#                  at the layer's end: it stops before the last GEMM and the last reduce-scatter.
+#
+# Both runs must draw the same dropout masks. Otherwise the gradient belongs to another function
+# than the loss does, and no error says so. A mask is a function of its module's `mask_seed` (see
+# `Dropout`). That may have changed in between: in a pipeline the next micro-batch's forward comes
+# before this one's backward. So the seeds of forward are kept, and set again while the function
+# runs again. Afterwards they are restored, or the next forward would repeat this one's masks.
+
+
+class _MasksOfForward:
+    """Inside, each `Dropout` draws the masks that it drew when this object was made."""
+
+    def __init__(self, dropouts: Iterable[Dropout]):
+        self.dropouts = list(dropouts)
+        self.in_forward = [dropout.mask_seed for dropout in self.dropouts]
+
+    def __enter__(self) -> None:
+        self.before = [dropout.mask_seed for dropout in self.dropouts]
+        self._set(self.in_forward)
+
+    def __exit__(self, *error: Any) -> None:  # an early stop is an exception
+        self._set(self.before)
+
+    def _set(self, mask_seeds: list[int | None]) -> None:
+        for dropout, mask_seed in zip(self.dropouts, mask_seeds):
+            dropout.mask_seed = mask_seed
+
+
+@torch.compiler.disable  # a compiler would trace the seeds as constants
+def recompute(function: Callable, *args: Any, dropouts: Iterable[Dropout] = ()) -> Any:
+    """function(*args); autograd keeps the arguments, and backward computes the rest again.
+
+    Args: function: computes the same again; with collectives it is called on all ranks or on none.
+        dropouts: all that it calls.
+    Source: section 5 of the paper.
+    """
+
+    def contexts() -> tuple:
+        return contextlib.nullcontext(), _MasksOfForward(dropouts)
+
+    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+
+
+# ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
+#
+# ── 2.1 The layer ───────────────────────────────────────────────────────────────────────────────
+#
+# The plain model is chapter 2's, and stands among the carried blocks: `GPT`, `Block`, `Attention`,
+# `MLP`. Inside a region are all S tokens of n heads or f features, and outside s tokens with all H
+# features. Attention has the layout S B H, so it is written again. `MLP` works for any layout.
+#
+# Each Dropout is `sharded`: inside a region each rank has its own heads, and outside its own
+# tokens. Without sequence parallelism the ranks' outer masks must be equal. With it they must
+# differ: equal masks would repeat after s tokens, and no loss shows that.
+
+RECOMPUTE = ("none", "selective", "full")
+
+
+class SequenceParallelAttention(nn.Module):
+    """Self-attention with heads sharded over `group`: x_sBH to z_sBH.
+
+    Args: core: `unfused_attention`, `fused_attention`, or a function with their arguments.
+        recompute_core: compute it again in backward.
+    Source: sections 4.2.2 and 5 of the paper.
+    """
+
+    def __init__(self, config: GPTConfig, group: Group, recompute_core: bool, core: Callable):
+        super().__init__()
+        self.head_size = config.hidden_size // config.num_heads
+        self.qkv = SPColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group)
+        self.out = SPRowParallelLinear(config.hidden_size, config.hidden_size, group)
+        self.dropout = Dropout(config.dropout, sharded=True)
+        self.recompute_core = recompute_core
+        self.core = core
+
+    def forward(self, x_sBH: Tensor) -> Tensor:
+        B = x_sBH.shape[1]
+        qkv_3pSD = rearrange(
+            self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", three=3, D=self.head_size
+        )
+        if self.recompute_core:
+            y_pSD = recompute(self.core, *qkv_3pSD, self.dropout, dropouts=[self.dropout])
+        else:
+            y_pSD = self.core(*qkv_3pSD, self.dropout)
+        return self.out(rearrange(y_pSD, "(B n) S D -> S B (n D)", B=B))
+
+
+class SequenceParallelLayer(nn.Module):
+    """`Block` with tensor and sequence parallelism: x_sBH to (s, B, H).
+
+    Args: recompute: "none", "selective" (core attention) or "full" (the layer). core: see
+        `SequenceParallelAttention`. group: the tensor-parallel group; None is all ranks.
+    Parameters have `Block`'s names and initial weights; the default generator must be in the same
+    state on every rank. Call `reduce_sequence_parallel_grads` after backward.
+    Raises: ValueError where heads, features or tokens do not divide over the ranks, for another
+        `recompute`, and for dropout on several ranks without `seed_dropout`.
+    Source: sections 4.2.2 and 5 of the paper.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        group: Group = None,
+        recompute: str = "none",
+        core: Callable = unfused_attention,
+    ):
+        if recompute not in RECOMPUTE:
+            raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
+        check_tp(config, group_size(group))
+        super().__init__()
+        self.group = group
+        self.recompute = recompute
+        column = partial(SPColumnParallelLinear, group=group)
+        row = partial(SPRowParallelLinear, group=group)
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.attention = SequenceParallelAttention(config, group, recompute == "selective", core)
+        self.dropout1 = Dropout(config.dropout, sharded=True)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config, column, row)
+        self.dropout2 = Dropout(config.dropout, sharded=True)
+        mark([*self.norm1.parameters(), *self.norm2.parameters()], True)
+
+    def forward(self, x_sBH: Tensor) -> Tensor:
+        draws_masks = self.training and self.dropout1.p > 0
+        if draws_masks and self.dropout1.mask_seed is None and group_size(self.group) > 1:
+            raise ValueError("dropout on several ranks: call seed_dropout before each step")
+        if self.recompute == "full":
+            dropouts = [self.attention.dropout, self.dropout1, self.dropout2]
+            return recompute(self._forward, x_sBH, dropouts=dropouts)
+        return self._forward(x_sBH)
+
+    # Outside the two regions no line communicates, and no tensor has more than s tokens.
+    def _forward(self, x_sBH: Tensor) -> Tensor:
+        x_sBH = x_sBH + self.dropout1(self.attention(self.norm1(x_sBH)))
+        return x_sBH + self.dropout2(self.mlp(self.norm2(x_sBH)))
+
+
+# ── 2.2 Embedding, output layer and the model ───────────────────────────────────────────────────
+#
+# The embedding is a partial sum (each rank has its own vocabulary entries, and zeros for all other
+# tokens), so ḡ follows it directly: an all-reduce and a shard of it would send twice the bytes.
+# Then each rank adds the positions of its own tokens.
+#
+# The output layer is a column-parallel GEMM as any other: LayerNorm on s tokens, then g. After g
+# every rank has the logits of all tokens, for its vocabulary shard. So the loss is chapter 2's,
+# over all S tokens, replicated. It must not be divided by t.
+
+
+def vocab_parallel_embedding(
+    tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group: Group = None
+) -> Tensor:
+    """Looks up tokens (int64, replicated) in a table sharded by rows, and reduce-scatters: x_sBH.
+
+    Args: weight_vH: the rows of token ids [rank·v, (rank + 1)·v). vocab_size: without padding.
+    Raises: ValueError for a token id outside the vocabulary; on a GPU its embedding is NaN.
+    Source: section 4.3 of the paper.
+    """
+    row_SB, is_local_SB = _local_rows(tokens_SB, weight_vH.shape[0], group)
+    x_SBH = F.embedding(row_SB, weight_vH)
+    partial_x_SBH = torch.where(is_local_SB[..., None], x_SBH, 0)
+    is_id_SB = _is_id(tokens_SB, vocab_size)
+    partial_x_SBH = torch.where(is_id_SB[..., None], partial_x_SBH, torch.nan)
+    return reduce_scatter_to_sp(partial_x_SBH, group)
+
+
+class SequenceParallelGPT(nn.Module):
+    """`GPT` with tensor and sequence parallelism: tokens_BS, replicated, to logits_SBv.
+
+    Args: as `SequenceParallelLayer`'s. Its weights are those of GPT(config), for every tp.
+    Raises: ValueError as `SequenceParallelLayer`, and for a sequence longer than seq_length.
+    Source: section 4.3 of the paper.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        group: Group = None,
+        recompute: str = "none",
+        core: Callable = unfused_attention,
+    ):
         super().__init__()
         self.config = config
-        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
-        self.out = row(config.hidden_size, config.hidden_size)
+        self.group = group
+        H = config.hidden_size
+        tp = group_size(group)
+        v = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple) // tp
+        # Shapes first, without memory: the initial weights are drawn by name, as the plain model's.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(v, H)
+            self.positions = nn.Embedding(config.seq_length, H)
+            self.dropout = Dropout(config.dropout, sharded=True)
+            layers = range(config.num_layers)
+            layers = [SequenceParallelLayer(config, group, recompute, core) for _ in layers]
+            self.layers = nn.ModuleList(layers)
+            self.final_norm = nn.LayerNorm(H)
+        mark(self.embedding.parameters(), False)
+        mark([*self.positions.parameters(), *self.final_norm.parameters()], True)
+        shards = {}
+        for name, full in initial_weights(config):
+            shards[name] = shard_tensor(name, full, config, group_rank(group), tp)
+        # The shards take the place of the shapes: new parameters, which need the marks of the old.
+        marks = {name: p.sequence_parallel for name, p in self.named_parameters()}
+        self.load_state_dict(shards, assign=True)
+        for name, p in self.named_parameters():
+            mark([p], marks[name])
 
-    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        heads = dict(three=3, D=self.config.head_size)  # einops finds out N
-        q_BNSD, k_BNSD, v_BNSD = rearrange(
-            self.qkv(x_BSH), "B S (N three D) -> three B N S D", **heads
-        )
-        p = self.config.dropout if self.training else 0.0
-        y_BNSD = core_attention(q_BNSD, k_BNSD, v_BNSD, p, streams.inside)
-        return self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
-
-
-class MLP(nn.Module):
-    """The feed-forward layer, x_BSH to (B, S, H); column and row make its two matrices, as `Attention`'s do."""
-
-    def __init__(self, config: GPTConfig, column=nn.Linear, row=nn.Linear):
-        super().__init__()
-        self.up = column(config.hidden_size, config.ffn_hidden_size)
-        self.down = row(config.ffn_hidden_size, config.hidden_size)
-
-    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        return self.down(F.gelu(self.up(x_BSH), approximate="tanh"))
-
-
-class Block(nn.Module):
-    """One layer, x_BSH to (B, S, H): attention and feed-forward, each with its norm, dropout and residual connection.
-
-    Both are handed in, so that they may be parallel ones.
-    """
-
-    def __init__(self, config: GPTConfig, attention: nn.Module, mlp: nn.Module):
-        super().__init__()
-        self.config = config
-        self.norm1, self.attention = nn.LayerNorm(config.hidden_size), attention
-        self.norm2, self.mlp = nn.LayerNorm(config.hidden_size), mlp
-
-    def forward(self, x_BSH: Tensor, streams: RandomStreams) -> Tensor:
-        p = self.config.dropout if self.training else 0.0
-        for norm, sublayer in ((self.norm1, self.attention), (self.norm2, self.mlp)):
-            if self.config.norm == "pre":
-                x_BSH = x_BSH + dropout(sublayer(norm(x_BSH), streams), p, streams.outside)
-            else:
-                x_BSH = norm(x_BSH + dropout(sublayer(x_BSH, streams), p, streams.outside))
-        return x_BSH
-
-
-class GPT(nn.Module):
-    """The single-device model: tokens_BS (int64) to logits (B, S, V).
-
-    words makes the table of words, column and row the two matrices of each half of a layer: classes such as these.
-    Raises: ValueError for a sequence longer than the positions.
-    """
-
-    def __init__(self, config: GPTConfig, words=nn.Embedding, column=nn.Linear, row=nn.Linear):
-        super().__init__()
-        self.config = config
-        self.embedding = words(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        halves = (
-            (Attention(config, column, row), MLP(config, column, row))
-            for _ in range(config.num_layers)
-        )
-        self.layers = nn.ModuleList(Block(config, attention, mlp) for attention, mlp in halves)
-        self.final_norm = nn.LayerNorm(config.hidden_size)
-        self.head = (
-            None
-            if config.tied_head
-            else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        )
-        if (
-            not self.final_norm.weight.is_meta
-        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
-            self.load_state_dict(dict(initial_weights(config)))
-
-    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        streams, p = streams or RandomStreams(), self.config.dropout if self.training else 0.0
-        x_BSH = dropout(embed(self.embedding, self.positions, tokens_BS), p, streams.outside)
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        S = tokens_BS.shape[1]
+        if S > self.config.seq_length:
+            raise ValueError(f"{S} tokens, but the model has {self.config.seq_length} positions")
+        V = self.config.vocab_size
+        x_sBH = vocab_parallel_embedding(tokens_BS.T, self.embedding.weight, V, self.group)
+        s = x_sBH.shape[0]
+        first = group_rank(self.group) * s
+        positions_s1H = self.positions.weight[first : first + s, None]
+        x_sBH = self.dropout(x_sBH + positions_s1H)
         for layer in self.layers:
-            x_BSH = layer(x_BSH, streams)
-        return F.linear(self.final_norm(x_BSH), (self.head or self.embedding).weight)
+            x_sBH = layer(x_sBH)
+        x_sBH = self.final_norm(x_sBH)
+        return column_parallel(x_sBH, self.embedding.weight, group=self.group)
 
-    def loss(
-        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
-    ) -> Tensor:
-        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
-        logits_BSV = self(tokens_BS, streams)
-        logits_BSV = logits_BSV.to(torch.promote_types(logits_BSV.dtype, torch.float32))
-        return F.cross_entropy(
-            rearrange(logits_BSV, "B S V -> B V S"), targets_BS, ignore_index=-100, reduction="none"
-        )
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Cross entropy per token in nats, loss_BS, replicated; 0 where the target is −100."""
+        V = self.config.vocab_size
+        loss_SB = vocab_parallel_cross_entropy(self(tokens_BS), targets_BS.T, self.group, V)
+        return loss_SB.T
 
-
-def embed(words: nn.Module, positions: nn.Embedding, tokens_BS: Tensor) -> Tensor:
-    """Word and position embedding, (B, S, H). Raises ValueError for a sequence longer than the table of positions."""
-    S = tokens_BS.shape[1]
-    if S > positions.num_embeddings:
-        raise ValueError(
-            f"a sequence of {S} tokens, but the model has {positions.num_embeddings} positions"
-        )
-    return words(tokens_BS) + positions.weight[:S]
+    def sharded_parameters(self) -> list[nn.Parameter]:
+        """The parameters of which this rank holds a shard; all others are replicated."""
+        return [p for name, p in self.named_parameters() if shard_dim(name) is not None]
 
 
-def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).named_parameters()}
+# ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
+#
+# Sequence parallelism shards activations and no weight, so `shard_state_dict` and
+# `merge_state_dicts` are chapter 2's.
 
 
-def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """The initial weights, a function of `config` alone: each name with its unsharded tensor, on the CPU.
+def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None) -> StateDict:
+    """Every rank's shards (by parameter name) to full tensors, on the CPU of every rank.
 
-    One tensor at a time, in the shapes that the plain model has. Drawn on the CPU because a GPU's generator gives
-    other values. Source: section 4.2 of the Megatron-LM paper.
+    Collective over `group`. Raises: what `merge_state_dicts` does.
     """
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, shape in parameter_shapes(config).items():
-        if len(shape) == 2:
-            onto_residual = name.endswith(
-                ("out.weight", "down.weight")
-            )  # what writes onto the residual stream
-            std = config.init_std / (math.sqrt(2 * config.num_layers) if onto_residual else 1)
-            yield name, torch.randn(shape, generator=generator, device="cpu") * std
-        else:  # biases 0, LayerNorm's weights 1
-            yield name, torch.full(shape, 0.0 if name.endswith("bias") else 1.0, device="cpu")
+    shards = [{name: x.cpu() for name, x in tensors.items()}] * group_size(group)
+    if group_size(group) > 1:
+        dist.all_gather_object(shards, shards[0], group)
+    return merge_state_dicts(shards, config)
 
 
-def make_optimizer(model: nn.Module, weight_decay: float = 0.01) -> torch.optim.AdamW:
-    """AdamW that decays matrices only, not biases and LayerNorm weights; the caller sets "lr" before each step."""
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
-    )
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
+#
+# The ranks of the group share each sequence, so all of them get the same batch, and every rank has
+# the loss of all tokens. Replicas with other batches are chapter 2's: their gradients are summed
+# over a second group.
+#
+# Next to `train_alone` three lines are new: the seeds of dropout, the sum of partial gradients,
+# and the norm of shards. The sum comes before the norm. Clipped first, the norm would be that of
+# partial sums, and every gradient would be scaled by another factor than the single device's.
 
 
-Batches = Iterable[
-    tuple[Tensor, Tensor]
-]  # tokens_BS and targets_BS of each step; a target of −100 does not count
-
-
-def train_alone(
-    model: GPT,
+def train(
+    model: SequenceParallelGPT,
+    optimizer: Optimizer,
     batches: Batches,
-    lr: Callable[[int], float],
     max_norm: float = 1.0,
-    autocast: torch.dtype | None = None,
+    autocast: Autocast = None,
+    seed: int = 0,
+    first_step: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model, a step for each batch; yields two scalars, the mean loss per token and the norm before
-    clipping.
+    """`train_alone` on the ranks of the model's group: yields the same two scalars on each.
 
-    lr: the learning rate of step 0, 1, ...; autocast: the dtype of products, None for the parameters' own.
+    Every rank must iterate it, with the same batches. seed and first_step are for dropout:
+    replicas of the model need different seeds.
     """
-    optimizer = make_optimizer(model)
-    for step, (tokens_BS, targets_BS) in enumerate(batches):
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
+    for step, (tokens_BS, targets_BS) in enumerate(batches, first_step):
         optimizer.zero_grad()
+        seed_dropout(model, seed, step, group_rank(model.group))
+        count = (targets_BS != -100).sum().clamp(min=1)
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-            loss = model.loss(tokens_BS, targets_BS).sum() / (targets_BS != -100).sum().clamp(min=1)
+            loss = model.loss(tokens_BS, targets_BS).sum() / count
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        reduce_sequence_parallel_grads(model, model.group)
+        sharded = model.sharded_parameters()
+        norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=model.group)
         optimizer.step()
         yield loss.detach(), norm
 
 
-# endregion copy 7b4c0b
-
-
-class TransformerLayer(Block):
-    """One layer of the plain model, x_BSH to (B, S, H): what `SequenceParallelLayer` must equal."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config, Attention(config), MLP(config))
-
-
-# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+# ── What remains ──────────────────────────────────────────────────────────────────────────────────
 #
-# An operator keeps for backward what the formula of its gradient mentions: a product both its factors, a norm its
-# input, softmax its output, dropout its mask, a sum nothing. Go through a layer with that in mind, in units of s·b·h
-# bytes (a number in bf16 is 2, a mask's 1; 5·a·s²·b bytes are 5·a·s/h units), and this chapter's plan lies before you
-# (TP is tensor parallelism, SP sequence parallelism):
+# A layer's memory now grows with s and not with s², and all of it is sharded. Its arithmetic is not
+# smaller: attention multiplies every token with every token, 4·s²·h operations per layer and
+# sequence, and a model that generates text keeps the keys and values of all tokens. For long
+# sequences both outgrow everything else. Chapter 5 replaces most attention layers by a state of
+# fixed size.
+
+# ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 #
-#                                     single device    t ranks, TP      TP and SP
-#     norm 1             its input             2               2              2/t       ← 2.2: each rank its own tokens
-#     attention          qkv's input           2               2              2/t       ← 2.3: keep the share
-#                        q, k, v               6               6/t            6/t
-#                        core             5·a·s/h         5·a·s/(h·t)    5·a·s/(h·t)    ← 2.5, 2.6: forget, recompute
-#                        out's input           2               2/t            2/t
-#     dropout            its mask              1               1              1/t       ← 2.4: each rank another one
-#     norm 2             its input             2               2              2/t       ← 2.2
-#     feed-forward       up's input            2               2              2/t       ← 2.3
-#                        gelu's input          8               8/t            8/t
-#                        down's input          8               8/t            8/t
-#     dropout            its mask              1               1              1/t       ← 2.4
-#                                             ──            ────────         ────
-#     besides the core                        34            10 + 24/t        34/t
+# ── 5.1 What autograd keeps, counted ────────────────────────────────────────────────────────────
 #
-# Section 2.7 puts the layer together, 2.8 counts what it really keeps, 2.9 adds the ends of the network.
-#
-# Two collectives join chapter 2's all-reduce. With two ranks, each holding two halves:
-#
-#     all-gather        rank 0: a         rank 1: b          →    both: [a, b]
-#     reduce-scatter    rank 0: [a, c]    rank 1: [b, d]     →    rank 0: a + b     rank 1: c + d
-#     all-reduce        rank 0: [a, c]    rank 1: [b, d]     →    both: [a + b, c + d]
-#
-# A reduce-scatter and then an all-gather are an all-reduce. The doors that chapter 2 built on it come first. Letters
-# have moved since: what chapter 2's paper calls f and g, `copy_to_tp` and `reduce_from_tp`, are f and f̄ in this one,
-# and g and ḡ are the two doors that section 2.2 adds.
+# A hook sees every tensor that an operator keeps for backward. Several may be views of one storage
+# (q, k and v lie in one), so storages count, not tensors. Parameters are kept as well, but were
+# there before. Parameters must be bf16 themselves: autocast would keep bf16 copies of them.
 
 
-# region carried: process groups (home: 01_deepspeech)
-def group_size(group: Group = None) -> int:
-    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+def saved_tensors(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> list[Tensor]:
+    """Calls run(); of each storage that autograd keeps for backward, the first tensor that is kept.
 
-    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    Args: parameters (...) do not count. What a Function stores on ctx itself is not seen. Works
+        with fake tensors.
+    Returns: tensors (...) that share memory with those of autograd. Source: ours.
     """
-    if not dist.is_initialized():
-        return 1
-    size = dist.get_world_size(group)
-    if size < 1:
-        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
-    return size
+    known = {p.untyped_storage()._cdata for p in parameters}  # a fake tensor has no data_ptr()
+    kept = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage._cdata not in known:
+            known.add(storage._cdata)
+            kept.append(x.detach())  # keeps the storage, so that its address is not used again
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        result = run()
+    del result
+    return kept
 
 
-def group_rank(group: Group = None) -> int:
-    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
-    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
+def saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
+    """Bytes of the storages that autograd keeps of run() for backward, a scalar.
 
-
-def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
-    """In place; returns x. A group of one rank communicates nothing."""
-    if group_size(group) > 1:
-        dist.all_reduce(x, op, group)
-    return x
-
-
-def at_least_fp32(x: Tensor) -> Tensor:
-    """x (...) upcast to fp32; float64 stays float64."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _has_values(x: Tensor) -> bool:
-    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
-    tensors and torch.compile's have none."""
-    on_cpu = x.device.type == "cpu" and type(x) is Tensor
-    return on_cpu and not torch.compiler.is_compiling()
-
-
-def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
-    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
-
-    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
-    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
-    rank in no list: torch would give it None, which means all ranks.
+    Args: parameters (...) do not count. Source: ours.
     """
-    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
-        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
-    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
-    dist.all_reduce(torch.ones(1, device=device), group=group)
-    return group
+    return sum(x.untyped_storage().nbytes() for x in saved_tensors(run, parameters))
 
 
-def wait_for_all() -> None:
-    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
-    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
-    dist.barrier(group)
-    dist.destroy_process_group(group)
+def activation_bytes(config: GPTConfig, tp: int, recompute: str, batch: int = 1) -> float:
+    """Bytes that one of `tp` ranks keeps of a layer: bf16, masks of 1 byte, F = 4·H, dropout.
+
+    Source: table 2 of the paper, rows with sequence parallelism. Full recomputation keeps the
+    layer's input, which sequence parallelism shards too.
+    """
+    sbh = config.seq_length * batch * config.hidden_size
+    core = 5 * config.num_heads * config.seq_length / config.hidden_size
+    units = {"none": 34 + core, "selective": 34, "full": 2}
+    return units[recompute] * sbh / tp
 
 
-# endregion copy 3197a3
+def layer_cost(recompute: str, device: torch.device, batch: int = 2) -> tuple[float, float, str]:
+    """A small layer in bf16, with dropout, on all ranks.
+
+    Returns: kept bytes, and the same by table 2, in units of s·b·h/t; how many all-gathers and
+        reduce-scatters it takes, forward and backward.
+    """
+    tp = group_size()
+    S = multiple_above(64, tp)
+    H = multiple_above(128, 2 * tp)
+    config = GPTConfig(seq_length=S, hidden_size=H, num_heads=2 * tp, dropout=0.1)
+    layer = SequenceParallelLayer(config, recompute=recompute).to(device, torch.bfloat16)
+    seed_dropout(layer, seed=0, step=0, tp_rank=group_rank())
+    x_sBH = torch.randn(S // tp, batch, H, device=device, dtype=torch.bfloat16, requires_grad=True)
+    kept = saved_bytes(partial(layer, x_sBH), layer.parameters())
+    with Counter() as counter:
+        layer(x_sBH).sum().backward()
+    gathers = sum(message.op.startswith("all_gather") for message in counter.messages)
+    scatters = sum(message.op.startswith("reduce_scatter") for message in counter.messages)
+    unit = S * batch * H / tp
+    formula = activation_bytes(config, tp, recompute, batch)
+    return kept / unit, formula / unit, f"{gathers}, {scatters}"
 
 
-# ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
-#
-# Explained in chapter 2, section 2.1.
+# ── 5.2 Equivalence ─────────────────────────────────────────────────────────────────────────────
+
+# fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def equivalence(
+    device: torch.device, dtype: torch.dtype, autocast: Autocast = None
+) -> dict[str, float]:
+    """Five AdamW steps of a small model in each mode of recomputation, and on a single device.
+
+    Returns: the relative error of every tensor by name.
+    """
+    tp = group_size()
+    # Vocabulary and batch do not divide over the ranks; the sequence is shorter than seq_length.
+    config = GPTConfig(
+        vocab_size=61, seq_length=4 * tp, num_layers=2, num_heads=2 * tp, hidden_size=16 * tp
+    )
+    generator = torch.Generator().manual_seed(1)
+    ids_2BS = torch.randint(61, (2, 3, 3 * tp), generator=generator)
+    tokens_BS, targets_BS = ids_2BS.to(device)
+    targets_BS[0, tp:] = -100
+    batches = [(tokens_BS, targets_BS)] * 5
+    errors = {}
+    for mode in RECOMPUTE:
+        plain = GPT(config).to(device, dtype)
+        parallel = SequenceParallelGPT(config, recompute=mode).to(device, dtype)
+        alone = train_alone(plain, make_optimizer(plain, 1e-3), batches, 0.1, autocast)
+        steps = train(parallel, make_optimizer(parallel, 1e-3), batches, 0.1, autocast)
+        for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
+            errors[f"loss {step}, {mode}"] = abs(loss / loss_alone - 1).item()
+            errors[f"norm before clipping {step}, {mode}"] = abs(norm / norm_alone - 1).item()
+            if step == 0:
+                grads = {name: p.grad for name, p in parallel.named_parameters()}
+                full = gather_state_dict(grads, config)
+                reference = {name: p.grad for name, p in plain.named_parameters()}
+                errors |= relative_errors(f"gradient, {mode}:", full, reference)
+        if dtype == torch.float64:
+            # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the
+            # weights of a right program differ too.
+            kind = f"weight after AdamW, {mode}:"
+            full = gather_state_dict(parallel.state_dict(), config)
+            errors |= relative_errors(kind, full, plain.state_dict(), floor=5 * 1e-3)
+    return over_all_ranks(errors)
+
+
+# ── 5.3 What `main` runs ────────────────────────────────────────────────────────────────────────
+
+
+def demonstrate(args: argparse.Namespace, device: torch.device) -> list[float]:
+    """Trains on text; returns how far the first losses are from the single device's."""
+    dtype, autocast = dtypes(args)
+    config = config_from(args, GPTConfig, seed=args.seed)
+    data = TextData(args.data, config.seq_length)
+
+    def batches(steps: int) -> Batches:
+        for step in range(steps):
+            tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
+            yield tokens_BS.to(device), targets_BS.to(device)
+
+    # Every rank trains the plain model for some steps, so that no rank waits for another. With
+    # dropout a single device draws other masks, and there is nothing to compare.
+    alone = []
+    if config.dropout == 0:
+        plain = GPT(config).to(device, dtype)
+        optimizer = make_optimizer(plain, args.lr)
+        steps = train_alone(plain, optimizer, batches(min(5, args.steps)), autocast=autocast)
+        alone = [loss.item() for loss, _ in steps]
+    model = SequenceParallelGPT(config, recompute=args.recompute).to(device, dtype)
+    say(f"training on {args.data or 'the sources of Python'}, recompute {args.recompute}\n")
+    say("step      loss  single device    norm  tokens/s  peak GB")
+    differences = []
+    optimizer = make_optimizer(model, args.lr)
+    steps = train(model, optimizer, batches(args.steps), autocast=autocast, seed=args.seed)
+    begin = time.perf_counter()
+    for step, (loss, norm) in enumerate(steps):
+        loss, norm = read_step(step, loss, norm)
+        reference = ""
+        if step < len(alone):
+            reference = f"{alone[step]:.6f}"
+            differences.append(abs(loss - alone[step]))
+        if step < 5 or step % 20 == 19:
+            speed = (step + 1) * args.batch * config.seq_length / (time.perf_counter() - begin)
+            memory = peak_memory(device)
+            say(f"{step:4}  {loss:.6f}  {reference:>13}  {norm:6.3f}  {speed:8,.0f}  {memory:7.2f}")
+    say()
+    return differences
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+    """The claims that this run has measured: (claim, paper, here, verdict)."""
+    errors = equivalence(device, torch.float64)
+    claims = []
+    for kind in ("gradient", "norm before clipping", "weight after AdamW"):
+        error = worst(errors, kind)
+        claim = f"every {kind} equals the single device's, three modes, float64"
+        claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
+    costs = {recompute: layer_cost(recompute, device) for recompute in RECOMPUTE}
+    differences = demonstrate(args, device)
+    claim = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    if differences:
+        within = max(differences)
+        claims.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
+    for recompute, (kept, formula, _) in costs.items():
+        claim = f"kept of a layer, recompute {recompute}, in s·b·h/t bytes"
+        good = abs(kept / formula - 1) < 0.01  # LayerNorm keeps mean and deviation of each token
+        claims.append((claim, f"{formula:g}", f"{kept:.2f}", good))
+    if group_size() > 1:
+        here = costs["none"][2]
+        claim = "all-gathers, reduce-scatters of a layer, forward and backward"
+        claims.append((claim, "6, 4", here, here == "6, 4"))
+    return claims
+
+
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    say_setting(args, f": tp {group_size()}")
+    if args.check:
+        good = print_errors(equivalence(device, *dtypes(args)), BOUNDS[args.dtype])
+    else:
+        good = print_claims(measure(args, device))
+    if not good:
+        sys.exit(1)
+
+
+@dataclass
+class Options(GPTConfig):  # the chapter's own flags; None: what fits the ranks
+    num_layers: int = flag(2, "layers, L", least=1)
+    hidden_size: int | None = flag(None, "hidden size, H; None: 128 or a few more", least=1)
+    num_heads: int | None = flag(None, "attention heads, N; None: 4 or a few more", least=1)
+    seq_length: int | None = flag(None, "tokens of a sequence, S; None: 128 or more", least=1)
+    recompute: str = flag("selective", "what backward computes again", choices=list(RECOMPUTE))
+    batch: int = flag(8, "sequences per step", least=1)
+    lr: float = flag(1e-3, "learning rate", least=1e-9)
+    data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
+
+
+def multiple_above(least: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `least`."""
+    return math.ceil(least / divisor) * divisor
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Replaces every None. Raises ValueError or OSError where flags, ranks and text do not fit."""
+    tp = args.world_size
+    args.num_heads = args.num_heads or multiple_above(4, tp)
+    args.hidden_size = args.hidden_size or multiple_above(128, args.num_heads)
+    args.seq_length = args.seq_length or multiple_above(128, tp)
+    check_tp(config_from(args, GPTConfig), tp)
+    if args.seq_length % tp:
+        remedy = f"over {tp} ranks: try {multiple_above(args.seq_length, tp)}"
+        raise ValueError(f"--seq-length {args.seq_length} does not divide {remedy}")
+    TextData(args.data, args.seq_length)
+
+
+def flags() -> argparse.Namespace:
+    return parse_flags(__doc__, [Options], check_args, ranks=4, steps=40)
+
+
+# ── Carried blocks ──────────────────────────────────────────────────────────────────────────────
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)
@@ -596,602 +1122,33 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 
 
 # endregion copy 0abe4e
-def _share(size: int, group: Group, what: str) -> int:
-    tp = group_size(group)
-    if size % tp:
-        raise ValueError(
-            f"{what}={size} does not divide over {tp} ranks: choose a multiple of {tp}, or fewer ranks"
-        )
-    return size // tp
+# region carried: vocabulary shards (home: 02_megatron_tp)
+def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
+    """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
+    return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
 
 
-# ── 2.2 The doors, when each rank has its own tokens ────────────────────────────────────────────────────
-#
-#                              forward           backward
-#     f   copy_to_tp           nothing           all-reduce         tensor parallelism alone
-#     f̄   reduce_from_tp       all-reduce        nothing
-#     g   gather_from_sp       all-gather        reduce-scatter     and sequence parallelism
-#     ḡ   reduce_scatter_to_sp reduce-scatter    all-gather
-#         scatter_to_sp        keep my tokens    all-gather         to begin with a tensor that every rank has
-#
-# Behind g each rank multiplies all tokens with its own columns of the weight, so each has a *summand* of every token's
-# gradient: backward adds them up and gives each rank its own tokens'. That is the reduce-scatter. But where every rank
-# does the *same* with what was gathered (a classifier that is not divided, say), each has the whole gradient, and a sum
-# would count it t times: there backward keeps this rank's tokens and sends nothing. Only the caller knows which of the
-# two follows, so it is an argument. Both mistakes run, and the loss of the first steps even falls.
-#
-# `_start_...` returns at once, with a work to wait for, so that a caller can compute meanwhile: the next section does.
+def _local_rows(ids_BS: Tensor, v: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Rows of token ids in this rank's shard, and which ids are local."""
+    row_BS = ids_BS - group_rank(group) * v
+    return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
 
 
-def _start_gather(x_sBH: Tensor, group) -> tuple[Tensor, dist.Work]:
-    """x_SBH, complete once the work has been waited for."""
-    gather = (
-        getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    )  # its name before torch 2.13
-    x_SBH = x_sBH.new_empty(x_sBH.shape[0] * group_size(group), *x_sBH.shape[1:])
-    return x_SBH, gather(x_SBH, x_sBH.contiguous(), group=group, async_op=True)
+def _is_id(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> Tensor:
+    """Which ids are in range. Others are local to no rank, and would silently become zeros.
 
-
-def _start_reduce_scatter(partial_x_SBH: Tensor, group) -> tuple[Tensor, dist.Work]:
-    """x_sBH, this rank's tokens of the sum, complete once the work has been waited for."""
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    x_sBH = partial_x_SBH.new_empty(
-        _tokens_each(partial_x_SBH.shape[0], group), *partial_x_SBH.shape[1:]
-    )
-    return x_sBH, reduce_scatter(x_sBH, partial_x_SBH.contiguous(), group=group, async_op=True)
-
-
-def _gather_tokens(x_sBH: Tensor, group) -> Tensor:
-    x_SBH, work = _start_gather(x_sBH, group)
-    work.wait()
-    return x_SBH
-
-
-def _reduce_scatter_tokens(partial_x_SBH: Tensor, group) -> Tensor:
-    x_sBH, work = _start_reduce_scatter(partial_x_SBH, group)
-    work.wait()
-    return x_sBH
-
-
-def _own_tokens(x_SBH: Tensor, group) -> Tensor:
-    return x_SBH.split(_tokens_each(x_SBH.shape[0], group))[group_rank(group)].contiguous()
-
-
-def _tokens_each(S: int, group: Group = None) -> int:
-    t = group_size(group)
-    if S % t:
-        more = -(-S // t) * t
-        raise ValueError(
-            f"a sequence of {S} tokens does not divide over {t} ranks: pad it to {more}, targets with −100"
-        )
-    return S // t
-
-
-def gather_from_sp(x_sBH: Tensor, group: Group = None, backward: str = "reduce_scatter") -> Tensor:
-    """g: all ranks' tokens in the order of ranks, (s, B, H) to (S, B, H).
-
-    x_sBH: any shape whose first dimension is divided over `group` (None: all ranks), of the same size on each.
-    backward: "reduce_scatter" in front of work that is divided over the ranks, "split" in front of work that every rank
-    repeats.
-
-    Raises: ValueError for another `backward`.
-    Source: section 4.2.2 of the paper.
+    On the CPU they raise ValueError. On a GPU that would stall the CPU: the caller puts NaN.
     """
-    ways = {"reduce_scatter": _reduce_scatter_tokens, "split": _own_tokens}
-    if backward not in ways:
-        raise ValueError(
-            f"backward={backward!r}: 'reduce_scatter' in front of divided work, 'split' of repeated work"
-        )
-    return (
-        _Conjugate.apply(x_sBH, group, _gather_tokens, ways[backward])
-        if group_size(group) > 1
-        else x_sBH
-    )
-
-
-def reduce_scatter_to_sp(partial_x_SBH: Tensor, group: Group = None) -> Tensor:
-    """ḡ: the sum over `group`, of which each rank gets its own tokens, (S, B, H) to (s, B, H).
-
-    partial_x_SBH: any shape, the same on each rank, whose first dimension is tokens; not modified.
-
-    Raises: ValueError where S does not divide over the ranks.
-    Source: section 4.2.2 of the paper.
-    """
-    if group_size(group) == 1:
-        return partial_x_SBH
-    return _Conjugate.apply(partial_x_SBH, group, _reduce_scatter_tokens, _gather_tokens)
-
-
-def scatter_to_sp(x_SBH: Tensor, group: Group = None) -> Tensor:
-    """This rank's tokens of a tensor that every rank has, (S, B, H) to (s, B, H); the gradient is gathered.
-
-    x_SBH: any shape whose first dimension is tokens, equal on every rank.
-
-    Raises: ValueError where S does not divide over the ranks.
-    Source: Megatron-LM.
-    """
-    return (
-        _Conjugate.apply(x_SBH, group, _own_tokens, _gather_tokens)
-        if group_size(group) > 1
-        else x_SBH
-    )
-
-
-# ── 2.3 Keep the share, and gather it twice ─────────────────────────────────────────────────────────────
-#
-# g and then a product would keep the gathered x_SBH, for the gradient of the weight: every rank holds all tokens
-# again, and what was saved is lost. So the two become one function, which keeps x_sBH and gathers it once more in
-# backward. That is one more all-gather, but it has something to hide behind; and so has the reduce-scatter of the
-# input's gradient:
-#
-#     on the wire           all-gather x ─────►   reduce-scatter dx ─────►
-#     arithmetic units      dx = dy W             dW = dyᵀ x, db = Σ dy        wait
-#
-# Without sequence parallelism the same function stands behind f: there is nothing to gather, and dx is all-reduced. One
-# flag, then, chooses between two pairs of doors, here and in `sum_over_tp`. Apart from these two it is asked for in
-# three places, which must know whose tokens are here: the random streams (2.4), the positions (2.9), and the gradients
-# of what every rank holds whole (part 4).
-#
-# The column-parallel layer's bias is divided as its columns are, and needs no care. The row-parallel layer's is whole,
-# and is added *after* the reduce-scatter, once to each token; added before, it would count t times.
-
-
-class _Sent:
-    """The work of a message that need not be sent."""
-
-    def wait(self):
-        pass
-
-
-def _start_nothing(x: Tensor, group) -> tuple[Tensor, _Sent]:
-    return x, _Sent()
-
-
-def _start_all_reduce(partial_x: Tensor, group) -> tuple[Tensor, dist.Work]:
-    """In place."""
-    return partial_x, dist.all_reduce(partial_x, group=group, async_op=True)
-
-
-class _ColumnParallel(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight_fH, bias_f, group, sequence_parallel):
-        door = (
-            (_start_gather, _start_reduce_scatter)
-            if sequence_parallel
-            else (_start_nothing, _start_all_reduce)
-        )
-        ctx.group, (ctx.start_gather, ctx.start_sum) = group, door  # g or f, there and back
-        ctx.save_for_backward(x, weight_fH)  # the share, and not what is gathered here
-        x_SBH, gathering = ctx.start_gather(x, group)
-        gathering.wait()
-        return F.linear(x_SBH, weight_fH, bias_f)
-
-    @staticmethod
-    @once_differentiable  # a gradient of the gradient would miss what comes from other ranks: refuse it
-    def backward(ctx, grad_SBf):
-        x, weight_fH = ctx.saved_tensors
-        x_wants, weight_wants, bias_wants, *_ = ctx.needs_input_grad
-        grad_x = grad_fH = grad_f = None
-        if weight_wants:
-            x_SBH, gathering = ctx.start_gather(x, ctx.group)
-        if x_wants:
-            partial_grad_SBH = grad_SBf @ weight_fH
-            grad_x, reduction = ctx.start_sum(partial_grad_SBH, ctx.group)
-        if weight_wants:
-            gathering.wait()
-            grad_fH = einsum(grad_SBf, x_SBH, "S B f, S B H -> f H")
-        if bias_wants:
-            grad_f = reduce(grad_SBf, "S B f -> f", "sum")
-        if x_wants:
-            reduction.wait()
-        return grad_x, grad_fH, grad_f, None, None
-
-
-def column_parallel(
-    x: Tensor, weight_fH: Tensor, bias_f: Tensor | None, group: Group, sequence_parallel: bool
-) -> Tensor:
-    """The door into a region and the product behind it: x to (S, B, f).
-
-    Args:
-        x: (s, B, H), this rank's tokens, as many on each; without sequence parallelism (S, B, H), equal on every rank.
-        weight_fH, bias_f: this rank's rows of F.linear's; no bias is None.
-        group: the tensor-parallel group; None is all ranks.
-
-    Source: section 4.2.2 of the paper.
-    """
-    if group_size(group) == 1:
-        return F.linear(x, weight_fH, bias_f)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        narrow = torch.get_autocast_dtype(
-            x.device.type
-        )  # before, because backward has no autocast, and to send less
-        x, weight_fH, bias_f = (y if y is None else y.to(narrow) for y in (x, weight_fH, bias_f))
-    return _ColumnParallel.apply(x, weight_fH, bias_f, group, sequence_parallel)
-
-
-def sum_over_tp(partial_x_SBH: Tensor, group: Group, sequence_parallel: bool) -> Tensor:
-    """The door out of a region, ḡ or f̄: the sum over `group`, (s, B, H); without sequence parallelism (S, B, H).
-
-    Raises: ValueError where S does not divide over the ranks, under sequence parallelism.
-    Source: section 4.2.2 of the paper.
-    """
-    return (reduce_scatter_to_sp if sequence_parallel else reduce_from_tp)(partial_x_SBH, group)
-
-
-class SPColumnParallelLinear(nn.Module):
-    """nn.Linear with its outputs divided over `group`, behind g: x to (S, B, out_features / t).
-
-    Args:
-        in_features, out_features: as nn.Linear's, out_features over all ranks.
-        group: the tensor-parallel group; None is all ranks.
-        sequence_parallel: x is (s, B, in_features), as many tokens on each rank; if not, the layer stands behind f,
-            and x is (S, B, in_features), equal on every rank.
-
-    Parameters start as rows of nn.Linear's, drawn whole from the default generator, which must be in the same state on
-    every rank (torch.manual_seed). Their gradients are complete after backward.
-
-    Raises: ValueError where out_features does not divide over the ranks.
-    Source: section 4.2.2 of the paper.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        group: Group = None,
-        sequence_parallel: bool = True,
-    ):
-        super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
-        f, whole = _share(out_features, group, "out_features"), nn.Linear(in_features, out_features)
-        self.weight = nn.Parameter(whole.weight.detach().split(f)[group_rank(group)].clone())
-        self.bias = nn.Parameter(whole.bias.detach().split(f)[group_rank(group)].clone())
-
-    def forward(self, x: Tensor) -> Tensor:
-        return column_parallel(x, self.weight, self.bias, self.group, self.sequence_parallel)
-
-
-class SPRowParallelLinear(nn.Module):
-    """nn.Linear with its inputs divided over `group`, before ḡ: y_SBf to (s, B, out_features), without sequence
-    parallelism before f̄, to (S, B, out_features) on every rank.
-
-    Arguments, first weights and errors are `SPColumnParallelLinear`'s, with in_features in place of out_features. The
-    bias is whole on every rank; under sequence parallelism it gets a partial gradient, which
-    `reduce_sequence_parallel_grads` sums.
-
-    Raises: ValueError where in_features or S does not divide over the ranks.
-    Source: section 4.2.2 of the paper.
-    """
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        group: Group = None,
-        sequence_parallel: bool = True,
-    ):
-        super().__init__()
-        self.group, self.sequence_parallel = group, sequence_parallel
-        f, whole = _share(in_features, group, "in_features"), nn.Linear(in_features, out_features)
-        self.weight = nn.Parameter(whole.weight.detach().split(f, dim=1)[group_rank(group)].clone())
-        self.bias = whole.bias
-
-    def forward(self, y_SBf: Tensor) -> Tensor:
-        partial_z_SBH = F.linear(y_SBf, self.weight)
-        z = sum_over_tp(partial_z_SBH, self.group, self.sequence_parallel)
-        return z + self.bias.to(z.dtype)
-
-
-# ── 2.4 Random streams: the flag turns one around ───────────────────────────────────────────────────────
-#
-# In tensor parallelism alone all ranks hold the same tensor between the regions, and must drop the same elements.
-# Under sequence parallelism they hold different tokens there, and must drop different ones: with a common stream the
-# mask would repeat every s tokens, on and on, and no number would look wrong. So the flag that divides the tokens
-# changes the stream as well. Inside a region each rank has its own heads, and its own stream, either way.
-
-
-def random_streams(
-    seed: int, rank: int = 0, sequence_parallel: bool = True, device: torch.device | str = "cpu"
-) -> RandomStreams:
-    """Dropout's generators for rank `rank` of a tensor-parallel group, at the start of a run.
-
-    seed: any integer, the same on all ranks of the group; replicas take different ones. device: where dropout works.
-    Source: Megatron-LM.
-    """
-
-    def stream(
-        *key,
-    ):  # a 32-bit seed from all of the key: PyTorch's CPU generator looks at 32 bits and no more
-        return torch.Generator(device).manual_seed(zlib.crc32(repr(key).encode()))
-
-    inside = stream(seed, rank)
-    return RandomStreams(outside=inside if sequence_parallel else stream(seed), inside=inside)
-
-
-# ── 2.5 Core attention: where 5·a·s²·b bytes come from, and how they go ─────────────────────────────────
-#
-# "Core" is what stands between the two linear layers: products of queries and keys, softmax, dropout, product with the
-# values. It is local to a pair of a sequence and a head, so pairs are one dimension, p = B·n: in the layout S B n D the
-# two lie side by side in memory, and their joining is a view; from B S n D it would be a copy. Backward needs, of s × s
-# numbers for each pair,
-#
-#     the softmax' output        2 bytes     for its own backward
-#     the dropout's mask         1 byte
-#     the dropout's output       2 bytes     for the product with the values
-#
-# 5 bytes in all, a·s² times for each sequence. Three details keep it at that. The causal mask is *added*, as −∞:
-# masked_fill would keep a boolean mask. Mask and scaling are done by the product itself (baddbmm), so there is no
-# scaled copy of the queries. And the softmax is asked for narrow numbers: inside, it computes in fp32 all the same,
-# and would only hand out twice the bytes. (Under autocast PyTorch widens it, and 2 bytes become 4.) What each detail is
-# worth: tests/test_04_seq_parallel.py::test_core_attention_written_carelessly.
-#
-# What came later: FlashAttention's kernel never stores an s × s tensor. It keeps its output and one number for each
-# query, the logarithm of the softmax' denominator, and computes the weights again in backward, block by block. That
-# *is* selective recomputation, moved into the kernel: with it the term 5·a·s²·b disappears by itself, and recomputing
-# core attention around it would only do the work twice. Selective recomputation still pays where such a kernel is not
-# to be had (biases and masks of one's own, scores that are looked at), and the same question, which tensors are large
-# and cheap to compute again, is asked today of norms, gelu and the routers of experts.
-
-
-def unfused_attention(
-    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
-) -> Tensor:
-    """Causal attention of each pair by itself, written out as the paper counts it: (p, S, D) three times to (p, S, D).
-
-    p: dropout on the attention weights, drawn from `generator`, which is on their device.
-    Source: section 4.1 of the paper.
-    """
-    S, D = q_pSD.shape[-2:]
-    future_SS = torch.full((S, S), -torch.inf, dtype=q_pSD.dtype, device=q_pSD.device).triu(1)
-    scores_pSS = torch.baddbmm(future_SS, q_pSD, k_pSD.mT, alpha=1 / math.sqrt(D))
-    weights_pSS = scores_pSS.softmax(-1)
-    dropped_pSS = dropout(weights_pSS, p, generator)
-    return dropped_pSS @ v_pSD
-
-
-def fused_attention(
-    q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, p: float = 0.0, generator=None
-) -> Tensor:
-    """The same in one kernel that keeps no S × S tensor: (p, S, D) three times to (p, S, D).
-
-    Raises: ValueError for dropout, which the kernel draws its own way. Source: FlashAttention, arXiv 2205.14135.
-    """
-    if p:
-        raise ValueError(
-            f"dropout={p}: the fused kernel takes no generator of ours; use unfused_attention or dropout=0"
-        )
-    pairs = (
-        x_pSD[None] for x_pSD in (q_pSD, k_pSD, v_pSD)
-    )  # as one sequence of p heads: its output is then a view
-    return F.scaled_dot_product_attention(*pairs, is_causal=True)[0]
-
-
-# ── 2.6 Recomputation ───────────────────────────────────────────────────────────────────────────────────
-#
-# PyTorch's `checkpoint` keeps a function's inputs, forgets what the function kept, and runs it again when backward asks
-# for the first forgotten tensor. It stops early: once the last forgotten tensor has been made again there is no reason
-# to go on. (A forgotten tensor is one that an operator asked to keep. Core attention's last operator is the product
-# with the values, which keeps its two inputs: they are there before it runs, so it does not run again.) Hence
-#
-#     selective   runs again: queries · keys, softmax, dropout     not again: · values
-#     full        runs again: the whole layer, its collectives included, if dropout keeps a mask at its very end;
-#                 without dropout it stops before the last product, and so before the last reduce-scatter
-#
-# Random numbers must be the same again, or the gradient belongs to another function than the loss does: and no error
-# says so. `checkpoint` takes care of PyTorch's default generator and of no other. Ours are put back to where they
-# were for the second run, and afterwards to where they are by then: left where the second run ends, the next forward
-# would draw this one's masks once more.
-
-
-class _Replay:
-    """`with` this, generators stand where they stood when it was made; after it, where they stood before."""
-
-    def __init__(self, generators):
-        self.generators = [generator for generator in generators if generator is not None]
-        self.then = [generator.get_state() for generator in self.generators]
-
-    def __enter__(self):
-        self.now = [generator.get_state() for generator in self.generators]
-        self._set(self.then)
-
-    def __exit__(self, *error):  # also when the second run stops early, which it does by raising
-        self._set(self.now)
-
-    def _set(self, states):
-        for generator, state in zip(self.generators, states):
-            generator.set_state(state)
-
-
-@torch.compiler.disable  # it could not be compiled with generators of our own: what runs twice stays as it is
-def recompute(function: Callable, *args, generators=()):
-    """function(*args), whatever it returns; autograd keeps the arguments alone and computes the rest again in backward.
-
-    function: must compute the same when called again, and is called again on all ranks or on none if it communicates.
-    generators: all that it draws from, besides PyTorch's default one; None among them is skipped.
-    Source: section 5 of the paper.
-    """
-
-    def contexts():
-        return contextlib.nullcontext(), _Replay(generators)
-
-    return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
-
-
-# ── 2.7 The layer ───────────────────────────────────────────────────────────────────────────────────────
-#
-# Attention, feed-forward and `Block` are chapter 2's, with the doors of this one. Inside a region are all S tokens, of
-# n heads or f features; between regions s tokens, of all H features.
-
-
-class ParallelAttention(nn.Module):
-    """Self-attention with its heads divided over `group`: x_sBH to (s, B, H), without sequence parallelism S for s.
-
-    core: `unfused_attention`, `fused_attention`, or another function of their arguments. recompute_core: compute it
-    again in backward.
-
-    Raises: ValueError where the heads do not divide over the ranks.
-    Source: sections 4.2.2 and 5 of the paper.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        group: Group,
-        sequence_parallel: bool,
-        recompute_core: bool,
-        core: Callable,
-    ):
-        super().__init__()
-        _share(config.num_heads, group, "num_heads")
-        self.config, self.core, self.recompute_core = config, core, recompute_core
-        self.qkv = SPColumnParallelLinear(
-            config.hidden_size, 3 * config.hidden_size, group, sequence_parallel
-        )
-        self.out = SPRowParallelLinear(
-            config.hidden_size, config.hidden_size, group, sequence_parallel
-        )
-
-    def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
-        heads, B = dict(three=3, D=self.config.head_size), x_sBH.shape[1]
-        q_pSD, k_pSD, v_pSD = rearrange(
-            self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", **heads
-        )
-        args = q_pSD, k_pSD, v_pSD, self.config.dropout if self.training else 0.0, streams.inside
-        if self.recompute_core:
-            y_pSD = recompute(self.core, *args, generators=[streams.inside])
-        else:
-            y_pSD = self.core(*args)
-        return self.out(rearrange(y_pSD, "(B n) S D -> S B (n D)", B=B))
-
-
-class ParallelMLP(nn.Module):
-    """The feed-forward layer with its features divided over `group`: x_sBH to (s, B, H), or S for s.
-
-    Source: section 4.2.2 of the paper.
-    """
-
-    def __init__(self, config: GPTConfig, group: Group, sequence_parallel: bool):
-        super().__init__()
-        self.up = SPColumnParallelLinear(
-            config.hidden_size, config.ffn_hidden_size, group, sequence_parallel
-        )
-        self.down = SPRowParallelLinear(
-            config.ffn_hidden_size, config.hidden_size, group, sequence_parallel
-        )
-
-    def forward(self, x_sBH: Tensor, streams: RandomStreams) -> Tensor:
-        y_SBf = F.gelu(self.up(x_sBH), approximate="tanh")
-        return self.down(y_SBf)
-
-
-RECOMPUTE = ("none", "selective", "full")
-
-
-class SequenceParallelLayer(Block):
-    """The plain `TransformerLayer` under tensor and sequence parallelism: x_sBH to (s, B, H).
-
-    Args:
-        sequence_parallel: False is tensor parallelism alone, and x_SBH to (S, B, H), the same on every rank.
-        recompute: "none", "selective" (core attention alone) or "full" (the whole layer).
-        core: the function between the attention layer's two products, see `ParallelAttention`.
-        group: the tensor-parallel group; None is all ranks.
-
-    Streams are `random_streams(..., sequence_parallel)`. After backward, and only under sequence parallelism, call
-    `reduce_sequence_parallel_grads`. Parameters have the plain layer's names, and start from the default generator,
-    which must be in the same state on every rank. Dropout is on in train mode, as everywhere.
-
-    Raises: ValueError where heads, features or tokens do not divide over the ranks, for another `recompute`, and for
-    dropout on several ranks without streams.
-    Source: sections 4.2.2 and 5 of the paper.
-    """
-
-    def __init__(
-        self, config: GPTConfig, group: Group = None, sequence_parallel: bool = True, recompute: str = "none",
-        core: Callable = unfused_attention,
-    ):  # fmt: skip
-        if recompute not in RECOMPUTE:
-            raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
-        attention = ParallelAttention(
-            config, group, sequence_parallel, recompute == "selective", core
-        )
-        super().__init__(config, attention, ParallelMLP(config, group, sequence_parallel))
-        self.group, self.recompute = group, recompute
-
-    def forward(self, x_sBH: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        streams, t = streams or RandomStreams(), group_size(self.group)
-        p = self.config.dropout if self.training else 0.0
-        if p and t > 1 and None in (streams.inside, streams.outside):
-            raise ValueError(
-                f"dropout={p} on {t} ranks needs streams=random_streams(seed, rank, sequence_parallel)"
-            )
-        if self.recompute == "full":
-            return recompute(
-                super().forward, x_sBH, streams, generators=[streams.outside, streams.inside]
-            )
-        return super().forward(x_sBH, streams)
-
-
-# ── 2.8 What autograd keeps, counted ────────────────────────────────────────────────────────────────────
-#
-# Is it 34/t? Every tensor that an operator keeps for backward passes through a hook, if one is set. Several operators
-# keep views of the same memory (queries, keys and values lie in one tensor), so memory is counted and not tensors; and
-# weights are kept too, but were there anyway. With each goes the line of this file that made it be kept: the table at
-# the head of this part, measured.
-#
-# To compare with the paper the weights themselves are bf16. Under autocast the hook would see the narrow copies of the
-# weights as well, which are no weights to it.
-
-Kept = namedtuple("Kept", "bytes shape dtype line")
-
-
-def saved_bytes(run: Callable, parameters: Iterable[Tensor] = ()) -> list[Kept]:
-    """Calls run() and lists what autograd keeps of it for backward, each piece of memory once, in order.
-
-    parameters: tensors of any shape, not to be counted. Kept.bytes is of the whole memory, also where a part of it is
-    kept; Kept.line the line of this file that caused it. What a Function stores on its ctx itself is not seen. Works
-    with fake tensors. Source: ours.
-    """
-    here, wrappers = (
-        saved_bytes.__code__.co_filename,
-        ("pack", "dropout", "column_parallel"),
-    )  # their callers say more
-    known, kept, held = (
-        {p.untyped_storage()._cdata for p in parameters},
-        [],
-        [],
-    )  # a fake tensor has no data_ptr()
-
-    def pack(x: Tensor) -> Tensor:
-        if x.untyped_storage()._cdata not in known:
-            known.add(x.untyped_storage()._cdata)
-            held.append(x)  # so that its address is not used again
-            frames = [
-                f
-                for f in traceback.extract_stack()
-                if f.filename == here and f.name not in wrappers
-            ]
-            kept.append(
-                Kept(x.untyped_storage().nbytes(), tuple(x.shape), x.dtype, frames[-1].line)
-            )
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        result = run()
-    del result
-    return kept
-
-
-# ── 2.9 The ends of the network, and the model ──────────────────────────────────────────────────────────
-#
-# Embedding: each rank looks up its own words, for all tokens, and leaves zeros for the others; the sum over ranks goes
-# straight into ḡ, and each rank has its own tokens. (All-reduce and then a cut would send twice as much.) Positions are
-# added behind it, each rank its own tokens'.
-#
-# Head: the final norm still on s tokens, and then g and a product with this rank's words, which is column-parallel
-# like any other. The loss sees all tokens, and this rank's words: it is chapter 2's, whole on every rank, and nobody
-# divides it by t.
-
-
+    is_id_BS = (ids_BS >= 0) & (ids_BS < vocab_size)
+    if ignore_index is not None:
+        is_id_BS |= ids_BS == ignore_index
+    if _has_values(ids_BS) and not is_id_BS.all():
+        allowed = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
+        raise ValueError(f"token id {ids_BS[~is_id_BS][0]} is not in [0, {vocab_size}){allowed}")
+    return is_id_BS
+
+
+# endregion copy 6bca7f
 # region carried: vocabulary loss (home: 02_megatron_tp)
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
@@ -1261,129 +1218,188 @@ def vocab_parallel_cross_entropy(
 
 
 # endregion copy 3ddf6e
-# region carried: vocabulary shards (home: 02_megatron_tp)
-def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
-    """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
-    return math.ceil(vocab_size / (multiple * tp)) * multiple * tp
+# region carried: dropout (home: 02_megatron_tp)
+class Dropout(nn.Module):
+    """Zeroes elements with probability p and scales the others by 1 / (1 − p); x (...) to (...).
 
-
-def _local_rows(ids_BS: Tensor, v: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Rows of token ids in this rank's shard, and which ids are local."""
-    row_BS = ids_BS - group_rank(group) * v
-    return row_BS.clamp(0, v - 1), (row_BS >= 0) & (row_BS < v)
-
-
-def _is_id(ids_BS: Tensor, vocab_size: int, ignore_index: int | None = None) -> Tensor:
-    """Which ids are in range. Others are local to no rank, and would silently become zeros.
-
-    On the CPU they raise ValueError. On a GPU that would stall the CPU: the caller puts NaN.
+    Args: p in [0, 1). sharded: x is sharded over the tensor-parallel group, not replicated.
+    Until `seed_dropout` sets `mask_seed`, masks come from PyTorch's default generator: on several
+    ranks they are then right only by accident.
+    Source: appendix B.2 of Megatron-LM (Shoeybi et al., 2019).
     """
-    is_id_BS = (ids_BS >= 0) & (ids_BS < vocab_size)
-    if ignore_index is not None:
-        is_id_BS |= ids_BS == ignore_index
-    if _has_values(ids_BS) and not is_id_BS.all():
-        allowed = "" if ignore_index is None else f", and not ignore_index={ignore_index}"
-        raise ValueError(f"token id {ids_BS[~is_id_BS][0]} is not in [0, {vocab_size}){allowed}")
-    return is_id_BS
+
+    def __init__(self, p: float, sharded: bool = False):
+        super().__init__()
+        self.p = p
+        self.sharded = sharded
+        self.mask_seed: int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.p or not self.training:
+            return x
+        return (x * self.keep_mask(x)).mul_(1 / (1 - self.p))
+
+    @torch.compiler.disable  # a new seed would compile again in every step
+    def keep_mask(self, x: Tensor) -> Tensor:
+        """True where an element of x (...) is kept; a boolean tensor of its shape."""
+        generator = None
+        if self.mask_seed is not None:
+            generator = torch.Generator(x.device).manual_seed(self.mask_seed)
+        keep = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        return keep.bernoulli_(1 - self.p, generator=generator)
 
 
-# endregion copy 6bca7f
+def seed_dropout(
+    model: nn.Module, seed: int, step: int, tp_rank: int = 0, dp_rank: int = 0
+) -> None:
+    """Seeds every `Dropout` of the model; equal arguments give equal masks.
 
-
-def look_up(tokens_SB: Tensor, weight_vH: Tensor, vocab_size: int, group: Group = None) -> Tensor:
-    """This rank's words' rows and zeros for the others: a summand of the embedding, (S, B, H).
-
-    tokens_SB: int64, the same on every rank. weight_vH: the rows of words [rank·v, (rank + 1)·v).
-
-    Raises: ValueError for a token outside the vocabulary (looked at on the CPU only).
-    Source: Megatron-LM.
+    Call it before every forward pass, with another `step`: until then each pass draws the same
+    masks. So count micro-batches as steps. Source: appendix B.2, which keeps states instead.
     """
-    if _has_values(tokens_SB) and ((tokens_SB < 0) | (tokens_SB >= vocab_size)).any():
-        found = f"tokens from {tokens_SB.min()} to {tokens_SB.max()}"
-        raise ValueError(f"{found}, but words are numbered 0 to {vocab_size - 1}")
-    v = weight_vH.shape[0]
-    index_SB = tokens_SB - group_rank(group) * v
-    mine_SB = (index_SB >= 0) & (index_SB < v)
-    return torch.where(mine_SB[..., None], F.embedding(index_SB.clamp(0, v - 1), weight_vH), 0)
+    for name, module in model.named_modules():
+        if isinstance(module, Dropout):
+            place = (seed, step, dp_rank, name, tp_rank if module.sharded else None)
+            # crc32: Python's hash() differs between processes, and CPU generators use 32 bits.
+            module.mask_seed = zlib.crc32(repr(place).encode())
 
 
-class SequenceParallelGPT(nn.Module):
-    """The plain `GPT` under tensor and sequence parallelism: tokens_BS to this rank's logits (S, B, v).
+# endregion copy a6c3f0
+# region carried: plain GPT (home: 02_megatron_tp)
+def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Dropout) -> Tensor:
+    """Causal attention, each head by itself: q, k, v (B, n, S, D) to y_BnSD; drops weights."""
+    if not dropout.p or not dropout.training:
+        # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
+        return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
+    scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
+    is_future_SS = q_BnSD.new_ones(scores_BnSS.shape[-2:], dtype=torch.bool).triu(1)
+    weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
+    return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
 
-    Arguments as `SequenceParallelLayer`'s. Its weights are those that GPT(config) has, whatever the number of ranks;
-    the head is tied. tokens_BS: int64, the same on every rank, of a length that the ranks divide.
 
-    Raises: ValueError where heads, features or tokens do not divide over the ranks, for a head of its own, for a
-    sequence longer than the positions, and for dropout on several ranks without streams.
-    Source: section 4.3 of the paper.
+class Attention(nn.Module):
+    """Multi-head self-attention, x_BSH to (B, S, H).
+
+    Args: column and row are called with (inputs, outputs) and make the two matrices.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+        super().__init__()
+        self.head_size = config.hidden_size // config.num_heads
+        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
+        self.out = row(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.dropout, sharded=True)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        qkv_3BnSD = rearrange(
+            self.qkv(x_BSH), "B S (n three D) -> three B n S D", three=3, D=self.head_size
+        )
+        y_BnSD = core_attention(*qkv_3BnSD, self.dropout)
+        return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
+
+
+class MLP(nn.Module):
+    """The feed-forward sublayer, x_BSH to (B, S, H). Args: as `Attention`'s."""
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+        super().__init__()
+        self.up = column(config.hidden_size, config.ffn_hidden_size)
+        self.down = row(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        y_BSf = F.gelu(self.up(x_BSH), approximate="tanh")
+        return self.down(y_BSf)
+
+
+class Block(nn.Module):
+    """One layer, x_BSH to (B, S, H): two sublayers with LayerNorm, dropout and residual connection.
+
+    Args: as `Attention`'s.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config, column, row)
+        self.dropout1 = Dropout(config.dropout)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config, column, row)
+        self.dropout2 = Dropout(config.dropout)
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_BSH = x_BSH + self.dropout1(self.attention(self.norm1(x_BSH)))
+        return x_BSH + self.dropout2(self.mlp(self.norm2(x_BSH)))
+
+
+class GPT(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits_BSV.
+
+    Args: embedding is called with (V, H), column and row as in `Attention`.
+    Raises: ValueError for a sequence longer than seq_length.
     """
 
     def __init__(
-        self, config: GPTConfig, group: Group = None, sequence_parallel: bool = True, recompute: str = "none",
-        core: Callable = unfused_attention,
-    ):  # fmt: skip
+        self,
+        config: GPTConfig,
+        embedding: Callable = nn.Embedding,
+        column: Callable = nn.Linear,
+        row: Callable = nn.Linear,
+    ):
         super().__init__()
-        self.config, self.group, self.sequence_parallel = config, group, sequence_parallel
-        rank, t = group_rank(group), group_size(group)
-        check_tp(config, t)
-        if not config.tied_head:
-            raise ValueError(
-                "tied_head=False: this model's last layer multiplies with the embedding table"
-            )
-        options = group, sequence_parallel, recompute, core
-        with torch.device("meta"):  # shapes first, without memory
-            words = padded_vocab_size(config.vocab_size, t, config.vocab_multiple) // t
-            self.embedding = nn.Embedding(words, config.hidden_size)
-            self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-            self.layers = nn.ModuleList(
-                SequenceParallelLayer(config, *options) for _ in range(config.num_layers)
-            )
-            self.final_norm = nn.LayerNorm(config.hidden_size)
-        shares = {
-            name: shard_tensor(name, whole, config, rank, t)
-            for name, whole in initial_weights(config)
-        }
-        self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
+        self.config = config
+        self.embedding = embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+        self.dropout = Dropout(config.dropout)
+        layers = [Block(config, column, row) for _ in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        if not self.final_norm.weight.is_meta:  # on "meta" there are shapes without memory
+            self.load_state_dict(dict(initial_weights(config)))
 
-    def forward(self, tokens_BS: Tensor, streams: RandomStreams | None = None) -> Tensor:
-        S, p, streams = (
-            tokens_BS.shape[1],
-            self.config.dropout if self.training else 0.0,
-            streams or RandomStreams(),
-        )
+    def embed(self, tokens_BS: Tensor) -> Tensor:
+        S = tokens_BS.shape[1]
         if S > self.config.seq_length:
-            raise ValueError(
-                f"a sequence of {S} tokens, but the model has {self.config.seq_length} positions"
-            )
-        partial_x_SBH = look_up(
-            tokens_BS.T, self.embedding.weight, self.config.vocab_size, self.group
-        )
-        x_sBH = sum_over_tp(partial_x_SBH, self.group, self.sequence_parallel)
-        first = group_rank(self.group) * x_sBH.shape[0] if self.sequence_parallel else 0
-        positions_sH = self.positions.weight[first : first + x_sBH.shape[0]]
-        x_sBH = dropout(x_sBH + positions_sH[:, None], p, streams.outside)
+            raise ValueError(f"{S} tokens, but the model has {self.config.seq_length} positions")
+        return self.dropout(self.embedding(tokens_BS) + self.positions.weight[:S])
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        x_BSH = self.embed(tokens_BS)
         for layer in self.layers:
-            x_sBH = layer(x_sBH, streams)
-        x_sBH = self.final_norm(x_sBH)
-        return column_parallel(
-            x_sBH, self.embedding.weight, None, self.group, self.sequence_parallel
-        )
+            x_BSH = layer(x_BSH)
+        return F.linear(self.final_norm(x_BSH), self.embedding.weight)
 
-    def loss(
-        self, tokens_BS: Tensor, targets_BS: Tensor, streams: RandomStreams | None = None
-    ) -> Tensor:
-        """Cross entropy of each token in nats, (B, S), the same on every rank; 0 where the target is −100."""
-        logits_SBv = self(tokens_BS, streams)
-        return vocab_parallel_cross_entropy(
-            logits_SBv, targets_BS.T, self.group, self.config.vocab_size
-        ).T
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Cross entropy per token in nats, loss_BS, at least fp32; 0 where the target is −100."""
+        logits_BVS = rearrange(at_least_fp32(self(tokens_BS)), "B S V -> B V S")
+        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
 
 
-# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
-#
-# Sequence parallelism divides activations and no weight, so this is chapter 2's part 3: one table says how each
-# parameter is cut. What is not in it is whole on every rank: norms, positions, biases of row-parallel layers.
+def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
+    """Name to shape of every parameter of the plain model, without memory."""
+    with torch.device("meta"):
+        return {name: p.shape for name, p in GPT(config).named_parameters()}
 
+
+def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
+    """The full initial weights, a function of `config` alone, one tensor at a time.
+
+    They are drawn on the CPU: a GPU's generator gives other values.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 4.2.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    for name, shape in parameter_shapes(config).items():
+        if name.endswith("bias"):
+            yield name, torch.zeros(shape, device="cpu")
+        elif len(shape) == 1:  # the weights of LayerNorm
+            yield name, torch.ones(shape, device="cpu")
+        else:
+            std = config.init_std
+            if name.endswith(("out.weight", "down.weight")):
+                std /= math.sqrt(2 * config.num_layers)
+            yield name, torch.randn(shape, generator=generator, device="cpu") * std
+
+
+# endregion copy c3cfd4
 # region carried: tensor-parallel weights (home: 02_megatron_tp)
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
@@ -1456,38 +1472,6 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
 
 
 # endregion copy e653eb
-
-# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
-#
-# A parameter that every rank holds whole meets, under sequence parallelism, only this rank's tokens. So its gradient
-# is a summand: norms, positions and the biases of row-parallel layers must be summed over the group, once a step,
-# before the norm is taken and anything is clipped. Three ways to get it wrong, all of which train:
-#
-#     no sum at all          the copies of one parameter drift apart from the first step on
-#     a mean                 Adam hardly shows it, because it divides a constant factor out again
-#     a sum without the flag every rank has the whole gradient already: it comes out t times too large
-#
-# (A fourth, to clip first, makes each rank find another norm and scale by another number.) A parameter that is divided
-# needs nothing: behind g its rank has seen all tokens.
-
-
-def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> None:
-    """Sums over `group` the gradients of what each rank holds whole, in one message; for sequence parallelism only.
-
-    module: a `SequenceParallelLayer`, a `SequenceParallelGPT`, or another whose divided parameters `SHARD_DIM` names: a
-    name that is not there counts as whole. group: the tensor-parallel group that `module` has; None is all ranks.
-    Every rank must call it, once after all backward passes of a step, before clipping, and must have gradients of the
-    same parameters. Source: Megatron-LM.
-    """
-    whole = [p for name, p in module.named_parameters() if shard_dim(name) is None]
-    grads = [p.grad for p in whole if p.grad is not None]
-    if group_size(group) > 1 and grads:
-        flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
-        for grad, total in zip(grads, flat.split([grad.numel() for grad in grads])):
-            grad.copy_(total.view_as(grad))
-
-
-# Clipping, from chapter 2: shares' squares are summed over the group, what is whole counts once.
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
@@ -1521,595 +1505,36 @@ def clip_grad_norm_(
 
 
 # endregion copy b536bc
-
-
-def train_step(
-    model: SequenceParallelGPT, optimizer: torch.optim.Optimizer, tokens_BS: Tensor, targets_BS: Tensor,
-    streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """One optimiser step; every rank of the group must call it with the same tokens.
-
-    Args: tokens_BS, targets_BS: int64; −100 marks a target that does not count. autocast: the dtype of products (bf16
-    on GPUs), None for the parameters' own.
-    Returns: two scalars, the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    """
-    optimizer.zero_grad()
-    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, streams).sum() / (targets_BS != -100).sum().clamp(
-            min=1
-        )
-    loss.backward()
-    if model.sequence_parallel:
-        reduce_sequence_parallel_grads(model, model.group)
-    sharded = [p for name, p in model.named_parameters() if shard_dim(name) is not None]
-    norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=model.group)
-    optimizer.step()
-    return loss.detach(), norm
-
-
-def train(
-    model: SequenceParallelGPT, batches: Batches, lr: Callable[[int], float],
-    streams: RandomStreams | None = None, max_norm: float = 1.0, autocast: torch.dtype | None = None,
-):  # fmt: skip
-    """`train_alone` on all ranks of the model's group: the same arguments, losses and norms."""
-    optimizer = make_optimizer(model)
-    for step, (tokens_BS, targets_BS) in enumerate(batches):
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, streams, max_norm, autocast)
-
-
-# ── 5 The paper's arithmetic ────────────────────────────────────────────────────────────────────────────
-#
-# ── 5.1 Memory ──────────────────────────────────────────────────────────────────────────────────────────
-#
-# The last line of part 2's table, and its row "core", are the paper's table 2. A whole model is more than layers times
-# that: a pipeline's first stage has several micro-batches on their way, and the ends of the network keep something too.
-#
-# The paper's text is rounder than its formulas. Sequence parallelism and selective recomputation are each said to halve
-# what tensor parallelism keeps, nearly: for its four models the first leaves 58 to 67 %, the second 49 to 62 %. Both
-# together are said to leave under 20 %, and full recomputation 10 %: it is 16 to 20.2 %, and 7.6 to 9.5 %.
-
-
-def activation_bytes(
-    config: GPTConfig, tp: int, sequence_parallel: bool, recompute: str, batch: int = 1
-) -> float:
-    """Bytes that one of `tp` ranks keeps of a layer for `batch` sequences: bf16, 1-byte masks, F = 4·H, with dropout.
-
-    Full recomputation keeps the layer's input: 2·s·b·h, which is a share of it under sequence parallelism.
-    Source: table 2 of the paper.
-    """
-    s, h, a, divided = (
-        config.seq_length,
-        config.hidden_size,
-        config.num_heads,
-        tp if sequence_parallel else 1,
-    )
-    if recompute == "full":
-        return 2 * s * batch * h / divided
-    core = 5 * a * s / h if recompute == "none" else 0
-    return s * batch * h * (10 / divided + (24 + core) / tp)
-
-
-# Table 3 and table 5: sequences of 2,048 tokens, 51,200 words, no data parallelism; t tensor-parallel ranks, p pipeline
-# stages in m interleaved pieces each; seconds of an iteration with full recomputation, and with what this chapter does.
-Published = namedtuple(
-    "Published", "a h L t p m gpus batch micro_batch seconds_full seconds mfu hfu"
-)
-PAPER_MODELS = {
-    "22B": Published(64, 6144, 48, 8, 1, 1, 8, 4, 4, 1.42, 1.10, 41.5, 43.7),
-    "175B": Published(96, 12288, 96, 8, 8, 3, 64, 64, 1, 18.13, 13.75, 51.4, 52.8),
-    "530B": Published(128, 20480, 105, 8, 35, 3, 280, 280, 1, 49.05, 37.83, 56.0, 57.0),
-    "1T": Published(160, 25600, 128, 8, 64, 1, 512, 512, 1, 94.42, 71.49, 56.3, 57.0),
-}
-SEQUENCE, WORDS = 2048, 51_200
-
-
-def published_config(model: Published) -> GPTConfig:
-    """A published model's sizes. Source: table 3 of the paper."""
-    return GPTConfig(WORDS, SEQUENCE, model.h, model.L, model.a, dropout=0.1)
-
-
-def first_stage_bytes(model: Published, sequence_parallel: bool, recompute: str) -> float:
-    """Layers' activations on a GPU of the first pipeline stage, which holds the most.
-
-    It has L/p layers, and p micro-batches on their way: as much as all L layers of one micro-batch. Interleaving starts
-    some more, a factor 1 + (p − 1)/(p·m). Source: section 4.2.3 of the paper.
-    """
-    one = activation_bytes(
-        published_config(model), model.t, sequence_parallel, recompute, model.micro_batch
-    )
-    return one * model.L * (1 + (model.p - 1) / (model.p * model.m) if model.m > 1 else 1)
-
-
-def extra_bytes(model: Published) -> float:
-    """What the ends of the network add under sequence parallelism: the masks behind the embedding, and, where one stage
-    is both first and last, the final norm's and the head's inputs and fp32 logits. Source: section 4.3 of the paper.
-
-    The paper says that for 22B they are less than 0.01 % of the whole; its formula gives 0.57 %.
-    """
-    sbh = SEQUENCE * model.micro_batch * model.h
-    return sbh / model.t * (model.p + (4 * (1 + WORDS / model.h) if model.p == 1 else 0))
-
-
-def stage_output_bytes(model: Published) -> float:
-    """Freed on the first stage, if each micro-batch's output is dropped once it was sent: 2·s·b·h·p.
-
-    The paper's 2.73 GB for 530B are this in GiB (and its text writes s·b·h·p). Source: the paper's appendix.
-    """
-    return 2 * SEQUENCE * model.micro_batch * model.h * model.p
-
-
-# ── 5.2 Arithmetic operations ───────────────────────────────────────────────────────────────────────────
-#
-# A layer's products are 24·s·h² + 4·s²·h operations for a sequence, forward, and twice that backward. *Model* FLOPs are
-# those that the mathematics asks for; *hardware* FLOPs are all that were done, recomputation included; divided by what
-# the GPUs could have done in the time (312 TFLOP/s each), they are MFU and HFU.
-#
-# One thing does not add up. Of a layer's 72·s·h² + 12·s²·h, core attention's two products, once more, are 4·s²·h: so
-# where model FLOPs have the term s/(6h), hardware FLOPs should have s/(6h) + s/(18h) = 2s/(9h). The paper's equation 8
-# has s/(3h), which is all of core attention once more, its backward included, and adds three times too much. (An author
-# confirms it: https://github.com/NVIDIA/Megatron-LM/issues/523.) So the paper's HFU are 0.5 to 1.4 points too high:
-# 175B has 51.8 % in place of 52.8 %. And the 7 % of time that selective recomputation adds to a layer of 22B cannot be
-# its 1.7 % of operations: softmax and dropout are done again as well, which wait for memory. `hardware_flops` is the
-# equation as printed, because its table is to be reproduced; `recomputed_flops` is what is done.
-
-
-def model_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
-    """Of one iteration over `batch` sequences. Source: equation 7 of the paper."""
-    return 72 * batch * layers * s * h**2 * (1 + s / (6 * h) + vocab / (12 * h * layers))
-
-
-def hardware_flops(batch: int, s: int, h: int, layers: int, vocab: int) -> float:
-    """With selective recomputation, as the paper prints it: see above. Source: equation 8 of the paper."""
-    return 72 * batch * layers * s * h**2 * (1 + s / (3 * h) + vocab / (12 * h * layers))
-
-
-def recomputed_flops(batch: int, s: int, h: int, layers: int, products: int = 2) -> float:
-    """What selective recomputation adds: `products` of core attention's two, 2·s²·h each; 1 if it stops early.
-
-    Source: ours, see above.
-    """
-    return products * 2 * batch * layers * s**2 * h
-
-
-def utilization(flops: float, seconds: float, gpus: int, peak: float = 312e12) -> float:
-    """The share of what `gpus` GPUs could have done in the time. Source: section 6 of the paper."""
-    return flops / (seconds * gpus * peak)
-
-
-# ── 5.3 The paper's sizes, on a laptop ──────────────────────────────────────────────────────────────────
-#
-# PyTorch's fake process group answers every collective at once; its fake tensors have shapes and no values. So one
-# rank's layer of a model for 512 GPUs runs through this same code in seconds, without memory, and can be counted: bytes
-# kept, messages, bytes on the wire, operations. (Only numbers cannot be had, nor time.)
-
-LayerCost = namedtuple(
-    "LayerCost", "sequence_parallel recompute formula kept saved messages wire flops"
-)
-
-
-def wire_bytes(messages: Iterable[Message], t: int) -> float:
-    """What a rank sends in a ring: (t − 1)/t of a message; an all-reduce is two of them. Source: ours."""
-    return sum(m.bytes * (2 if m.op == "all_reduce" else 1) * (t - 1) / t for m in messages)
-
-
-def layer_costs(
-    config: GPTConfig, batch: int, group: Group = None, device: torch.device | str = "cpu"
-) -> list[LayerCost]:
-    """One layer in bf16, forward and backward, in all six modes, on every rank of `group`, which all must call it.
-
-    formula and kept are bytes, the latter measured, and listed in saved as `Kept`; messages, wire (bytes) and flops are
-    this rank's, forward and backward together. Source: ours.
-    """
-    costs, t = [], group_size(group)
-    for sequence_parallel, kind in itertools.product((False, True), RECOMPUTE):
-        layer = SequenceParallelLayer(config, group, sequence_parallel, kind)
-        narrow = {name: x.to(device, torch.bfloat16) for name, x in layer.state_dict().items()}
-        layer.load_state_dict(narrow, assign=True)  # layer.to(...) does not know fake tensors
-        tokens = config.seq_length // (t if sequence_parallel else 1)
-        x = torch.randn(
-            tokens,
-            batch,
-            config.hidden_size,
-            device=device,
-            dtype=torch.bfloat16,
-            requires_grad=True,
-        )
-        streams = random_streams(config.seed, group_rank(group), sequence_parallel, device)
-        saved = saved_bytes(partial(layer, x, streams), layer.parameters())
-        with Counter() as counter, FlopCounterMode(display=False) as flops:
-            layer(x, streams).sum().backward()
-        formula, kept = (
-            activation_bytes(config, t, sequence_parallel, kind, batch),
-            sum(k.bytes for k in saved),
-        )
-        sent = counter.messages, wire_bytes(counter.messages, t)
-        costs.append(
-            LayerCost(sequence_parallel, kind, formula, kept, saved, *sent, flops.get_total_flops())
-        )
-    return costs
-
-
-def paper_scale(name: str) -> list[LayerCost]:
-    """`layer_costs` of a published model. Makes a process group, so it wants a process of its own.
-
-    Source: ours.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools import fake_collectives  # noqa: F401  torch 2.9 learns there what collectives return
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    model = PAPER_MODELS[name]
-    dist.set_debug_level(
-        dist.DebugLevel.OFF
-    )  # torch's checks of each message would want a real store
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=model.t)
-    with FakeTensorMode():
-        costs = layer_costs(published_config(model), model.micro_batch)
-    dist.destroy_process_group()
-    return costs
-
-
-# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
-#
-# What a layer keeps now grows with s and no longer with s², and all of it is divided. The arithmetic is not: attention
-# still multiplies every token with every token, 4·s²·h operations a layer and sequence, and a model that writes still
-# holds the keys and values of all tokens that it has seen. At long sequences both outgrow everything else.
-# Chapter 5 replaces most attention layers by a state of fixed size.
-
-
-# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
-
-MODES = list(itertools.product((False, True), RECOMPUTE))
-
-
-def mode_name(sequence_parallel: bool, recompute: str) -> str:
-    return ("TP + SP" if sequence_parallel else "TP") + (
-        "" if recompute == "none" else f" + {recompute}"
-    )
-
-
-def equivalence(
-    device, dtype: torch.dtype, autocast: torch.dtype | None = None
-) -> Iterator[tuple[tuple, dict]]:
-    """A small odd model in each mode beside the same on a single device: the mode, and every tensor's relative error.
-
-    Errors are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
-    """
-    t = group_size()
-    config = GPTConfig(
-        vocab_size=61, seq_length=4 * t, hidden_size=16 * t, num_layers=2, num_heads=2 * t
-    )
-    generator = torch.Generator().manual_seed(1)
-    tokens_BS, targets_BS = torch.randint(61, (2, 3, 3 * t), generator=generator).to(device)
-    targets_BS[0, t:] = -100
-    batches, options = (
-        [(tokens_BS, targets_BS)] * 5,
-        dict(lr=lambda step: 1e-3, max_norm=0.1, autocast=autocast),
-    )
-
-    def trained(model: nn.Module, training: Callable) -> tuple[dict, dict, dict]:
-        """Losses and norms of five steps, the gradients of the first one, the weights after the last one."""
-        numbers, grads = {}, {}
-        for step, (loss, norm) in enumerate(training(model.to(device, dtype), batches, **options)):
-            numbers |= {f"loss {step}": loss, f"norm {step}": norm}
-            grads = grads or {name: p.grad for name, p in model.named_parameters()}
-        return numbers, grads, model.state_dict()
-
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards = [None] * t
-        dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in here.items()})
-        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
-
-    expected, first_grads, weights = trained(GPT(config), train_alone)
-    for mode in MODES:
-        numbers, grads, weights_here = trained(SequenceParallelGPT(config, None, *mode), train)
-        errors = {name: abs(x / expected[name] - 1).item() for name, x in numbers.items()}
-        errors |= gaps("gradient of", grads, first_grads)
-        if dtype == torch.float64:  # where a gradient is zero Adam divides rounding noise by itself
-            errors |= gaps("after AdamW", weights_here, weights, floor=5 * 1e-3)
-        yield mode, errors
-
-
-# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
-BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
-
-
-def check(args: argparse.Namespace, device: torch.device) -> bool:
-    """--check: every tensor's error in all modes, on the ranks, backend and dtype that are there."""
-    good = True
-    for mode, errors in equivalence(device, *dtypes(args)):
-        say(f"{mode_name(*mode)}; tp {group_size()}, {args.dtype}\n")
-        good = print_errors(errors, BOUNDS[args.dtype]) and good
-        say()
-    return good
-
-
-def print_costs(costs: list[LayerCost], sbh: int) -> None:
-    """The six modes beside each other; sbh is the number of elements of a whole x_SBH."""
-    say(
-        "mode                  kept, in s·b·h    formula  messages, forward + backward    sent by a rank    operations"
-    )
-    for cost in costs:
-        names = [m.op.removesuffix("_base").replace("_", "-") for m in cost.messages]
-        sent = ", ".join(f"{names.count(name)} {name}" for name in sorted(set(names))) or "none"
-        say(f"{mode_name(cost.sequence_parallel, cost.recompute):24}{cost.kept / sbh:12.3f}"
-            f"{cost.formula / sbh:11.3f}  {sent:31}{cost.wire / 2**20:9.2f} MiB"
-            f"{cost.flops / costs[0].flops - 1:+14.1%}")  # fmt: skip
-
-
-def losses_alone(
-    config: GPTConfig, batches: Batches, device: torch.device, **options
-) -> list[float]:
-    """The single device's losses, trained by rank 0; an empty list on the other ranks, which wait.
-
-    options: `train_alone`'s lr and autocast, and dtype, the parameters'.
-    """
-    losses = []
-    if group_rank() == 0:
-        plain = GPT(config).to(device, options.pop("dtype"))
-        losses = [loss.item() for loss, _ in train_alone(plain, batches, **options)]
-    wait_for_all()  # this takes rank 0 longer, perhaps, than a message may take
-    return losses
-
-
-def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Trains on real text; returns each first step's difference in loss from the single device."""
-    from tqdm import tqdm
-
-    config, (dtype, autocast) = config_of(args), dtypes(args)
-    data = TextData(args.data, args.seq_length)
-    source = args.data or "Python's sources"
-
-    def batches(steps: int) -> Batches:
-        return (
-            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
-            for step in range(steps)
-        )
-
-    options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
-    model = SequenceParallelGPT(config, None, args.sequence_parallel, args.recompute).to(
-        device, dtype
-    )
-    streams = random_streams(args.seed, group_rank(), args.sequence_parallel, device)
-    say(f"\ntraining with {mode_name(args.sequence_parallel, args.recompute)} on {source}")
-    compared = (
-        0 if args.dropout else min(5, args.steps)
-    )  # with dropout the masks differ, and so must the losses
-    alone = losses_alone(config, batches(compared), device, dtype=dtype, **options)
-    say("step      loss    single device      norm")
-    quiet = group_rank() > 0 or not sys.stderr.isatty()
-    training = train(model, batches(args.steps), streams=streams, **options)
-    differences = {}
-    for step, results in enumerate(tqdm(training, total=args.steps, disable=quiet)):
-        loss, norm = read_step(step, *results)
-        other = ""
-        if step < len(alone):
-            other = f"{alone[step]:.6f}"
-            differences[f"loss {step}"] = abs(loss - alone[step])
-        if step < 5 or step % 20 == 19:
-            say(f"{step:4}  {loss:.6f}  {other:>15}  {norm:8.3f}")
-    return differences
-
-
-def show_layer(t: int, device: torch.device) -> tuple[list[LayerCost], int]:
-    """Prints what a small layer keeps and what the six modes cost; returns the costs, and the elements of its x_SBH."""
-    S, H = multiple_above(64, t), multiple_above(128, 2 * t)
-    config = GPTConfig(seq_length=S, hidden_size=H, num_heads=2 * t, dropout=0.1)
-    costs, sbh = layer_costs(config, 2, None, device), 2 * S * H
-    core = 5 * config.num_heads * S / H
-    say(
-        f"One layer, TP + SP on {t} ranks: what is kept, in units of s·b·h/t bytes, and the line that keeps it\n"
-    )
-    for kept in costs[3].saved:
-        shape = " × ".join(map(str, kept.shape))
-        say(f"{t * kept.bytes / sbh:8.3f}  {str(kept.dtype)[6:]:9} {shape:14}  {kept.line:.80}")
-    terms = f"= 34 + 5·a·s/h, which is {core:g} here, and mean and deviation of each token (those ending in × 1)"
-    say(f"{t * costs[3].kept / sbh:8.3f}  {terms}")
-    fused = SequenceParallelLayer(dataclasses.replace(config, dropout=0.0), core=fused_attention)
-    for layer, ranks, shape, what in (
-        (
-            fused,
-            t,
-            (S // t, 2, H),
-            "with the fused kernel, which takes no dropout: 5·a·s/h is gone, and two masks",
-        ),
-        (
-            TransformerLayer(config),
-            1,
-            (2, S, H),
-            "by the plain layer on a single device: its softmax is wide",
-        ),
-    ):
-        x = torch.randn(shape, device=device, dtype=torch.bfloat16, requires_grad=True)
-        layer, streams = layer.to(device, torch.bfloat16), random_streams(0, device=device)
-        kept = saved_bytes(partial(layer, x, streams), layer.parameters())
-        say(f"{ranks * sum(k.bytes for k in kept) / sbh:8.3f}  {what}")
-    say()
-    print_costs(costs, sbh)
-    return costs, sbh
-
-
-def main(args: argparse.Namespace, device: torch.device) -> None:
-    say_setting(args, f": tp {group_size()}")
-    if args.check:
-        sys.exit(0 if check(args, device) else 1)
-    errors = {}
-    for mode, found in equivalence(device, torch.float64):
-        errors |= {f"{name}, {mode_name(*mode)}": error for name, error in found.items()}
-    layer, differences = show_layer(group_size(), device), demonstrate(args, device)
-    # The other ranks wait at the end of `run_rank` until rank 0 has counted the paper's models.
-    if group_rank() == 0 and not print_claims(claims(args, errors, differences, *layer)):
-        sys.exit(1)
-
-
-def claims(
-    args: argparse.Namespace, errors: dict[str, float], differences: dict[str, float],
-    costs: list[LayerCost], sbh: int,
-) -> list[tuple]:  # fmt: skip
-    """The rows of the claims table."""
-    rows, t = [], args.world_size
-
-    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
-        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
-
-    for claim, kind in (
-        ("gradient", "grad"),
-        ("norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
-        error = worst(errors, kind)
-        text = f"every {claim} equals the single device's, six modes, float64"
-        row(text, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"])
-    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    if differences:
-        row(
-            text,
-            "equal",
-            f"within {worst(differences):.0e}",
-            worst(differences) <= BOUNDS[args.dtype],
-        )
-    else:
-        row(text, "equal", "–", "needs steps and --dropout 0")
-    published = dry_run()
-    modes = {f"this run, t = {t},": [(cost.kept, cost.formula) for cost in costs]}
-    modes["22B to 1T on pretended ranks,"] = [
-        mode[:2] for model in published.values() for mode in model
-    ]
-    for what, pairs in modes.items():
-        error = max(abs(kept / formula - 1) for kept, formula in pairs)
-        row(
-            f"bytes kept of a layer, {what} six modes",
-            "table 2",
-            f"within {100 * error:.3f} %",
-            error <= 0.01,
-        )
-    unit = 2 * sbh * (t - 1) / t
-    sent = ", ".join(f"{costs[mode].wire / unit:g}" for mode in (0, 3)) if unit else "–"
-    why = "2 are the second gathers: 2.3" if unit else "needs ranks"
-    row("sent in a layer, TP and TP + SP, in b·s·h·(t − 1)/t", "8, 8", sent, why)
-
-    for name, m in PAPER_MODELS.items():
-        sizes, end = (m.batch, SEQUENCE, m.h, m.L, WORDS), (m.seconds, m.gpus)
-        share = [100 * utilization(count(*sizes), *end) for count in (model_flops, hardware_flops)]
-        good = all(
-            abs(x - y) < 0.25 for x, y in zip(share, (m.mfu, m.hfu))
-        )  # 22B's 1.10 s are good to 0.2 points
-        row(
-            f"MFU and HFU of {name}",
-            f"{m.mfu} %, {m.hfu} %",
-            "{:.1f} %, {:.1f} %".format(*share),
-            good,
-        )
-    none, selective = (published["175B"][mode][2] for mode in (0, 1))
-    m = PAPER_MODELS["175B"]
-    twice = recomputed_flops(m.batch, SEQUENCE, m.h, m.L) / model_flops(
-        m.batch, SEQUENCE, m.h, m.L, WORDS
-    )
-    here = f"{100 * twice:.1f} %; {100 * (selective / none - 1):.1f} % as done"
-    row(
-        "operations that selective recomputation adds, 175B",
-        "2.7 %",
-        here,
-        "equation 8 errs: 5.2; stops early: 2.6",
-    )
-    core = [5 * m.a * SEQUENCE / m.h for m in (PAPER_MODELS["175B"], PAPER_MODELS["530B"])]
-    here = ", ".join(f"{100 * x / (34 + x):.0f} %" for x in core)
-    row("memory that it saves on a single device, 175B, 530B", "70 %, 65 %", here)
-    models = PAPER_MODELS.values()
-    shares = [
-        first_stage_bytes(m, True, "selective") / first_stage_bytes(m, False, "none")
-        for m in models
-    ]
-    here = f"{100 * min(shares):.1f} to {100 * max(shares):.1f} %"
-    verdict = max(shares) < 0.2 or "530B and 1T miss it by a little"
-    row("memory with both, of tensor parallelism's", "under 20 %", here, verdict)
-    extra = extra_bytes(PAPER_MODELS["22B"]) / first_stage_bytes(PAPER_MODELS["22B"], True, "none")
-    verdict = extra < 1e-4 or "its own formula says so"
-    row("what the ends of the network add, 22B", "under 0.01 %", f"{100 * extra:.2f} %", verdict)
-    row(
-        "time added by full, selective, sequence parallelism",
-        "39, 7, −3 %",
-        "–",
-        "needs 8 A100s; see make bench",
-    )
-    return rows
-
-
-def dry_run() -> dict[str, list[tuple[int, float, int]]]:
-    """Of each published model's layer, in each mode, bytes kept, formula and operations. A process has one world, and
-    this one's is real: so it runs in another, which runs this file by its path, whatever its name is."""
-    script = Path(__file__).resolve()
-    numbers = "{name: [[c.kept, c.formula, c.flops] for c in paper_scale(name)] for name in names}"
-    program = f"""import json, runpy
-script = runpy.run_path({str(script)!r})
-names, paper_scale = script["PAPER_MODELS"], script["paper_scale"]
-print(json.dumps({numbers}))"""
-    clean = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
-    options = dict(env=clean, cwd=script.parent, check=True, stdout=subprocess.PIPE)
-    return json.loads(subprocess.run([sys.executable, "-c", program], **options).stdout)
-
-
-def print_paper_scale(name: str) -> None:
-    """--paper-scale: one layer of a published model on pretended ranks."""
-    model = PAPER_MODELS[name]
-    sizes = f"s {SEQUENCE}, b {model.micro_batch}, h {model.h}, a {model.a}, t {model.t}"
-    say(f"one layer of {name}: {sizes}, pretended\n")
-    print_costs(paper_scale(name), SEQUENCE * model.micro_batch * model.h)
-    say("\nkept by a GPU of the first pipeline stage, all layers and micro-batches, in GB:")
-    kept = (f"{mode_name(*mode)} {first_stage_bytes(model, *mode) / 1e9:.1f}" for mode in MODES)
-    say(", ".join(kept))
-
-
-@dataclass
-class Options(GPTConfig):
-    """The flags: the config's, of which those that are None fit the ranks, and this chapter's own."""
-
-    seq_length: int | None = flag(None, "S, tokens of a sequence; None: 128 or a few more", least=1)
-    hidden_size: int | None = flag(None, "H; None: 128 or a few more", least=1)
-    num_layers: int = flag(2, "L", least=1)
-    num_heads: int | None = flag(None, "N; None: 4 or more, as many for each rank", least=1)
-    data: str = flag("", "a UTF-8 text in place of Python's own sources", metavar="FILE")
-    no_sequence_parallel: bool = flag(False, "tensor parallelism alone")
-    recompute: str = flag("selective", "what backward computes again", choices=list(RECOMPUTE))
-    batch: int = flag(8, "sequences of a step", least=1)
-    lr: float = flag(1e-3, "learning rate, after ten steps of warm-up", least=1e-9)
-    paper_scale: str = flag("", "count a layer of that model, and stop", choices=list(PAPER_MODELS))
-
-
-def config_of(args: argparse.Namespace) -> GPTConfig:
-    return config_from(args, GPTConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
-
-
-def multiple_above(least: int, divisor: int) -> int:
-    """The smallest multiple of `divisor` that is at least `least`."""
-    return math.ceil(least / divisor) * divisor
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Replaces every None. Raises ValueError or OSError where flags, ranks and text do not fit."""
-    t = args.world_size
-    args.sequence_parallel = not args.no_sequence_parallel
-    args.num_heads = args.num_heads or multiple_above(4, t)
-    args.hidden_size = args.hidden_size or multiple_above(128, args.num_heads)
-    args.seq_length = args.seq_length or multiple_above(128, t)
-    check_tp(config_of(args), t)
-    if args.seq_length % t:
-        remedy = f"try {multiple_above(args.seq_length, t)}"
-        raise ValueError(f"--seq-length {args.seq_length} does not divide over {t} ranks: {remedy}")
-    TextData(args.data, args.seq_length)
-
-
-def flags() -> argparse.Namespace:
-    return parse_flags(__doc__, [Options], check_args, ranks=4, steps=40)
-
-
-# The rest is carried: text data, at home in chapter 2; all other blocks, at home in chapter 1.
+# region carried: plain training (home: 02_megatron_tp)
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
+    """AdamW that decays matrices, not biases and LayerNorm weights."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+def train_alone(
+    model: GPT,
+    optimizer: Optimizer,
+    batches: Batches,
+    max_norm: float = 1.0,
+    autocast: Autocast = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
+    clipping. For a schedule, set the optimizer's learning rate between two steps."""
+    for tokens_BS, targets_BS in batches:
+        optimizer.zero_grad()
+        count = (targets_BS != -100).sum().clamp(min=1)
+        with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(tokens_BS, targets_BS).sum() / count
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield loss.detach(), norm
+
+
+# endregion copy e51540
 # region carried: text data (home: 02_megatron_tp)
 class TextData:
     """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
@@ -2154,8 +1579,66 @@ def byte_encoding() -> tiktoken.Encoding:
 
 
 # endregion copy aaa995
+# region carried: process groups (home: 01_deepspeech)
+def group_size(group: Group = None) -> int:
+    """Number of ranks in `group` (None: all ranks); 1 without process groups.
+
+    Raises: ValueError on a rank outside the group, which would take its own values for the sum.
+    """
+    if not dist.is_initialized():
+        return 1
+    size = dist.get_world_size(group)
+    if size < 1:
+        raise ValueError(f"rank {dist.get_rank()} is not in the process group that it was given")
+    return size
 
 
+def group_rank(group: Group = None) -> int:
+    """Index of this rank in `group` (None: all); 0 without process groups. Raises: ValueError."""
+    return dist.get_rank(group) if dist.is_initialized() and group_size(group) else 0
+
+
+def _all_reduce(x: Tensor, group: Group = None, op=dist.ReduceOp.SUM) -> Tensor:
+    """In place; returns x. A group of one rank communicates nothing."""
+    if group_size(group) > 1:
+        dist.all_reduce(x, op, group)
+    return x
+
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """x (...) upcast to fp32; float64 stays float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _has_values(x: Tensor) -> bool:
+    """Whether reading x's values costs nothing: on a GPU the CPU would wait for them, and fake
+    tensors and torch.compile's have none."""
+    on_cpu = x.device.type == "cpu" and type(x) is Tensor
+    return on_cpu and not torch.compiler.is_compiling()
+
+
+def make_group(rank_lists: list[list[int]], device: torch.device, timeout: float) -> Group:
+    """This rank's group among `rank_lists`. Collective: every rank passes the same lists.
+
+    A subgroup does not inherit the timeout (seconds). Its first collective runs here: NCCL connects
+    in it, and would hang in a first send that only two ranks take part in. Raises: ValueError for a
+    rank in no list: torch would give it None, which means all ranks.
+    """
+    if sorted(itertools.chain(*rank_lists)) != list(range(group_size())):
+        raise ValueError(f"{rank_lists} must name each of the {group_size()} ranks once")
+    group, _ = dist.new_subgroups_by_enumeration(rank_lists, timeout=timedelta(seconds=timeout))
+    dist.all_reduce(torch.ones(1, device=device), group=group)
+    return group
+
+
+def wait_for_all() -> None:
+    """A barrier with a day's limit, for work of one rank alone: a slow disk is no lost message."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+    dist.barrier(group)
+    dist.destroy_process_group(group)
+
+
+# endregion copy 3197a3
 # region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -2252,8 +1735,6 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # endregion copy 7f35e3
-
-
 # region carried: counter (home: 01_deepspeech)
 Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
@@ -2278,8 +1759,6 @@ class Counter(TorchDispatchMode):
 
 
 # endregion copy a5766d
-
-
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
@@ -2396,8 +1875,6 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
 
 
 # endregion copy 82e4fd
-
-
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""
@@ -2469,8 +1946,4 @@ def _end_with_parent(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = flags()
-    if arguments.paper_scale:
-        print_paper_scale(arguments.paper_scale)
-    else:
-        launch(main, arguments)
+    launch(main, flags())

@@ -370,26 +370,30 @@ def sp_gpt():
 def sp_attention(m):
     from seq_parallel import unfused_attention
 
-    layer = m.ParallelAttention(sp_config(), None, True, True, unfused_attention)
-    return through(layer, normal(5, 2, 16).requires_grad_(), Streams())
+    layer = m.SequenceParallelAttention(sp_config(), None, True, unfused_attention)
+    return through(layer, normal(5, 2, 16).requires_grad_())
 
 
-def published_model():
-    from seq_parallel import PAPER_MODELS
+def no_dropout():
+    from seq_parallel import Dropout
 
-    return PAPER_MODELS["22B"]
-
-
-def sp_step(m):
-    model = sp_gpt()
-    return m.train_step(model, optimizer_of(model), *BATCHES[0])
+    return Dropout(0.0)
 
 
-def message(**fields):
-    """A message as a counter lists it."""
-    import types
+def marked(m):
+    layer = torch.nn.LayerNorm(3)
+    m.mark(layer.parameters(), True)
+    return [p.sequence_parallel for p in layer.parameters()]
 
-    return types.SimpleNamespace(**fields)
+
+def sp_gathered(m):
+    with alone():
+        return m.gather_state_dict(sp_gpt().state_dict(), sp_config())
+
+
+def cost_of_layer(m):
+    with alone() as device:
+        return list(m.layer_cost("selective", device)[:2])
 
 
 # ── Chapter 5 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -732,56 +736,43 @@ EXAMPLES = {
         "plan": lambda m, folder: m.plan(**GPT_1T, gpus=3072, batch=3072),
     },
     "seq_parallel": {
-        "activation_bytes": lambda m, folder: m.activation_bytes(sp_config(), 2, True, "selective"),
-        "wire_bytes": lambda m, folder: m.wire_bytes([message(op="all_reduce", bytes=8)], 2),
         "gather_from_sp": lambda m, folder: m.gather_from_sp(normal(4, 2, 3)),
         "reduce_scatter_to_sp": lambda m, folder: m.reduce_scatter_to_sp(normal(4, 2, 3)),
         "scatter_to_sp": lambda m, folder: m.scatter_to_sp(normal(4, 2, 3)),
+        "column_parallel": lambda m, folder: m.column_parallel(normal(3, 2, 4), normal(6, 4)),
         "SPColumnParallelLinear": lambda m, folder: through(
             m.SPColumnParallelLinear(4, 6), normal(3, 2, 4)
         ),
         "SPRowParallelLinear": lambda m, folder: through(
             m.SPRowParallelLinear(4, 6), normal(3, 2, 4)
         ),
-        "unfused_attention": lambda m, folder: m.unfused_attention(*normal(3, 4, 5, 2), p=0.5),
-        "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
-        "ParallelAttention": lambda m, folder: sp_attention(m),
-        "SequenceParallelLayer": lambda m, folder: through(
-            m.SequenceParallelLayer(sp_config(), recompute="selective"),
-            normal(5, 2, 16).requires_grad_(),
-            Streams(),
-        ),
-        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
-        "look_up": lambda m, folder: m.look_up(TOKENS.T, normal(13, 4), 13),
-        "SequenceParallelGPT": lambda m, folder: through(
-            m.SequenceParallelGPT(sp_config()), TOKENS
-        ),
+        "mark": lambda m, folder: marked(m),
         "reduce_sequence_parallel_grads": lambda m, folder: (
             m.reduce_sequence_parallel_grads(sp_gpt()) or "one rank"
         ),
-        "train_step": lambda m, folder: sp_step(m),
-        "train": lambda m, folder: losses(m.train(sp_gpt(), BATCHES, lambda step: 1e-3)),
-        "TransformerLayer": lambda m, folder: through(
-            m.TransformerLayer(sp_config()), normal(2, 5, 16), Streams()
+        "unfused_attention": lambda m, folder: m.unfused_attention(
+            *normal(3, 4, 5, 2), no_dropout()
         ),
-        "column_parallel": lambda m, folder: m.column_parallel(
-            normal(3, 2, 4), normal(6, 4), None, None, True
+        "fused_attention": lambda m, folder: m.fused_attention(*normal(3, 4, 5, 2), no_dropout()),
+        "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
+        "SequenceParallelAttention": lambda m, folder: sp_attention(m),
+        "SequenceParallelLayer": lambda m, folder: through(
+            m.SequenceParallelLayer(sp_config(), recompute="selective"),
+            normal(5, 2, 16).requires_grad_(),
         ),
-        "sum_over_tp": lambda m, folder: m.sum_over_tp(normal(3, 2, 4), None, True),
-        "ParallelMLP": lambda m, folder: through(
-            m.ParallelMLP(sp_config(), None, True), normal(5, 2, 16).requires_grad_(), Streams()
+        "vocab_parallel_embedding": lambda m, folder: m.vocab_parallel_embedding(
+            TOKENS.T, normal(13, 4), 13
         ),
-        "saved_bytes": lambda m, folder: [
-            kept.bytes for kept in m.saved_bytes(normal(3).requires_grad_().exp)
-        ],
-        "published_config": lambda m, folder: vars(m.published_config(published_model())),
-        "first_stage_bytes": lambda m, folder: m.first_stage_bytes(
-            published_model(), True, "selective"
+        "SequenceParallelGPT": lambda m, folder: through(
+            m.SequenceParallelGPT(sp_config()), TOKENS
         ),
-        "extra_bytes": lambda m, folder: m.extra_bytes(published_model()),
-        "stage_output_bytes": lambda m, folder: m.stage_output_bytes(published_model()),
-        "paper_scale": lambda m, folder: [cost.kept for cost in m.paper_scale("22B")],
-        "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
+        "gather_state_dict": lambda m, folder: sp_gathered(m),
+        "train": lambda m, folder: losses(m.train(*with_optimizer(sp_gpt()), BATCHES)),
+        "saved_tensors": lambda m, folder: m.saved_tensors(normal(3).requires_grad_().exp),
+        "saved_bytes": lambda m, folder: [m.saved_bytes(normal(3).requires_grad_().exp)],
+        "activation_bytes": lambda m, folder: [m.activation_bytes(sp_config(), 2, "selective")],
+        "layer_cost": lambda m, folder: cost_of_layer(m),
+        "multiple_above": lambda m, folder: [m.multiple_above(5, 3)],
     },
     "mamba_hybrid": {
         "HybridConfig": lambda m, folder: list(vars(m.HybridConfig()).values()),
@@ -930,12 +921,7 @@ WITHOUT_EXAMPLE = {
         "draw_step": "prints",
         "losses_alone": "part of the demonstration; test_03_pipeline.py runs it",
     },
-    "seq_parallel": {
-        "print_costs": "prints",
-        "show_layer": "prints",
-        "print_paper_scale": "prints",
-        "losses_alone": "part of the demonstration; test_04_seq_parallel.py runs it",
-    },
+    "seq_parallel": {"measure": "trains and prints; test_04_seq_parallel.py runs the script"},
     "mamba_hybrid": {
         "largest_tp": "takes the command line's arguments",
         "time_decoding": "measures time",

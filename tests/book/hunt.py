@@ -151,8 +151,8 @@ def bug_6():
 
     def mean(module, group=None):
         correct(module, group)
-        for name, p in module.named_parameters():
-            if sp.shard_dim(name) is None:
+        for p in module.parameters():
+            if p.sequence_parallel:
                 p.grad /= sp.group_size(group)
 
     return plant(sp, "reduce_sequence_parallel_grads", mean)

@@ -197,10 +197,21 @@ def sequence(seed: int) -> Case:
     """Chapter 4: tensor and sequence parallelism, attention computed once more in backward."""
     import seq_parallel as sp
 
-    config = sp.GPTConfig(61, 32, 64, 4, 8, init_std=0.05, seed=seed)
+    sizes = dict(vocab_size=61, seq_length=32, hidden_size=64, num_layers=4, num_heads=8)
+    config = sp.GPTConfig(**sizes, init_std=0.05, seed=seed)
+
+    def with_rate(train: Callable) -> Callable:
+        def run(model, batches, lr, **options):
+            optimizer = sp.make_optimizer(model, lr(0))
+            for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
+                group["lr"] = lr(0)
+            return train(model, optimizer, batches, **options)
+
+        return run
+
     return Case(
-        sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), sp.train_alone,
-        lambda: sp.SequenceParallelGPT(config, None, True, "selective"), sp.train,
+        sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), with_rate(sp.train_alone),
+        lambda: sp.SequenceParallelGPT(config, recompute="selective"), with_rate(sp.train),
         lambda shards: sp.merge_state_dicts(shards, config),
     )  # fmt: skip
 

@@ -84,7 +84,10 @@ def move(model: nn.Module, device: torch.device) -> nn.Module:
         for name, p in module._parameters.items():
             if p is not None:
                 moved = p.detach().to(device)
-                module._parameters[name] = nn.Parameter(moved, requires_grad=p.requires_grad)
+                moved = nn.Parameter(moved, requires_grad=p.requires_grad)
+                for key in vars(p).keys() - vars(moved).keys():  # `to` keeps attributes
+                    setattr(moved, key, getattr(p, key))
+                module._parameters[name] = moved
         for name, x in module._buffers.items():
             if x is not None:
                 module._buffers[name] = x.to(device)
@@ -358,14 +361,18 @@ def pipeline(chapter, device: torch.device) -> Iterator[Variant]:
 
 
 def seq_parallel(chapter, device: torch.device) -> Iterator[Variant]:
-    for mode in chapter.MODES:
+    for recompute in chapter.RECOMPUTE:
+        for core in (chapter.unfused_attention, chapter.fused_attention):
 
-        def steps(mode=mode) -> Steps:
-            config = chapter.GPTConfig(61, 16, hidden_size=32, num_layers=2, num_heads=4)
-            model = move(chapter.SequenceParallelGPT(config, None, *mode), device)
-            return chapter.train(model, text(device, 61), rate)
+            def steps(recompute=recompute, core=core) -> Steps:
+                sizes = dict(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2)
+                config = chapter.GPTConfig(num_heads=4, **sizes)
+                model = chapter.SequenceParallelGPT(config, None, recompute, core)
+                move(model, device)
+                optimizer = chapter.make_optimizer(model, lr=1e-3)
+                return chapter.train(model, optimizer, text(device, 61))
 
-        yield chapter.mode_name(*mode), steps, 1
+            yield f"recompute {recompute}, {core.__name__}", steps, 1
 
 
 def mamba_hybrid(chapter, device: torch.device) -> Iterator[Variant]:

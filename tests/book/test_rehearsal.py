@@ -33,7 +33,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "01_deepspeech": 3,  # two networks; the layer that is cut in time
     "02_megatron_tp": 6,  # three grids, with recomputation and without
     "03_pipeline": 6,  # three schedules on two grids
-    "04_seq_parallel": 6,  # six modes
+    "04_seq_parallel": 6,  # three modes, two kinds of core attention
     "05_mamba_hybrid": 3,  # three layouts
     "06_moe_fp8": 4,  # two grids, in FP8 and not
 }
