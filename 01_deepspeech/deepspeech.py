@@ -504,8 +504,8 @@ class SequenceBatchNorm(nn.BatchNorm1d):
 # There are too many paths to list them. So put the labels in a row with blanks around them. These
 # are S = 2U + 1 states, and a path moves through them from left to right:
 #
-#     state      0     1     2     3     4       in each frame a path stays, steps to the next state,
-#     symbol     _     c     _     a     _       or skips a blank between two different labels
+#     state      0     1     2     3     4      in each frame a path stays, steps to the next state,
+#     symbol     _     c     _     a     _      or skips a blank between two different labels
 #
 # Let alpha_t(s) be the probability of being in state s after frame t, over all ways to get there:
 #
@@ -599,7 +599,8 @@ class _CTC(torch.autograd.Function):
         (grad_TBV,) = ctx.saved_tensors
         grad_B1 = grad_B[:, None]
         # where(), and not a product alone: 0 · NaN would be NaN.
-        return torch.where(grad_B1 == 0, 0, grad_TBV * grad_B1), None, None, None, None
+        grad_TBV = torch.where(grad_B1 == 0, 0, grad_TBV * grad_B1)
+        return grad_TBV, None, None, None, None
 
 
 def ctc_loss(
@@ -644,7 +645,9 @@ def ctc_loss(
         loss_B = torch.where(loss_B == torch.inf, 0, loss_B)
     if reduction == "none":
         return loss_B if is_batch else loss_B[0]
-    return loss_B.sum() if reduction == "sum" else (loss_B / sizes_B.clamp(min=1)).mean()
+    if reduction == "sum":
+        return loss_B.sum()
+    return (loss_B / sizes_B.clamp(min=1)).mean()
 
 
 def _as_integers(name: str, values: Any, like: Tensor) -> Tensor:
@@ -680,7 +683,7 @@ def _check_ctc(
     used = labels[valid_frames(sizes_B, labels.shape[1]).T]
     bad = used[(used < 0) | (used >= V) | (used == blank)]
     if bad.numel():
-        raise ValueError(f"target {bad[0]} is the blank {blank} or no symbol of 0 to {V - 1}")
+        raise ValueError(f"target {bad[0]} is the blank {blank} or none of {V} symbols")
 
 
 def valid_frames(lengths_B: Tensor, T: int) -> Tensor:
@@ -695,7 +698,7 @@ def valid_frames(lengths_B: Tensor, T: int) -> Tensor:
 # step, from the end to the start:
 #
 #     a_t  = (dL/dh_t + a_{t+1} Uᵀ) · [0 < h_t < 20]         the gradient at the input of the clip
-#     dL/dx_t = a_t             dL/dU = Σ_t h_{t−1}ᵀ a_t      one GEMM over all steps, after the loop
+#     dL/dx_t = a_t            dL/dU = Σ_t h_{t−1}ᵀ a_t      one GEMM over all steps, after the loop
 #
 # On one rank both directions run in the same loop, as a batch of D = 2 matrices.
 #
@@ -812,7 +815,7 @@ def bidirectional(x_TBH: Tensor, weight_DHH: Tensor, recurrence: Callable) -> Te
 
 
 def time_parallel_birnn(x_tBH: Tensor, weight_DHH: Tensor, group: Group = None) -> Tensor:
-    """`bidirectional` over frames that are sharded over `group`: y_tBH. Collective, in backward too.
+    """`bidirectional` over frames that are sharded over `group`: y_tBH. Collective, also backward.
 
     Args: x_tBH: this rank's frames, which follow those of the rank before; ranks may hold unequal
         numbers of frames, or none. Zero after the end of each utterance. weight_DHH: U of both
@@ -1027,9 +1030,7 @@ def padded_batch(features: list[Tensor], labels: list[Tensor]) -> Batch:
     """Utterances (T, F), each of its own T, and their labels (U,)."""
     frames_B = torch.tensor([len(x_TF) for x_TF in features], dtype=torch.int64)
     sizes_B = torch.tensor([len(labels_U) for labels_U in labels], dtype=torch.int64)
-    features_BTF = pad_sequence(features, True)
-    labels_BU = pad_sequence(labels, True)
-    return Batch(features_BTF, frames_B, labels_BU, sizes_B)
+    return Batch(pad_sequence(features, True), frames_B, pad_sequence(labels, True), sizes_B)
 
 
 def plain_gradients(model: DeepSpeech2, batch: Batch, autocast: Autocast = None) -> Tensor:
@@ -1177,7 +1178,8 @@ def equivalence(
     config = DeepSpeechConfig(2, 16, 12, alphabet="_abcdef")
     count = 2 * group_size() + 1  # does not divide over the ranks
     batches = [tones(count, config, seed).to(device, dtype) for seed in range(5)]
-    mine = [batch.rows(range(group_rank(), count, group_size())) for batch in batches]
+    own = range(group_rank(), count, group_size())
+    mine = [batch.rows(own) for batch in batches]
     plain = DeepSpeech2(config).to(device, dtype)
     parallel = parallel_model(config).to(device, dtype)
     options = {"max_norm": 0.5, "autocast": autocast}
@@ -1256,8 +1258,8 @@ def demonstrate(
     optimizer = make_optimizer(model, args.lr)
     losses = []
     steps = train(model, optimizer, batches(), None, ring_group, args.max_norm, autocast)
-    for step, (loss, norm) in enumerate(steps):
-        loss, norm = read_step(step, loss, norm)
+    for step, results in enumerate(steps):
+        loss, norm = read_step(step, *results)
         losses.append(loss)
         if step < 5 or step % 20 == 19:
             say(f"{step:4}  {loss:7.4f}  {norm:6.3f}")
@@ -1291,9 +1293,8 @@ def claims(args: argparse.Namespace, device: torch.device, ring_group: Group) ->
     rows.append((claim, str(expected), str(sent), sent == expected))
     losses, right = demonstrate(args, device, ring_group)
     # What to expect is known of the default run alone.
-    defaults = [Options(), DeepSpeechConfig()]
-    judge = args.steps == STEPS
-    judge = judge and [config_from(args, type(config)) for config in defaults] == defaults
+    configs = [config_from(args, config) for config in (Options, DeepSpeechConfig)]
+    judge = args.steps == STEPS and configs == [Options(), DeepSpeechConfig()]
     if losses:
         here = f"{losses[0]:.2f} to {losses[-1]:.2f}"
         falls = losses[-1] < losses[0] / 10 if judge else "needs the default run"
@@ -1308,7 +1309,8 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     ring_group = make_group([list(range(group_size()))], device, args.timeout)
     say_setting(args)
     if args.check:
-        good = print_errors(equivalence(device, ring_group, *dtypes(args)), BOUNDS[args.dtype])
+        errors = equivalence(device, ring_group, *dtypes(args))
+        good = print_errors(errors, BOUNDS[args.dtype])
     else:
         good = print_claims(claims(args, device, ring_group))
     if not good:

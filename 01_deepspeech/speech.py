@@ -125,7 +125,8 @@ class Bias(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        return torch.where(valid[..., None], x + self.bias, 0).to(self.bias.dtype)
+        y = torch.where(valid[..., None], x + self.bias, 0)
+        return y.to(self.bias.dtype)
 
 
 def gru(x_TDBG: Tensor, weight_DHG: Tensor, activation: Callable = ds.clip) -> Tensor:
@@ -180,7 +181,8 @@ class RowConvolution(nn.Module):
 
     def __init__(self, hidden_size: int, lookahead: int):
         super().__init__()
-        self.weight = nn.Parameter(torch.full((hidden_size, lookahead + 1), 1 / (lookahead + 1)))
+        width = lookahead + 1
+        self.weight = nn.Parameter(torch.full((hidden_size, width), 1 / width))
 
     def forward(self, x_TBH: Tensor, valid_TB: Tensor) -> Tensor:
         future = self.weight.shape[1] - 1
@@ -240,8 +242,10 @@ def _triangles(hertz: Tensor, sample_rate: int, bands: int) -> Tensor:
     top = 2595 * math.log10(1 + sample_rate / 2 / 700)
     mel = torch.linspace(0, top, bands + 2, dtype=hertz.dtype)
     edges = 700 * (10 ** (mel / 2595) - 1)
-    rising = (hertz[:, None] - edges[:-2]) / edges.diff()[:-1]
-    falling = (edges[2:] - hertz[:, None]) / edges.diff()[1:]
+    hertz = hertz[:, None]
+    gaps = edges.diff()
+    rising = (hertz - edges[:-2]) / gaps[:-1]
+    falling = (edges[2:] - hertz) / gaps[1:]
     return torch.minimum(rising, falling).clamp(min=0)
 
 
@@ -264,7 +268,8 @@ def coloured_noise(length: int, rng: np.random.Generator, dtype: torch.dtype) ->
     """noise_W with a spectrum that falls by a random power of the frequency, from 0 to −1."""
     white_W = torch.from_numpy(rng.standard_normal(length)).to(dtype)
     spectrum = torch.fft.rfft(white_W)
-    slope = torch.arange(1, len(spectrum) + 1, dtype=dtype) ** -rng.uniform(0, 1)
+    frequency = torch.arange(1, len(spectrum) + 1, dtype=dtype)
+    slope = frequency ** -rng.uniform(0, 1)
     return torch.fft.irfft(spectrum * slope, length)
 
 
@@ -340,7 +345,9 @@ class NGram:
                 for n in range(order):
                     history = tuple(words[position - n : position])
                     self.counts[history][words[position]] += 1
-        self.totals = {history: sum(found.values()) for history, found in self.counts.items()}
+        self.totals = {}
+        for history, found in self.counts.items():
+            self.totals[history] = sum(found.values())
         self.words = set(self.counts[()])
         if not self.words - {self.end}:
             raise ValueError("a language model needs text, but there is no word in it")
@@ -448,7 +455,8 @@ def beam_search(
         heard = {prefix: tuple(arrived[prefix]) for prefix in best}
     texts = defaultdict(lambda: -math.inf)  # prefixes that differ in spaces alone are one text
     for prefix, pair in heard.items():
-        q = _log_add(*pair) + spoken[prefix] + scorer.word(prefix) + scorer.end(prefix)
+        q = _log_add(*pair) + spoken[prefix]
+        q += scorer.word(prefix) + scorer.end(prefix)
         text = " ".join(prefix.split())
         texts[text] = _log_add(texts[text], q)
     return sorted(texts.items(), key=lambda item: item[1], reverse=True)
@@ -473,7 +481,9 @@ def _extend(
 
 def _log_add(a: float, b: float) -> float:
     low, high = sorted((a, b))
-    return high if low == -math.inf else high + math.log1p(math.exp(low - high))
+    if low == -math.inf:
+        return high
+    return high + math.log1p(math.exp(low - high))
 
 
 def word_errors(references: Iterable[str], texts: Iterable[str]) -> tuple[int, int]:
@@ -574,7 +584,8 @@ def load_audio(path: str, sample_rate: int) -> Tensor:
 
 def frames_needed(text: str) -> int:
     """The frames that CTC needs: one per letter, and a blank between equal ones."""
-    return len(text) + sum(a == b for a, b in itertools.pairwise(text))
+    repeats = sum(a == b for a, b in itertools.pairwise(text))
+    return len(text) + repeats
 
 
 @dataclass
@@ -588,7 +599,10 @@ class Speech:
     def synthetic(cls, count: int, config: SpeechConfig, seed: int) -> Speech:
         """Number words by invented speakers, a function of the seed."""
         rng = np.random.default_rng((seed, 7))
-        texts = [" ".join(rng.choice(list(WORDS), rng.integers(1, 5))) for _ in range(count)]
+        texts = []
+        for _ in range(count):
+            words = rng.choice(list(WORDS), rng.integers(1, 5))
+            texts.append(" ".join(words))
         waves = []
         for text in texts:
             wave = synthesize(text.split(), config.sample_rate, rng)
@@ -633,7 +647,8 @@ class Speech:
         for i in rows:
             x_TF = log_spectrogram(self.waves[i], config.sample_rate, config.mel_bands)
             if key is not None:
-                other_TF = distort(self.waves[i], config, np.random.default_rng((*key, i)))
+                rng = np.random.default_rng((*key, i))
+                other_TF = distort(self.waves[i], config, rng)
                 if config.after(len(other_TF), 0) >= frames_needed(self.texts[i]):
                     x_TF = other_TF
             features.append(x_TF)
@@ -686,7 +701,8 @@ def synthesize(words: list[str], rate: int, rng: np.random.Generator) -> np.ndar
     pitch = rng.uniform(90, 220)
     tract = rng.uniform(0.9, 1.12)
     tempo = rng.uniform(0.8, 1.2)
-    phones = ["_", "_", *" _ ".join(WORDS[word] for word in words).split(), "_", "_"]
+    spoken = " _ ".join(WORDS[word] for word in words)
+    phones = f"_ _ {spoken} _ _".split()
     table = np.array([PHONES[phone] for phone in phones])
     seconds = table[:, 5] * tempo * [rng.uniform(0.85, 1.15) for _ in phones]
     # One value per 5 ms, on a straight line between the middles of the phones.
@@ -815,7 +831,7 @@ class Schedule:
         return self.peak * warm_up * cosine
 
 
-def make_optimizer(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
+def optimizer_for(model: nn.Module, kind: str = "nesterov") -> torch.optim.Optimizer:
     """The papers' Nesterov momentum, or AdamW; a `Schedule` sets the learning rate."""
     if kind == "nesterov":
         return ds.make_optimizer(model, lr=1e-3)
@@ -857,7 +873,8 @@ def report(found: list[tuple[str, str, str]]) -> None:
     references, *written = zip(*found)
     ds.say(f"\n{'said':35}{'written, greedy':35}with the language model")
     for row in found[:6]:
-        ds.say("".join(f"{text[:33]:35}" for text in row).rstrip())
+        cells = [f"{text[:33]:35}" for text in row]
+        ds.say("".join(cells).rstrip())
     rates = []
     for texts in written:
         errors, words = word_errors(references, texts)
@@ -900,7 +917,7 @@ def train_on(
                 yield speech.batch(mine, config, key).to(device, dtype)
 
     ds.say("epoch   step     loss      norm")
-    optimizer = make_optimizer(model, args.optimizer)
+    optimizer = optimizer_for(model, args.optimizer)
     rate = Schedule(args.optimizer, args.lr, epoch_steps, args.epochs)
     steps = itertools.islice(batches(), total)
     steps = ds.train(model, optimizer, steps, None, ring_group, args.max_norm, autocast)
@@ -935,7 +952,8 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     size = sum(p.numel() for p in model.parameters())
     minutes = sum(len(wave_W) for wave_W in train.waves) / config.sample_rate / 60
     sizes = f"{len(train.texts)} utterances to train on, {minutes:.1f} minutes"
-    ds.say(f"{size:,} parameters; {sizes}, {len(evaluation.texts)} to evaluate on\n")
+    sizes += f", {len(evaluation.texts)} to evaluate on"
+    ds.say(f"{size:,} parameters; {sizes}\n")
     torch.manual_seed(args.seed + ds.group_rank())  # dropout: each rank has its own utterances
     train_on(args, device, ring_group, model, train)
     ds.check_replicas(model)
@@ -1009,7 +1027,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where the flags, or the files that they name, do not fit."""
     if args.check:
         raise ValueError("--check is deepspeech.py's: this network is the same")
-    if bool(args.load) != bool(args.evaluate or args.transcribe) or (args.dev and not args.data):
+    uses = args.evaluate or args.transcribe
+    if bool(args.load) != bool(uses) or (args.dev and not args.data):
         raise ValueError("--load goes with --evaluate or --transcribe, and --dev with --data")
     if args.load and (args.data or args.save):
         raise ValueError("--load does not train: leave --data and --save out")

@@ -75,10 +75,10 @@ def test_five_steps(kind, change):
     plain, parallel = models(cfg)
     batches = [small_batch(7, cfg, seed).to(ranks.device, torch.float64) for seed in range(5)]
     alone = speech.scheduled(
-        *(of := (speech.make_optimizer(plain, kind), lambda step: 0.01 / (step + 1))),
+        *(of := (speech.optimizer_for(plain, kind), lambda step: 0.01 / (step + 1))),
         ds.train_alone(plain, of[0], batches, 0.5),
     )
-    optimizer = speech.make_optimizer(parallel, kind)
+    optimizer = speech.optimizer_for(parallel, kind)
     own = [batch.rows(range(dist.get_rank(), 7, dist.get_world_size())) for batch in batches]
     ring_group = ds.make_group([list(range(dist.get_world_size()))], ranks.device, 60.0)
     together = ds.train(parallel, optimizer, own, None, ring_group, 0.5)
@@ -112,9 +112,9 @@ def test_each_step_has_its_own_rate():
 def test_optimizers():
     """Nesterov's momentum as in the chapter; AdamW's settings, which no comparison would notice."""
     model = nn.Linear(2, 2)
-    sgd = speech.make_optimizer(model).defaults
+    sgd = speech.optimizer_for(model).defaults
     assert (sgd["momentum"], sgd["nesterov"], sgd["dampening"]) == (0.9, True, 0)
-    adamw = speech.make_optimizer(model, "adamw").defaults
+    adamw = speech.optimizer_for(model, "adamw").defaults
     assert (adamw["betas"], adamw["eps"], adamw["weight_decay"]) == ((0.9, 0.99), 1e-8, 0.01)
 
 
