@@ -72,7 +72,7 @@ style: $(DEV)
 	$(PY) tests/book/style.py $(if $(CHAPTER),$(SCRIPTS)) $(ARGS)
 
 numbers: $(DEV)
-	$(PY) tests/book/front_door.py $(ARGS)
+	$(PY) tests/book/front_door.py $(ONLY) $(ARGS)
 
 notebooks: $(DEV)
 	$(PY) tests/book/notebooks.py $(ONLY) $(if $(SAVE),--save)

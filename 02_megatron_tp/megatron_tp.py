@@ -133,6 +133,8 @@ class GPTConfig:
         if self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
             raise ValueError(f"{sizes}: the first must be a multiple of the second")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
 
 
 # endregion
@@ -500,10 +502,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
-        first_padding = max(0, vocab_size - group_rank(group) * v)
-        upcast = torch.promote_types(logits_BSv.dtype, torch.float32)
-        x_BSv = logits_BSv.to(upcast, copy=True)  # the caller's logits are not modified
-        x_BSv[..., first_padding:] = -torch.inf
+        x_BSv = logits_BSv.to(torch.promote_types(logits_BSv.dtype, torch.float32), copy=True)
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # padding
         max_BS = _all_reduce(x_BSv.amax(dim=-1), group, dist.ReduceOp.MAX)
         x_BSv -= max_BS[..., None]
         # A target on another rank contributes 0. torch.where, and not x · mask:
@@ -585,14 +585,12 @@ class Dropout(nn.Module):
 
     Args: p in [0, 1). sharded: x is sharded over the tensor-parallel group, not replicated.
     Until `seed_dropout` sets `mask_seed`, masks come from PyTorch's default generator: on several
-    ranks they are then right only by accident. Raises: ValueError for another p.
+    ranks they are then right only by accident.
     Source: appendix B.2 of Megatron-LM (Shoeybi et al., 2019).
     """
 
     def __init__(self, p: float, sharded: bool = False):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout={p}: it must be at least 0 and less than 1")
         self.p = p
         self.sharded = sharded
         self.mask_seed: int | None = None
@@ -1011,9 +1009,9 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
 # ── 4.2 The norm of a sharded gradient ──────────────────────────────────────────────────────────
 #
 # Sharded parameters are different elements on each rank: their squares are summed over the group.
-# Replicated parameters are the same elements on each rank, and count once. Summed like shards,
-# they enlarge the norm by up to √tp: training clips too much, and nothing shows it. Left out of the
-# sum, each rank would have another norm, and the replicated parameters would drift apart.
+# Replicated parameters are the same elements on each rank, and count once: each rank adds 1/tp of
+# their squares. Summed like shards, they enlarge the norm by up to √tp: training clips too much,
+# and nothing shows it. Left out of the sum, they would give each rank another norm.
 
 
 # region shared: clipping
@@ -1033,16 +1031,17 @@ def clip_grad_norm_(
     device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
     sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
-    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    copies = group_size(group) if sharded_ids else 1
+    squares = [torch.zeros((), device=device)]
     for p in parameters:
         # In at least fp32: PyTorch's own norm has the precision of the gradients.
         dtype = torch.promote_types(p.grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
-        squares[id(p) in sharded_ids].append(norm.square())
-    square = torch.stack(squares[True]).sum()
+        square = torch.linalg.vector_norm(p.grad, dtype=dtype).square()
+        squares.append(square if id(p) in sharded_ids else square / copies)
+    total = torch.stack(squares).sum()
     if sharded_ids:
-        _all_reduce(square, group)
-    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+        _all_reduce(total, group)
+    norm = total.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
@@ -1239,7 +1238,8 @@ def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[
     claim = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
     if differences:
         within = max(differences)
-        claims.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
+        here = f"within {within:.0e}" if within else "equal to the bit"
+        claims.append((claim, "equal", here, within <= BOUNDS[args.dtype]))
     if mesh.tp > 1:
         model = ParallelGPT(config_from(args, GPTConfig), mesh.tp_group).to(device)
         tokens_BS = torch.zeros(1, args.seq_length, dtype=torch.int64, device=device)

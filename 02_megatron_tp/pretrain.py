@@ -129,7 +129,7 @@ def _write(file: Path, tensors: dict[str, Tensor], run: dict[str, Any]) -> None:
     text = json.dumps(run)
     unfinished = Path(f"{file}.unfinished")
     try:
-        save_file(tensors, unfinished, {"run": text, "checksum": str(zlib.crc32(text.encode()))})
+        save_file(tensors, unfinished, {"run": f"{zlib.crc32(text.encode())} {text}"})
         with open(unfinished, "rb+") as written:
             os.fsync(written.fileno())  # the data before the name, also in a power cut
         os.replace(unfinished, file)
@@ -147,9 +147,8 @@ def read_run(file: Path | str) -> dict[str, Any]:
     """
     try:
         with safe_open(file, "pt") as data:
-            text = data.metadata()["run"]
-            checksum = int(data.metadata()["checksum"])
-        if zlib.crc32(text.encode()) != checksum:
+            checksum, text = data.metadata()["run"].split(" ", 1)
+        if str(zlib.crc32(text.encode())) != checksum:
             raise ValueError("its metadata is not what was written")
         return {**json.loads(text), "id": checksum}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -572,8 +571,8 @@ def evaluate(args: argparse.Namespace, model: mtp.ParallelGPT) -> None:
     mtp.say(f"after {prompt!r} the model writes\n{text!r}")
 
 
-def main(args: argparse.Namespace, device: torch.device) -> None:
-    """What each rank runs."""
+def pretrain(args: argparse.Namespace, device: torch.device) -> None:
+    """What each rank runs, after `check_args` has read all files."""
     if args.check:
         mtp.main(args, device)  # the proof of megatron_tp.py, on these ranks
         return
@@ -654,6 +653,7 @@ def check_args(args: argparse.Namespace) -> None:
     encoding = _encoding(args)
     args.config, args.weights = _config(args, encoding)
     mtp.check_tp(args.config, args.tp)
+    mtp.parameter_shapes(args.config)  # builds the model without memory: its errors come here
     if args.prompt is not None and not encoding.encode_ordinary(args.prompt):
         raise ValueError("--prompt is empty: give it a text, or leave it out")
     args.text = mtp.TextData(args.data, args.config.seq_length, encoding)
@@ -726,4 +726,4 @@ def flags() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    mtp.launch(main, flags())
+    mtp.launch(pretrain, flags())

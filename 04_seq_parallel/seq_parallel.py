@@ -1197,10 +1197,8 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits_BSv, targets_BS, vocab_size, group):
         v = logits_BSv.shape[-1]
-        first_padding = max(0, vocab_size - group_rank(group) * v)
-        upcast = torch.promote_types(logits_BSv.dtype, torch.float32)
-        x_BSv = logits_BSv.to(upcast, copy=True)  # the caller's logits are not modified
-        x_BSv[..., first_padding:] = -torch.inf
+        x_BSv = logits_BSv.to(torch.promote_types(logits_BSv.dtype, torch.float32), copy=True)
+        x_BSv[..., max(0, vocab_size - group_rank(group) * v) :] = -torch.inf  # padding
         max_BS = _all_reduce(x_BSv.amax(dim=-1), group, dist.ReduceOp.MAX)
         x_BSv -= max_BS[..., None]
         # A target on another rank contributes 0. torch.where, and not x · mask:
@@ -1262,7 +1260,7 @@ def vocab_parallel_cross_entropy(
     return torch.where(is_id_BS, loss_BS, torch.nan)
 
 
-# endregion copy 11a94b
+# endregion copy 257d51
 # region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
@@ -1509,21 +1507,22 @@ def clip_grad_norm_(
     device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
     sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
-    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    copies = group_size(group) if sharded_ids else 1
+    squares = [torch.zeros((), device=device)]
     for p in parameters:
         # In at least fp32: PyTorch's own norm has the precision of the gradients.
         dtype = torch.promote_types(p.grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
-        squares[id(p) in sharded_ids].append(norm.square())
-    square = torch.stack(squares[True]).sum()
+        square = torch.linalg.vector_norm(p.grad, dtype=dtype).square()
+        squares.append(square if id(p) in sharded_ids else square / copies)
+    total = torch.stack(squares).sum()
     if sharded_ids:
-        _all_reduce(square, group)
-    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+        _all_reduce(total, group)
+    norm = total.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy bb8e72
+# endregion copy b536bc
 
 
 def train_step(

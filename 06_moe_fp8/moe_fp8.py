@@ -1509,21 +1509,22 @@ def clip_grad_norm_(
     device = parameters[0].device if parameters else None
     parameters = [p for p in parameters if p.grad is not None]
     sharded_ids = {id(p) for p in sharded}  # by identity: == compares elements
-    squares = {True: [torch.zeros((), device=device)], False: [torch.zeros((), device=device)]}
+    copies = group_size(group) if sharded_ids else 1
+    squares = [torch.zeros((), device=device)]
     for p in parameters:
         # In at least fp32: PyTorch's own norm has the precision of the gradients.
         dtype = torch.promote_types(p.grad.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(p.grad, dtype=dtype)
-        squares[id(p) in sharded_ids].append(norm.square())
-    square = torch.stack(squares[True]).sum()
+        square = torch.linalg.vector_norm(p.grad, dtype=dtype).square()
+        squares.append(square if id(p) in sharded_ids else square / copies)
+    total = torch.stack(squares).sum()
     if sharded_ids:
-        _all_reduce(square, group)
-    norm = (square + torch.stack(squares[False]).sum()).sqrt()
+        _all_reduce(total, group)
+    norm = total.sqrt()
     nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
 
 
-# endregion copy bb8e72
+# endregion copy b536bc
 
 
 def parallel_gradients(

@@ -284,7 +284,7 @@ def group_calls() -> dict[str, Callable]:
         "ParallelGPT": partial(tp.ParallelGPT, config()),
         "gather_state_dict": partial(tp.gather_state_dict, weights, config()),
         "sum_gradients": partial(tp.sum_gradients, [p]),
-        "clip_grad_norm_": partial(tp.clip_grad_norm_, [p], 1.0, [p]),
+        "clip_grad_norm_": partial(tp.clip_grad_norm_, [p], 1.0, sharded=[p]),
     }
 
 
@@ -1543,7 +1543,7 @@ def test_gradients_of_mixed_dtypes_are_clipped(degree):
     full = merged(before, config(vocab_size=64), mesh.tp_group)
     expected = math.sqrt(sum(grad.square().sum() for grad in full.values()))
     shards = model.sharded_parameters()
-    norm = tp.clip_grad_norm_(model.parameters(), 0.5, shards, mesh.tp_group)
+    norm = tp.clip_grad_norm_(model.parameters(), 0.5, sharded=shards, group=mesh.tp_group)
     assert norm.dtype == torch.float32
     assert abs(norm.item() / expected - 1) < 1e-6
     for name, p in model.named_parameters():
@@ -1584,7 +1584,7 @@ def test_clipping_is_pytorchs_on_one_rank(sharded):
     for model in (ours, theirs):
         for p in model.parameters():
             p.grad = random(*p.shape, seed=p.ndim) * 10
-    norm = tp.clip_grad_norm_(ours.parameters(), 1.0, [ours.weight] if sharded else [])
+    norm = tp.clip_grad_norm_(ours.parameters(), 1.0, sharded=[ours.weight] if sharded else [])
     expected = nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
     assert_equal({"norm": norm}, {"norm": expected})
     assert_equal(grads_of(ours), grads_of(theirs))
@@ -1789,7 +1789,7 @@ def test_queries_keys_and_values_in_thirds():
     """A fused matrix in the order (three, head, D), as in GPT-2's files, sharded like ours."""
 
     def in_thirds(x, pattern, **sizes):
-        return right(x, pattern.replace("(N three D)", "(three N D)"), **sizes)
+        return right(x, pattern.replace("(n three D)", "(three n D)"), **sizes)
 
     with plant(tp, "rearrange", in_thirds) as right:
         found = compare(config())
@@ -1998,7 +1998,7 @@ def test_norm_that_counts_replicated_parameters_tp_times():
     loss.backward()
     expected.backward()
     right = nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
-    norm = tp.clip_grad_norm_(parallel.parameters(), 1e9, parallel.sharded_parameters())
+    norm = tp.clip_grad_norm_(parallel.parameters(), 1e9, sharded=parallel.sharded_parameters())
     assert_equal({"norm": norm}, {"norm": right})
     grads = grads_of(plain)
     replicated = sum(grad.square().sum() for n, grad in grads.items() if tp.shard_dim(n) is None)
@@ -2082,7 +2082,7 @@ def test_token_ids_out_of_range_are_refused_on_every_rank():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"hidden_size": 30}, "hidden_size=30 is no multiple of num_heads=4: choose a multiple"),
+        ({"hidden_size": 30}, "hidden_size=30, num_heads=4: the first must be a multiple"),
         ({"num_layers": 0}, "num_layers=0: it must be at least 1"),
         ({"vocab_size": -1}, "vocab_size=-1: it must be at least 1"),
         ({"ffn_hidden_size": 0}, "ffn_hidden_size=0: it must be at least 1"),
@@ -2103,7 +2103,7 @@ def test_state_dicts_that_do_not_fit_are_refused_by_name(name):
         del full[name]
     else:
         full[name] = torch.zeros(4, 32)
-    message = rf"missing, unknown or of another shape: \['{name}'\]"
+    message = rf"missing, unknown or of another shape: \[\('{name}', \("
     with pytest.raises(ValueError, match=message):
         tp.shard_state_dict(full, config(), 0, 2)
 
@@ -2122,9 +2122,9 @@ def write_bad_texts(folder: Path) -> dict[str, str]:
         "empty": "empty has 0 tokens: a tenth of it must be longer than 128",
         "short": "short has 200 tokens: a tenth of it must be longer than 128",
         "latin": "latin is not UTF-8 at byte 3",
-        "folder": "folder: not a regular file",
-        "pipe": "pipe: not a regular file",
-        "nowhere": "nowhere: not a regular file",
+        "folder": "folder: No such file, or not a regular one",
+        "pipe": "pipe: No such file, or not a regular one",
+        "nowhere": "nowhere: No such file, or not a regular one",
     }
 
 
@@ -2329,7 +2329,7 @@ def test_without_flags_any_number_of_ranks_works(count):
         ("--tp 4 --num-heads 2", "do not divide over tp=4 ranks: choose tp from [1, 2]"),
         ("--ranks 1 --tp 4", "--tp 4 must divide the 1 ranks"),
         ("--ranks 0", "argument --ranks: '0' must be of type int, from 1"),
-        ("--hidden-size 30", "hidden_size=30 is no multiple of num_heads=4"),
+        ("--hidden-size 30", "hidden_size=30, num_heads=4: the first must be a multiple"),
         ("--dropout 1", "dropout=1.0: it must be at least 0 and less than 1"),
         ("--device cuda --ranks 2", "use --device cpu"),
         ("--backend nccl", "use --device cpu"),
@@ -2340,7 +2340,7 @@ def test_without_flags_any_number_of_ranks_works(count):
         ("--lr inf", "argument --lr: 'inf'"),
         ("--timeout nan", "argument --timeout: 'nan'"),
         (f"--seed {2**70}", "argument --seed"),
-        ("--data /nowhere/at/all", "/nowhere/at/all: not a regular file"),
+        ("--data /nowhere/at/all", "/nowhere/at/all: No such file, or not a regular one"),
     ],
 )
 def test_a_wrong_flag_is_one_line(flags, message, capsys):

@@ -99,7 +99,8 @@ def row(sizes: tuple[int, int, int], world: int, seconds: dict, card: str) -> st
     ours, theirs, silent = (statistics.median(seconds[name]) for name in seconds)
     ratios = [t / o for t, o in zip(seconds["theirs"], seconds["ours"])]
     ratio = statistics.median(ratios)
-    line = f"{sizes[2]:6} {world:4} {ours * 1e3:6.1f} ms {theirs * 1e3:8.1f} ms {ratio:18.2f}"
+    times = f"{ours * 1e3:6.1f} ms {theirs * 1e3:8.1f} ms"
+    line = f"{sizes[2]:6} {world:4} {times} {ratio:18.2f}"
     if not card:
         return line
     flops = layer_flops(*sizes) / world / ours

@@ -94,6 +94,27 @@ def speech_steps(train):
     return losses(train(model, make_optimizer(model, 1e-3), speech_batches()))
 
 
+def recorded(folder):
+    """A manifest of one recording."""
+    import soundfile
+
+    soundfile.write(folder / "a.wav", np.sin(np.arange(16_000)), 16_000)
+    line = '{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}'
+    (folder / "a.jsonl").write_text(line, "utf-8")
+    return str(folder / "a.jsonl")
+
+
+def saved_speech(m, folder):
+    """save_model and load_model, one of them lifted."""
+    import speech
+
+    save = getattr(m, "save_model", None) or speech.save_model
+    load = getattr(m, "load_model", None) or speech.load_model
+    save(str(folder / "net"), speech.build(speech.SpeechConfig()), ["one two"])
+    model, texts = load(str(folder / "net"))
+    return model.state_dict(), texts
+
+
 def counted(m):
     """The messages of one sum, with Counter on its own."""
     with alone(), m.Counter() as counter:
@@ -537,6 +558,8 @@ GPT_1T = dict(layers=128, hidden=25600, heads=160)
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 EXAMPLES = {
     "deepspeech": {
+        "group_size": lambda m, folder: m.group_size(),
+        "group_rank": lambda m, folder: [m.group_rank()],
         "Counter": lambda m, folder: counted(m),
         "ring_all_reduce": lambda m, folder: m.ring_all_reduce(normal(5)),
         "GradientRing": lambda m, folder: ring_of(m),
@@ -574,6 +597,44 @@ EXAMPLES = {
         "train": lambda m, folder: speech_steps(m.train),
         "tones": lambda m, folder: vars(m.tones(3, speech_config(alphabet="_abc"), 0)),
         "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
+    },
+    "speech": {
+        "SpeechConfig": lambda m, folder: list(m.SpeechConfig(hidden_size=16).settings().values()),
+        "build": lambda m, folder: m.build(m.SpeechConfig(num_layers=1)).double().state_dict(),
+        "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
+        "SpeechLayer": lambda m, folder: through(
+            m.SpeechLayer(m.SpeechConfig(cell="gru"), 5, 6, Normless, None),
+            normal(4, 2, 5),
+            torch.ones(4, 2, dtype=torch.bool),
+        ),
+        "RowConvolution": lambda m, folder: through(
+            m.RowConvolution(3, 2), normal(4, 2, 3), torch.ones(4, 2, dtype=torch.bool)
+        ),
+        "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
+        "distort": lambda m, folder: m.distort(
+            torch.randn(4000), m.SpeechConfig(), np.random.default_rng(0)
+        ),
+        "NGram": lambda m, folder: m.NGram(["one two", "two"]).score(("one",), "two"),
+        "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
+        "word_errors": lambda m, folder: m.word_errors(["one two"], ["one too"]),
+        "read_manifest": lambda m, folder: [
+            said.text for said in m.read_manifest(recorded(folder))
+        ],
+        "load_audio": lambda m, folder: m.load_audio(
+            str(Path(recorded(folder)).parent / "a.wav"), 8000
+        ),
+        "synthesize": lambda m, folder: m.synthesize(
+            ["one", "two"], 8000, np.random.default_rng(0)
+        ).tolist(),
+        "Speech": lambda m, folder: vars(
+            m.Speech.synthetic(2, m.SpeechConfig(), 0).batch([1, 0], m.SpeechConfig())
+        ),
+        "save_model": saved_speech,
+        "load_model": saved_speech,
+        "optimizer_for": lambda m, folder: m.optimizer_for(net(), "adamw").defaults,
+        "scheduled": lambda m, folder: list(
+            m.scheduled(torch.optim.SGD(net().parameters(), 1.0), lambda step: 0.1, iter("abc"))
+        ),
     },
     "megatron_tp": {
         "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16)),
@@ -741,6 +802,7 @@ EXAMPLES = {
         "layer_costs": lambda m, folder: [cost.kept for cost in m.layer_costs(sp_config(), 2)],
     },
     "mamba_hybrid": {
+        "HybridConfig": lambda m, folder: list(vars(m.HybridConfig()).values()),
         "grids": lambda m, folder: several_grids(m),
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
         "log_decay": lambda m, folder: m.log_decay(
@@ -803,6 +865,7 @@ EXAMPLES = {
         "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
     },
     "moe_fp8": {
+        "MoEConfig": lambda m, folder: list(vars(m.MoEConfig()).values()),
         "Layer": lambda m, folder: list(
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
@@ -879,8 +942,6 @@ WITHOUT_EXAMPLE = {
     "megatron_tp": {
         "count_all_reduces": "counts what two ranks and more send: test_02_megatron_tp.py",
         "measure": "trains and prints; test_02_megatron_tp.py runs the script",
-        "check_args": "takes the command line's arguments",
-        "Options": "the command line's flags",
     },
     "pipeline": {
         "plan_command": "prints; test_03_pipeline.py runs it",
@@ -894,11 +955,25 @@ WITHOUT_EXAMPLE = {
         "losses_alone": "part of the demonstration; test_04_seq_parallel.py runs it",
     },
     "mamba_hybrid": {
+        "largest_tp": "takes the command line's arguments",
+        "time_decoding": "measures time",
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "decode_times": "measures time",
     },
-    "moe_fp8": {"print_formats": "prints", "recipe_of": "takes the command line's arguments"},
+    "moe_fp8": {
+        "print_formats": "prints",
+        "recipe_of": "takes the command line's arguments",
+        "is_default": "takes the command line's arguments",
+    },
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}
-DEMONSTRATION |= {"Options", "check_args"}
+DEMONSTRATION |= {
+    "Options",
+    "check_args",
+    "RunConfig",
+    "parse_flags",
+    "make_group",
+    "over_all_ranks",
+}
+DEMONSTRATION |= {"say", "say_setting", "print_claims", "print_errors"}

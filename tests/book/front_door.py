@@ -25,29 +25,66 @@ KEPT = ROOT / "notebooks/results/00_numbers.json"
 
 def claims(output: str) -> list[list[str]]:
     """The rows of the claims table with which a chapter's output ends: claim, paper, here, verdict."""
-    lines = output[output.rindex("\nclaim ") + 1 :].splitlines()
-    starts = [lines[0].index(word) for word in ("claim", "paper", "here", "verdict")]
+    return cells(output[output.rindex("\nclaim ") + 1 :])
+
+
+def cells(table: str) -> list[list[str]]:
+    """The rows of a printed table, without its header. Columns begin where their names do."""
+    header, *lines = table.splitlines()
+    starts = [match.start() for match in re.finditer(r"\S+", header)]
     ends = [*starts[1:], None]
-    return [[line[a:b].strip() for a, b in zip(starts, ends)] for line in lines[1:] if line.strip()]
+    return [[line[a:b].strip() for a, b in zip(starts, ends)] for line in lines if line.strip()]
+
+
+def tables(output: str) -> list[dict]:
+    """What a table file printed: of each table the title and the rows, claim, paper, formula, here, verdict."""
+    found = re.findall(
+        r"^([^\n]+)\n\n(claim +paper +formula .+?)(?=\n\n|\Z)", output, flags=re.M | re.S
+    )
+    return [dict(title=title, rows=cells(table)) for title, table in found]
+
+
+def run(path: Path) -> tuple[str, int]:
+    """What a script prints, and its seconds; by itself, as a reader would run it."""
+    print(f"── {path.relative_to(ROOT)}", flush=True)
+    begin = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout, round(time.monotonic() - begin)
+
+
+def measure_chapter(folder: Path) -> dict:
+    """A chapter's claims, which its script measured, and the paper's tables, where the chapter has a file of them."""
+    output, seconds = run(folder / f"{folder.name[3:]}.py")
+    found = dict(seconds=seconds, claims=claims(output))
+    for path in shared_blocks.tables():
+        if path.parent == folder:
+            found["tables"] = tables(run(path)[0])
+    return found
+
+
+def measure_notebook(path: Path) -> int:
+    """Its seconds."""
+    print(f"── {path.relative_to(ROOT)}", flush=True)
+    begin = time.monotonic()
+    notebooks.execute(path)
+    return round(time.monotonic() - begin)
+
+
+def measure_one(kept: dict, chapter: str) -> None:
+    """Runs one chapter anew, as "02", and puts what it saw in the place of what was kept of it."""
+    for path in shared_blocks.chapters():
+        if path.parent.name.startswith(f"{chapter}_"):
+            kept["chapters"][path.parent.name] = measure_chapter(path.parent)
+    for path in notebooks.notebooks(chapter):
+        kept["notebooks"][path.stem] = measure_notebook(path)
 
 
 def measure() -> dict:
-    """Runs every chapter and every notebook once, by itself, as a reader would."""
-    chapters = {}
-    for path in shared_blocks.chapters():
-        print(f"── {path.relative_to(ROOT)}", flush=True)
-        begin = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
-        )
-        seconds = round(time.monotonic() - begin)
-        chapters[path.parent.name] = dict(seconds=seconds, claims=claims(done.stdout))
-    seconds = {}
-    for path in notebooks.notebooks():
-        print(f"── {path.relative_to(ROOT)}", flush=True)
-        begin = time.monotonic()
-        notebooks.execute(path)
-        seconds[path.stem] = round(time.monotonic() - begin)
+    """Runs every chapter and every notebook once, and the tests."""
+    chapters = {path.parent.name: measure_chapter(path.parent) for path in shared_blocks.chapters()}
+    seconds = {path.stem: measure_notebook(path) for path in notebooks.notebooks()}
     print("── tests", flush=True)
     begin = time.monotonic()
     subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, check=True)
@@ -69,10 +106,20 @@ def collected(*options: str) -> list[str]:
     return [line for line in output.splitlines() if "::" in line]
 
 
-def columns(rows: list[list[str]]) -> str:
-    """The claims table as a chapter prints it."""
-    rows = [["claim", "paper", "here", "verdict"], *rows]
-    widths = [max(len(row[column]) for row in rows) + 2 for column in range(4)]
+HEADER = ["claim", "paper", "here", "verdict"]
+TABLE_HEADER = ["claim", "paper", "formula", "here", "verdict"]
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table in Markdown."""
+    head, *lines = (f"| {' | '.join(row)} |\n" for row in [header, *rows])
+    return f"{head}|{'---|' * len(header)}\n{''.join(lines)}"
+
+
+def columns(header: list[str], rows: list[list[str]]) -> str:
+    """A table as a script prints it."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) + 2 for column in zip(*rows)]
     lines = ("".join(cell.ljust(width) for cell, width in zip(row, widths)) for row in rows)
     return "".join(f"{line.rstrip()}\n" for line in lines)
 
@@ -98,17 +145,28 @@ def rendered(page: Path, kept: dict) -> str:
         text = re.sub(
             rf"^(\| \[{name}\].*\| )\d+ s \|$", rf"\g<1>{chapter['seconds']} s |", text, flags=re.M
         )
-        table = "".join(f"| {' | '.join(row)} |\n" for row in chapter["claims"])
-        facts[f"claims of {name}"] = (
-            f"\n\n| claim | paper | here | verdict |\n|---|---|---|---|\n{table}\n"
-        )
+        facts[f"claims of {name}"] = f"\n\n{markdown(HEADER, chapter['claims'])}\n"
+        papers = ""
+        for table in chapter.get("tables", []):
+            papers += f"{table['title']}:\n\n{markdown(TABLE_HEADER, table['rows'])}\n"
+        facts[f"tables of {name}"] = f"\n\n{papers}"
     for name, value in facts.items():
         text = re.sub(rf"(<!-- {name} -->).*?(<!-- -->)", rf"\g<1>{value}\g<2>", text, flags=re.S)
     if chapter := chapters.get(page.parent.name):
-        table = columns(chapter["claims"])
-        text = re.sub(r"^claim +paper .*?(?=^```)", lambda _: table, text, flags=re.M | re.S)
+        text = _printed(
+            text, r"^claim +paper +here .*?(?=^```)", columns(HEADER, chapter["claims"])
+        )
+        for table in chapter.get("tables", []):
+            title = re.escape(table["title"])
+            text = _printed(
+                text, rf"(?<={title}\n\n)claim .*?(?=^```)", columns(TABLE_HEADER, table["rows"])
+            )
         text = re.sub(r"\d+ s on two cores", f"{chapter['seconds']} s on two cores", text)
     return text
+
+
+def _printed(text: str, place: str, table: str) -> str:
+    return re.sub(place, lambda _: table, text, flags=re.M | re.S)
 
 
 def pages() -> list[Path]:
@@ -130,9 +188,16 @@ def main() -> None:
     parser.add_argument(
         "--render", action="store_true", help="only write the pages, from what is kept"
     )
-    if not parser.parse_args().render:
-        KEPT.write_text(json.dumps(measure(), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    parser.add_argument(
+        "--chapter", help="measure only this one, such as 02, and keep all else as it is"
+    )
+    args = parser.parse_args()
     kept = json.loads(KEPT.read_text("utf-8"))
+    if args.chapter:
+        measure_one(kept, args.chapter)
+    elif not args.render:
+        kept = measure()
+    KEPT.write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n", "utf-8")
     for page in pages():
         page.write_text(rendered(page, kept), "utf-8")
 

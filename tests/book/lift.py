@@ -286,6 +286,11 @@ def module_of(item: Imported) -> str | None:
     return item.node.module if isinstance(item.node, ast.ImportFrom) else None
 
 
+def identity(item: Imported) -> tuple:
+    """What is imported, from where and under which name: a file imports it once."""
+    return module_of(item), item.alias.name, item.name
+
+
 def is_standard(node: ast.Import | ast.ImportFrom) -> bool:
     module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
     return (module or "").split(".")[0] in sys.stdlib_module_names
@@ -355,17 +360,22 @@ def assembled(
         for item in script.imports
         if item.alias.name != chapter_name and module_of(item) != chapter_name
     ]
-    sources = [imports] if script is chapter else [imports, chapter.imports]
+    names = {item.name for item in imports}
+    more = [item for item in chapter.imports if item.name not in names]  # a tool may have them too
+    sources = [imports] if script is chapter else [imports, more]
     top = [header(script, name)]
     if "__doc__" in uses:
         top.append(f'"""{script.docstring.splitlines()[0]}"""')
     if any(item.alias.name == "annotations" for item in script.imports) and has_annotations(taken):
         top.append("\nfrom __future__ import annotations")
+    imported: set[tuple] = set()
     for imports in sources:
-        lines = import_lines(imports, uses, text)
+        left = [item for item in imports if identity(item) not in imported]
+        lines = import_lines(left, uses, text)
         if lines:
             top.append("")
-        top += [line for line in lines if not line or line not in top]
+        top += lines
+        imported |= {identity(item) for item in imports}
     return "\n".join(top).rstrip() + joined(body)
 
 

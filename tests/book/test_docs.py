@@ -238,7 +238,7 @@ def put_files(folder: Path) -> None:
 def put_published_weights(folder: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=4)).save_pretrained(folder)
 
 
 def pretend_gpus(monkeypatch, gpus: int, world_size: int | None) -> None:

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 2's notebook: the post-norm block that it shows, and wrong answers to its exercises."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import megatron_tp as tp
+import nbformat
+import pytest
+import ranks
+import torch
+import torch.distributed as dist
+from proof import assert_equal
+from torch import nn
+
+import notebooks
+
+SCRIPT = Path(__file__).resolve().parents[1] / "notebooks/results/measure_02_norm.py"
+CONFIG = tp.GPTConfig(vocab_size=61, seq_length=16, hidden_size=32, num_layers=2, num_heads=4)
+
+
+def measurement():
+    spec = importlib.util.spec_from_file_location(SCRIPT.stem, SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def random(*shape, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, dtype=torch.float64, generator=generator).to(ranks.device)
+
+
+def randomize_norms(block):
+    for name, p in block.named_parameters():
+        if "norm" in name:
+            nn.init.normal_(p)
+
+
+def test_block_in_post_norm_order():
+    """LN(x + f(x)), written out."""
+    block = measurement().PostNormBlock(CONFIG).double()
+    randomize_norms(block)
+    x_BSH = random(2, 5, 32)
+    y_BSH = block.norm1(x_BSH + block.attention(x_BSH))
+    y_BSH = block.norm2(y_BSH + block.mlp(y_BSH))
+    assert torch.equal(block(x_BSH), y_BSH)
+    assert not torch.equal(block(x_BSH), tp.Block.forward(block, x_BSH))
+
+
+def test_both_orders_start_from_the_same_weights():
+    measure = measurement()
+    models = [measure.build(block, CONFIG) for block in (tp.Block, measure.PostNormBlock)]
+    for model in models:
+        assert_equal(model.state_dict(), tp.GPT(CONFIG).state_dict(), bound=0.0, zeros=ZEROS)
+    assert isinstance(models[1].layers[1], measure.PostNormBlock)
+
+
+ZEROS = {name: 1e-30 for name in tp.parameter_shapes(CONFIG) if name.endswith("bias")}
+
+
+@pytest.mark.ranks(1, 2, 4)
+def test_a_post_norm_block_is_sharded_like_the_other():
+    """Forward, the input's gradient and every parameter's, on an odd batch of an odd length."""
+    block = measurement().PostNormBlock
+    torch.manual_seed(5)
+    plain = block(CONFIG).to(ranks.device, torch.float64)
+    randomize_norms(plain)
+    parallel = block(CONFIG, partial(tp.ColumnParallelLinear), partial(tp.RowParallelLinear))
+    parallel.to(ranks.device, torch.float64)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    full = {"x." + name: p for name, p in plain.state_dict().items()}
+    shards = {name: tp.shard_tensor(name, p, CONFIG, rank, world) for name, p in full.items()}
+    parallel.load_state_dict({name[2:]: shard for name, shard in shards.items()})
+
+    x_BSH, upstream_BSH = random(3, 7, 32), random(3, 7, 32, seed=2)
+    inputs = [x_BSH.clone().requires_grad_() for _ in range(2)]
+    expected_BSH, y_BSH = plain(inputs[0]), parallel(inputs[1])
+    expected_BSH.backward(upstream_BSH)
+    y_BSH.backward(upstream_BSH)
+    assert_equal({"y": y_BSH, "x": inputs[1].grad}, {"y": expected_BSH, "x": inputs[0].grad})
+    grads = [
+        {"x." + name: p.grad for name, p in layer.named_parameters()} for layer in (plain, parallel)
+    ]
+    assert_equal(tp.gather_state_dict(grads[1], CONFIG), grads[0])
+
+
+# ── Exercises ───────────────────────────────────────────────────────────────────────────────────
+
+COPY = """
+class Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        {forward}
+
+    @staticmethod
+    def backward(ctx, grad):
+        {backward}
+"""
+WRONG_ANSWERS = [
+    ("1", "no all-reduce", COPY.format(forward="return x.view_as(x)", backward="return grad")),
+    (
+        "1",
+        "the caller's gradient is modified",
+        COPY.format(forward="return x.view_as(x)", backward="dist.all_reduce(grad); return grad"),
+    ),
+    (
+        "1",
+        "the mean over ranks",
+        COPY.format(
+            forward="return x.view_as(x)",
+            backward="total = grad.clone(); dist.all_reduce(total); return total / 4",
+        ),
+    ),
+    (
+        "1",
+        "an all-reduce in forward",
+        COPY.format(
+            forward="y = x.clone(); dist.all_reduce(y); return y",
+            backward="total = grad.clone(); dist.all_reduce(total); return total",
+        ),
+    ),
+    ("2", "nothing", "def most_probable_token(logits_v): return None"),
+    ("2", "a row of the shard", "def most_probable_token(logits_v): return logits_v.argmax()"),
+    (
+        "2",
+        "the local token",
+        "def most_probable_token(logits_v): return logits_v.argmax() + rank * len(logits_v)",
+    ),
+    (
+        "2",
+        "the last rank's token",
+        """
+def most_probable_token(logits_v):
+    token = logits_v.argmax() + rank * len(logits_v)
+    dist.all_reduce(token, dist.ReduceOp.MAX)
+    return token
+""",
+    ),
+    (
+        "2",
+        "all logits gathered",
+        """
+def most_probable_token(logits_v):
+    pieces = [torch.empty_like(logits_v) for _ in range(4)]
+    dist.all_gather(pieces, logits_v)
+    return torch.cat(pieces).argmax()
+""",
+    ),
+    (
+        "3",
+        "replicated elements count four times",
+        """
+def global_norm(shards, replicated):
+    total = shards.square().sum() + replicated.square().sum()
+    dist.all_reduce(total)
+    return total.sqrt()
+""",
+    ),
+    (
+        "3",
+        "the local norm",
+        """
+def global_norm(shards, replicated):
+    return (shards.square().sum() + replicated.square().sum()).sqrt()
+""",
+    ),
+    (
+        "3",
+        "a sum of norms",
+        """
+def global_norm(shards, replicated):
+    total = shards.norm()
+    dist.all_reduce(total)
+    return total + replicated.norm()
+""",
+    ),
+]
+
+
+@pytest.mark.slow
+def test_wrong_answers_are_not_accepted(tmp_path):
+    """Each in turn on one set of ranks: its check says so; the solutions, before, are ok."""
+    notebook = nbformat.read(notebooks.ROOT / "notebooks/02_megatron_tp.ipynb", as_version=4)
+    notebooks.solve(notebook)
+    cells = notebooks.needed(notebook)
+    tasks = notebooks.exercises(notebook)
+    place = {number: cells.index(task) for number, task in tasks.items()}
+    check = {number: cells[place[number] + 1] for number in tasks}
+    wrong = []
+    for number, name, answer in WRONG_ANSWERS:
+        wrong += [
+            nbformat.v4.new_code_cell(f"print({name!r})"),
+            nbformat.v4.new_code_cell(f"%%px\n{answer}"),
+            nbformat.v4.new_code_cell(check[number].source),
+        ]
+    notebook.cells = [*cells[:-1], *wrong, cells[-1]]  # the last cell stops the ranks
+    nbformat.write(notebook, tmp_path / "wrong.ipynb")
+    text = notebooks.printed(notebooks.execute(tmp_path / "wrong.ipynb"))
+    solved, *answers = text.split(WRONG_ANSWERS[0][1] + "\n", 1)
+    assert all(f"exercise {number}: ok" in solved for number in tasks)
+    assert ": ok" not in answers[0], answers[0]
+    assert answers[0].count("not solved yet") == len(WRONG_ANSWERS)
