@@ -1464,10 +1464,7 @@ def run(*flags, timeout=120):
     "flags, message",
     [
         (["--seq-length", "30"], "--seq-length 30 does not divide over 4 ranks: try 32"),
-        (
-            ["--num-heads", "2"],
-            "num_heads=2 and ffn_hidden_size=512 do not divide over tp=4 ranks",
-        ),
+        (["--num-heads", "2"], "num_heads=2 and ffn_hidden_size=512 do not divide over tp=4 ranks"),
         (["--batch", "0"], "argument --batch: '0' must be of type int, from 1"),
         (["--num-heads", "0"], "argument --num-heads: '0' must be of type int, from 1"),
         (["--hidden-size", "0"], "argument --hidden-size: '0' must be of type int, from 1"),

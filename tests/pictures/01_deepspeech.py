@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 01_deepspeech/letters.png: what the network writes over time. `make pictures CHAPTER=01`."""
+"""Draws 01_deepspeech/letters.png: what the network writes. `make pictures CHAPTER=01`."""
 
 from pathlib import Path
 
