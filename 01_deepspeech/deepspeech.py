@@ -1027,7 +1027,7 @@ class Batch:
 
 
 def padded_batch(features: list[Tensor], labels: list[Tensor]) -> Batch:
-    """Utterances (T, F), each of its own T, and their labels (U,)."""
+    """Utterances of unequal length as a Batch. Args: features (T, F) and labels (U,) of each."""
     frames_B = torch.tensor([len(x_TF) for x_TF in features], dtype=torch.int64)
     sizes_B = torch.tensor([len(labels_U) for labels_U in labels], dtype=torch.int64)
     return Batch(pad_sequence(features, True), frames_B, pad_sequence(labels, True), sizes_B)

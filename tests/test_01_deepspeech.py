@@ -822,7 +822,7 @@ def test_ranks_that_have_drifted_apart_are_found():
         model.layers[1].norm.running_mean[3] += 1e-3
     with pytest.raises(
         ValueError,
-        match=r"layers.1.norm.running_mean should be the same on every rank, but differs by 1.0e-03",
+        match=r"layers.1.norm.running_mean should be the same on .*, but differs by 1.0e-03",
     ):
         ds.check_replicas(model)
 
@@ -1098,7 +1098,7 @@ def test_the_average_of_unequal_shares():
 
 
 @pytest.mark.planted_bug(
-    symptom="short utterances are heard differently in the company of long ones; alone they are right",
+    symptom="short utterances get another text next to long ones; alone they are right",
     seen_in=None,
 )
 def test_a_backward_direction_that_starts_in_the_padding():
@@ -1134,7 +1134,7 @@ def test_a_backward_direction_that_starts_in_the_padding():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="outputs are right; what should cross the cut in backward is missing from every gradient",
+    symptom="outputs are right; what should cross the cut is missing from every gradient",
     seen_in=None,
 )
 def test_an_exchange_outside_the_graph():
@@ -1182,7 +1182,7 @@ def test_a_ring_that_sends_before_it_receives():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the last, short batch of an epoch: who has no utterance goes on, and the others wait for it",
+    symptom="the last, short batch of an epoch: a rank without an utterance goes on, the others wait",
     seen_in=None,
 )
 def test_a_rank_that_skips_an_empty_batch():
