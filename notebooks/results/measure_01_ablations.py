@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: MIT-0
-"""What the papers' ideas gain on synthetic speech. `python notebooks/results/measure_01_ablations.py`, 4 to 5 minutes.
+"""What the papers' ideas gain on synthetic speech. `python
+notebooks/results/measure_01_ablations.py`, 4 to 5 minutes.
 
-Writes 01_ablations.json beside this file: losses of each epoch and words wrong, with and without BatchNorm, SortaGrad,
-and noise in training; greedy and beam search; one version of the recording and three that are shifted a little. Every
-list in the file has one entry for each seed.
+Writes 01_ablations.json next to this file: losses of each epoch and words wrong, with and without
+BatchNorm, SortaGrad, and noise in training; greedy and beam search; one version of the recording
+and three that are shifted a little. Every list in the file has one entry for each seed.
 """
 
 import json
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +18,10 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "01_deepspeech"))
 import deepspeech as ds  # noqa: E402
+import speech as sp  # noqa: E402
 
 HEARD, UNHEARD = (
-    ds.Speech.synthetic(count, ds.SpeechConfig(), seed) for count, seed in ((320, 0), (100, 1))
+    sp.Speech.synthetic(count, sp.SpeechConfig(), seed) for count, seed in ((320, 0), (100, 1))
 )
 LENGTHS, BATCH = [len(wave_W) for wave_W in HEARD.waves], 8
 LOUDNESS = (
@@ -33,56 +34,55 @@ LOUDNESS = (
 SEEDS = (0, 1, 2)
 
 
-def noisy(speech: ds.Speech, low: float, high: float, share: float, key: tuple) -> ds.Speech:
-    """`share` of the utterances with noise of a random colour, `low` to `high` decibels below the speech."""
-    rng, waves = np.random.default_rng(key), []
+def noisy(speech: sp.Speech, low: float, high: float, fraction: float, key: tuple) -> sp.Speech:
+    """A fraction of the utterances with coloured noise, `low` to `high` decibels below."""
+    rng = np.random.default_rng(key)
+    waves = []
     for wave_W in speech.waves:
-        if rng.random() < share:
-            spectrum = torch.fft.rfft(
-                torch.from_numpy(rng.standard_normal(len(wave_W))).to(wave_W.dtype)
-            )
-            slope = torch.arange(1, len(spectrum) + 1, dtype=wave_W.dtype) ** -rng.uniform(0, 1)
-            wave_W = ds.mix_noise(
-                wave_W, torch.fft.irfft(spectrum * slope, len(wave_W)), rng.uniform(low, high)
-            )
+        if rng.random() < fraction:
+            noise_W = sp.coloured_noise(len(wave_W), rng, wave_W.dtype)
+            wave_W = sp.mix_noise(wave_W, noise_W, rng.uniform(low, high))
         waves.append(wave_W)
-    return ds.Speech(waves, speech.texts)
+    return sp.Speech(waves, speech.texts)
 
 
 def words_wrong(found: list[tuple[str, str]]) -> float:
-    return round(ds.word_error_rate(*zip(*found)), 4)
+    errors, words = sp.word_errors(*zip(*found))
+    return round(errors / words, 4)
 
 
 @torch.no_grad()
 def heard_by(
-    model: ds.DeepSpeech2, speech: ds.Speech, shifts: tuple[int, ...] = (0,)
+    model: ds.DeepSpeech2, speech: sp.Speech, shifts: tuple[int, ...] = (0,)
 ) -> list[torch.Tensor]:
-    """Each utterance's log-probabilities; with `shifts`, in samples, the mean of the probabilities of each version."""
+    """Each utterance's log-probabilities; with shifts, the mean over the versions."""
     found = []
     for wave_W in speech.waves:
         versions = [torch.nn.functional.pad(wave_W, (shift, -shift)) for shift in shifts]
-        batch = ds.Speech(versions, [""] * len(shifts)).batch(range(len(shifts)), model.config)
+        batch = sp.Speech(versions, [""] * len(shifts)).batch(range(len(shifts)), model.config)
         log_probs_TBV, _ = model(batch.features_BTF, batch.frames_B)
         found.append(log_probs_TBV.exp().mean(1).log())
     return found
 
 
 def learn(
-    config: ds.SpeechConfig, epochs=8, lr=0.04, sort=True, noise=False
+    config: sp.SpeechConfig, epochs=8, lr=0.04, sort=True, noise=False
 ) -> tuple[ds.DeepSpeech2, dict]:
-    """A network, trained as in the chapter's default run but for what is said; its losses, and greedy words wrong."""
-    model, test = ds.parallel_model(config), UNHEARD.batch(range(len(UNHEARD.texts)), config)
+    """A network, trained as by default but for the arguments; losses, and greedy words wrong."""
+    model, test = sp.build(config), UNHEARD.batch(range(len(UNHEARD.texts)), config)
     record, sums = dict(train=[], held_out=[]), []
 
     def batches():
         for epoch in range(epochs):
             speech = noisy(HEARD, 0, 20, 0.4, (config.seed, epoch)) if noise else HEARD
-            for rows in ds.sortagrad_batches(LENGTHS, BATCH, epoch, config.seed, sort):
+            for rows in sp.sortagrad_batches(LENGTHS, BATCH, epoch, config.seed, sort):
                 yield speech.batch(rows, config)
 
     epoch_steps = len(LENGTHS) // BATCH
-    rate = partial(ds.learning_rate, epoch_steps=epoch_steps, epochs=epochs, peak=lr)
-    for loss, _ in ds.train(model, batches(), rate, max_norm=3.0):
+    rate = sp.Schedule("nesterov", lr, epoch_steps, epochs)
+    optimizer = sp.optimizer_for(model)
+    steps = ds.train(model, optimizer, batches(), max_norm=3.0)
+    for loss, _ in sp.scheduled(optimizer, rate, steps):
         sums.append(loss.item())
         if len(sums) == epoch_steps:
             with torch.no_grad():
@@ -99,18 +99,21 @@ def learn(
 def compare(name: str, **options) -> dict:
     """One entry for each seed of every number that `learn` records."""
     config = options.pop("config", {})
-    runs = [learn(ds.SpeechConfig(seed=seed, **config), **options)[1] for seed in SEEDS]
-    print(f"{name:50} held-out loss {[run['held_out'][-1] for run in runs]}, "
-          f"words wrong {[run['words_wrong'] for run in runs]}", flush=True)  # fmt: skip
+    runs = [learn(sp.SpeechConfig(seed=seed, **config), **options)[1] for seed in SEEDS]
+    print(
+        f"{name:50} held-out loss {[run['held_out'][-1] for run in runs]}, "
+        f"words wrong {[run['words_wrong'] for run in runs]}",
+        flush=True,
+    )
     return {key: [run[key] for run in runs] for key in runs[0]}
 
 
 def of_noise_and_search() -> tuple[dict, dict, dict]:
-    """Words wrong by training, noise of the test, and decoder; by beam; by how many versions are averaged."""
-    lm, decoders, beams, jitter = ds.NGram(HEARD.texts), {}, {}, {}
+    """Words wrong by training, test noise and decoder; by beam; by averaged versions."""
+    lm, decoders, beams, jitter = sp.NGram(HEARD.texts), {}, {}, {}
     for training in ("clean", "noisy"):
         for seed in SEEDS:
-            model, _ = learn(ds.SpeechConfig(seed=seed), noise=training == "noisy")
+            model, _ = learn(sp.SpeechConfig(seed=seed), noise=training == "noisy")
             for test in LOUDNESS:
                 speech = (
                     UNHEARD
@@ -128,9 +131,9 @@ def of_noise_and_search() -> tuple[dict, dict, dict]:
                     )
 
                 count(ds.greedy, decoders, training, test, "greedy")
-                count(lambda x: ds.beam_search(x)[0][0], decoders, training, test, "beam")
+                count(lambda x: sp.beam_search(x)[0][0], decoders, training, test, "beam")
                 count(
-                    lambda x: ds.beam_search(x, lm=lm)[0][0],
+                    lambda x: sp.beam_search(x, lm=lm)[0][0],
                     decoders,
                     training,
                     test,
@@ -142,7 +145,11 @@ def of_noise_and_search() -> tuple[dict, dict, dict]:
                 count(ds.greedy, jitter, training, test, "mean of three", heard=shifted)
                 if (training, test) == ("noisy", "5"):
                     for beam in (1, 2, 4, 8, 16, 32, 64):
-                        count(lambda x, beam=beam: ds.beam_search(x, beam, lm)[0][0], beams, beam)
+                        count(
+                            lambda x, beam=beam: sp.beam_search(x, beam=beam, lm=lm)[0][0],
+                            beams,
+                            beam,
+                        )
             print(f"trained on {training} speech, seed {seed}: done", flush=True)
     return decoders, beams, jitter
 
@@ -155,7 +162,7 @@ if __name__ == "__main__":
         for norm in (True, False):
             for lr in (0.04, 0.02):
                 name = f"{layers} recurrent, {'with' if norm else 'without'} BatchNorm, lr {lr}"
-                sizes = dict(layers=layers, hidden_size=48, batch_norm=norm)
+                sizes = dict(num_layers=layers, hidden_size=48, batch_norm=norm)
                 batch_norm[name] = compare(name, config=sizes, epochs=6, lr=lr)
     for norm in (True, False):
         for sort in (True, False):
@@ -163,14 +170,24 @@ if __name__ == "__main__":
                 f"{'sorted' if sort else 'not sorted'}, {'with' if norm else 'without'} BatchNorm"
             )
             sortagrad[name] = compare(
-                name, config=dict(layers=3, hidden_size=48, batch_norm=norm), epochs=6, sort=sort
+                name,
+                config=dict(num_layers=3, hidden_size=48, batch_norm=norm),
+                epochs=6,
+                sort=sort,
             )
     decoders, beams, jitter = of_noise_and_search()
     seconds = round(time.process_time() - begin)
     result = dict(
-        command="python notebooks/results/measure_01_ablations.py", torch=torch.__version__, cpu_seconds=seconds,
-        seeds=SEEDS, batch_norm=batch_norm, sortagrad=sortagrad, decoders=decoders, beams=beams, jitter=jitter,
-    )  # fmt: skip
+        command="python notebooks/results/measure_01_ablations.py",
+        torch=torch.__version__,
+        cpu_seconds=seconds,
+        seeds=SEEDS,
+        batch_norm=batch_norm,
+        sortagrad=sortagrad,
+        decoders=decoders,
+        beams=beams,
+        jitter=jitter,
+    )
     (HERE / "01_ablations.json").write_text(
         json.dumps(result, indent=1, ensure_ascii=False) + "\n", "utf-8"
     )

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT-0
-"""The CTC loss beside PyTorch's native one, the ring beside dist.all_reduce, the recurrence beside autograd's.
+"""The CTC loss, the ring and the recurrence, each next to what a person would use instead:
+PyTorch's native loss, dist.all_reduce, and autograd through the plain loop.
 
     make bench CHAPTER=01                        gloo, one thread a rank
-    make bench CHAPTER=01 ARGS="--device cuda"   CTC on the GPU; NCCL where there are two GPUs or more
+    make bench CHAPTER=01 ARGS="--device cuda"   CTC on the GPU; NCCL with two GPUs or more
 
-The two run in turn; a ratio is of two neighbouring rounds, and the median of the ratios is printed.
+The two run in turn; a ratio is of two neighbouring rounds, and the median of the ratios is
+printed.
 """
 
 import argparse
@@ -22,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def alternate(ours, theirs, rounds: int, cuda: bool = False) -> tuple[float, float, float]:
-    """Milliseconds of each, and ours over theirs: medians of the rounds behind the first."""
+    """Milliseconds of each, and ours over theirs: medians of the rounds after the first."""
 
     def timed(function) -> float:
         begin = time.perf_counter()
@@ -78,7 +80,7 @@ def bench_recurrence(device: torch.device, rounds: int) -> None:
 
 
 def measure_ring(size: int, rounds: int) -> tuple[float, float, float]:
-    """On every rank: milliseconds of the ring and of dist.all_reduce for so many bytes, and their ratio."""
+    """On every rank: milliseconds of the ring and of dist.all_reduce, and their ratio."""
     x = torch.ones(size // 4, device=ranks.device)
 
     def both(function):

@@ -37,30 +37,25 @@ def alone():
 # ── Chapter 1 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def speech(**changes):
-    from deepspeech import SpeechConfig
+def speech_config(**changes):
+    from deepspeech import DeepSpeechConfig
 
-    return SpeechConfig(
-        **(dict(bins=8, convolutions=((2, (3, 3), (1, 2)),), hidden_size=6) | changes)
-    )
+    sizes = dict(num_bins=8, convolutions=((2, (3, 3), (1, 2)),), hidden_size=6)
+    return DeepSpeechConfig(**(sizes | changes))
 
 
 def utterances():
     """Two of unequal length, as the fields of a Batch."""
     features_BTF = normal(2, 9, 8)
     features_BTF[1, 7:] = 0
-    return (
-        features_BTF,
-        torch.tensor([9, 7]),
-        torch.tensor([[3, 4, 4], [5, 6, 0]]),
-        torch.tensor([3, 2]),
-    )
+    labels_BU = torch.tensor([[3, 4, 4], [5, 6, 0]])
+    return features_BTF, torch.tensor([9, 7]), labels_BU, torch.tensor([3, 2])
 
 
 def net():
     from deepspeech import parallel_model
 
-    return parallel_model(speech()).double()
+    return parallel_model(speech_config()).double()
 
 
 def spoken():
@@ -76,31 +71,12 @@ def ring_of(m):
     return [p.grad for p in layer.parameters()]
 
 
-def recorded(folder):
-    """A manifest of one recording."""
-    import soundfile
-
-    soundfile.write(folder / "a.wav", np.sin(np.arange(16_000)), 16_000)
-    (folder / "a.jsonl").write_text(
-        '{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}', "utf-8"
-    )
-    return str(folder / "a.jsonl")
-
-
-def loaded(m, folder):
-    from deepspeech import save_model
-
-    save_model(str(folder / "net"), net(), ["one two"])
-    model, texts = m.load_model(str(folder / "net"))
-    return model.state_dict(), texts
-
-
 def speech_gradients(m):
     import deepspeech
 
     model = net()
     ring = deepspeech.GradientRing(model.parameters())
-    loss = m.parallel_gradients(model, deepspeech.Batch(*utterances()), ring=ring)
+    loss = m.parallel_gradients(model, deepspeech.Batch(*utterances()), ring)
     return [loss, *(p.grad for p in model.parameters())]
 
 
@@ -110,11 +86,32 @@ def speech_batches():
     return [deepspeech.Batch(*utterances())] * 2
 
 
-def saved(m, folder):
-    from deepspeech import load_model
+def speech_steps(train):
+    """Losses of two steps."""
+    from deepspeech import make_optimizer
 
-    m.save_model(str(folder / "net"), net(), ["one two"])
-    model, texts = load_model(str(folder / "net"))
+    model = net()
+    return losses(train(model, make_optimizer(model, 1e-3), speech_batches()))
+
+
+def recorded(folder):
+    """A manifest of one recording."""
+    import soundfile
+
+    soundfile.write(folder / "a.wav", np.sin(np.arange(16_000)), 16_000)
+    line = '{"audio_filepath": "a.wav", "duration": 1.0, "text": "one"}'
+    (folder / "a.jsonl").write_text(line, "utf-8")
+    return str(folder / "a.jsonl")
+
+
+def saved_speech(m, folder):
+    """save_model and load_model, one of them lifted."""
+    import speech
+
+    save = getattr(m, "save_model", None) or speech.save_model
+    load = getattr(m, "load_model", None) or speech.load_model
+    save(str(folder / "net"), speech.build(speech.SpeechConfig()), ["one two"])
+    model, texts = load(str(folder / "net"))
     return model.state_dict(), texts
 
 
@@ -567,60 +564,81 @@ EXAMPLES = {
     "deepspeech": {
         "group_size": lambda m, folder: m.group_size(),
         "group_rank": lambda m, folder: [m.group_rank()],
-        "SpeechConfig": lambda m, folder: list(vars(m.SpeechConfig(hidden_size=16)).values()),
-        "save_model": lambda m, folder: saved(m, folder),
-        "small_batch": lambda m, folder: vars(m.small_batch(3, speech())),
-        "synthesize": lambda m, folder: m.synthesize(
-            ["one", "two"], 8000, np.random.default_rng(0)
-        ).tolist(),
-        "Speech": lambda m, folder: vars(
-            m.Speech.synthetic(2, speech(), 0).batch([1, 0], speech())
-        ),
         "Counter": lambda m, folder: counted(m),
-        "RecurrentLayer": lambda m, folder: through(
-            m.RecurrentLayer(speech(), 5, Normless, sum_so_far),
-            normal(4, 2, 5),
-            torch.ones(4, 2, dtype=torch.bool),
-        ),
-        "DeepSpeech2": lambda m, folder: m.DeepSpeech2(speech()).double()(*utterances()[:2]),
-        "plain_gradients": lambda m, folder: m.plain_gradients(net(), speech_batches()[0]),
-        "train_alone": lambda m, folder: losses(
-            m.train_alone(net(), speech_batches(), lambda step: 1e-3)
-        ),
-        "plain_recurrence": lambda m, folder: m.plain_recurrence(
-            normal(5, 2, 3, 4), normal(2, 4, 4)
-        ),
-        "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
-        "parallel_model": lambda m, folder: m.parallel_model(speech()).double()(*utterances()[:2]),
-        "load_model": lambda m, folder: loaded(m, folder),
-        "ctc_loss": lambda m, folder: m.ctc_loss(spoken(), utterances()[2], *utterances()[1::2]),
         "ring_all_reduce": lambda m, folder: m.ring_all_reduce(normal(5)),
         "GradientRing": lambda m, folder: ring_of(m),
         "sum_over_ranks": lambda m, folder: m.sum_over_ranks(normal(3)),
         "SequenceBatchNorm": lambda m, folder: through(
             m.SequenceBatchNorm(4), normal(5, 2, 4), torch.arange(5)[:, None] < torch.tensor([5, 3])
         ),
+        "ctc_loss": lambda m, folder: m.ctc_loss(spoken(), utterances()[2], *utterances()[1::2]),
         "clipped_recurrence": lambda m, folder: m.clipped_recurrence(
             normal(5, 2, 3, 4), normal(2, 4, 4)
         ),
         "time_parallel_birnn": lambda m, folder: m.time_parallel_birnn(
             normal(5, 3, 4), normal(2, 4, 4)
         ),
-        "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
-        "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
-        "check_replicas": lambda m, folder: m.check_replicas(net()) or "no other rank",
-        "parallel_gradients": lambda m, folder: speech_gradients(m),
-        "train": lambda m, folder: losses(m.train(net(), speech_batches(), lambda step: 1e-3)),
-        "distort": lambda m, folder: m.distort(
-            torch.randn(4000), speech(), np.random.default_rng(0)
+        "plain_recurrence": lambda m, folder: m.plain_recurrence(
+            normal(5, 2, 3, 4), normal(2, 4, 4)
         ),
+        "RecurrentLayer": lambda m, folder: through(
+            m.RecurrentLayer(5, 6, Normless, sum_so_far),
+            normal(4, 2, 5),
+            torch.ones(4, 2, dtype=torch.bool),
+        ),
+        "DeepSpeechConfig": lambda m, folder: m.DeepSpeechConfig().after(7, 0),
+        "DeepSpeech2": lambda m, folder: m.DeepSpeech2(speech_config()).double()(*utterances()[:2]),
+        "parallel_model": lambda m, folder: m.parallel_model(speech_config()).double()(
+            *utterances()[:2]
+        ),
+        "check_replicas": lambda m, folder: m.check_replicas(net()),
+        "padded_batch": lambda m, folder: vars(
+            m.padded_batch([normal(5, 3), normal(2, 3)], [torch.tensor([1, 2]), torch.tensor([3])])
+        ),
+        "plain_gradients": lambda m, folder: m.plain_gradients(net(), speech_batches()[0]),
+        "parallel_gradients": lambda m, folder: speech_gradients(m),
+        "train_alone": lambda m, folder: speech_steps(m.train_alone),
+        "train": lambda m, folder: speech_steps(m.train),
+        "tones": lambda m, folder: vars(m.tones(3, speech_config(alphabet="_abc"), 0)),
+        "greedy": lambda m, folder: m.greedy(spoken()[:, 0]),
+    },
+    "speech": {
+        "SpeechConfig": lambda m, folder: list(m.SpeechConfig(hidden_size=16).settings().values()),
+        "build": lambda m, folder: m.build(m.SpeechConfig(num_layers=1)).double().state_dict(),
+        "gru": lambda m, folder: m.gru(normal(5, 2, 3, 12), normal(2, 4, 12)),
+        "SpeechLayer": lambda m, folder: through(
+            m.SpeechLayer(m.SpeechConfig(cell="gru"), 5, 6, Normless, None),
+            normal(4, 2, 5),
+            torch.ones(4, 2, dtype=torch.bool),
+        ),
+        "RowConvolution": lambda m, folder: through(
+            m.RowConvolution(3, 2), normal(4, 2, 3), torch.ones(4, 2, dtype=torch.bool)
+        ),
+        "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
+        "distort": lambda m, folder: m.distort(
+            torch.randn(4000), m.SpeechConfig(), np.random.default_rng(0)
+        ),
+        "NGram": lambda m, folder: m.NGram(["one two", "two"]).score(("one",), "two"),
+        "beam_search": lambda m, folder: m.beam_search(spoken()[:, 0], beam=4),
+        "word_errors": lambda m, folder: m.word_errors(["one two"], ["one too"]),
         "read_manifest": lambda m, folder: [
             said.text for said in m.read_manifest(recorded(folder))
         ],
         "load_audio": lambda m, folder: m.load_audio(
             str(Path(recorded(folder)).parent / "a.wav"), 8000
         ),
-        "log_spectrogram": lambda m, folder: m.log_spectrogram(normal(4000), 8000, 8),
+        "synthesize": lambda m, folder: m.synthesize(
+            ["one", "two"], 8000, np.random.default_rng(0)
+        ).tolist(),
+        "Speech": lambda m, folder: vars(
+            m.Speech.synthetic(2, m.SpeechConfig(), 0).batch([1, 0], m.SpeechConfig())
+        ),
+        "save_model": saved_speech,
+        "load_model": saved_speech,
+        "optimizer_for": lambda m, folder: m.optimizer_for(net(), "adamw").defaults,
+        "scheduled": lambda m, folder: list(
+            m.scheduled(torch.optim.SGD(net().parameters(), 1.0), lambda step: 0.1, iter("abc"))
+        ),
     },
     "megatron_tp": {
         "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16)),
@@ -908,9 +926,9 @@ WITHOUT_EXAMPLE = {
     "deepspeech": {
         "launch": LAUNCHED,
         "run_rank": "test_launcher.py calls it",
-        "transcribe": "takes the command line's arguments; test_01_deepspeech.py runs the flags",
-        "report": "prints",
-        "use_model": "prints; test_01_deepspeech.py runs --evaluate and --transcribe",
+        "time_equivalence": "part of the demonstration; test_01_deepspeech.py runs --check",
+        "right_texts": "prints",
+        "ring_elements": "counts what two ranks and more send: test_01_deepspeech.py",
     },
     "megatron_tp": {
         "count_all_reduces": "counts what two ranks and more send: test_02_megatron_tp.py",

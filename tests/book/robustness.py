@@ -41,6 +41,7 @@ import torch
 ROOT = shared_blocks.ROOT
 KEPT = ROOT / "notebooks" / "results" / "00_robustness.json"
 SCRIPTS = {path.parent.name[:2]: path for path in shared_blocks.chapters()}
+SPEECH = ROOT / "01_deepspeech/speech.py"  # chapter 1's tool, which reads and writes its files
 ODD = "größe – 数 ✓ x"  # a name with letters outside ASCII, and spaces
 COMMAND = "make robustness, and once in each environment make robustness PY=... ARGS=--environment"
 TORCHRUN = ("-m", "torch.distributed.run")
@@ -199,7 +200,7 @@ TIMEOUT, BOUND = (
     30,
 )  # --timeout of these runs; seconds within which everything must have ended behind a kill
 LAST_LINE = {
-    "01": "^said ",
+    "01": "^spoken ",
     "02": "^held-out",
     "03": "as it ran",
     "04": "^   4 ",
@@ -207,13 +208,12 @@ LAST_LINE = {
     "06": "^held-out",
 }
 SHORT = ["--steps", "5"]
-LONG = {"01": ["--epochs", "1000"]}  # the others: steps without end
 MOMENTS = ("before the group", "as they meet", "in a step", "at the end")
 
 
 def killed(chapter: str, moment: str, dice: random.Random) -> Row:
     """One rank of one run is killed at one moment."""
-    flags = SHORT if moment == "at the end" else LONG.get(chapter, ["--steps", "1000000"])
+    flags = SHORT if moment == "at the end" else ["--steps", "1000000"]
     case = f"chapter {chapter}: a rank killed {moment}"
     for _ in range(3):  # a rank may have ended by itself before the kill arrives
         with started(SCRIPTS[chapter], *flags, "--timeout", TIMEOUT) as run:
@@ -242,7 +242,7 @@ def wait_for(
         run.until(lambda: sockets(ranks[victim]) > 0)
         time.sleep(dice.uniform(0, 0.1))
     elif moment == "in a step":
-        run.until(lambda: run.printed(r"^(epoch +step|step) +loss"))
+        run.until(lambda: run.printed(r"^step +loss"))
         time.sleep(dice.uniform(0, 2))
     else:
         run.until(lambda: run.printed(LAST_LINE[chapter]))
@@ -269,6 +269,11 @@ def judged(case: str, run: Run, victim: int, world: int) -> Row:
     return Row(case, demanded, seen, good and run.named() == f"rank {victim}, SIGKILL")
 
 
+def writer(chapter: str) -> Path:
+    """The script of a chapter that reads and writes files."""
+    return SPEECH if chapter == "01" else SCRIPTS[chapter]
+
+
 def killed_while_writing(
     chapter: str, first: Run, flags: list, file: Path, loads: Callable[[], Run], dice
 ) -> Row:
@@ -282,7 +287,7 @@ def killed_while_writing(
         return len(os.listdir(file.parent)) > 1 or (file.stat().st_ino, file.stat().st_mtime_ns) != (
             before.st_ino, before.st_mtime_ns)  # fmt: skip
 
-    with started(SCRIPTS[chapter], *flags, "--timeout", TIMEOUT) as run:
+    with started(writer(chapter), *flags, "--timeout", TIMEOUT) as run:
         ranks = run.ranks()
         run.until(writes)
         time.sleep(dice.uniform(0, 0.02))
@@ -321,10 +326,10 @@ def kills(chapters: list[str], dice: random.Random) -> Iterator[Row]:
             file, sound = Path(folder, "model", "model.safetensors"), Path(folder, "a.wav")
             file.parent.mkdir()
             a_sound(sound)
-            large = '{"hidden_size": 1024, "layers": 3}'
+            large = '{"hidden_size": 1024, "num_layers": 3}'
             flags = ["--steps", 1, "--beam", 1, "--model", large, "--save", file]
-            first = whole(SCRIPTS["01"], *flags)
-            again = partial(whole, SCRIPTS["01"], "--load", file, "--transcribe", sound)
+            first = whole(SPEECH, *flags)
+            again = partial(whole, SPEECH, "--load", file, "--transcribe", sound)
             yield attempt("chapter 01", killed_while_writing, "01", first, flags, file, again, dice)
 
 
@@ -410,7 +415,7 @@ def contents(folder: Path) -> dict[str, str]:
 def read_only(flag: str, chapter: str, name: str) -> Row:
     with disk() as (folder, lock):
         lock()
-        run = whole(SCRIPTS[chapter], *TINY[chapter], flag, folder / name)
+        run = whole(writer(chapter), *TINY[chapter], flag, folder / name)
     return one_line(f"{flag} in a read-only folder", run, folder / name)
 
 
@@ -439,7 +444,7 @@ def full(flag: str, chapter: str, name: str, older: bool) -> Row:
                 if flag != "--checkpoint"
                 else [*TINY[chapter], "--save-every", 1, "--steps", 1]
             )
-            first = whole(SCRIPTS[chapter], *flags, flag, room / name)
+            first = whole(writer(chapter), *flags, flag, room / name)
             if first.code != 0:
                 return Row(case, "", first.error(), False)
             size = (room / name).stat().st_size // 1024
@@ -452,7 +457,7 @@ def full(flag: str, chapter: str, name: str, older: bool) -> Row:
                 options["prepare"] = lambda: resource.setrlimit(
                     resource.RLIMIT_FSIZE, (limit // 2, limit)
                 )
-            run = whole(SCRIPTS[chapter], *TINY[chapter], flag, folder / name, **options)
+            run = whole(writer(chapter), *TINY[chapter], flag, folder / name, **options)
             after = contents(folder)
     error = run.error()
     what = (
@@ -472,7 +477,7 @@ def disks(chapters: list[str], dice: random.Random) -> Iterator[Row]:
         if chapter in chapters:
             yield attempt(f"{flag} in a read-only folder", read_only, flag, chapter, name)
             missing = Path(tempfile.gettempdir(), uuid.uuid4().hex, name)
-            run = whole(SCRIPTS[chapter], *TINY[chapter], flag, missing)
+            run = whole(writer(chapter), *TINY[chapter], flag, missing)
             yield one_line(f"{flag} in no folder", run, missing)
             for older in (False, True):
                 yield attempt(f"{flag} on a full disk", full, flag, chapter, name, older)
@@ -609,15 +614,12 @@ def names(chapters: list[str], dice: random.Random) -> Iterator[Row]:
 def odd_files(chapter: str, folder: Path) -> Row:
     """--data, --checkpoint and --save with an odd name; what was written is read again."""
     data, kept = (folder / f"{name} {chapter} {ODD}" for name in ("data", "kept"))
-    flags = [SCRIPTS[chapter], *TINY[chapter], "--data", data]
+    flags = [writer(chapter), *TINY[chapter], "--data", data]
     if chapter == "01":
         a_sound(sound := folder / f"{ODD}.wav")
         line = dict(audio_filepath=sound.name, text="one two")
         data.write_text((json.dumps(line, ensure_ascii=False) + "\n") * 8, "utf-8")
-        runs = [
-            whole(*flags, "--save", kept),
-            whole(SCRIPTS["01"], "--load", kept, "--transcribe", sound),
-        ]
+        runs = [whole(*flags, "--save", kept), whole(SPEECH, "--load", kept, "--transcribe", sound)]
     else:
         data.write_text("Größe ist relativ, – 数 ✓. " * 400, "utf-8")
         again = ["--checkpoint", kept] if chapter == "02" else []

@@ -36,6 +36,8 @@ START = 160  # the line before which the technique begins
 
 SKIPPED_BLOCKS = {"launcher", "flags", "claims", "claims table", "counter"}
 SKIPPED_BLOCKS |= {"text data", "precision", "groups"}
+# What all chapters have word for word is no part of one chapter's own reading, at its home neither.
+IN_EVERY_CHAPTER = {"config fields", "process groups", "reports"}
 SKIPPED_FUNCTIONS = {"main", "flags", "claims", "config_of"}
 SWITCHED_OFF = re.compile(r"#\s*(?:ruff:\s*|flake8:\s*)?noqa|#\s*fmt:\s*(?:skip|off)", re.I)
 SPEECH = "token, vocabulary entry (speech has words)"
@@ -133,8 +135,8 @@ class Source:
 
     @cached_property
     def carried(self) -> set[int]:
-        """Code lines of blocks whose home is another chapter."""
-        return self._blocks(lambda region: region.kind == "carried")
+        """Code lines of blocks whose home is another chapter, or that every chapter has."""
+        return self._blocks(lambda r: r.kind == "carried" or r.name in IN_EVERY_CHAPTER)
 
     @cached_property
     def skipped(self) -> set[int]:

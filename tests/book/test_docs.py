@@ -224,14 +224,15 @@ SHOWN = [(path, command) for path in [*PAGES, *CHAPTERS] for command in commands
 
 def put_files(folder: Path) -> None:
     """What the commands speak of as the reader's own: a text, recordings, a trained model, published weights."""
-    import deepspeech as ds
+    import speech
 
     (folder / "my.txt").write_text("It was a bright cold day in April. " * 500, "utf-8")
     soundfile.write(folder / "me.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 8000)
     line = json.dumps(dict(audio_filepath="me.wav", duration=1.0, text="one"))
     for name in ("train.jsonl", "dev.jsonl"):
         (folder / name).write_text(line, "utf-8")
-    ds.save_model(str(folder / "model.safetensors"), ds.parallel_model(ds.SpeechConfig()), ["one"])
+    model = speech.build(speech.SpeechConfig())
+    speech.save_model(str(folder / "model.safetensors"), model, ["one"])
 
 
 def put_published_weights(folder: Path) -> None:

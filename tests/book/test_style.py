@@ -108,6 +108,11 @@ def test_carried_code_is_read_at_its_home(faults, tmp_path):
     assert not any("to read" in found for found in faults(GOOD + carried + 141 * "x = 1  # y\n"))
 
 
+def test_what_every_chapter_has_counts_for_none(faults):
+    block = "# region shared: reports\n" + 641 * "x = 1  # why\n" + "# endregion\n"
+    assert not faults(GOOD + block)
+
+
 def test_words_in_pages_and_notebooks(tmp_path):
     page = tmp_path / "README.md"
     page.write_text("fine\nthe doors of a region\n", "utf-8")

@@ -1,28 +1,30 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 01_deepspeech/letters.png: what the network writes while it hears. `make pictures CHAPTER=01`."""
+"""Draws 01_deepspeech/letters.png: what the network writes. `make pictures CHAPTER=01`."""
 
-from functools import partial
 from pathlib import Path
 
 import deepspeech as ds
+import speech
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def trained(config: ds.SpeechConfig, epochs: int = 8) -> ds.DeepSpeech2:
-    """The default run's network, on one rank."""
+def trained(config: speech.SpeechConfig, epochs: int = 8) -> ds.DeepSpeech2:
+    """The network of speech.py's default run, on one rank."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    heard, model = ds.Speech.synthetic(320, config, 0), ds.parallel_model(config)
-    lengths = [len(wave_W) for wave_W in heard.waves]
-    rows = (
-        utterances
-        for epoch in range(epochs)
-        for utterances in ds.sortagrad_batches(lengths, 8, epoch)
-    )
-    rate = partial(ds.learning_rate, epoch_steps=40, epochs=epochs, peak=0.04)
-    for _ in ds.train(model, (heard.batch(index, config) for index in rows), rate, max_norm=3.0):
+    recordings = speech.Speech.synthetic(320, config, 0)
+    lengths = [len(wave_W) for wave_W in recordings.waves]
+    batches = []
+    for epoch in range(epochs):
+        batches += speech.sortagrad_batches(lengths, 8, epoch)
+    model = speech.build(config)
+    optimizer = speech.optimizer_for(model)
+    rate = speech.Schedule("nesterov", 0.04, epoch_steps=40, epochs=epochs)
+    steps = (recordings.batch(rows, config) for rows in batches)
+    steps = ds.train(model, optimizer, steps, max_norm=3.0)
+    for _ in speech.scheduled(optimizer, rate, steps):
         pass
     return model.eval()
 
@@ -33,15 +35,15 @@ def main() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    config = ds.SpeechConfig()
-    model, unheard = trained(config), ds.Speech.synthetic(60, config, 1)
+    config = speech.SpeechConfig()
+    model, unheard = trained(config), speech.Speech.synthetic(60, config, 1)
     index = next(
         i for i, text in enumerate(unheard.texts) if text.split()[1:] and len(text) in range(12, 17)
     )
     batch = unheard.batch([index], config)
     with torch.no_grad():
         before, after = (
-            net(batch.features_BTF, batch.frames_B)[0] for net in (ds.parallel_model(config), model)
+            net(batch.features_BTF, batch.frames_B)[0] for net in (speech.build(config), model)
         )
     leaf = before.requires_grad_()
     ds.ctc_loss(leaf, batch.labels_BU, before.shape[:1], batch.sizes_B, reduction="sum").backward()
@@ -51,24 +53,17 @@ def main() -> None:
         3, 1, figsize=(10.5, 6.2), sharex=True, layout="constrained"
     )
     seconds, T = len(unheard.waves[index]) / config.sample_rate, len(probs_TV)
-    extent = (0, seconds, 0, config.bins)
+    extent = (0, seconds, 0, config.mel_bands)
     top.imshow(batch.features_BTF[0].T, origin="lower", aspect="auto", extent=extent, cmap="magma")
-    top.set(
-        title=f"“{unheard.texts[index]}”, by a speaker whom the network does not know",
-        ylabel="mel band",
-    )
+    top.set(title=f"“{unheard.texts[index]}”, by a speaker of the eval split", ylabel="mel band")
     at = (torch.arange(T) + 0.5) * seconds / T
     for axes, share, title in (
         (
             middle,
             share_TV,
-            "what CTC asks of a network that knows nothing: each letter's share of all alignments; grey: blank",
+            "untrained: the fraction of all alignments that have the letter there; grey: blank",
         ),
-        (
-            low,
-            probs_TV,
-            "what the network writes after eight epochs: the probability of each letter",
-        ),
+        (low, probs_TV, "after eight epochs: the probability that the network gives each letter"),
     ):
         axes.fill_between(at, share[:, 0], color="0.88")
         for symbol in sorted(set(batch.labels_BU[0].tolist())):
