@@ -121,7 +121,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
 
 
 # The sizes of a GPT, at home in chapter 3.
-# region carried: layered GPT config (home: 03_pipeline)
+# region shared: layered GPT config
 @dataclass
 class GPTConfig:
     """The sizes of a GPT. Raises ValueError where they contradict each other."""
@@ -171,7 +171,7 @@ class GPTConfig:
             raise ValueError(f"dropout={self.dropout}: at least 0 and less than 1")
 
 
-# endregion copy b0571d
+# endregion
 
 # ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
 #
@@ -181,7 +181,7 @@ class GPTConfig:
 # it is.
 
 
-# region carried: layered GPT (home: 03_pipeline)
+# region shared: layered GPT
 # The generators that dropout draws from; None is PyTorch's default one. `outside` serves tensors that every
 # tensor-parallel rank holds whole, `inside` those of which each holds a share; a single device draws from either.
 RandomStreams = namedtuple("RandomStreams", "outside inside", defaults=(None, None))
@@ -404,7 +404,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy 7b4c0b
+# endregion
 
 
 class TransformerLayer(Block):
