@@ -13,15 +13,15 @@ The idea. Split the stack of layers into p stages and the batch into m micro-bat
 through the stages one after another. With p = 4 and m = 8 the schedule 1F1B (one forward, one
 backward) runs like this. A digit is a micro-batch, ─ its forward, ═ its backward:
 
-    rank 0  0──1──2──3──                  0═════4──1═════5──2═════6──3═════7──4═════   5═════   6═════   7═════
-    rank 1     0──1──2──            0═════3──1═════4──2═════5──3═════6──4═════7──5═════   6═════   7═════
-    rank 2        0──1──      0═════2──1═════3──2═════4──3═════5──4═════6──5═════7──6═════   7═════
-    rank 3           0──0═════1──1═════2──2═════3──3═════4──4═════5──5═════6──6═════7──7═════
+    rank 0  0──1─2──3─               0═════4─1════5──2════6─3════7──4════   5════  6════   7════
+    rank 1     0─1──2─          0════3──1════4──2════5─3════6──4════7──5════  6════   7════
+    rank 2       0──1─     0════2──1════3──2════4─3════5──4════6─5═════7─6════   7════
+    rank 3          0─0════1──1════2─2═════3─3════4──4════5─5════6──6════7──7════
 
 The gaps are idle time: the bubble, (p − 1)/m of the work. The paper makes it v times smaller by
 giving each rank v short pieces of the model, not one long piece. Which rank does what, in which
 order, is a table: a list of operations for each rank. Once the schedule is data, the same few
-functions prove that it cannot deadlock, time it, draw it, and execute it.
+functions prove that it cannot deadlock, time it, and execute it; timeline.py draws it.
 
 Run it (no flag is needed; --help lists them):
 
@@ -34,12 +34,13 @@ Run it (no flag is needed; --help lists them):
         03_pipeline/pipeline.py --pp 8
 
 It proves in float64 that every gradient equals the single device's under each schedule, trains a
-small GPT on text, draws the step as it ran below the step as it was planned, and prints the claims
-that it has measured.
+small GPT on the text of this file next to the plain model, and prints the claims that it has
+measured.
 
-Left out: the paper's tables (pipeline_tables.py); the plan for a cluster (plan.py); the schedule
-that splits backward in two, planned and not executed (zero_bubble.py); scatter/gather over the
-tensor-parallel group (wire_cut.py, until chapter 7 executes it); recomputation layer by layer.
+Left out: the paper's tables (pipeline_tables.py); the plan for a cluster (plan.py); drawings, and
+the schedule that splits backward in two, planned and not executed (timeline.py); scatter/gather
+over the tensor-parallel group (wire_cut.py, until chapter 7 executes it); recomputation layer by
+layer.
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -135,7 +136,7 @@ class GPTConfig:
 # and 1.5 execute them.
 #
 #     schedule ─► a list of operations for each rank ─┬─► verify              can it run?
-#          1.1                                        ├─► simulate ─► draw    how long, and where
+#          1.1                                        ├─► simulate            how long, and where
 #                                                     │        1.2            is time lost?
 #                                                     └─► programs ─► run_step
 #                                                            1.3        1.4 and 1.5
@@ -245,10 +246,10 @@ def check_schedule(kind: str, p: int, m: int, v: int) -> None:
 #     backward needs  its own forward, and the backward of stage s + 1
 #
 # With them a table can be played through on paper: an operation starts when its rank is free and
-# its inputs are there. `simulate` lets one rank after another go on as far as it can. When a full round
-# has moved no rank, either all are done, and every operation has its time, or some wait for each
-# other: a deadlock. The order in which ranks are asked does not matter: an operation that can start
-# now can still start when its rank is asked later.
+# its inputs are there. `simulate` lets one rank after another go on as far as it can. When a full
+# round has moved no rank, either all are done, and every operation has its time, or some wait for
+# each other: a deadlock. The order in which ranks are asked does not matter: an operation that can
+# start now can still start when its rank is asked later.
 #
 # Times are fractions, so that a bubble equals its formula exactly. Mind the convention: the paper
 # divides the bubble by the *ideal* time. (p − 1)/(m + p − 1) divides it by the total time.
@@ -267,7 +268,7 @@ def input_of(op: Op, rank: int, stages: int, chunks: int) -> tuple[int, Op] | No
 
 def needs(op: Op, rank: int, stages: int, chunks: int) -> list[tuple[int, Op]]:
     """(rank, op) of all that must be done before `op` of `rank`. Source: ours."""
-    # W is the weights' part, where a backward is split in two (zero_bubble.py).
+    # W is the weights' part, where a backward is split in two (timeline.py).
     earlier = {"B": "F", "W": "B"}.get(op.kind)
     own = [(rank, op._replace(kind=earlier))] if earlier else []
     source = input_of(op, rank, stages, chunks)
@@ -332,7 +333,7 @@ def simulate(
                 for source, earlier in needs(op, rank, p, v):
                     arrival = ends[source, earlier] + (t_send if source != rank else 0)
                     start = max(start, arrival)
-                ends[rank, op] = start + durations[op.kind]
+                ends[rank, op] = start + Fraction(durations[op.kind])
                 timeline[rank].append(Bar(op, start, ends[rank, op]))
                 moved = True
     if any(waiting):
@@ -821,7 +822,7 @@ def initialize(model: nn.Module, config: GPTConfig) -> None:
     for name, p in model.named_parameters():
         if name.endswith("bias"):
             p.zero_()
-        elif p.ndim > 1:  # the weights of LayerNorm stay 1
+        elif p.ndim > 1 and not p.is_meta:  # the weights of LayerNorm stay 1
             # crc32: Python's hash() differs between processes.
             key = zlib.crc32(f"{config.seed} {name}".encode())
             generator = torch.Generator().manual_seed(key)
