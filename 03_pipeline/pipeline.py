@@ -184,7 +184,10 @@ KINDS = ["gpipe", "1f1b", "interleaved"]
 
 
 class Op(NamedTuple):
-    """An operation of one rank: kind "F" or "B" on one micro-batch, in one of the rank's chunks."""
+    """An operation of one rank: kind "F" or "B" on one micro-batch, in one of the rank's chunks.
+
+    Source: ours.
+    """
 
     kind: str
     microbatch: int
@@ -226,7 +229,7 @@ def runs_ahead(kind: str, p: int, m: int, v: int, rank: int) -> int:
 
 
 def check_schedule(kind: str, p: int, m: int, v: int) -> None:
-    """Raises ValueError for what cannot be scheduled; arguments as in `schedule`."""
+    """Raises ValueError for what cannot be scheduled; arguments as in `schedule`. Source: ours."""
     if kind not in KINDS:
         raise ValueError(f"schedule {kind!r} is unknown: choose one of {', '.join(KINDS)}")
     if min(p, m, v) < 1:
@@ -281,7 +284,7 @@ def chunks_of(schedule: Schedule) -> int:
 
 
 class Bar(NamedTuple):
-    """One operation on a timeline, in any unit of time."""
+    """One operation on a timeline, in any unit of time. Source: ours."""
 
     op: Op
     start: float | Fraction
@@ -374,7 +377,7 @@ def simulate(
 
 
 class Hop(NamedTuple):
-    """A message: the activation (or gradient) that `op` of rank `source` makes, to `target`."""
+    """A message to `target`: what `op` of rank `source` makes. Source: ours."""
 
     source: int
     target: int
@@ -382,7 +385,7 @@ class Hop(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One tick of one rank: an operation (None is a pause), then one batch of messages."""
+    """One tick of one rank: an operation or None, then one batch of messages. Source: ours."""
 
     op: Op | None
     batch: tuple[Hop, ...]
@@ -570,7 +573,9 @@ class Executor:
     """Executes the operations of one rank in one step.
 
     Args: tokens and targets: (B, S) of each micro-batch. count: targets that count in the global
-        batch. recompute: keep inputs only. seed, step, replica: of dropout masks. Source: ours.
+        batch, a scalar. recompute: keep inputs only. seed, step, replica: of dropout masks. x: the
+        input of a stage, (B, S) or (B, S, H).
+    Source: ours.
     """
 
     stage: PipelineStage
@@ -631,8 +636,8 @@ class Executor:
 
 
 def edge_of(y: Tensor) -> GradientEdge | None:
-    """Where autograd enters y's graph; None where y has no graph: all parameters are frozen, or it
-    will be recomputed. Source: ours."""
+    """Where autograd enters the graph of y (B, S, H) or (); None where y has no graph: all
+    parameters are frozen, or it will be recomputed. Source: ours."""
     return get_gradient_edge(y) if y.requires_grad else None
 
 
@@ -700,7 +705,10 @@ def microbatches_of(program: Program) -> int:
 
 
 def check_step(stage: PipelineStage, program: Program, tokens_BS: Tensor, mesh: Mesh) -> None:
-    """Raises ValueError where the arguments of `run_step` do not fit each other."""
+    """Raises ValueError where the arguments of `run_step` do not fit each other.
+
+    Args: tokens_BS as there. Source: ours.
+    """
     ops = [step.op for step in program if step.op is not None]
     m = microbatches_of(program)
     here = (chunks_of([ops]), mesh.pp_rank, mesh.pp)
@@ -764,6 +772,8 @@ class GPT(nn.Module):
 
     Args: layers: those to build, None is all. The embedding is built with the first layer and the
         output layer with the last, so a pipeline stage has only its own parts.
+    Raises: ValueError for a sequence longer than seq_length. `embed` returns (B, S, H), `logits`
+        (B, S, V).
     """
 
     def __init__(self, config: GPTConfig, layers: Iterable[int] | None = None):
@@ -933,7 +943,7 @@ class PipelineStage(GPT):
         return self.stage(chunk) == self.stages * self.chunks - 1
 
     def forward(self, chunk: int, x: Tensor) -> Tensor:
-        """Stage 0 takes tokens_BS, the others x_BSH; to (B, S, H), or logits_BSV from the last."""
+        """x: stage 0 takes tokens_BS, the others x_BSH; to (B, S, H), or logits_BSV from the last."""
         if self.stage(chunk) == 0:
             x = self.embed(x)
         for layer in self.layers_of[chunk]:
@@ -1225,10 +1235,9 @@ def equivalence(
     return over_all_ranks(errors)
 
 
-def demonstrate(
-    args: argparse.Namespace, mesh: Mesh, device: torch.device, table: Schedule
-) -> list[float]:
+def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[float]:
     """Trains on text; returns how far the first losses are from the plain model's."""
+    table = schedule(args.schedule, args.pp, args.microbatches, args.chunks)
     dtype, autocast = dtypes(args)
     config = config_from(args, GPTConfig, seed=args.seed)
     plain = GPT(config).to(device, dtype)
@@ -1244,12 +1253,12 @@ def demonstrate(
     differences = []
     for step, ((loss_alone, _), (loss, norm)) in enumerate(zip(alone, steps)):
         loss, norm = read_step(step, loss, norm)
-        if step < 5:
-            differences.append(abs(loss - loss_alone.item()))
         if step < 5 or step % 20 == 19:
-            say(f"{step:4}  {loss:.6f}  {loss_alone:13.6f}  {norm:6.3f}")
+            expected = loss_alone.item()
+            differences.append(abs(loss - expected))
+            say(f"{step:4}  {loss:.6f}  {expected:13.6f}  {norm:6.3f}")
     say()
-    return differences
+    return differences[:5]
 
 
 def text_batches(args: argparse.Namespace, device: torch.device) -> Batches:
@@ -1287,9 +1296,8 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     if args.check:
         good = print_errors(equivalence(mesh, device, *dtypes(args)), BOUNDS[args.dtype])
     else:
-        table = schedule(args.schedule, args.pp, args.microbatches, args.chunks)
         errors = equivalence(mesh, device, torch.float64)
-        differences = demonstrate(args, mesh, device, table)
+        differences = demonstrate(args, mesh, device)
         good = print_claims(claims(args, errors, differences))
     if not good:
         sys.exit(1)
