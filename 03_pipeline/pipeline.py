@@ -943,7 +943,7 @@ class PipelineStage(GPT):
         return self.stage(chunk) == self.stages * self.chunks - 1
 
     def forward(self, chunk: int, x: Tensor) -> Tensor:
-        """x: stage 0 takes tokens_BS, the others x_BSH; to (B, S, H), or logits_BSV from the last."""
+        """x: tokens_BS for stage 0, x_BSH for others. To (B, S, H); the last returns logits_BSV."""
         if self.stage(chunk) == 0:
             x = self.embed(x)
         for layer in self.layers_of[chunk]:
