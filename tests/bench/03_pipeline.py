@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: MIT-0
-"""A pipeline step beside PyTorch's own (torch.distributed.pipelining), and the bubble as it is in time.
+"""A pipeline step next to PyTorch's own (torch.distributed.pipelining), and the bubble in time.
 
     make bench CHAPTER=03                        gloo, one thread a rank
     make bench CHAPTER=03 ARGS="--device cuda"   NCCL, on as many stages as there are GPUs
 
-The two run in turn, in the same ranks and on the same weights; a ratio is of two neighbouring rounds, and the median of
-the ratios is printed. For the bubble every operation sleeps, so that two cores are enough for four ranks.
+The two run in turn, in the same ranks and on the same weights; a ratio is of two neighbouring
+rounds, and the median of the ratios is printed. For the bubble every operation sleeps, so that two
+cores are enough for four ranks.
 """
 
 import argparse
@@ -34,19 +35,19 @@ class Chunk(torch.nn.Module):
         self.stage, self.chunk = stage, chunk
 
     def forward(self, x):
-        return self.stage(self.chunk, x, pl.RandomStreams())
+        return self.stage(self.chunk, x)
 
 
 def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: int, m: int) -> dict:
-    """On every rank: seconds of each round, ours and PyTorch's, and the largest relative gap of their gradients."""
+    """On every rank: seconds of each round, ours and PyTorch's; the gap of their gradients."""
     from torch.distributed import pipelining
 
     world, rank, device = dist.get_world_size(), dist.get_rank(), ranks.device
     name, chunks = KINDS[kind]
     config = pl.GPTConfig(
-        hidden_size=hidden, num_heads=4, seq_length=seq, num_layers=layers, tied_head=False
+        hidden_size=hidden, num_heads=4, seq_length=seq, num_layers=layers, untied=True
     )
-    grid = pl.make_grid(world, device)
+    mesh = pl.make_mesh(world, device)
     ours, theirs = (pl.PipelineStage(config, rank, world, chunks).to(device) for _ in range(2))
     program = pl.programs(pl.schedule(kind, world, m, chunks))[rank]
     generator = torch.Generator().manual_seed(0)
@@ -58,7 +59,7 @@ def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: i
     ]
 
     def loss_of(logits_BSV, targets_BS):
-        return theirs.loss(logits_BSV, targets_BS).sum() / (batch * seq)
+        return pl.token_losses(logits_BSV, targets_BS).sum() / (batch * seq)
 
     schedule = getattr(pipelining, name)(
         stages if chunks > 1 else stages[0], m, loss_fn=loss_of, scale_grads=False
@@ -67,7 +68,7 @@ def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: i
     def step(own: bool) -> None:
         if own:
             ours.zero_grad()
-            pl.run_step(ours, program, tokens_BS, targets_BS, grid)
+            pl.run_step(ours, program, tokens_BS, targets_BS, mesh)
         else:
             theirs.zero_grad()
             inputs = (tokens_BS,) if rank == 0 else ()
@@ -110,22 +111,20 @@ class Sleeper(torch.autograd.Function):
 
 
 def sleep_through(kind: str, m: int, chunks: int, seconds: float) -> float:
-    """On every rank: the bubble of a step whose operations sleep, from the time that the step took in all."""
-    grid = pl.make_grid(dist.get_world_size(), ranks.device)
-    config = pl.GPTConfig(hidden_size=8, num_heads=1, seq_length=4, num_layers=grid.pp * chunks)
-    stage = pl.PipelineStage(config, grid.pp_rank, grid.pp, chunks)
+    """On every rank: the bubble of a step whose operations sleep, from the time of the step."""
+    mesh = pl.make_mesh(dist.get_world_size(), ranks.device)
+    config = pl.GPTConfig(hidden_size=8, num_heads=1, seq_length=4, num_layers=mesh.pp * chunks)
+    stage = pl.PipelineStage(config, mesh.pp_rank, mesh.pp, chunks)
     plain = pl.PipelineStage.forward
-    stage.forward = lambda chunk, x, streams: Sleeper.apply(
-        plain(stage, chunk, x, streams), seconds / chunks
-    )
-    program = pl.programs(pl.schedule(kind, grid.pp, m, chunks))[grid.pp_rank]
+    stage.forward = lambda chunk, x: Sleeper.apply(plain(stage, chunk, x), seconds / chunks)
+    program = pl.programs(pl.schedule(kind, mesh.pp, m, chunks))[mesh.pp_rank]
     tokens_BS = torch.zeros(m, 4, dtype=torch.int64)
     bubbles = []
     for _ in range(3):
         stage.zero_grad()
         dist.barrier()
         begin = time.perf_counter()
-        pl.run_step(stage, program, tokens_BS, tokens_BS, grid)
+        pl.run_step(stage, program, tokens_BS, tokens_BS, mesh)
         dist.barrier()
         bubbles.append((time.perf_counter() - begin) / (m * 3 * seconds) - 1)
     return min(bubbles)
@@ -146,7 +145,8 @@ def main() -> None:
     )
     name = torch.cuda.get_device_name() if cuda else "CPU, one thread a rank"
     print(
-        f"a step of {world} stages, {sizes}, {name}, torch {torch.__version__}; medians of {args.rounds} rounds\n"
+        f"a step of {world} stages, {sizes}, {name}, torch {torch.__version__}; "
+        f"medians of {args.rounds} rounds\n"
     )
     print("schedule          ours   PyTorch's   ours / PyTorch's   gradients apart")
     pool = ranks.Pool(world, args.device, "nccl" if cuda else "gloo")
@@ -167,7 +167,8 @@ def main() -> None:
     pool.close()
 
     print(
-        "\nbubble of 4 stages whose operations sleep 60 and 120 ms\nschedule       m   v   measured   formula"
+        "\nbubble of 4 stages whose operations sleep 60 and 120 ms\n"
+        "schedule       m   v   measured   formula"
     )
     pool = ranks.Pool(4)
     for kind, m, chunks in (
@@ -178,10 +179,7 @@ def main() -> None:
     ):
         kwargs = dict(kind=kind, m=m, chunks=chunks, seconds=0.06)
         found = max(pool.run(Path(__file__).stem, "sleep_through", kwargs, timeout=120))
-        print(
-            f"{kind:12} {m:3} {chunks:3} {found:10.3f} {float(pl.bubble(kind, 4, m, chunks)):9.4f}",
-            flush=True,
-        )
+        print(f"{kind:12} {m:3} {chunks:3} {found:10.3f} {3 / (m * chunks):9.4f}", flush=True)
     pool.close()
 
 

@@ -299,9 +299,9 @@ def lists(kind="1f1b", stages=2, microbatches=4, chunks=1):
 
 
 def one_device():
-    from pipeline import Grid
+    from pipeline import Mesh
 
-    return Grid()
+    return Mesh()
 
 
 def stage_of():
@@ -313,7 +313,7 @@ def stage_of():
 def pipeline_size():
     from pipeline import GPTConfig
 
-    return GPTConfig(vocab_size=13, seq_length=8, hidden_size=16, num_layers=2, num_heads=2)
+    return GPTConfig(vocab_size=13, num_layers=2, hidden_size=16, num_heads=2, seq_length=8)
 
 
 def pipeline_gpt():
@@ -327,20 +327,35 @@ def pipeline_step(m):
 
     stage = stage_of()
     program = pipeline.programs(lists(stages=1, microbatches=2))[0]
-    return m.run_step(stage, program, *BATCHES[0]), [p.grad for p in stage.parameters()]
+    loss = m.run_step(stage, program, *BATCHES[0], one_device())
+    return loss, [p.grad for p in stage.parameters()]
 
 
-def pipeline_clip(m):
+def pipeline_executor(m):
+    """One forward and its backward."""
+    import pipeline
+
+    stage = stage_of()
+    mailbox = pipeline.Mailbox(one_device(), [], torch.float64, "cpu")
+    tokens_BS, targets_BS = BATCHES[0]
+    executor = m.Executor(stage, mailbox, (tokens_BS,), (targets_BS,), torch.tensor(10))
+    executor.forward(pipeline.Op("F", 0), None)
+    executor.backward(pipeline.Op("B", 0), None)
+    return executor.loss, [p.grad for p in stage.parameters()]
+
+
+def with_ones():
     stage = stage_of()
     for p in stage.parameters():
         p.grad = torch.ones_like(p)
-    return m.clip_grad_norm_(stage, 1.0)
+    return stage
 
 
-def stage_weights():
-    from pipeline import GPT
-
-    return GPT(pipeline_size()).state_dict()
+def pipeline_train(m):
+    stage = stage_of()
+    optimizer = torch.optim.SGD(stage.parameters(), 0.1)
+    table = lists(stages=1, microbatches=2)
+    return losses(m.train(stage, optimizer, table, BATCHES, one_device()))
 
 
 def simulated():
@@ -695,63 +710,63 @@ EXAMPLES = {
         "learning_rate": lambda m, folder: [m.learning_rate(step, 30) for step in range(40)],
     },
     "pipeline": {
-        "dropout": lambda m, folder: m.dropout(normal(40), 0.5),
-        "core_attention": lambda m, folder: m.core_attention(*normal(3, 2, 2, 5, 4), p=0.5),
-        "Attention": lambda m, folder: through(
-            m.Attention(pipeline_size()), normal(2, 5, 16), Streams()
-        ),
-        "MLP": lambda m, folder: through(m.MLP(pipeline_size()), normal(2, 5, 16), Streams()),
-        "Block": lambda m, folder: through(
-            m.Block(pipeline_size(), Sublayer(), Sublayer()), normal(2, 5, 16), Streams()
-        ),
+        "Block": lambda m, folder: through(m.Block(pipeline_size()), normal(2, 5, 16)),
         "GPT": lambda m, folder: through(m.GPT(pipeline_size()), TOKENS),
-        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(pipeline_size()).values()),
-        "initial_weights": lambda m, folder: dict(m.initial_weights(pipeline_size())),
-        "train_alone": lambda m, folder: losses(
-            m.train_alone(pipeline_gpt(), BATCHES, lambda step: 1e-3)
-        ),
         "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16, num_heads=2)),
-        "join_from_wire": lambda m, folder: m.join_from_wire(normal(6), (3, 2)),
-        "sum_over": lambda m, folder: m.sum_over(None, [normal(3)]) or "one rank",
-        "Grid": lambda m, folder: vars(m.Grid()),
+        "token_losses": lambda m, folder: m.token_losses(normal(*TOKENS.shape, 13), TOKENS),
+        "initialize": lambda m, folder: m.initialize(pipeline_gpt(), pipeline_size()) or "drawn",
+        "parameter_shapes": lambda m, folder: list(m.parameter_shapes(pipeline_size()).values()),
+        "schedule": lambda m, folder: m.schedule("interleaved", 2, 4, 2),
+        "runs_ahead": lambda m, folder: m.runs_ahead("1f1b", 4, 8, 1, rank=0),
+        "check_schedule": lambda m, folder: m.check_schedule("1f1b", 4, 8, 1) or "fits",
+        "input_of": lambda m, folder: m.input_of(lists()[1][0], 1, 2, 1),
+        "needs": lambda m, folder: m.needs(lists()[1][0], 1, 2, 1),
         "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
         "Bar": lambda m, folder: m.Bar(lists()[0][0], 0, 1),
         "Timeline": lambda m, folder: m.Timeline(simulated().ranks).bubble,
-        "draw": lambda m, folder: m.draw(simulated()),
+        "simulate": lambda m, folder: m.simulate(lists()).bubble,
         "Hop": lambda m, folder: m.Hop(0, 1, lists()[0][0]),
         "Step": lambda m, folder: m.Step(lists()[0][0], ()),
-        "schedule": lambda m, folder: m.schedule("interleaved", 2, 4, 2),
-        "input_of": lambda m, folder: m.input_of(lists()[1][0], 1, 2, 1),
-        "needs": lambda m, folder: m.needs(lists()[1][0], 1, 2, 1),
-        "count_targets": lambda m, folder: m.count_targets(TOKENS),
-        "play": lambda m, folder: m.play(lists(), dict(F=1, B=2)),
-        "simulate": lambda m, folder: m.simulate(lists()),
         "programs": lambda m, folder: m.programs(lists("interleaved", 2, 4, 2)),
-        "verify": lambda m, folder: m.verify(lists()),
-        "verify_programs": lambda m, folder: (
-            m.verify_programs(__import__("pipeline").programs(lists())) or "proven"
+        "microbatches_of": lambda m, folder: m.microbatches_of(
+            __import__("pipeline").programs(lists())[0]
         ),
+        "verify": lambda m, folder: m.verify(lists()),
+        "place_layers": lambda m, folder: m.place_layers(7, 3),
         "PipelineStage": lambda m, folder: list(
             m.PipelineStage(pipeline_size(), 1, 2).parameters()
         ),
-        "random_streams": lambda m, folder: torch.rand(3, generator=m.random_streams(0, 1).outside),
-        "cut_for_wire": lambda m, folder: m.cut_for_wire(normal(3, 2)),
-        "Mailbox": lambda m, folder: len(vars(m.Mailbox(one_device(), torch.float32, "cpu", None))),
+        "Mailbox": lambda m, folder: len(vars(m.Mailbox(one_device(), [], torch.float32, "cpu"))),
+        "Executor": lambda m, folder: pipeline_executor(m),
+        "edge_of": lambda m, folder: m.edge_of(normal(2)) or "no graph",
+        "count_targets": lambda m, folder: m.count_targets(TOKENS),
+        "check_step": lambda m, folder: (
+            m.check_step(
+                stage_of(),
+                __import__("pipeline").programs(lists(stages=1, microbatches=2))[0],
+                TOKENS,
+                one_device(),
+            )
+            or "fits"
+        ),
         "run_step": lambda m, folder: pipeline_step(m),
         "shard_state_dict": lambda m, folder: m.shard_state_dict(
-            stage_weights(), pipeline_size(), 1, 2
+            pipeline_gpt().state_dict(), pipeline_size(), 1, 2
         ),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
-            [stage_weights()], pipeline_size()
+            [pipeline_gpt().state_dict()], pipeline_size()
         ),
-        "make_grid": one_grid,
-        "clip_grad_norm_": lambda m, folder: pipeline_clip(m),
-        "train": lambda m, folder: losses(
-            m.train(stage_of(), lists(stages=1, microbatches=2), BATCHES, lambda step: 1e-3)
+        "gather_state_dict": lambda m, folder: m.gather_state_dict(
+            pipeline_gpt().state_dict(), pipeline_size()
         ),
-        "training_days": lambda m, folder: m.training_days(300e9, 1024, 140e12, 96, 12288),
-        "predict": lambda m, folder: m.predict(**GPT_1T, batch=3072, t=8, p=64, d=6, v=1, b=1),
-        "plan": lambda m, folder: m.plan(**GPT_1T, gpus=3072, batch=3072),
+        "Mesh": lambda m, folder: vars(m.Mesh()),
+        "make_mesh": lambda m, folder: one_mesh(m),
+        "sum_gradients": lambda m, folder: m.sum_gradients(with_ones().parameters()) or "one rank",
+        "clip_grad_norm_": lambda m, folder: m.clip_grad_norm_(with_ones(), 1.0),
+        "train": lambda m, folder: pipeline_train(m),
+    },
+    "pipeline_tables": {
+        "training_days": lambda m, folder: m.training_days(300e9, 1024, 140e12, 96, 12288)
     },
     "seq_parallel": {
         "gather_from_sp": lambda m, folder: m.gather_from_sp(normal(4, 2, 3)),
@@ -934,11 +949,7 @@ WITHOUT_EXAMPLE = {
         "count_all_reduces": "counts what two ranks and more send: test_02_megatron_tp.py",
         "measure": "trains and prints; test_02_megatron_tp.py runs the script",
     },
-    "pipeline": {
-        "plan_command": "prints; test_03_pipeline.py runs it",
-        "draw_step": "prints",
-        "losses_alone": "part of the demonstration; test_03_pipeline.py runs it",
-    },
+    "pipeline": {"text_batches": "part of the demonstration; test_03_pipeline.py runs it"},
     "seq_parallel": {"measure": "trains and prints; test_04_seq_parallel.py runs the script"},
     "mamba_hybrid": {
         "largest_tp": "takes the command line's arguments",

@@ -187,13 +187,24 @@ def pipeline(seed: int) -> Case:
     import pipeline as pl
 
     rank, n = world()
-    config = pl.GPTConfig(61, 32, 64, 8, 8, init_std=0.05, seed=seed)
+    config = pl.GPTConfig(61, 8, 64, 8, 32, init_std=0.05, seed=seed)
 
-    def together(model, batches, **options):
-        return pl.train(model, pl.schedule("1f1b", n, 8), batches, grid=grid_of(pl, n), **options)
+    def optimizer_of(model, lr):
+        optimizer = pl.make_optimizer(model, lr(0))
+        for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
+            group["lr"] = lr(0)
+        return optimizer
+
+    def alone(model, batches, lr, **options):
+        return pl.train_alone(model, optimizer_of(model, lr), batches, **options)
+
+    def together(model, batches, lr, **options):
+        table = pl.schedule("1f1b", n, 8)
+        optimizer = optimizer_of(model, lr)
+        return pl.train(model, optimizer, table, batches, mesh_of(pl, n), **options)
 
     return Case(
-        pl, rows_of_text(seed, 9, 32), lambda: pl.GPT(config), pl.train_alone,
+        pl, rows_of_text(seed, 9, 32), lambda: pl.GPT(config), alone,
         lambda: pl.PipelineStage(config, rank, n), together, lambda shards: pl.merge_state_dicts(shards, config),
     )  # fmt: skip
 

@@ -356,16 +356,18 @@ def megatron_tp(chapter, device: torch.device) -> Iterator[Variant]:
 
 def pipeline(chapter, device: torch.device) -> Iterator[Variant]:
     for pp in (4, 2):
-        grid = chapter.make_grid(pp, CPU)
+        mesh = chapter.make_mesh(pp, CPU)
         for kind, chunks in (("gpipe", 1), ("1f1b", 1), ("interleaved", 2)):
 
-            def steps(grid=grid, kind=kind, chunks=chunks) -> Steps:
-                config = chapter.GPTConfig(61, 16, hidden_size=16, num_layers=8, num_heads=2)
-                stage = chapter.PipelineStage(config, grid.pp_rank, grid.pp, chunks)
-                table = chapter.schedule(kind, grid.pp, 4, chunks)
+            def steps(mesh=mesh, kind=kind, chunks=chunks) -> Steps:
+                config = chapter.GPTConfig(61, 8, hidden_size=16, num_heads=2, seq_length=16)
+                stage = chapter.PipelineStage(config, mesh.pp_rank, mesh.pp, chunks)
+                stage = move(stage, device)
+                optimizer = chapter.make_optimizer(stage, lr=1e-3)
+                table = chapter.schedule(kind, mesh.pp, 4, chunks)
                 batches = text(device, 61, batch=8)
-                options = dict(grid=grid, recompute=kind == "gpipe")
-                return chapter.train(move(stage, device), table, batches, rate, **options)
+                recompute = kind == "gpipe"
+                return chapter.train(stage, optimizer, table, batches, mesh, recompute=recompute)
 
             yield f"{kind}, pp {pp} × dp {WORLD // pp}", steps, 1
 

@@ -202,7 +202,7 @@ TIMEOUT, BOUND = (
 LAST_LINE = {
     "01": "^spoken ",
     "02": "^held-out",
-    "03": "as it ran",
+    "03": "^   4 ",
     "04": "^   4 ",
     "05": "^after ",
     "06": "^held-out",

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 03_pipeline/schedules.png: the four schedules on one clock. `make pictures CHAPTER=03`, seconds."""
+"""Draws 03_pipeline/schedules.png: the four schedules on one clock. `make pictures CHAPTER=03`."""
 
 from pathlib import Path
 
-import pipeline as pl
+import timeline
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = (("gpipe", 1), ("1f1b", 1), ("interleaved", 2), ("zb-h1", 1))
@@ -21,11 +21,12 @@ def draw() -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(4, 1, figsize=(10.5, 7.6), sharex=True, layout="constrained")
-    longest = max(pl.simulate(pl.schedule(kind, 4, 8, v)).length for kind, v in KINDS)
+    tables = timeline.tables([kind for kind, _ in KINDS], 4, 8, 2)
+    longest = max(timeline.timed(table).length for table in tables.values())
     for axis, (kind, v) in zip(axes, KINDS):
-        table = pl.schedule(kind, 4, 8, v)
-        timeline = pl.simulate(table)
-        for rank, bars in enumerate(timeline.ranks):
+        table = tables[kind]
+        planned = timeline.timed(table)
+        for rank, bars in enumerate(planned.ranks):
             for op, start, end in bars:
                 begin, width = float(start), float(end - start)
                 axis.barh(
@@ -46,10 +47,10 @@ def draw() -> None:
                     fontsize=7,
                     color="0.15",
                 )
-        held = ", ".join(map(str, pl.verify(table)))
+        held = ", ".join(str(timeline.most_held(ops)) for ops in table)
         pieces = ", 2 chunks a rank" if v > 1 else ""
         axis.set_title(
-            f"{kind}{pieces}: bubble {timeline.bubble}, activations held {held}",
+            f"{kind}{pieces}: bubble {planned.bubble}, activations held {held}",
             loc="left",
             fontsize=10,
         )
