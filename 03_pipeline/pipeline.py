@@ -845,14 +845,12 @@ class Dropout(nn.Module):
 
     Args: p in [0, 1). sharded: x is sharded over the tensor-parallel group, not replicated.
     Until `seed_dropout` sets `mask_seed`, masks come from PyTorch's default generator: on several
-    ranks they are then right only by accident. Raises: ValueError for another p.
+    ranks they are then right only by accident.
     Source: appendix B.2 of Megatron-LM (Shoeybi et al., 2019).
     """
 
     def __init__(self, p: float, sharded: bool = False):
         super().__init__()
-        if not 0 <= p < 1:
-            raise ValueError(f"dropout={p}: it must be at least 0 and less than 1")
         self.p = p
         self.sharded = sharded
         self.mask_seed: int | None = None
@@ -887,7 +885,7 @@ def seed_dropout(
             module.mask_seed = zlib.crc32(repr(place).encode())
 
 
-# endregion copy 176395
+# endregion copy a6c3f0
 
 # ── 2.2 A stage ─────────────────────────────────────────────────────────────────────────────────
 #
@@ -1128,8 +1126,8 @@ def train_alone(
     max_norm: float = 1.0,
     autocast: Autocast = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model; yields the mean loss per token and the norm before clipping. For a
-    schedule, set the optimizer's learning rate between two steps."""
+    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
+    clipping. For a schedule, set the optimizer's learning rate between two steps."""
     for tokens_BS, targets_BS in batches:
         optimizer.zero_grad()
         count = (targets_BS != -100).sum().clamp(min=1)
@@ -1141,7 +1139,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy 564fec
+# endregion copy e51540
 
 
 def train(
