@@ -1182,7 +1182,7 @@ def test_a_ring_that_sends_before_it_receives():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the last, short batch of an epoch: a rank without an utterance goes on, the others wait",
+    symptom="the last, short batch of an epoch: a rank without an utterance goes on, others wait",
     seen_in=None,
 )
 def test_a_rank_that_skips_an_empty_batch():
