@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 5's tool for published weights: against transformers, cut for ranks, and what it refuses."""
+"""Chapter 5's tool for published weights: against transformers, sharded, and what it refuses."""
 
 import json
 from pathlib import Path
@@ -17,17 +17,28 @@ from test_05_mamba_hybrid import random, tokens_of
 
 
 def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
-    """A folder that `transformers` writes of a NemotronH with random weights; the model, and none of its dt near the
-    0.001 where it would clamp."""
+    """A folder that `transformers` writes of a NemotronH with random weights, and the model. None of
+    its dt is near the 0.001 where it would clamp."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "NemotronHConfig"):
         pytest.skip("this transformers has no NemotronH")
     kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
     config = transformers.NemotronHConfig(
-        vocab_size=61, hidden_size=24, layers_block_type=[kinds[kind] for kind in pattern], intermediate_size=16,
-        mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5, conv_kernel=4, chunk_size=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=4, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=61,
+        hidden_size=24,
+        layers_block_type=[kinds[kind] for kind in pattern],
+        intermediate_size=16,
+        mamba_num_heads=4,
+        mamba_head_dim=6,
+        n_groups=2,
+        ssm_state_size=5,
+        conv_kernel=4,
+        chunk_size=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
     model = transformers.NemotronHForCausalLM(config).to(torch.float32).eval()
     with torch.no_grad():
