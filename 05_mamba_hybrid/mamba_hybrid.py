@@ -10,9 +10,9 @@ values: at 64 thousand tokens 8 GiB per sequence of an 8B model. A recurrence ne
 size only. But a loop over tokens is slow on a GPU, and the state is too small to recall everything.
 
 The idea. One recurrence, computed in three ways: as a loop it decodes in constant memory; as a
-masked matrix it is attention without softmax; in chunks it is both, with GEMMs inside the chunks and
-a state from chunk to chunk. What a segment of tokens does to the state is one scalar and one matrix
-per head. So ranks can also shard the *sequence*, and exchange these alone:
+masked matrix it is attention without softmax; in chunks it is both, with GEMMs inside the chunks
+and a state from chunk to chunk. What a segment of tokens does to the state is one scalar and one
+matrix per head. So ranks can also shard the *sequence*, and exchange these alone:
 
       rank 0: tokens a b c d        rank 1: tokens e f g h        rank 2: tokens i j k l
       ┌────────┐                    ┌────────┐                    ┌────────┐
@@ -26,9 +26,9 @@ layers for exact recall: 4 of 56 layers in the first paper, called "the study" f
 Run it (no flag is needed; --help lists them):
 
     python 05_mamba_hybrid/mamba_hybrid.py                      2 local ranks, tensor parallel 2
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2     tensor parallel 2 × context parallel 2
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2     tensor 2 × context parallel 2
     python 05_mamba_hybrid/mamba_hybrid.py --ranks 1            one process, for a debugger
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check    equivalence alone, each tensor's error
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check    each tensor's error, nothing else
     torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         05_mamba_hybrid/mamba_hybrid.py
@@ -54,9 +54,9 @@ load balance of attention over cp; mixture-of-experts layers and FP8 (chapter 6)
 #     V  vocabulary entries             Q  tokens of a chunk          S  tokens that attention sees
 #
 # Differences from the other chapters: D is their H, T their S, H their N, and P their D. Where the
-# paper uses a letter twice, so do we: B_BTGN and C_BTGN are the projections B and C, D_H is the skip
-# parameter D, and L_BGRQQ the mask L. X is dt · x, and a is dt · A. An attention layer has its own
-# H, G and P. tp ranks share the weights, cp ranks share the sequence: world size = tp · cp.
+# paper uses a letter twice, so do we: B_BTGN and C_BTGN are the projections B and C, D_H is the
+# skip parameter D, and L_BGRQQ the mask L. X is dt · x, and a is dt · A. An attention layer has its
+# own H, G and P. tp ranks share the weights, cp ranks share the sequence: world size = tp · cp.
 #
 # "region carried" marks code that is copied from its home, and stands at the end of the file.
 
@@ -189,8 +189,9 @@ def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
 
 
 # Heads come in groups that share B and C, as in grouped-query attention: heads 0 … R−1 are group 0.
-# So C Bᵀ is computed once per group. All three forms work on the layout (B, G, R, T, ·), in at least
-# fp32. dt is multiplied into X and a, once each. (Into B as well, the write would scale with dt².)
+# So C Bᵀ is computed once per group. All three forms work on the layout (B, G, R, T, ·), in at
+# least fp32. dt is multiplied into X and a, once each. (Into B as well, the write would scale with
+# dt².)
 
 
 def _scan(
@@ -311,10 +312,11 @@ def ssd_quadratic(
 #     ds_i = Σ_j M_ij − Σ_j M_ji           row sums minus column sums
 #     da_t = ds_t + ds_{t+1} + …           a_t is a term of every s_i from t on
 #
-# The diagonal M_ii cancels in exact arithmetic. In a head that forgets within a token it is all that
-# M has: its rounding errors would be larger than the true gradient. So it is set to zero first. (With
-# it dA was off by 3 % at dt·A = −50, in float64 too.) Off the diagonal much still cancels, hence the
-# float64 sums. The same holds for end_j = exp(s_last − s_j): at the last token it is constant.
+# The diagonal M_ii cancels in exact arithmetic. In a head that forgets within a token it is all
+# that M has: its rounding errors would be larger than the true gradient. So it is set to zero
+# first. (With it dA was off by 3 % at dt·A = −50, in float64 too.) Off the diagonal much still
+# cancels, hence the float64 sums. The same holds for end_j = exp(s_last − s_j): at the last token
+# it is constant.
 
 
 def _chunk_backward(
@@ -492,9 +494,9 @@ def ssd_context_parallel(
 ) -> Scanned:
     """`ssd` over a sequence that is sharded over `group`, in any lengths but 0. Collective.
 
-    Args and returns: as `ssd`'s, of this rank's tokens: y (B, t, H, P), and the state after its last
-    token, so the last rank has that of the sequence. Sends H·P·(N + 1) values per sequence and rank,
-    forward and backward, for any length.
+    Args and returns: as `ssd`'s, of this rank's tokens: y (B, t, H, P), and the state after its
+    last token, so the last rank has that of the sequence. Sends H·P·(N + 1) values per sequence and
+    rank, in forward and in backward, for any length.
     Source: derived above; the operator of Mamba's parallel scan (Gu and Dao, 2023).
     """
     if group_size(group) == 1:
@@ -516,9 +518,10 @@ def ssd_context_parallel(
     return y_BtHP.to(x.dtype), own_BHPN + decay_BHP1 * in_BHPN
 
 
-# The convolution needs the last K − 1 inputs of the rank before (a halo), attention all earlier keys
-# and values. That message grows with the sequence: the price of exact recall. (Later ranks attend
-# to more keys. Balancing that, and hiding messages under GEMMs as ring attention does, is left out.)
+# The convolution needs the last K − 1 inputs of the rank before (a halo), attention all earlier
+# keys and values. That message grows with the sequence: the price of exact recall. (Later ranks
+# attend to more keys. Balancing that, and hiding messages under GEMMs as ring attention does, is
+# left out.)
 #
 # Megatron-LM's context parallelism exchanges tokens for heads by an all-to-all before the
 # convolution, and back after the scan. Its messages are as large as the activations.
@@ -554,12 +557,12 @@ def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) 
 
 # ── 1.3 Heads over ranks ────────────────────────────────────────────────────────────────────────
 #
-# Tensor parallelism is chapter 2's: project to this rank's heads, compute, project back to a partial
-# sum. The Mamba layer computes each channel of the convolution, each head of the recurrence and each
-# group of the norm alone. So a rank's layer is the *plain* layer with smaller sizes, between the
-# operators of chapter 2:
+# Tensor parallelism is chapter 2's: project to this rank's heads, compute, project back to a
+# partial sum. The Mamba layer computes each channel of the convolution, each head of the recurrence
+# and each group of the norm alone. So a rank's layer is the *plain* layer with smaller sizes,
+# between the operators of chapter 2:
 #
-#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x       1 + 1 all-reduces
+#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x     1 + 1 all-reduces
 #
 # Only the split of in_proj is new: its rows are [z, x, B, C, dt], so the first half of the rows is
 # not the first half of the heads. Each of the five is sharded separately (part 3).
@@ -578,7 +581,7 @@ def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) 
 
 @dataclass
 class HybridConfig:
-    """Sizes of a hybrid; `flag` makes a field a flag too. Raises ValueError for impossible sizes."""
+    """Sizes of a hybrid; `flag` makes a field a flag too. Raises ValueError where they do not fit."""
 
     vocab_size: int = 256
     hidden_size: int = flag(128, "model width, D", least=1)
@@ -631,11 +634,11 @@ class HybridConfig:
 #
 # The grouped norm is what makes tensor parallelism by heads possible without a message.
 #
-# Layers look back at earlier tokens. In training these are in x, or on other ranks. In decoding they
-# have passed the model before, and a `LayerState` has what is left of them: for a Mamba layer the
-# state and the last inputs of the convolution, of constant size; for attention all keys and values;
-# for a feed-forward layer nothing. A prompt goes through `ssd` (prefill), each further token is one
-# step of `ssd_recurrent`.
+# Layers look back at earlier tokens. In training these are in x, or on other ranks. In decoding
+# they have passed the model before, and a `LayerState` has what is left of them: for a Mamba layer
+# the state and the last inputs of the convolution, of constant size; for attention all keys and
+# values; for a feed-forward layer nothing. A prompt goes through `ssd` (prefill), each further
+# token is one step of `ssd_recurrent`.
 
 
 @dataclass
@@ -659,8 +662,8 @@ class Span:
     lengths: list[int] | None = None  # tokens of each context-parallel rank; None: not sharded
 
 
-# Where documents are packed into one sequence, nothing may pass from one to the next, in any kind of
-# layer: the recurrence forgets, convolution and attention are masked.
+# Where documents are packed into one sequence, nothing may pass from one to the next, in any kind
+# of layer: the recurrence forgets, convolution and attention are masked.
 
 
 def last_documents(document_BS: Tensor | None, T: int, earlier: int) -> Tensor | None:
@@ -915,9 +918,9 @@ class SquaredReLUMLP(nn.Module):
 
 # ── 2.2 The plain model ─────────────────────────────────────────────────────────────────────────
 #
-# Each letter of the pattern is one layer with norm and residual connection, x + f(norm(x)): attention
-# and its feed-forward layer are two. There is no bias but in the convolution, and the output layer
-# is not tied to the embedding.
+# Each letter of the pattern is one layer with norm and residual connection, x + f(norm(x)):
+# attention and its feed-forward layer are two. There is no bias but in the convolution, and the
+# output layer is not tied to the embedding.
 
 LAYERS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
 
@@ -1017,9 +1020,9 @@ class HybridLM(nn.Module):
         return Cache(capacity, [LayerState(capacity) for _ in self.layers])
 
 
-# The initial dt and A decide what a Mamba layer can learn: over the heads, exp(dt·A) must range from
-# "forget at once" to "keep for a thousand tokens". dt_bias is softplus's inverse of the drawn dt. The
-# matrices that write to the residual stream are smaller by 1/√L, for L layers.
+# The initial dt and A decide what a Mamba layer can learn: over the heads, exp(dt·A) must range
+# from "forget at once" to "keep for a thousand tokens". dt_bias is softplus's inverse of the drawn
+# dt. The matrices that write to the residual stream are smaller by 1/√L, for L layers.
 
 
 def initial_value(
@@ -1123,11 +1126,11 @@ def generate(
 #     tokens 5000 …       rank 2        rank 3
 #                           ↑ a cp group: the same weights, other tokens
 #
-# Context parallelism shards the sequence everywhere; chapter 4's sequence parallelism shards it only
-# in the layers that tensor parallelism replicates. (The Mamba-2 paper calls the former by the name
-# of the latter.) Every rank is given the full tokens_BT, which is small, and works on its own part.
-# Embedding, output layer and norms of D channels are replicated over tp: chapter 2 shards the first
-# two.
+# Context parallelism shards the sequence everywhere; chapter 4's sequence parallelism shards it
+# only in the layers that tensor parallelism replicates. (The Mamba-2 paper calls the former by the
+# name of the latter.) Every rank is given the full tokens_BT, which is small, and works on its own
+# part. Embedding, output layer and norms of D channels are replicated over tp: chapter 2 shards the
+# first two.
 
 
 @dataclass(frozen=True)
@@ -1325,14 +1328,14 @@ class ParallelHybridLM(HybridLM):
 
 # ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
 #
-# One table says how each parameter is sharded: its rows (or columns) are one or more components, and
-# a component has units (heads, groups, features) of some rows each. A rank gets its units of every
-# component. Replicated parameters (embedding, output layer, norms of D channels) are one unit, of
-# which each rank has a copy.
+# One table says how each parameter is sharded: its rows (or columns) are one or more components,
+# and a component has units (heads, groups, features) of some rows each. A rank gets its units of
+# every component. Replicated parameters (embedding, output layer, norms of D channels) are one
+# unit, of which each rank has a copy.
 #
 #     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt dt dt dt
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt dt
-#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt     ranks 0, 1: same B, C
+#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt     as rank 1: B, C
 
 
 @dataclass(frozen=True)
@@ -1450,9 +1453,9 @@ def gather_state_dict(tensors: StateDict, config: HybridConfig, group: Group = N
 #     copies of groups' weights   each holder has its own heads' part: all-reduced over the holders
 #     everything else             complete, thanks to copy_to_tp
 #
-# Then the norm before clipping: squares are summed over tp, and of p copies each counts 1/p. Without
-# the second all-reduce B and C are trained with a part of their gradient, the copies drift apart, and
-# the loss falls all the same.
+# Then the norm before clipping: squares are summed over tp, and of p copies each counts 1/p.
+# Without the second all-reduce B and C are trained with a part of their gradient, the copies drift
+# apart, and the loss falls all the same.
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
@@ -1811,7 +1814,8 @@ def flags() -> argparse.Namespace:
 
 # ── Carried blocks ──────────────────────────────────────────────────────────────────────────────
 #
-# Explained in chapter 1 (groups, reports, counter, flags, launcher) and chapter 2 (operators, text).
+# Explained in chapter 1 (groups, reports, counter, flags, launcher) and chapter 2 (operators,
+# text).
 
 
 # region carried: tensor-parallel operators (home: 02_megatron_tp)

@@ -17,8 +17,8 @@ from test_05_mamba_hybrid import random, tokens_of
 
 
 def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
-    """A folder that `transformers` writes of a NemotronH with random weights, and the model. None of
-    its dt is near the 0.001 where it would clamp."""
+    """A folder that `transformers` writes of a NemotronH with random weights, and the model. No
+    dt of it is near the 0.001 where it would clamp."""
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, "NemotronHConfig"):
         pytest.skip("this transformers has no NemotronH")
@@ -56,8 +56,8 @@ def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_published_weights_against_transformers(tmp_path, sharded):
-    """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each maximum: two orders of fp32
-    sums. Its clamp of dt does not act on these weights."""
+    """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each maximum:
+    two orders of fp32 sums. Its clamp of dt does not act on these weights."""
     theirs = published_folder(tmp_path, sharded)
     cfg, weights = load_nemotron_h(tmp_path)
     assert cfg.pattern == "M*-M" and sum(x.numel() for x in weights.values()) == sum(
