@@ -247,7 +247,8 @@ def ssd_recurrent(
 ) -> Scanned:
     """The recurrence as a loop. With one token and a state it is one step of decoding.
 
-    Args and returns: as `ssd`'s, without chunk. Source: Mamba-2.
+    Args: x, dt, A, B, C, D, initial_state and starts as `ssd`'s. Returns: as `ssd`.
+    Source: Mamba-2.
     """
     return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
@@ -289,7 +290,8 @@ def ssd_quadratic(
 ) -> Scanned:
     """The masked matrix, T > 0 tokens at once: work and memory grow with T².
 
-    Args and returns: as `ssd`'s, without chunk. Source: Mamba-2.
+    Args: x, dt, A, B, C, D, initial_state and starts as `ssd`'s. Returns: as `ssd`.
+    Source: Mamba-2.
     """
     return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
@@ -494,8 +496,9 @@ def ssd_context_parallel(
 ) -> Scanned:
     """`ssd` over a sequence that is sharded over `group`, in any lengths but 0. Collective.
 
-    Args and returns: as `ssd`'s, of this rank's tokens: y (B, t, H, P), and the state after its
-    last token, so the last rank has that of the sequence. Sends H·P·(N + 1) values per sequence and
+    Args: x, dt, A, B, C, chunk, D and starts as `ssd`'s, of this rank's tokens.
+    Returns: y (B, t, H, P), and the state after its last token: the last rank has the
+    sequence's. Sends H·P·(N + 1) values per sequence and
     rank, in forward and in backward, for any length.
     Source: derived above; the operator of Mamba's parallel scan (Gu and Dao, 2023).
     """
@@ -562,7 +565,7 @@ def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) 
 # and each group of the norm alone. So a rank's layer is the *plain* layer with smaller sizes,
 # between the operators of chapter 2:
 #
-#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x     1 + 1 all-reduces
+#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x    1 + 1 all-reduces
 #
 # Only the split of in_proj is new: its rows are [z, x, B, C, dt], so the first half of the rows is
 # not the first half of the heads. Each of the five is sharded separately (part 3).
@@ -581,7 +584,7 @@ def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) 
 
 @dataclass
 class HybridConfig:
-    """Sizes of a hybrid; `flag` makes a field a flag too. Raises ValueError where they do not fit."""
+    """Sizes of a hybrid; `flag` makes a field a flag too. Raises ValueError where they clash."""
 
     vocab_size: int = 256
     hidden_size: int = flag(128, "model width, D", least=1)
@@ -669,7 +672,8 @@ class Span:
 def last_documents(document_BS: Tensor | None, T: int, earlier: int) -> Tensor | None:
     """Document indices of the last T tokens and of `earlier` tokens before; None stays None.
 
-    Before the first token of all, its own index is repeated: layers have zeros there.
+    Args: document_BS, of all S tokens. Returns: (B, earlier + T). Before the first token of all,
+    its own index is repeated: layers have zeros there.
     """
     if document_BS is None:
         return None
@@ -736,6 +740,7 @@ class RMSNorm(nn.Module):
 class Mamba2Mixer(nn.Module):
     """A Mamba-2 layer without its norm and residual connection, x_BTD to (B, T, D).
 
+    Args of `scan`: x, dt, A, B, C and starts as `ssd`'s.
     Source: Mamba-2; the order of in_proj's rows is that of the published models.
     """
 
@@ -1028,7 +1033,8 @@ class HybridLM(nn.Module):
 def initial_value(
     name: str, shape: torch.Size, config: HybridConfig, generator: torch.Generator | None = None
 ) -> Tensor:
-    """The initial value of parameter `name`, fp32, drawn on the CPU: a GPU draws other values.
+    """The initial value of parameter `name`, of that shape, fp32, drawn on the CPU: a GPU draws
+    other values.
 
     Source: Mamba-2.
     """
@@ -1057,7 +1063,8 @@ def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
 
 
 def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
-    """The full initial weights, a function of `config` alone, one tensor at a time."""
+    """The full initial weights, a function of `config` alone, one tensor at a time, each in the
+    shape of `parameter_shapes`."""
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         yield name, initial_value(name, shape, config, generator)
@@ -1070,7 +1077,8 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts of unequal length as one batch: tokens_BT and starts_BT for `generate`.
 
     Each is padded on the *left*, so that all end together, and begins as a document: its tokens
-    do not see the padding. Args: prompts: token ids (int64), one dimension each. Source: ours.
+    do not see the padding. Args: prompts: token ids (int64), of shape (T) each. Raises: ValueError
+    for an empty one. Source: ours.
     """
     T = max(len(prompt) for prompt in prompts)
     tokens_BT = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
@@ -1199,9 +1207,8 @@ def local_config(config: HybridConfig, tp: int) -> HybridConfig:
 
 
 class ParallelRMSNorm(RMSNorm):
-    """`RMSNorm` over channels that are sharded over tp, of `groups` groups over all tp ranks.
-
-    Source: ours.
+    """`RMSNorm` over channels that are sharded over tp, of `groups` groups over all tp ranks:
+    x_BTC to (B, T, C), this rank's C channels. Source: ours.
     """
 
     def __init__(self, size: int, eps: float, groups: int, mesh: Mesh):
@@ -1220,7 +1227,8 @@ class ParallelRMSNorm(RMSNorm):
 class ParallelMamba2Mixer(Mamba2Mixer):
     """`Mamba2Mixer` of this rank's heads and tokens: x_BtD to a partial sum (B, t, D).
 
-    Args: config: `local_config`'s. groups: mamba_groups over all tp ranks.
+    Args: config: `local_config`'s. groups: mamba_groups over all tp ranks. Those of `scan`: x, dt,
+    A, B, C and starts as `ssd`'s.
     """
 
     def __init__(self, config: HybridConfig, groups: int, mesh: Mesh):
@@ -1467,7 +1475,7 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> Ad
 
 
 def mean_loss(model: HybridLM, batch: Batch, autocast: torch.dtype | None) -> Tensor:
-    """The mean loss per token of a batch; on a mesh this rank's partial sum of it."""
+    """The mean loss per token of a batch, a scalar; on a mesh this rank's partial sum of it."""
     count = (batch[1] != -100).sum().clamp(min=1)  # of the full sequences, on every rank
     with torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
         return model.loss(*batch).sum() / count

@@ -56,8 +56,8 @@ def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
 
 @pytest.mark.parametrize("sharded", [False, True])
 def test_published_weights_against_transformers(tmp_path, sharded):
-    """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each maximum:
-    two orders of fp32 sums. Its clamp of dt does not act on these weights."""
+    """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each
+    maximum: two orders of fp32 sums. Its clamp of dt does not act on these weights."""
     theirs = published_folder(tmp_path, sharded)
     cfg, weights = load_nemotron_h(tmp_path)
     assert cfg.pattern == "M*-M" and sum(x.numel() for x in weights.values()) == sum(
@@ -93,7 +93,7 @@ def test_published_weights_against_transformers(tmp_path, sharded):
 
 
 def test_published_weights_cut_for_ranks(tmp_path):
-    """Each rank reads what `shard_state_dict` would give it, also where two ranks hold one group."""
+    """Each rank reads what `shard_state_dict` gives it, also where two ranks hold one group."""
     published_folder(tmp_path, sharded=True)
     cfg, whole = load_nemotron_h(tmp_path)
     for tp in (1, 2, 4):
@@ -162,7 +162,7 @@ def test_checkpoints_that_do_not_fit(tmp_path):
 
 
 def test_the_mixer_equals_transformers(tmp_path):
-    """One Mamba-2 layer by itself: output, the input's gradient, every parameter's; and an attention layer."""
+    """One Mamba-2 layer by itself: output, the input's gradient, every parameter's."""
     theirs = published_folder(tmp_path, sharded=False, pattern="M*")
     cfg, weights = load_nemotron_h(tmp_path)
     ours = mh.HybridLM(cfg)

@@ -78,7 +78,8 @@ def test_parameters_are_the_models():
 
 
 def test_memory_of_the_published_models():
-    """States in MiB with 16 and 32 bits, keys and values in GiB at 64K, 128K, 1M tokens, and where they are equal."""
+    """States in MiB with 16 and 32 bits, keys and values in GiB at 64K, 128K, 1M tokens, and the
+    length at which both are equal."""
     for name, states, kv, equal in (
         ("Nemotron-H-8B", (49.9, 97.9), (1, 2, 16), 3192),
         ("study hybrid", (49.9, 97.9), (1, 2, 16), 3192),
