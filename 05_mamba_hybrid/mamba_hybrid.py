@@ -1,71 +1,70 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 5. Mamba-2 hybrids: a memory of fixed size, trained in parallel, and a little attention.
+"""Chapter 5. Mamba-2 hybrids: a state of fixed size, trained in parallel, and a little attention.
 
 Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024, arXiv 2406.07887
         Nemotron-H, NVIDIA, 2025, arXiv 2504.03624;  Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444
-        and what they rest on: Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
+        on top of Transformers are SSMs (Mamba-2), Dao and Gu, 2024, arXiv 2405.21060
 
-The problem. Chapter 4 divided everything around attention, and left attention as it is: its work grows with the square
-of the sequence, and writing one more token reads every key and value so far. At 64 thousand tokens these are 8 GiB a
-sequence for an 8B model (32 layers, 8 heads of keys, 16 bits). A recurrence with a state of fixed size needs none of
-that; but a loop over tokens cannot use the hardware, and what a state has forgotten is gone.
+The problem. Attention compares each token with all earlier ones, and decoding reads their keys and
+values: at 64 thousand tokens 8 GiB per sequence of an 8B model. A recurrence needs a state of fixed
+size only. But a loop over tokens is slow on a GPU, and the state is too small to recall everything.
 
-The idea. One recurrence, state ← exp(dt·A)·state + dt·x⊗B, y = state·C, seen three ways: as a loop it decodes with
-constant memory; written out it is attention without softmax under a mask of decays; in chunks it is both, four matrix
-products a chunk and a state from chunk to chunk. Heads are independent, so ranks can divide them; and a stretch of
-tokens does to a state what one number and one matrix say, so ranks can divide the *sequence* and pass the state on:
+The idea. One recurrence, computed in three ways: as a loop it decodes in constant memory; as a
+masked matrix it is attention without softmax; in chunks it is both, with GEMMs inside the chunks
+and a state from chunk to chunk. What a segment of tokens does to the state is one scalar and one
+matrix per head. So ranks can also shard the *sequence*, and exchange these alone:
 
-        rank 0: tokens a b c d           rank 1: tokens e f g h           rank 2: tokens i j k l
-        ┌────────┐ state                 ┌────────┐ state                 ┌────────┐
-        │ ◣      │───────── decay, own ──│ ◣      │───────── decay, own ──│ ◣      │     ◣ masked matrix of a chunk
-        │    ◣   │      all-gathered     │    ◣   │      all-gathered     │    ◣   │     the same bytes for 4 tokens
-        └────────┘                       └────────┘                       └────────┘     and for 4 million
+      rank 0: tokens a b c d        rank 1: tokens e f g h        rank 2: tokens i j k l
+      ┌────────┐                    ┌────────┐                    ┌────────┐
+      │ ◣      │─── decay, state ───│ ◣      │─── decay, state ───│ ◣      │   ◣ masked matrix
+      │    ◣   │    all-gathered    │    ◣   │    all-gathered    │    ◣   │   of a chunk
+      └────────┘                    └────────┘                    └────────┘
 
-Then mix: 24 such layers, 4 of attention for what must be recalled exactly, 28 feed-forward, and the first paper (from
-here on "the study") finds the whole better than the Transformer of its size.
+The message has the same size for 4 tokens and for 4 million. A hybrid then has a few attention
+layers for exact recall: 4 of 56 layers in the first paper, called "the study" from here on.
 
 Run it (no flag is needed; --help lists them):
 
-    python 05_mamba_hybrid/mamba_hybrid.py                           2 ranks on this machine, tp 2
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2          tp 2 × cp 2: heads and tokens divided
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 1                 one process, for a debugger
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check         equivalence alone, each tensor's error
+    python 05_mamba_hybrid/mamba_hybrid.py                      2 local ranks, tensor parallel 2
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2     tensor 2 × context parallel 2
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 1            one process, for a debugger
+    python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check    each tensor's error, nothing else
     torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         05_mamba_hybrid/mamba_hybrid.py
 
-It proves in float64 that every gradient equals the single device's however the ranks are laid out, trains a small
-hybrid on real text, writes a line, times a token behind 1 to 32 thousand others, and ends in a table of the papers'
-claims.
+It proves in float64 that every gradient equals the single device's on every layout of the ranks,
+trains a small hybrid on text next to the plain model, and prints the claims that it has measured.
 
-Left out: fused kernels; replicas of the whole (data parallelism: chapters 1 and 2); dividing the vocabulary (chapter 2)
-and norms (chapter 4); balancing attention over cp; prompts of unequal length in one batch; mixture-of-experts layers
-and FP8 (chapter 6); what Nano 2 does after training.
+Left out: published weights (load_nemotron_h.py); the papers' models and tables
+(mamba_hybrid_tables.py); fused kernels; data parallelism and a sharded vocabulary (chapters 1, 2);
+load balance of attention over cp; mixture-of-experts layers and FP8 (chapter 6).
 """
 
-# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# The suffix of a tensor's name is its shape, one letter a dimension. A CAPITAL is the whole dimension, the small letter
-# this rank's share of it, and partial_ marks a summand that is still to be reduced:
+# A tensor's suffix is its shape, one letter per dimension; a digit is a literal size. A CAPITAL is
+# the full dimension. The small letter is this rank's shard of it. partial_ marks a partial sum. The
+# letters are those of the Mamba-2 paper and its code:
 #
-#     B  batch                          N  heads (the papers' H)           n = N / tp   this rank's heads
-#     S  sequence, in tokens            D  size of a head (their P)        s            this rank's tokens
-#     H  hidden size (their d_model)    Z  size of a state (their N)       K  taps of the convolution
-#     F  feed-forward size, f = F / tp  G  groups, J = N / G heads each    C  channels of the convolution
-#     V  words                          Q  length of a chunk               L  layers
+#     B  batch                          H  heads                      h = H / tp, this rank's heads
+#     T  sequence length, in tokens     P  size of a head             t: this rank's tokens
+#     D  model width (d_model)          N  size of a state (d_state)  K  taps of the convolution
+#     F  feed-forward size              G  groups of R = H / G heads  C  channels
+#     V  vocabulary entries             Q  tokens of a chunk          S  tokens that attention sees
 #
-# Where letters meet. B and C are also the two projections that the papers call so (tensors B_BSGZ and C_BSGZ); D is
-# also the papers' vector of the way around the state. X is dt·x, a is dt·A, s_i the running sum a_0 + … + a_i, and L
-# the mask of decays. The K − 1 tokens before are written _BKC as well, and T counts the tokens that attention sees. A
-# digit is a literal size. tp is the number of ranks that share one copy of the model's weights, cp the number that
-# share one sequence: world size = tp · cp.
+# Differences from the other chapters: D is their H, T their S, H their N, and P their D. Where the
+# paper uses a letter twice, so do we: B_BTGN and C_BTGN are the projections B and C, D_H is the
+# skip parameter D, and L_BGRQQ the mask L. X is dt · x, and a is dt · A. An attention layer has its
+# own H, G and P. tp ranks share the weights, cp ranks share the sequence: world size = tp · cp.
+#
+# "region carried" marks code that is copied from its home, and stands at the end of the file.
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import itertools
-import json
 import logging
 import math
 import os
@@ -92,11 +91,14 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.optim import AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 Group = dist.ProcessGroup | None  # None: all ranks
-Parameters = Iterable[nn.Parameter]
+StateDict = dict[str, Tensor]
+Batch = tuple[Tensor, ...]  # tokens_BT, targets_BT (−100 does not count), and maybe starts_BT
+Scanned = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state after the last token (B, H, P, N)
 
 
 # region carried: config fields (home: 01_deepspeech)
@@ -107,765 +109,1847 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
 
 # endregion copy 36d020
 
-
-@dataclass
-class HybridConfig:
-    """The sizes of a hybrid model. Raises ValueError where they contradict each other."""
-
-    vocab_size: int = 256
-    hidden_size: int = flag(128, "hidden size, H", least=1)
-    pattern: str = flag("M-M*-M-", "a letter a layer: M Mamba-2, * attention, - feed-forward")
-    ffn_hidden_size: int = flag(512, "feed-forward size, F; tp must divide it", least=1)
-    mamba_heads: int = flag(8, "heads of a Mamba layer, N; tp must divide them", least=1)
-    mamba_head_size: int = 32  # D
-    mamba_groups: int = flag(2, "groups of them that share B and C, G", least=1)
-    state_size: int = flag(32, "size of a state, Z", least=1)
-    conv_kernel: int = 4  # K
-    chunk: int = flag(64, "tokens of a chunk, Q", least=1)
-    attention_heads: int = flag(4, "query heads; tp must divide them", least=1)
-    attention_groups: int = flag(2, "groups of them that share keys and values", least=1)
-    attention_head_size: int = 32
-    rope: float = 0.0  # the share of each head that is rotated by its position; the papers' hybrids rotate nothing
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
-    A_init: tuple[float, float] = (1.0, 16.0)  # −A of a head is drawn between these
-    dt_init: tuple[float, float] = (
-        1e-3,
-        0.1,
-    )  # and its step dt, on a logarithmic scale, between these
-    seed: int = 0  # the weights are a function of this configuration alone
-
-    def __post_init__(self):
-        if not self.pattern or set(self.pattern) - set("M*-"):
-            raise ValueError(
-                f"pattern={self.pattern!r}: write M, * or - for each layer, and nothing else"
-            )
-        for name, value in vars(self).items():
-            least = {"seed": value, "rope": value, "conv_kernel": 2}.get(name, 1)
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name}={value}: it must be at least {least}")
-        for kind in ("mamba", "attention"):
-            heads, groups = getattr(self, f"{kind}_heads"), getattr(self, f"{kind}_groups")
-            if heads % groups:
-                raise ValueError(
-                    f"{kind}_heads={heads} do not divide into {kind}_groups={groups}: choose a multiple"
-                )
-        if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
-            raise ValueError(
-                f"rope={self.rope} of {self.attention_head_size}: an even number of each head is rotated"
-            )
-
-
-# ── 1 The plain model ───────────────────────────────────────────────────────────────────────────────────
+# ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────
 #
-# ── 1.1 One recurrence, seen three ways ─────────────────────────────────────────────────────────────────
+# ── 1.1 One recurrence, computed in three ways ──────────────────────────────────────────────────
 #
-# A head of Mamba-2 has a memory of fixed size, a matrix state_DZ. At each token it forgets a little, writes once, and
-# reads once:
+# A head of Mamba-2 has a state of fixed size, a P × N matrix. At each token the state decays, is
+# written once and is read once:
 #
-#     state ← exp(dt·A) · state  +  dt · x_D ⊗ B_Z          forget, then write the value x under the key B
-#     y_D   = state_DZ · C_Z  (+ D · x_D)                   read with the query C; D is a way around the memory
+#     state ← exp(dt·A) · state  +  dt · x ⊗ B          write the value x (P) under the key B (N)
+#     y     = state · C  (+ D · x)                      read with the query C (N); D skips the state
 #
-# dt > 0 and the vectors x, B, C come from the token itself; A < 0 is one learned number a head. So a = dt·A ≤ 0 is the
-# logarithm of what is kept: with a large dt the head forgets what was and writes this token; with dt near 0 it lets the
-# token pass.
+# dt > 0, x, B and C are computed from the token; A < 0 is one learned scalar per head. So a = dt·A
+# is the log of the decay. With a large dt the head forgets the past and stores this token; with dt
+# near 0 it skips the token.
 #
-# Follow what three tokens write, with X for dt·x. When token 2 reads, what token 1 wrote has faded once, what token 0
-# wrote twice, and its own not at all:
+# Write out three tokens, with X = dt·x. When token 2 reads, the write of token 1 has decayed once,
+# that of token 0 twice, and its own not at all:
 #
-#     state = X_2 ⊗ B_2  +  exp(a_2) X_1 ⊗ B_1  +  exp(a_1 + a_2) X_0 ⊗ B_0
-#     y_2   = (C_2·B_2) X_2  +  exp(a_2) (C_2·B_1) X_1  +  exp(a_1 + a_2) (C_2·B_0) X_0
+#     state = X₂ ⊗ B₂  +  exp(a₂) X₁ ⊗ B₁  +  exp(a₁ + a₂) X₀ ⊗ B₀
+#     y₂    = (C₂·B₂) X₂  +  exp(a₂) (C₂·B₁) X₁  +  exp(a₁ + a₂) (C₂·B₀) X₀
 #
-# From the first line to the second the matrix is gone: (X ⊗ B)·C is the vector X times the number C·B, query times key.
-# That is attention, without a softmax, and with a mask L of decays in the place of ones:
+# The second line has no state: (X ⊗ B)·C is X times the scalar C·B, query times key. This is
+# attention without softmax, with a mask L of decays in place of ones:
 #
-#     y_i = Σ_{j ≤ i}  L_ij · (C_i·B_j) · X_j           L_ij = exp(a_{j+1} + … + a_i): all a behind j, up to i
-#     y   = (L ∘ C Bᵀ) X
+#     y = (L ∘ C Bᵀ) X          L_ij = exp(a_{j+1} + … + a_i) for j ≤ i, else 0
 #
-# And the two can be mixed. Let e be the last token of some chunk with j in it, and i a token of a later one. Then the
-# way from j to i is a way to e and a way from e, and the exponential of their sum is a product:
+# Loop and matrix can be mixed. Let e be the last token of the chunk of j, and i a token of a later
+# chunk. The exponential of a sum is a product:
 #
-#     L_ij · (C_i·B_j) · X_j   =   exp(a_{e+1} + … + a_i) C_i  ·  [ exp(a_{j+1} + … + a_e) X_j ⊗ B_j ]
+#     L_ij (C_i·B_j) X_j   =   exp(a_{e+1} + … + a_i) C_i  ·  [ exp(a_{j+1} + … + a_e) X_j ⊗ B_j ]
 #
-# The bracket knows nothing of i. Added up over the j of a chunk, once, it is the state that leaves the chunk, and
-# serves all later tokens. So the same numbers can be had as (ssd: state space duality, Mamba-2's word for it)
+# The bracket does not depend on i. Summed over the tokens j of a chunk, it is the state after that
+# chunk, for all later tokens. So there are three ways (SSD, state space duality):
 #
-#     a loop           ssd_recurrent    S small steps, one after the other; constant memory: for decoding
-#     a masked matrix  ssd_quadratic    four products, all tokens at once, S² work: for what is short
-#     chunks of both   ssd              the matrix inside chunks of Q tokens, the state from chunk to chunk:
-#                                       four products each, S·Q work: for training
+#     ssd_recurrent    a loop           T steps, constant memory                for decoding
+#     ssd_quadratic    a masked matrix  four GEMMs, work ~ T²                   for short sequences
+#     ssd              chunks of both   four GEMMs per chunk, work ~ T · Q      for training
 #
-#     ┌───────┐                          L of 3 chunks. On the diagonal ◣, the masked matrix of each chunk. Everything
-#     │ ◣     │                          below it, ■, has low rank: what a later chunk can know of an earlier one went
-#     │ ■ ◣   │                          through the state between them, D·Z numbers.
+#     ┌───────┐       L of three chunks. ◣ is the masked matrix of a chunk. Each block ■ below the
+#     │ ◣     │       diagonal has rank N at most: what a later chunk reads of an earlier one passes
+#     │ ■ ◣   │       through the state between them, P · N values.
 #     │ ■ ■ ◣ │
 #     └───────┘
-
-
-# L first. Decays, states and means are too delicate for less than fp32 (`at_least_fp32`, in part 2). Decays multiply
-# over thousands of tokens, so all is done with their logarithms, and exp comes last. Traps:
 #
-# · Above the diagonal the sums run backwards and are positive: exp of them is inf, and a mask that is multiplied on
-#   afterwards makes NaN of it, at the latest in backward, where the gradient 0 meets inf. So −inf goes in *before* exp.
-# · A sum over a stretch is a difference of two sums from the start. In fp32 both may be −5,000 and good to 3e-4, and so
-#   is their difference, however short the stretch. In float64 it is exact enough, and S numbers a head cost nothing.
+# First L. Decays multiply over thousands of tokens, so we add logarithms, and exp comes last:
+#
+# · Above the diagonal the sums are positive, and exp of them overflows. A mask after exp gives the
+#   right L and a NaN gradient, 0 · ∞. So −∞ is filled in *before* exp.
+# · A sum over a segment is a difference of two running sums. In fp32 both may be near −5,000 and
+#   exact to 3e-4 only, and so is the difference. In float64 they are exact enough, for T values.
 
 
 def segsum(a: Tensor) -> Tensor:
-    """log L: sums over stretches, [i, j] is a_{j+1} + … + a_i where j ≤ i, and −inf where j > i.
+    """log L, segment sums: [i, j] is a_{j+1} + … + a_i for j ≤ i (0 on the diagonal), else −∞.
 
-    a: logarithms of decays, (..., S). The diagonal is 0: a token does not decay on the way to itself.
-    Returns: (..., S, S), in a's dtype. Source: Mamba-2, section 6 of arXiv 2405.21060.
+    Args: a (..., T), logs of decays. Returns: (..., T, T) in a's dtype. Source: Mamba-2, section 6.
     """
     sums = a.to(torch.float64).cumsum(-1)
-    later = torch.ones(2 * a.shape[-1:], dtype=torch.bool, device=a.device).triu(1)
-    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).masked_fill(later, -torch.inf)
+    T = a.shape[-1]
+    is_before = torch.ones(T, T, dtype=torch.bool, device=a.device).tril(-1)
+    others = torch.full((T, T), -torch.inf, dtype=a.dtype, device=a.device).triu(1)
+    # The diagonal is the constant 0, not s_i − s_i: then it has no gradient (below).
+    return torch.where(is_before, (sums[..., :, None] - sums[..., None, :]).to(a.dtype), others)
 
 
-# Documents that are packed into one sequence need no mask of their own. Where one begins, the state must be forgotten,
-# and to forget is what decays are for: exp(−1000) is 0, in every dtype and to the bit, so 1000 is taken from that
-# token's a. (Not inf: the difference of two sums behind it would be inf − inf.)
+# Documents that are packed into one sequence must not see each other. Where one begins, the state
+# is forgotten, by a decay: exp(−1000) is 0 in every dtype. (Not −∞: later differences of running
+# sums would be ∞ − ∞.)
 
 
 def log_decay(dt: Tensor, A: Tensor, starts: Tensor | None = None) -> Tensor:
-    """a = dt·A: the logarithm of what each token lets live of the state before it; (B, S, N), in at least fp32.
+    """a = dt · A, the log of each token's decay, (B, T, H), at least fp32.
 
-    starts: (B, S), True where a document begins; others as `ssd`'s. Source: Mamba-2; documents: ours.
+    Args: dt (B, T, H); A (H); starts: bool (B, T), True where a document begins.
+    Source: Mamba-2; documents: ours.
     """
-    a_BSN = at_least_fp32(dt) * at_least_fp32(A)
-    return a_BSN if starts is None else a_BSN - 1000.0 * starts[..., None]
+    a_BTH = at_least_fp32(dt) * at_least_fp32(A)
+    return a_BTH if starts is None else a_BTH - 1000.0 * starts[..., None]
 
 
-# Heads come in groups that share B and C, as query heads share keys in grouped attention: heads 0 … J−1 are group 0,
-# the next J group 1. So C Bᵀ is computed once a group, and J masks are laid on it. All three forms work on one layout,
-# (B, G, J, S, ·), in at least fp32; dt goes into X = dt·x and a = dt·A here, once each. (Not into B as well: then the
-# write would be scaled by dt².) Each takes the state that enters and gives the one that leaves.
+# Heads come in groups that share B and C, as in grouped-query attention: heads 0 … R−1 are group 0.
+# So C Bᵀ is computed once per group. All three forms work on the layout (B, G, R, T, ·), in at
+# least fp32. dt is multiplied into X and a, once each. (Into B as well, the write would scale with
+# dt².)
 
 
-def _scan(form, x, dt, A, B, C, D, state, starts):
-    # Autocast is off, here and in backward: it would make the products of wide numbers narrow again.
+def _scan(
+    form: Callable,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    state: Tensor | None,
+    starts: Tensor | None,
+) -> Scanned:
+    G = B.shape[2]
+    by_group = "B T (G R) P -> B G R T P"
+    # Without this, autocast would downcast the GEMMs to bf16, here and in backward.
     with torch.autocast(x.device.type, enabled=False):
-        G, split = B.shape[2], "B S (G J) D -> B G J S D"
-        X_BGJSD = rearrange(at_least_fp32(x) * at_least_fp32(dt)[..., None], split, G=G)
-        a_BGJS1 = rearrange(log_decay(dt, A, starts)[..., None], split, G=G)
-        B_BG1SZ, C_BG1SZ = (rearrange(at_least_fp32(t), "B S G Z -> B G 1 S Z") for t in (B, C))
-        zeros_BNDZ = X_BGJSD.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
-        state_BGJDZ = rearrange(
-            zeros_BNDZ if state is None else at_least_fp32(state), "B (G J) D Z -> B G J D Z", G=G
-        )
-        y_BGJSD, state_BGJDZ = form(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ)
-        y_BSND = rearrange(y_BGJSD, "B G J S D -> B S (G J) D")
-        y_BSND = y_BSND if D is None else y_BSND + at_least_fp32(D)[:, None] * x
-        return y_BSND.to(x.dtype), rearrange(state_BGJDZ, "B G J D Z -> B (G J) D Z")
+        X_BGRTP = rearrange(at_least_fp32(x) * at_least_fp32(dt)[..., None], by_group, G=G)
+        a_BGRT1 = rearrange(log_decay(dt, A, starts)[..., None], by_group, G=G)
+        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N")
+        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N")
+        if state is None:
+            state = X_BGRTP.new_zeros(x.shape[0], *x.shape[2:], B.shape[3])
+        state_BGRPN = rearrange(at_least_fp32(state), "B (G R) P N -> B G R P N", G=G)
+        y_BGRTP, state_BGRPN = form(state_BGRPN, X_BGRTP, a_BGRT1, B_BG1TN, C_BG1TN)
+        y_BTHP = rearrange(y_BGRTP, "B G R T P -> B T (G R) P")
+        if D is not None:
+            y_BTHP = y_BTHP + at_least_fp32(D)[:, None] * x
+        return y_BTHP.to(x.dtype), rearrange(state_BGRPN, "B G R P N -> B (G R) P N")
 
 
-# The loop is the recurrence as it stands above, a line for the state and one for what is read.
+# The loop is the recurrence as it stands above: a line for the state, and one for the output.
 
 
-def _steps(state_BGJDZ, *tensors):
+def _steps(state_BGRPN: Tensor, *inputs: Tensor) -> Scanned:
     y = []
-    for X_BGJD, a_BGJ1, B_BG1Z, C_BG1Z in zip(*(t.unbind(-2) for t in tensors)):
-        state_BGJDZ = (
-            a_BGJ1.exp()[..., None] * state_BGJDZ + X_BGJD[..., None] * B_BG1Z[..., None, :]
-        )
-        y.append((state_BGJDZ * C_BG1Z[..., None, :]).sum(-1))
-    return torch.stack(y, -2) if y else tensors[0], state_BGJDZ
+    for X_BGRP, a_BGR1, B_BG1N, C_BG1N in zip(*(x.unbind(-2) for x in inputs)):
+        write_BGRPN = X_BGRP[..., None] * B_BG1N[..., None, :]
+        state_BGRPN = a_BGR1.exp()[..., None] * state_BGRPN + write_BGRPN
+        y.append((state_BGRPN * C_BG1N[..., None, :]).sum(-1))
+    return torch.stack(y, -2) if y else inputs[0], state_BGRPN
 
 
-def ssd_recurrent(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The loop: S steps, one after the other. One token, with the state so far, is a step of decoding.
+def ssd_recurrent(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Scanned:
+    """The recurrence as a loop. With one token and a state it is one step of decoding.
 
-    Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
+    Args: x, dt, A, B, C, D, initial_state and starts as `ssd`'s. Returns: as `ssd`.
     Source: Mamba-2.
     """
     return _scan(_steps, x, dt, A, B, C, D, initial_state, starts)
 
 
-# The masked matrix. To serve as a chunk it needs two things more: what the state that enters adds to each y, which
-# fades by all a from the first token on; and what each token leaves in the state that goes out. For the second nothing
-# new is needed: the last row of L says how much of token j is left behind the last one.
+# The masked matrix, for a chunk. A chunk needs two more terms. The state before it adds to each y,
+# and has decayed by all a from the first token on (kept). And each token adds to the state after
+# the chunk what is left of it at the end: the last row of L.
 
 
-def _kept(a_BSN: Tensor) -> Tensor:
-    """What is left at each token of the state before the first: exp(a_0 + … + a_i)."""
-    return a_BSN.to(torch.float64).cumsum(-2).to(a_BSN.dtype).exp()
+def _kept(a: Tensor) -> Tensor:
+    """exp(a_0 + … + a_i): the part of the state before the first token that is left at token i.
+
+    Args: a (..., T, H), or (..., T, 1). Returns: its shape and dtype.
+    """
+    return a.to(torch.float64).cumsum(-2).to(a.dtype).exp()
 
 
-def _chunk(state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
-    y_BGJSD = (L_BGJSS * (C_BG1SZ @ B_BG1SZ.mT)) @ X_BGJSD + kept_BGJS1 * (C_BG1SZ @ state_BGJDZ.mT)
-    left_BGJSD = L_BGJSS[..., -1, :, None] * X_BGJSD
-    return y_BGJSD, kept_BGJS1[..., -1:, :] * state_BGJDZ + left_BGJSD.mT @ B_BG1SZ
+def _chunk(
+    state_BGRPN: Tensor, X_BGRQP: Tensor, a_BGRQ1: Tensor, B_BG1QN: Tensor, C_BG1QN: Tensor
+) -> Scanned:
+    L_BGRQQ = segsum(a_BGRQ1[..., 0]).exp()
+    kept_BGRQ1 = _kept(a_BGRQ1)
+    end_BGRQ1 = L_BGRQQ[..., -1, :, None]
+    within_BGRQP = (L_BGRQQ * (C_BG1QN @ B_BG1QN.mT)) @ X_BGRQP
+    before_BGRQP = kept_BGRQ1 * (C_BG1QN @ state_BGRPN.mT)
+    write_BGRPN = (end_BGRQ1 * X_BGRQP).mT @ B_BG1QN
+    return within_BGRQP + before_BGRQP, kept_BGRQ1[..., -1:, :] * state_BGRPN + write_BGRPN
 
 
-def ssd_quadratic(x, dt, A, B, C, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The masked matrix; work and memory grow with S².
+def ssd_quadratic(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Scanned:
+    """The masked matrix, T > 0 tokens at once: work and memory grow with T².
 
-    Arguments and results as `ssd`'s, without a chunk: y (B, S, N, D) and the state behind the last token.
+    Args: x, dt, A, B, C, D, initial_state and starts as `ssd`'s. Returns: as `ssd`.
     Source: Mamba-2.
     """
     return _scan(_chunk, x, dt, A, B, C, D, initial_state, starts)
 
 
-# Chunks of both: `_chunk` for one chunk after the other, the state handed on. The last chunk may be short: there is
-# nothing to pad. Autograd could differentiate that loop, but it would keep several S × Q matrices a head. We keep the
-# states between chunks, and in backward compute each chunk's matrices again. Backward walks the chunks from the last to
-# the first, and hands on the *gradient* of the state as forward hands on the state.
+# Chunks of both: `_chunk` for one chunk after the other, with the state handed on. The last chunk
+# may be short; nothing is padded. Autograd could differentiate the loop, but would keep several
+# Q × Q matrices per head and chunk. So only the state before each chunk is kept, and backward
+# computes the matrices again. That is
 #
-# In a chunk forward made four products, C Bᵀ, its product with X, C stateᵀ and Xᵀ B. Each has two factors, and the
-# gradient of each factor is one more product: of what arrives, with the other factor.
+#     checkpoint(_chunk, state, X, a, B, C, use_reentrant=False)
 #
-# The decays are worth a closer look. Every one of them is the exponential of a difference of running sums: L_ij =
-# exp(s_i − s_j), with s_i = a_0 + … + a_i. Raise s_i by a little, and L_ij grows by L_ij times that; raise s_j, and it
-# shrinks by as much. So of the gradient dL_ij the number M_ij = dL_ij · L_ij goes to s_i with plus and to s_j with
-# minus, and altogether
+# for each chunk, and has the same gradients. It took 1.2 to 1.5 times as long as the backward below
+# on a CPU, with the same memory: it repeats GEMMs whose results backward does not need.
 #
-#     ds_i = Σ_j M_ij − Σ_j M_ji                  row sums minus column sums
-#     da_t = ds_t + ds_{t+1} + …                  a_t is a part of every s_i from t on: a running sum from the end
+# The backward below is the chain rule. `_chunk` has four GEMMs, and each of their factors gets one
+# GEMM of the incoming gradient with the other factor. The decays need thought. Each is the
+# exponential of a difference of running sums s_i = a_0 + … + a_i: L_ij = exp(s_i − s_j). So of the
+# gradient dL_ij, M_ij = dL_ij · L_ij is added to ds_i and subtracted from ds_j:
 #
-# The diagonal of M cancels in the first line, and much of the rest nearly: hence float64 for these sums. What fades on
-# the way in (kept_i = exp(s_i)) adds to s_i; what fades on the way out (end_j = exp(s_last − s_j)) adds to s_last, and
-# takes from s_j. (Known from linear attention is a shortcut, ds_i = dy_i·y_i − X_i·dX_i. It is the same sum, but the
-# diagonal is rounded before it cancels: of a head that forgets within a token it leaves noise in the place of dA.)
+#     ds_i = Σ_j M_ij − Σ_j M_ji           row sums minus column sums
+#     da_t = ds_t + ds_{t+1} + …           a_t is a term of every s_i from t on
+#
+# The diagonal M_ii cancels in exact arithmetic. In a head that forgets within a token it is all
+# that M has: its rounding errors would be larger than the true gradient. So it is set to zero
+# first. (With it dA was off by 3 % at dt·A = −50, in float64 too.) Off the diagonal much still
+# cancels, hence the float64 sums. The same holds for end_j = exp(s_last − s_j): at the last token
+# it is constant.
 
 
 def _chunk_backward(
-    state_BGJDZ, X_BGJSD, a_BGJS1, B_BG1SZ, C_BG1SZ, grad_y_BGJSD, grad_state_BGJDZ
-):
-    L_BGJSS, kept_BGJS1 = segsum(a_BGJS1[..., 0]).exp(), _kept(a_BGJS1)
-    end_BGJS1, whole_BGJ11, exact = (
-        L_BGJSS[..., -1, :, None],
-        kept_BGJS1[..., -1:, :],
-        dict(dtype=torch.float64),
-    )
-    # Forward was y = (L ∘ C Bᵀ) X + kept ∘ (C stateᵀ) and new state = whole · state + (end ∘ X)ᵀ B. Now
-    # each factor in turn: X first, through y and through the new state.
-    scores_BG1SS, read_BGJSD = C_BG1SZ @ B_BG1SZ.mT, kept_BGJS1 * grad_y_BGJSD
-    grad_X_BGJSD = (L_BGJSS * scores_BG1SS).mT @ grad_y_BGJSD + end_BGJS1 * (
-        B_BG1SZ @ grad_state_BGJDZ.mT
-    )
-    # Then B and C, which all heads of a group share: so their gradients are sums over heads.
-    by_head_BGJSS = (grad_y_BGJSD @ X_BGJSD.mT) * L_BGJSS
-    grad_scores_BG1SS = by_head_BGJSS.sum(2, keepdim=True)
-    by_read_BGJSZ, by_left_BGJSZ = (
-        read_BGJSD @ state_BGJDZ,
-        (end_BGJS1 * X_BGJSD) @ grad_state_BGJDZ,
-    )
-    grad_B_BG1SZ = grad_scores_BG1SS.mT @ C_BG1SZ + by_left_BGJSZ.sum(2, keepdim=True)
-    grad_C_BG1SZ = grad_scores_BG1SS @ B_BG1SZ + by_read_BGJSZ.sum(2, keepdim=True)
-
-    # At last the decays, by way of s: what L, the reading of the state and the writing into it tell.
-    M_BGJSS, left_BGJS = (
-        by_head_BGJSS.mul_(scores_BG1SS),
-        (by_left_BGJSZ * B_BG1SZ).sum(-1, **exact),
-    )
-    grad_s_BGJS = M_BGJSS.sum(-1, **exact) - M_BGJSS.sum(-2, **exact) - left_BGJS
-    grad_s_BGJS += (by_read_BGJSZ * C_BG1SZ).sum(-1, **exact)
-    grad_s_BGJS[..., -1] += left_BGJS.sum(-1) + (whole_BGJ11 * state_BGJDZ * grad_state_BGJDZ).sum(
-        (-1, -2), **exact
-    )
-    grad_a_BGJS1 = grad_s_BGJS.flip(-1).cumsum(-1).flip(-1)[..., None]
-    grad_state_BGJDZ = whole_BGJ11 * grad_state_BGJDZ + read_BGJSD.mT @ C_BG1SZ
-    return grad_state_BGJDZ, grad_X_BGJSD, grad_a_BGJS1, grad_B_BG1SZ, grad_C_BG1SZ
+    state_BGRPN: Tensor,
+    X_BGRQP: Tensor,
+    a_BGRQ1: Tensor,
+    B_BG1QN: Tensor,
+    C_BG1QN: Tensor,
+    dy_BGRQP: Tensor,
+    dstate_BGRPN: Tensor,
+) -> tuple[Tensor, ...]:
+    L_BGRQQ = segsum(a_BGRQ1[..., 0]).exp()
+    kept_BGRQ1 = _kept(a_BGRQ1)
+    end_BGRQ1 = L_BGRQQ[..., -1, :, None]
+    scores_BG1QQ = C_BG1QN @ B_BG1QN.mT
+    # X, through y and through the new state.
+    dX_BGRQP = (L_BGRQQ * scores_BG1QQ).mT @ dy_BGRQP
+    dX_BGRQP += end_BGRQ1 * (B_BG1QN @ dstate_BGRPN.mT)
+    # B and C are shared by the heads of a group: their gradients are sums over heads.
+    by_head_BGRQQ = (dy_BGRQP @ X_BGRQP.mT) * L_BGRQQ
+    dscores_BG1QQ = by_head_BGRQQ.sum(2, keepdim=True)
+    read_BGRQP = kept_BGRQ1 * dy_BGRQP
+    from_read_BGRQN = read_BGRQP @ state_BGRPN
+    from_write_BGRQN = (end_BGRQ1 * X_BGRQP) @ dstate_BGRPN
+    dB_BG1QN = dscores_BG1QQ.mT @ C_BG1QN + from_write_BGRQN.sum(2, keepdim=True)
+    dC_BG1QN = dscores_BG1QQ @ B_BG1QN + from_read_BGRQN.sum(2, keepdim=True)
+    # The decays, through L, through what is read of the old state and written into the new one.
+    M_BGRQQ = by_head_BGRQQ.mul_(scores_BG1QQ)
+    M_BGRQQ.diagonal(dim1=-2, dim2=-1).zero_()
+    wrote_BGRQ = (from_write_BGRQN * B_BG1QN).sum(-1, dtype=torch.float64)
+    wrote_BGRQ[..., -1] = 0
+    whole_BGR11 = kept_BGRQ1[..., -1:, :]
+    faded_BGRPN = whole_BGR11 * dstate_BGRPN
+    ds_BGRQ = M_BGRQQ.sum(-1, dtype=torch.float64) - M_BGRQQ.sum(-2, dtype=torch.float64)
+    ds_BGRQ += (from_read_BGRQN * C_BG1QN).sum(-1, dtype=torch.float64) - wrote_BGRQ
+    ds_BGRQ[..., -1] += wrote_BGRQ.sum(-1)
+    ds_BGRQ[..., -1] += (faded_BGRPN * state_BGRPN).sum((-1, -2), dtype=torch.float64)
+    da_BGRQ1 = ds_BGRQ.flip(-1).cumsum(-1).flip(-1)[..., None]
+    dstate_BGRPN = faded_BGRPN + read_BGRQP.mT @ C_BG1QN
+    return dstate_BGRPN, dX_BGRQP, da_BGRQ1, dB_BG1QN, dC_BG1QN
 
 
 class _ChunkedSSD(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, chunk, state_BGJDZ, *tensors
-    ):  # X, a, B and C; tokens are the last dimension but one
-        # What backward will need: the inputs, and the state in front of each chunk. No mask, no scores.
-        y_BGJSD, states = torch.empty_like(tensors[0]), []
-        ctx.chunks = [slice(t, t + chunk) for t in range(0, y_BGJSD.shape[3], chunk)]
-        for at in ctx.chunks:
-            states.append(state_BGJDZ)
-            y_BGJSD[..., at, :], state_BGJDZ = _chunk(
-                state_BGJDZ, *(t[..., at, :] for t in tensors)
-            )
-        ctx.save_for_backward(*tensors, *states)
-        return y_BGJSD, state_BGJDZ if states else state_BGJDZ.clone()
+    def forward(ctx, chunk, state_BGRPN, *inputs):  # X, a, B and C, tokens second to last
+        y_BGRTP = torch.empty_like(inputs[0])
+        states = []  # before each chunk
+        ctx.chunks = [slice(i, i + chunk) for i in range(0, y_BGRTP.shape[3], chunk)]
+        for tokens in ctx.chunks:
+            states.append(state_BGRPN)
+            of_chunk = [x[..., tokens, :] for x in inputs]
+            y_BGRTP[..., tokens, :], state_BGRPN = _chunk(state_BGRPN, *of_chunk)
+        ctx.save_for_backward(*inputs, *states)
+        return y_BGRTP, state_BGRPN if states else state_BGRPN.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_y_BGJSD, grad_state_BGJDZ):
-        tensors, states = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        grads = [torch.empty_like(t) for t in tensors]
-        with torch.autocast(grad_y_BGJSD.device.type, enabled=False):
-            for at, state_BGJDZ in zip(reversed(ctx.chunks), reversed(states)):
-                of_chunk = (t[..., at, :] for t in (*tensors, grad_y_BGJSD))
-                grad_state_BGJDZ, *parts = _chunk_backward(state_BGJDZ, *of_chunk, grad_state_BGJDZ)
+    def backward(ctx, dy_BGRTP, dstate_BGRPN):
+        inputs = ctx.saved_tensors[:4]
+        states = ctx.saved_tensors[4:]
+        grads = [torch.empty_like(x) for x in inputs]
+        with torch.autocast(dy_BGRTP.device.type, enabled=False):
+            # From the last chunk to the first: the state's gradient is handed backwards.
+            for tokens, state_BGRPN in zip(reversed(ctx.chunks), reversed(states)):
+                of_chunk = [x[..., tokens, :] for x in (*inputs, dy_BGRTP)]
+                dstate_BGRPN, *parts = _chunk_backward(state_BGRPN, *of_chunk, dstate_BGRPN)
                 for grad, part in zip(grads, parts):
-                    grad[..., at, :] = part
-        return None, grad_state_BGJDZ, *grads
+                    grad[..., tokens, :] = part
+        return None, dstate_BGRPN, *grads
 
 
-def ssd(x, dt, A, B, C, chunk, D=None, initial_state=None, starts=None) -> tuple[Tensor, Tensor]:
-    """The recurrence of Mamba-2 over a sequence, in chunks: y_i = C_i·state_i + D x_i.
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk: int,
+    D: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> Scanned:
+    """The recurrence of Mamba-2 in chunks: y_i = state_i C_i + D x_i.
 
     Args:
-        x: values, (B, S, N, D), any S. dt: step sizes, (B, S, N), positive. A: (N,), negative.
-        B, C: (B, S, G, Z); heads [g·J, (g + 1)·J) with J = N / G read and write with those of group g.
-        chunk: Q; changes no number beyond rounding. Work is S·(Q·(D + Z) + D·Z) a head; the inputs and S / Q
-            states are kept.
-        D: (N,), the way around the state, or None. initial_state: (B, N, D, Z); None is zeros.
-        starts: bool, (B, S), True where a document begins: there the state is forgotten.
+        x: values (B, T, H, P), any T. dt: step sizes (B, T, H), positive. A: (H), negative.
+        B, C: (B, T, G, N); heads g·R to (g + 1)·R − 1, R = H / G, use those of group g.
+        chunk: Q; the results do not depend on it. Work is T · (Q · (P + N) + P · N) per head.
+        D: (H), the skip, or None. initial_state: (B, H, P, N); None: zeros.
+        starts: bool (B, T), True where a document begins: there the state is forgotten.
 
-    Returns: y as x, and the state behind the last token, (B, N, D, Z). Computed in at least fp32, which the state stays
-    in. Differentiable once, in all of its tensors.
-    Raises: ValueError where heads do not divide into groups, or chunk < 1.
+    Returns: y as x, and the state after the last token (B, H, P, N), at least fp32, as is all
+        arithmetic. Differentiable once in every tensor; backward keeps the inputs and T / Q states.
+    Raises: ValueError where groups do not divide heads, or chunk < 1.
     Source: Mamba-2, section 6 of arXiv 2405.21060; backward: ours.
     """
     if x.shape[2] % B.shape[2] or chunk < 1:
-        raise ValueError(
-            f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}: groups divide heads, chunk > 0"
-        )
-    return _scan(
-        lambda *laid_out: _ChunkedSSD.apply(chunk, *laid_out),
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        initial_state,
-        starts,
-    )
+        found = f"{x.shape[2]} heads in {B.shape[2]} groups, chunk={chunk}"
+        raise ValueError(f"{found}: groups must divide heads, and chunk be at least 1")
+    form = partial(_ChunkedSSD.apply, chunk)
+    return _scan(form, x, dt, A, B, C, D, initial_state, starts)
 
 
-# ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
+# ── 1.2 The sequence over ranks: pass the state on ──────────────────────────────────────────────
 #
-# Before the recurrence each channel of x, B and C takes a weighted sum of its last K = 4 tokens, its own and K − 1
-# earlier ones: it costs little, and lets a token know what stood right before it. The *last* tap belongs to the
-# newest token. What a later token needs of the past is the K − 1 inputs before it, and inputs they are: what went into
-# the convolution, not what came out of it.
+# What does a segment of tokens do to the state before it? One token makes exp(a)·state + X ⊗ B of
+# it: a scalar times the state, plus a matrix. Two tokens do the same,
+#
+#     d₂ (d₁ · state + b₁) + b₂   =   d₂ d₁ · state  +  (d₂ b₁ + b₂)        d = exp(a), b = X ⊗ B
+#
+# and so do a million:
+#
+#     state ← decay · state + own        decay = exp of the sum of all a;  own: the scan from zero
+#
+# Each rank computes both alone. They are all-gathered, H·P·N values per sequence and rank, and one
+# decay per head. Each rank composes those of the ranks before it (an exclusive scan over ranks),
+# and adds what the incoming state contributes to its outputs:
+#
+#       rank 0                  rank 1                  rank 2
+#       scan from zero          scan from zero          scan from zero            no communication
+#       decay, own ─────────────────────────────────────────── all-gather
+#       in = 0                  in = own₀               in = decay₁·own₀ + own₁
+#                       y_i += exp(a_0 + … + a_i) · in · C_i                      no communication
+#
+# decay is that of the rank's whole segment, not of its last chunk: two ranks cannot show this
+# mistake, because rank 1 needs no decay.
+#
+# Every layer only looks back: the recurrence at a state, the convolution at K − 1 inputs, attention
+# at keys and values. So one operator serves all three, with its conjugate:
+#
+#     forward     all-gather; what comes from this rank and later ones is replaced by zeros
+#     backward    reduce-scatter: all later ranks have used this rank's x
+#
+# Zeros, and not a shorter list: on rank 0 that list would be empty, its graph would not lead to the
+# reduce-scatter, and the other ranks would wait for it. (Half of the bytes are sent for nothing;
+# sends to each later rank would save them.)
 
 
-def causal_conv1d(u_BSC, weight_CK, bias_C, previous_BKC=None, document=None) -> Tensor:
-    """Each channel's weighted sum over its last K tokens, as long as u, with bias and no activation.
+def _from_earlier(x: Tensor, group: Group) -> Tensor:
+    x_of_ranks = torch.stack(_all_gather(x, group).chunk(group_size(group), -1))
+    x_of_ranks[group_rank(group) :] = 0
+    return x_of_ranks
 
-    previous_BKC: the tokens before u, of which the last K − 1 count; where there are fewer, or it is None, zeros.
-    document: (B, K − 1 + S) numbers of the documents of the K − 1 tokens before and of u; what belongs to another
-    document is not looked at.
-    Source: Mamba.
+
+def _to_earlier(partial_of_ranks: Tensor, group: Group) -> Tensor:
+    # A copy, not a view of the incoming gradient, which may have other users.
+    partial_of_ranks = partial_of_ranks.clone(memory_format=torch.contiguous_format)
+    partial_of_ranks[group_rank(group) :] = 0
+    total = torch.empty_like(partial_of_ranks[0])
+    dist.reduce_scatter(total, list(partial_of_ranks), group=group)
+    return total
+
+
+def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
+    """x of the earlier ranks, (ranks, *x.shape); zeros at this rank's index and the later ones.
+
+    The gradient is the sum of the later ranks' gradients. Collective in forward and in backward.
+    Args: x (...), of one shape on every rank. Source: ours.
     """
-    S, K = u_BSC.shape[1], weight_CK.shape[1]
-    zeros_BKC, y_BSC = u_BSC.new_zeros(u_BSC.shape[0], K - 1, u_BSC.shape[2]), bias_C
-    padded_BSC = torch.cat([t for t in (zeros_BKC, previous_BKC, u_BSC) if t is not None], 1)[
-        :, 1 - K - S :
-    ]
-    for tap in range(K):
-        of_tap_BSC = padded_BSC[:, tap : tap + S]
-        if document is not None:
-            of_tap_BSC = (
-                of_tap_BSC * (document[:, tap : tap + S] == document[:, K - 1 :])[..., None]
-            )
-        y_BSC = torch.addcmul(y_BSC, of_tap_BSC, weight_CK[:, tap])
-    return y_BSC.to(u_BSC.dtype)
+    if group_size(group) == 1:
+        return x.new_zeros(1, *x.shape)
+    return _Conjugate.apply(x, group, _from_earlier, _to_earlier)
 
 
-# ── 1.3 The Mamba-2 layer ───────────────────────────────────────────────────────────────────────────────
+def ssd_context_parallel(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk: int,
+    D: Tensor | None = None,
+    group: Group = None,
+    starts: Tensor | None = None,
+) -> Scanned:
+    """`ssd` over a sequence that is sharded over `group`, in any lengths but 0. Collective.
+
+    Args: x, dt, A, B, C, chunk, D and starts as `ssd`'s, of this rank's tokens.
+    Returns: y (B, t, H, P), and the state after its last token: the last rank has the
+    sequence's. Sends H·P·(N + 1) values per sequence and
+    rank, in forward and in backward, for any length.
+    Source: derived above; the operator of Mamba's parallel scan (Gu and Dao, 2023).
+    """
+    if group_size(group) == 1:
+        return ssd(x, dt, A, B, C, chunk, D, None, starts)
+    # In fp32, so that y is rounded once, when it is complete.
+    y_BtHP, own_BHPN = ssd(at_least_fp32(x), dt, A, B, C, chunk, D, None, starts)
+    kept_BtH = _kept(log_decay(dt, A, starts))
+    decay_BHP1 = kept_BtH[:, -1, :, None, None].expand(*own_BHPN.shape[:3], 1)
+    # One message: the decay is one more column of the state.
+    messages = from_earlier_ranks(torch.cat([own_BHPN, decay_BHP1], -1), group)
+    in_BHPN = messages[0, ..., :-1]  # right on rank 1; on rank 0 these are zeros
+    for message_BHPM in messages[1 : group_rank(group)]:
+        in_BHPN = message_BHPM[..., -1:] * in_BHPN + message_BHPM[..., :-1]
+    with torch.autocast(x.device.type, enabled=False):
+        in_BGRPN = rearrange(in_BHPN, "B (G R) P N -> B G R P N", G=B.shape[2])
+        read_BtGRP = einsum(at_least_fp32(C), in_BGRPN, "B t G N, B G R P N -> B t G R P")
+        read_BtHP = rearrange(read_BtGRP, "B t G R P -> B t (G R) P")
+    y_BtHP = y_BtHP + kept_BtH[..., None] * read_BtHP
+    return y_BtHP.to(x.dtype), own_BHPN + decay_BHP1 * in_BHPN
+
+
+# The convolution needs the last K − 1 inputs of the rank before (a halo), attention all earlier
+# keys and values. That message grows with the sequence: the price of exact recall. (Later ranks
+# attend to more keys. Balancing that, and hiding messages under GEMMs as ring attention does, is
+# left out.)
 #
-#     x_BSH ──· in_proj ──► z │ x  B  C │ dt            one projection, in this order, N·D + (N·D + 2·G·Z) + N wide
-#                           │ └─ conv ─┘  │
-#                           │    silu   softplus(dt + dt_bias)
-#                           │      └─ ssd ─┘            A = −exp(A_log), so that no step of training makes it positive
-#                       silu(z) ─────·                  the gate, and then the norm: they cannot be swapped
-#                              grouped norm             a mean square for each group of heads, not one over all channels
-#                                out_proj ──► y_BSH
+# Megatron-LM's context parallelism exchanges tokens for heads by an all-to-all before the
+# convolution, and back after the scan. Its messages are as large as the activations.
+
+
+def halo(u_BtC: Tensor, width: int, group: Group = None) -> Tensor:
+    """The last `width` tokens of the rank before, (B, width, C); zeros on the first. Collective.
+
+    Raises: ValueError where this rank has fewer tokens; the others would wait, so check all lengths
+        first. Source: ours.
+    """
+    t = u_BtC.shape[1]
+    if t < width:
+        raise ValueError(f"{t} tokens on this rank; the next one needs the last {width} of them")
+    # Rank 0 takes index −1, the last rank's: always zeros.
+    return from_earlier_ranks(u_BtC[:, t - width :], group)[group_rank(group) - 1]
+
+
+def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) -> Tensor:
+    """Keys and values (B, G, t, 2P) of this rank and all earlier ones, (B, G, S, 2P). Collective.
+
+    Args: lengths: tokens of each rank; messages are padded to the longest.
+    Source: ours.
+    """
+    padding = max(lengths) - kv_BGtP.shape[2]
+    of_ranks = from_earlier_ranks(F.pad(kv_BGtP, (0, 0, 0, padding)), group)
+    earlier = lengths[: group_rank(group)]
+    parts = [kv[:, :, :length] for kv, length in zip(of_ranks, earlier)]
+    # The later ranks' zeros with length 0: so every rank's graph leads to the reduce-scatter.
+    parts += [kv[:, :, :0] for kv in of_ranks[len(parts) :]]
+    return torch.cat([*parts, kv_BGtP], 2)
+
+
+# ── 1.3 Heads over ranks ────────────────────────────────────────────────────────────────────────
 #
-# The groups of the norm look like a detail. They are what lets tensor parallelism cut the layer by heads without one
-# word between ranks.
+# Tensor parallelism is chapter 2's: project to this rank's heads, compute, project back to a
+# partial sum. The Mamba layer computes each channel of the convolution, each head of the recurrence
+# and each group of the norm alone. So a rank's layer is the *plain* layer with smaller sizes,
+# between the operators of chapter 2:
+#
+#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x    1 + 1 all-reduces
+#
+# Only the split of in_proj is new: its rows are [z, x, B, C, dt], so the first half of the rows is
+# not the first half of the heads. Each of the five is sharded separately (part 3).
+#
+# With fewer groups than ranks, neighbouring ranks need the same B and C, and each has a copy of
+# their weights (Megatron-LM refuses this). Two things follow:
+#
+# · The channels of a group are on several ranks, and the norm needs one mean square over them: a
+#   scalar per token is summed over these ranks, in forward and in backward.
+# · Each copy gets the gradient of its own heads, a partial sum. It is all-reduced at the *weights*,
+#   once per step (part 4). All-reduced at the activations B and C, each copy's contribution to dx
+#   would be complete already, and copy_to_tp would sum it once more.
+
+# ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
-class Past:
-    """Where tokens stand in their sequence, and what the layers see of those before: here nothing, x is the beginning.
+class HybridConfig:
+    """Sizes of a hybrid; `flag` makes a field a flag too. Raises ValueError where they clash."""
 
-    Two others answer the same questions: `CachedPast` (section 1.6), where the past has gone through the model before,
-    and `RankPast` (section 2.5), where it is on other ranks. No layer knows which one it has. x (B, S, N, D) and its
-    companions are those of `ssd`. Source: ours.
-    """
+    vocab_size: int = 256
+    hidden_size: int = flag(128, "model width, D", least=1)
+    pattern: str = flag("M-M*-M-", "one letter per layer: M Mamba-2, * attention, - feed-forward")
+    ffn_hidden_size: int = flag(512, "feed-forward size, F; tp must divide it", least=1)
+    mamba_heads: int = flag(8, "heads of a Mamba layer, H; tp must divide them", least=1)
+    mamba_head_size: int = 32  # P
+    mamba_groups: int = flag(2, "groups of heads that share B and C, G", least=1)
+    state_size: int = flag(32, "size of a state, N", least=1)
+    conv_kernel: int = 4  # K
+    chunk: int = flag(64, "tokens of a chunk, Q", least=1)
+    attention_heads: int = flag(4, "query heads; tp must divide them", least=1)
+    attention_groups: int = flag(2, "groups of them that share keys and values", least=1)
+    attention_head_size: int = 32
+    rope: float = 0.0  # fraction of a head that is rotated by position; the papers' hybrids: none
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    A_init: tuple[float, float] = (1.0, 16.0)  # initial −A of a head: uniform in this range
+    dt_init: tuple[float, float] = (1e-3, 0.1)  # initial dt: log-uniform in this range
+    seed: int = 0  # the initial weights are a function of this configuration alone
 
-    first: int = 0  # the number of tokens before
-    document_BS: Tensor | None = (
-        None  # of all tokens of the sequence, the number of the document; None: there is one
+    def __post_init__(self):
+        if not self.pattern or set(self.pattern) - set("M*-"):
+            text = f"pattern={self.pattern!r}: write M, * or - for each layer"
+            raise ValueError(f"{text}, and nothing else")
+        for name, value in vars(self).items():
+            least = 2 if name == "conv_kernel" else 1
+            if isinstance(value, int) and name not in ("seed", "rope") and value < least:
+                raise ValueError(f"{name}={value}: it must be at least {least}")
+        for kind in ("mamba", "attention"):
+            heads = getattr(self, f"{kind}_heads")
+            groups = getattr(self, f"{kind}_groups")
+            if heads % groups:
+                sizes = f"{kind}_heads={heads} do not divide into {kind}_groups={groups}"
+                raise ValueError(f"{sizes}: choose a multiple")
+        if not 0 <= self.rope <= 1 or round(self.rope * self.attention_head_size) % 2:
+            size = f"rope={self.rope} of {self.attention_head_size}"
+            raise ValueError(f"{size}: an even number of elements of each head is rotated")
+
+
+# ── 2.1 Layers ──────────────────────────────────────────────────────────────────────────────────
+#
+#     x_BTD ──· in_proj ──► z │ x  B  C │ dt      one GEMM, 2·H·P + 2·G·N + H outputs in this order
+#                           │ └─ conv ─┘  │
+#                           │    silu   softplus(dt + dt_bias)
+#                           │      └─ ssd ─┘      A = −exp(A_log), which no optimizer step makes > 0
+#                       silu(z) ─────·            the gate, then the norm: they do not commute
+#                              grouped norm       one mean square for each group of heads
+#                                out_proj ──► y_BTD
+#
+# The grouped norm is what makes tensor parallelism by heads possible without a message.
+#
+# Layers look back at earlier tokens. In training these are in x, or on other ranks. In decoding
+# they have passed the model before, and a `LayerState` has what is left of them: for a Mamba layer
+# the state and the last inputs of the convolution, of constant size; for attention all keys and
+# values; for a feed-forward layer nothing. A prompt goes through `ssd` (prefill), each further
+# token is one step of `ssd_recurrent`.
+
+
+@dataclass
+class LayerState:
+    """What decoding keeps of earlier tokens in one layer; the layer fills in its own fields."""
+
+    capacity: int  # tokens that kv_2BGSP has room for
+    conv_BKC: Tensor | None = (
+        None  # last inputs of the convolution (K as published; K − 1 would do)
     )
+    ssm_BHPN: Tensor | None = None  # the state, at least fp32: it sums small terms for long
+    kv_2BGSP: Tensor | None = None  # keys and values
 
-    def documents(self, before: int, S: int) -> Tensor | None:
-        """The document's number for `before` tokens in front of `first`, and for S from there on."""
-        if self.document_BS is None:
-            return None
-        index = torch.arange(self.first - before, self.first + S, device=self.document_BS.device)
-        return self.document_BS[
-            :, index.clamp(min=0)
-        ]  # in front of the first token of all there are only zeros
 
-    def starts(self, S: int) -> Tensor | None:
-        """True where a document begins, for S tokens from `first` on."""
-        document = self.documents(1, S)
-        return None if document is None else document[:, 1:] != document[:, :-1]
+@dataclass
+class Span:
+    """Which tokens of their sequences a layer's input x_BTD is."""
 
-    def inputs(self, u_BSC: Tensor, K: int) -> Tensor | None:
-        """The convolution's inputs in front of u, the last K − 1 or more; None are zeros."""
+    first: int = 0  # tokens before them
+    document_BS: Tensor | None = None  # document index of each token up to their last; None: one
+    lengths: list[int] | None = None  # tokens of each context-parallel rank; None: not sharded
+
+
+# Where documents are packed into one sequence, nothing may pass from one to the next, in any kind
+# of layer: the recurrence forgets, convolution and attention are masked.
+
+
+def last_documents(document_BS: Tensor | None, T: int, earlier: int) -> Tensor | None:
+    """Document indices of the last T tokens and of `earlier` tokens before; None stays None.
+
+    Args: document_BS, of all S tokens. Returns: (B, earlier + T). Before the first token of all,
+    its own index is repeated: layers have zeros there.
+    """
+    if document_BS is None:
         return None
+    S = document_BS.shape[1]
+    index = torch.arange(S - T - earlier, S, device=document_BS.device)
+    return document_BS[:, index.clamp(min=0)]
 
-    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        """`ssd`'s y, (B, S, N, D)."""
-        return ssd(x, dt, A, B, C, chunk, D, None, self.starts(x.shape[1]))[0]
 
-    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values from the first token of the sequence to the last of x, (B, G, T, D) each."""
-        return k_BGSD, v_BGSD
+def starts_of(document_BS: Tensor | None, T: int) -> Tensor | None:
+    """True where a document begins, for the last T tokens, (B, T); None stays None."""
+    last = last_documents(document_BS, T, 1)
+    return None if last is None else last[:, 1:] != last[:, :-1]
+
+
+def causal_conv1d(
+    u_BTC: Tensor,
+    weight_CK: Tensor,
+    bias_C: Tensor,
+    earlier_BKC: Tensor | None = None,
+    document: Tensor | None = None,
+) -> Tensor:
+    """Each channel's weighted sum of its last K inputs, (B, T, C); the last weight is the newest's.
+
+    Args: earlier_BKC: inputs before u, any number of them; None and missing ones are zeros.
+        document: (B, K − 1 + T), document indices of the K − 1 tokens before u and of u; inputs of
+        another document count as zeros. Source: Mamba.
+    """
+    T = u_BTC.shape[1]
+    K = weight_CK.shape[1]
+    inputs = [u_BTC] if earlier_BKC is None else [earlier_BKC, u_BTC]
+    # Zeros first, then the last K − 1 + T inputs.
+    padded = F.pad(torch.cat(inputs, 1), (0, 0, K - 1, 0))[:, 1 - K - T :]
+    y_BTC = bias_C
+    for tap in range(K):
+        input_BTC = padded[:, tap : tap + T]
+        if document is not None:
+            is_same_BT = document[:, tap : tap + T] == document[:, K - 1 :]
+            input_BTC = input_BTC * is_same_BT[..., None]
+        y_BTC = torch.addcmul(y_BTC, input_BTC, weight_CK[:, tap])
+    return y_BTC.to(u_BTC.dtype)
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean of x² + eps), each of `groups` slices of the last dimension by itself, times a weight; in fp32."""
+    """x / √(mean of x² + eps) · weight, x_BTC to (B, T, C), in fp32.
+
+    Args: groups: slices of the last dimension with a mean of their own.
+    """
 
     def __init__(self, size: int, eps: float = 1e-5, groups: int = 1):
         super().__init__()
-        self.eps, self.groups, self.weight = eps, groups, nn.Parameter(torch.ones(size))
+        self.eps = eps
+        self.groups = groups
+        self.weight = nn.Parameter(torch.ones(size))
 
-    def mean_square(self, x_BSGC: Tensor) -> Tensor:
-        return x_BSGC.square().mean(-1, keepdim=True)
+    def mean_square(self, x_BTGC: Tensor) -> Tensor:
+        return x_BTGC.square().mean(-1, keepdim=True)
 
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSGC = at_least_fp32(x_BSH).unflatten(-1, (self.groups, -1))
-        y_BSGC = x_BSGC * (self.mean_square(x_BSGC) + self.eps).rsqrt()
-        return (y_BSGC.flatten(-2) * at_least_fp32(self.weight)).to(x_BSH.dtype)
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        x_BTGC = at_least_fp32(x_BTC).unflatten(-1, (self.groups, -1))
+        y_BTGC = x_BTGC * (self.mean_square(x_BTGC) + self.eps).rsqrt()
+        return (y_BTGC.flatten(-2) * at_least_fp32(self.weight)).to(x_BTC.dtype)
 
 
 class Mamba2Mixer(nn.Module):
-    """A Mamba-2 layer without its norm and residual connection: x_BSH to (B, S, H), as the published models have it.
+    """A Mamba-2 layer without its norm and residual connection, x_BTD to (B, T, D).
 
-    Source: Mamba-2; Megatron-LM's layer.
+    Args of `scan`: x, dt, A, B, C and starts as `ssd`'s.
+    Source: Mamba-2; the order of in_proj's rows is that of the published models.
     """
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config, N, inner = (
-            config,
-            config.mamba_heads,
-            config.mamba_heads * config.mamba_head_size,
-        )
-        self.convolved = [inner, *2 * [config.mamba_groups * config.state_size]]  # x, B, C
-        self.projected = [inner, sum(self.convolved), N]  # z, those three, dt
+        self.config = config
+        H = config.mamba_heads
+        inner = H * config.mamba_head_size
+        group_channels = config.mamba_groups * config.state_size
+        self.convolved = [inner, group_channels, group_channels]  # x, B, C
+        self.projected = [inner, sum(self.convolved), H]  # z, those three, dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(self.projected[1], config.conv_kernel))
-        self.conv_bias = nn.Parameter(torch.empty(self.projected[1]))
-        self.dt_bias, self.A_log, self.D = (nn.Parameter(torch.empty(N)) for _ in range(3))
+        self.conv_weight = nn.Parameter(torch.empty(sum(self.convolved), config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(sum(self.convolved)))
+        self.dt_bias = nn.Parameter(torch.empty(H))
+        self.A_log = nn.Parameter(torch.empty(H))
+        self.D = nn.Parameter(torch.empty(H))
         self.norm = RMSNorm(inner, config.norm_eps, config.mamba_groups)
         self.out_proj = nn.Linear(inner, config.hidden_size, bias=False)
         for name, p in self.named_parameters():
             if not p.is_meta:
                 p.data.copy_(initial_value(name, p.shape, config))
 
-    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
-        # The order of the rows of in_proj is the published one; z and dt do not go through the convolution.
-        config, past, S = self.config, past or Past(), x_BSH.shape[1]
-        z_BSC, u_BSC, dt_BSN = self.in_proj(x_BSH).split(self.projected, -1)
-        before, documents = (
-            past.inputs(u_BSC, config.conv_kernel),
-            past.documents(config.conv_kernel - 1, S),
-        )
-        u_BSC = F.silu(causal_conv1d(u_BSC, self.conv_weight, self.conv_bias, before, documents))
-        x_BSC, *BC_BSC = u_BSC.split(self.convolved, -1)
-        x_BSND = rearrange(x_BSC, "B S (N D) -> B S N D", D=config.mamba_head_size)
-        B_BSGZ, C_BSGZ = (rearrange(t, "B S (G Z) -> B S G Z", Z=config.state_size) for t in BC_BSC)
-        dt_BSN, A_N = (
-            F.softplus(at_least_fp32(dt_BSN) + at_least_fp32(self.dt_bias)),
-            -at_least_fp32(self.A_log).exp(),
-        )
-        y_BSND = past.scan(x_BSND, dt_BSN, A_N, B_BSGZ, C_BSGZ, config.chunk, self.D)
-        # The gate first: norm(y · silu(z)). The norm of y, gated afterwards, is another function.
-        y_BSC = at_least_fp32(rearrange(y_BSND, "B S N D -> B S (N D)")) * F.silu(
-            at_least_fp32(z_BSC)
-        )
-        return self.out_proj(self.norm(y_BSC).to(x_BSH.dtype))
+    def forward(
+        self, x_BTD: Tensor, span: Span | None = None, state: LayerState | None = None
+    ) -> Tensor:
+        config = self.config
+        document_BS = span.document_BS if span else None
+        T = x_BTD.shape[1]
+        z_BTC, u_BTC, dt_BTH = self.in_proj(x_BTD).split(self.projected, -1)
+        earlier_BKC = self.earlier_inputs(u_BTC, state)
+        document = last_documents(document_BS, T, config.conv_kernel - 1)
+        v_BTC = causal_conv1d(u_BTC, self.conv_weight, self.conv_bias, earlier_BKC, document)
+        x_BTC, B_BTC, C_BTC = F.silu(v_BTC).split(self.convolved, -1)
+        x_BTHP = rearrange(x_BTC, "B T (H P) -> B T H P", P=config.mamba_head_size)
+        B_BTGN = rearrange(B_BTC, "B T (G N) -> B T G N", N=config.state_size)
+        C_BTGN = rearrange(C_BTC, "B T (G N) -> B T G N", N=config.state_size)
+        dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(self.dt_bias))
+        A_H = -at_least_fp32(self.A_log).exp()
+        starts_BT = starts_of(document_BS, T)
+        y_BTHP = self.scan(x_BTHP, dt_BTH, A_H, B_BTGN, C_BTGN, starts_BT, state)
+        y_BTC = at_least_fp32(rearrange(y_BTHP, "B T H P -> B T (H P)"))
+        # norm(y · silu(z)); norm(y) · silu(z) is another function.
+        gated_BTC = y_BTC * F.silu(at_least_fp32(z_BTC))
+        return self.out_proj(self.norm(gated_BTC).to(x_BTD.dtype))
+
+    def earlier_inputs(self, u_BTC: Tensor, state: LayerState | None) -> Tensor | None:
+        """The convolution's inputs before u_BTC, None for zeros; `state` gets the newest."""
+        if state is None:
+            return None
+        earlier_BKC = u_BTC[:, :0] if state.conv_BKC is None else state.conv_BKC
+        K = self.config.conv_kernel
+        state.conv_BKC = torch.cat([earlier_BKC, u_BTC[:, -K:].detach()], 1)[:, -K:]
+        return earlier_BKC
+
+    def scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        starts: Tensor | None,
+        state: LayerState | None,
+    ) -> Tensor:
+        """`ssd`'s y (B, T, H, P); the recurrence goes on from `state`, and leaves its own there."""
+        chunk = self.config.chunk
+        if state is None:
+            return ssd(x, dt, A, B, C, chunk, self.D, None, starts)[0]
+        if x.shape[1] == 1:
+            y, ssm_BHPN = ssd_recurrent(x, dt, A, B, C, self.D, state.ssm_BHPN, starts)
+        else:
+            y, ssm_BHPN = ssd(x, dt, A, B, C, chunk, self.D, state.ssm_BHPN, starts)
+        state.ssm_BHPN = ssm_BHPN.detach()
+        return y
 
 
-# ── 1.4 Attention, feed-forward, and the model ──────────────────────────────────────────────────────────
-#
-# A state of fixed size must choose what it remembers. Attention forgets nothing, and pays for it with the keys and
-# values of every token. A hybrid takes many layers of the first kind and a few of the second. Query heads share keys
-# and values in groups. There is no position embedding: the Mamba layers know the order already. (`rope` is for the
-# Transformer that one wants to compare with.)
-#
-# Each letter of the pattern is one residual layer of its own, x ← x + f(norm(x)): attention and its feed-forward layer
-# are two. No bias anywhere but in the convolution, and a head of its own, not tied to the embedding.
+# Query heads share keys and values in groups. There is no position embedding, because the Mamba
+# layers are sensitive to order. (`rope` is for Transformers to compare with.)
 
 
-def rotate(x_BNSD: Tensor, first: int, share: float, base: float = 10_000.0) -> Tensor:
-    """Rotary embedding on the first `share` of each head, R numbers, for tokens first, first + 1, …
+def rotate(x_BHTP: Tensor, first: int, fraction: float, base: float = 10_000.0) -> Tensor:
+    """Rotary embedding of the first `fraction` of each head, for tokens first, first + 1, …
 
-    Element i turns with element i + R/2. Returns: the shape and dtype of x_BNSD.
+    Element i is rotated with element i + E/2 of the E elements. Returns: x's shape and dtype.
     Source: RoFormer, arXiv 2104.09864.
     """
-    S, R, exact = (
-        x_BNSD.shape[-2],
-        round(share * x_BNSD.shape[-1]),
-        dict(dtype=torch.float64, device=x_BNSD.device),
-    )
-    if not R:
-        return x_BNSD
-    angle_SR = torch.arange(first, first + S, **exact)[:, None] * base ** (
-        -torch.arange(0, R, 2, **exact) / R
-    )
-    turn_SR = torch.polar(torch.ones_like(angle_SR), angle_SR).to(
-        at_least_fp32(x_BNSD).dtype.to_complex()
-    )
-    turned_BNSR = torch.complex(*at_least_fp32(x_BNSD[..., :R]).chunk(2, -1)) * turn_SR
-    return torch.cat(
-        [turned_BNSR.real.to(x_BNSD.dtype), turned_BNSR.imag.to(x_BNSD.dtype), x_BNSD[..., R:]], -1
-    )
+    T = x_BHTP.shape[-2]
+    E = round(fraction * x_BHTP.shape[-1])
+    if not E:
+        return x_BHTP
+    exact = {"dtype": torch.float64, "device": x_BHTP.device}
+    frequency_E = base ** (-torch.arange(0, E, 2, **exact) / E)
+    angle_TE = torch.arange(first, first + T, **exact)[:, None] * frequency_E
+    x_BHTE = at_least_fp32(x_BHTP[..., :E])
+    rotation_TE = torch.polar(torch.ones_like(angle_TE), angle_TE).to(x_BHTE.dtype.to_complex())
+    y_BHTE = torch.complex(*x_BHTE.chunk(2, -1)) * rotation_TE
+    parts = [y_BHTE.real.to(x_BHTP.dtype), y_BHTE.imag.to(x_BHTP.dtype), x_BHTP[..., E:]]
+    return torch.cat(parts, -1)
+
+
+def causal_mask(T: int, S: int, document_BS: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which of S tokens the last T see, (T, S) or (B, 1, T, S); None: plainly causal, T = S."""
+    if document_BS is None and T == S:
+        return None
+    mask_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    if document_BS is None:
+        return mask_TS
+    is_same_BTS = document_BS[:, S - T :, None] == document_BS[:, None, :]
+    return (mask_TS & is_same_BTS)[:, None]
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention, x_BSH to (B, S, H)."""
+    """Causal grouped-query attention, x_BTD to (B, T, D). Source: the study."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
-        self.config, H, D = config, config.hidden_size, config.attention_head_size
-        self.q_proj = nn.Linear(H, config.attention_heads * D, bias=False)
-        self.k_proj, self.v_proj = (
-            nn.Linear(H, config.attention_groups * D, bias=False) for _ in range(2)
-        )
-        self.o_proj = nn.Linear(config.attention_heads * D, H, bias=False)
+        self.config = config
+        D = config.hidden_size
+        P = config.attention_head_size
+        self.q_proj = nn.Linear(D, config.attention_heads * P, bias=False)
+        self.k_proj = nn.Linear(D, config.attention_groups * P, bias=False)
+        self.v_proj = nn.Linear(D, config.attention_groups * P, bias=False)
+        self.o_proj = nn.Linear(config.attention_heads * P, D, bias=False)
 
-    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
-        past, S, D = past or Past(), x_BSH.shape[1], self.config.attention_head_size
-        projections, split = (self.q_proj, self.k_proj, self.v_proj), "B S (N D) -> B N S D"
-        q_BNSD, k_BGSD, v_BGSD = (rearrange(linear(x_BSH), split, D=D) for linear in projections)
-        k_BGTD, v_BGTD = past.keys(
-            rotate(k_BGSD, past.first, self.config.rope), v_BGSD
-        )  # T: up to the last of x
-        q_BNSD, T = rotate(q_BNSD, past.first, self.config.rope), k_BGTD.shape[2]
-        if (
-            S == 1 and past.document_BS is None
-        ):  # one token sees all: the heads of a group are queries of one head
-            q_BGJD = rearrange(q_BNSD, "B (G J) 1 D -> B G J D", G=k_BGTD.shape[1])
-            y_BNSD = F.scaled_dot_product_attention(q_BGJD, k_BGTD, v_BGTD).flatten(1, 2)[
-                :, :, None
-            ]
+    def forward(
+        self, x_BTD: Tensor, span: Span | None = None, state: LayerState | None = None
+    ) -> Tensor:
+        span = span or Span()
+        by_head = "B T (H P) -> B H T P"
+        P = self.config.attention_head_size
+        q_BHTP = rearrange(self.q_proj(x_BTD), by_head, P=P)
+        k_BGTP = rearrange(self.k_proj(x_BTD), by_head, P=P)
+        v_BGTP = rearrange(self.v_proj(x_BTD), by_head, P=P)
+        q_BHTP = rotate(q_BHTP, span.first, self.config.rope)
+        k_BGTP = rotate(k_BGTP, span.first, self.config.rope)
+        k_BGSP, v_BGSP = self.all_keys(k_BGTP, v_BGTP, span, state)
+        if x_BTD.shape[1] == 1 and span.document_BS is None:
+            # One token sees all: the heads of a group are queries of one head.
+            q_BGRP = rearrange(q_BHTP, "B (G R) 1 P -> B G R P", G=k_BGSP.shape[1])
+            y_BGRP = F.scaled_dot_product_attention(q_BGRP, k_BGSP, v_BGSP)
+            y_BHTP = rearrange(y_BGRP, "B G R P -> B (G R) 1 P")
         else:
-            mask = torch.ones(S, T, dtype=torch.bool, device=x_BSH.device).tril(T - S)
-            if (document := past.document_BS) is not None:
-                mask = (mask & (document[:, T - S : T, None] == document[:, None, :T]))[:, None]
-            elif T == S:
-                mask = None  # plainly causal, for which the kernels need no mask
-            causal = dict(attn_mask=mask, is_causal=mask is None)
-            y_BNSD = F.scaled_dot_product_attention(
-                q_BNSD, k_BGTD, v_BGTD, enable_gqa=True, **causal
+            mask = causal_mask(q_BHTP.shape[2], k_BGSP.shape[2], span.document_BS, x_BTD.device)
+            y_BHTP = F.scaled_dot_product_attention(
+                q_BHTP, k_BGSP, v_BGSP, mask, is_causal=mask is None, enable_gqa=True
             )
-        return self.o_proj(rearrange(y_BNSD, "B N S D -> B S (N D)"))
+        return self.o_proj(rearrange(y_BHTP, "B H T P -> B T (H P)"))
+
+    def all_keys(
+        self, k_BGTP: Tensor, v_BGTP: Tensor, span: Span, state: LayerState | None
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens up to the last of these, (B, G, S, P) each."""
+        if state is None:
+            return k_BGTP, v_BGTP
+        kv_2BGTP = torch.stack([k_BGTP, v_BGTP])
+        if state.kv_2BGSP is None:
+            B, G, _, P = k_BGTP.shape
+            state.kv_2BGSP = kv_2BGTP.new_zeros(2, B, G, state.capacity, P)
+        last = span.first + k_BGTP.shape[2]
+        state.kv_2BGSP[..., span.first : last, :] = kv_2BGTP
+        k_BGSP, v_BGSP = state.kv_2BGSP[..., :last, :]
+        return k_BGSP, v_BGSP
 
 
 class SquaredReLUMLP(nn.Module):
-    """The feed-forward layer relu(x W1)² W2, x_BSH to (B, S, H)."""
+    """The feed-forward layer relu(x W1)² W2, x_BTD to (B, T, D). Source: Nemotron-H."""
 
     def __init__(self, config: HybridConfig):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=False)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=False)
 
-    def forward(self, x_BSH: Tensor, past: Past | None = None) -> Tensor:
-        return self.down_proj(F.relu(self.up_proj(x_BSH)).square())
+    def forward(
+        self, x_BTD: Tensor, span: Span | None = None, state: LayerState | None = None
+    ) -> Tensor:
+        y_BTF = F.relu(self.up_proj(x_BTD)).square()
+        return self.down_proj(y_BTF)
 
 
-KINDS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
+# ── 2.2 The plain model ─────────────────────────────────────────────────────────────────────────
+#
+# Each letter of the pattern is one layer with norm and residual connection, x + f(norm(x)):
+# attention and its feed-forward layer are two. There is no bias but in the convolution, and the
+# output layer is not tied to the embedding.
+
+LAYERS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
+
+
+@dataclass
+class Cache:
+    """What decoding needs of the tokens so far. Make it with `HybridLM.new_cache`."""
+
+    capacity: int  # tokens of a sequence that it has room for
+    layers: list[LayerState]
+    tokens: int = 0  # of each sequence, so far
+    document_BS: Tensor | None = None  # their document indices; None: one document
+
+    def admit(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Span:
+        """Counts these tokens in. Raises: ValueError where they do not fit, and changes nothing."""
+        first = self.tokens
+        last = first + tokens_BT.shape[1]
+        if last > self.capacity:
+            raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
+        self.tokens = last
+        if starts_BT is not None or self.document_BS is not None:
+            starts = torch.zeros_like(tokens_BT) if starts_BT is None else starts_BT
+            if self.document_BS is None:
+                self.document_BS = tokens_BT.new_zeros(len(tokens_BT), first)
+            before_B1 = self.document_BS[:, -1:] if first else 0
+            self.document_BS = torch.cat([self.document_BS, before_B1 + starts.cumsum(1)], 1)
+        return Span(first, self.document_BS)
 
 
 class HybridLM(nn.Module):
-    """The single-device model: tokens_BS (int64) to logits (B, S, V).
+    """The single-device model: tokens_BT (int64) to logits_BTV.
 
-    starts_BS: bool, True where a document begins, for documents packed into one sequence: nothing passes from one to
-    the next, in no kind of layer. cache: a `Cache`, for decoding; its sequence goes on with these tokens. last: logits
-    of the last token alone, (B, 1, V).
+    starts_BT: bool, True where a document begins, for documents packed into one sequence: nothing
+    passes from one to the next. cache: goes on after its tokens. last: logits of the last token
+    alone, (B, 1, V).
 
-    Raises: ValueError for documents and a cache. Source: the study; Nemotron-H.
+    Args: layers: what to build for each letter of the pattern.
+    Source: the study; Nemotron-H.
     """
 
-    def __init__(self, config: HybridConfig):
+    def __init__(self, config: HybridConfig, layers: dict[str, Callable] = LAYERS):
         super().__init__()
-        self.config, H, eps = config, config.hidden_size, config.norm_eps
-        self.embedding = nn.Embedding(config.vocab_size, H)
-        layers = [dict(norm=RMSNorm(H, eps), mixer=KINDS[kind](config)) for kind in config.pattern]
-        self.layers, self.final_norm = nn.ModuleList(map(nn.ModuleDict, layers)), RMSNorm(H, eps)
-        self.head = nn.Linear(H, config.vocab_size, bias=False)
-        if (
-            not self.head.weight.is_meta
-        ):  # on "meta" are shapes without memory: `parameter_shapes` asks for those
+        self.config = config
+        D = config.hidden_size
+        self.embedding = nn.Embedding(config.vocab_size, D)
+        self.layers = nn.ModuleList()
+        for letter in config.pattern:
+            parts = {"norm": RMSNorm(D, config.norm_eps), "mixer": layers[letter](config)}
+            self.layers.append(nn.ModuleDict(parts))
+        self.final_norm = RMSNorm(D, config.norm_eps)
+        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        if not self.head.weight.is_meta:  # on "meta" there are shapes without memory
             self.load_state_dict(dict(initial_weights(config)))
 
-    def mine(self, x_BS: Tensor) -> Tensor:
-        """Of what is given for a whole sequence, the part of the tokens that this model works on: here all."""
-        return x_BS
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
+        """Of a tensor for the full sequence, the part of this rank's tokens: here all."""
+        return x_BT
 
-    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
-        """Where these tokens stand."""
-        return Past(0, None if starts_BS is None else starts_BS.cumsum(1))
+    def span(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Span:
+        """Which tokens the layers get."""
+        return Span(0, None if starts_BT is None else starts_BT.cumsum(1))
 
-    def run(self, layer: nn.ModuleDict, x_BSH: Tensor, past: Past) -> Tensor:
-        """One layer of any kind, with its norm and its residual connection."""
-        return x_BSH + layer["mixer"](layer["norm"](x_BSH), past)
+    def run(
+        self, layer: nn.ModuleDict, x_BTD: Tensor, span: Span, state: LayerState | None = None
+    ) -> Tensor:
+        """One layer with its norm and residual connection."""
+        return x_BTD + layer["mixer"](layer["norm"](x_BTD), span, state)
 
     def forward(
         self,
-        tokens_BS: Tensor,
-        starts_BS: Tensor | None = None,
+        tokens_BT: Tensor,
+        starts_BT: Tensor | None = None,
         cache: Cache | None = None,
-        last=False,
-    ):
-        if cache and starts_BS is not None:
-            raise ValueError("starts_BS and a cache: decode one document a sequence")
-        pasts = (
-            cache.admit(tokens_BS)
-            if cache
-            else [self.past(tokens_BS, starts_BS)] * len(self.layers)
-        )
-        x_BSH = self.embedding(self.mine(tokens_BS))
-        for layer, past in zip(self.layers, pasts):
-            x_BSH = self.run(layer, x_BSH, past)
-        return self.head(self.final_norm(x_BSH[:, -1:] if last else x_BSH))
+        last: bool = False,
+    ) -> Tensor:
+        if cache is None:
+            span = self.span(tokens_BT, starts_BT)
+        else:
+            span = cache.admit(tokens_BT, starts_BT)
+        x_BTD = self.embedding(self.local_tokens(tokens_BT))
+        for i, layer in enumerate(self.layers):
+            x_BTD = self.run(layer, x_BTD, span, cache.layers[i] if cache else None)
+        if last:
+            x_BTD = x_BTD[:, -1:]
+        return self.head(self.final_norm(x_BTD))
 
     def loss(
-        self, tokens_BS: Tensor, targets_BS: Tensor, starts_BS: Tensor | None = None
+        self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Tensor | None = None
     ) -> Tensor:
-        """Cross entropy of each token in nats, (B, S), at least fp32; 0 where the target is −100."""
-        logits_BVS = rearrange(at_least_fp32(self(tokens_BS, starts_BS)), "B S V -> B V S")
-        return F.cross_entropy(
-            logits_BVS, self.mine(targets_BS), ignore_index=-100, reduction="none"
-        )
+        """Cross entropy per token in nats, (B, T), at least fp32; 0 where the target is −100."""
+        logits_BVT = rearrange(at_least_fp32(self(tokens_BT, starts_BT)), "B T V -> B V T")
+        targets_BT = self.local_tokens(targets_BT)
+        return F.cross_entropy(logits_BVT, targets_BT, ignore_index=-100, reduction="none")
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for sequences of up to `capacity` tokens."""
-        return Cache(len(self.layers), capacity)
+        return Cache(capacity, [LayerState(capacity) for _ in self.layers])
 
 
-# ── 1.5 First weights ───────────────────────────────────────────────────────────────────────────────────
-#
-# Where a Mamba layer starts decides what it can learn: over the heads, exp(dt·A) must reach from "forget at once" to
-# "keep for a thousand tokens". So −A is drawn between 1 and 16, dt between 0.001 and 0.1 on a logarithmic scale, and
-# dt_bias is what softplus makes that dt of. What writes onto the residual stream starts smaller by 1/√L, so that the
-# sum over L layers starts no larger than one.
+# The initial dt and A decide what a Mamba layer can learn: over the heads, exp(dt·A) must range
+# from "forget at once" to "keep for a thousand tokens". dt_bias is softplus's inverse of the drawn
+# dt. The matrices that write to the residual stream are smaller by 1/√L, for L layers.
 
 
-def initial_value(name: str, shape: torch.Size, config: HybridConfig, generator=None) -> Tensor:
-    """A parameter's first value by its name, of that shape, fp32, on the CPU.
+def initial_value(
+    name: str, shape: torch.Size, config: HybridConfig, generator: torch.Generator | None = None
+) -> Tensor:
+    """The initial value of parameter `name`, of that shape, fp32, drawn on the CPU: a GPU draws
+    other values.
 
     Source: Mamba-2.
     """
-    # On the CPU, because a GPU's generator gives other numbers; whole, so that tp does not change them.
-    kind, drawn = name.split(".")[-1], dict(size=shape, generator=generator, device="cpu")
+    draws = {"size": shape, "generator": generator, "device": "cpu"}
+    kind = name.split(".")[-1]
     if kind == "A_log":
-        return torch.lerp(*torch.tensor(config.A_init), torch.rand(**drawn)).log()
+        return torch.lerp(*torch.tensor(config.A_init), torch.rand(**draws)).log()
     if kind == "dt_bias":
-        dt_N = (
-            torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**drawn))
-            .exp()
-            .clamp(min=1e-4)
-        )
-        return dt_N + torch.log(-torch.expm1(-dt_N))
+        log_dt = torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**draws))
+        dt = log_dt.exp().clamp(min=1e-4)
+        return dt + torch.log(-torch.expm1(-dt))
     if kind in ("conv_weight", "conv_bias"):
-        return (2 * torch.rand(**drawn) - 1) / math.sqrt(config.conv_kernel)
+        return (2 * torch.rand(**draws) - 1) / math.sqrt(config.conv_kernel)
     if len(shape) < 2:  # D, and the norms' weights
         return torch.ones(shape, device="cpu")
-    writes = name.split(".")[-2] in ("out_proj", "o_proj", "down_proj")
-    std = config.init_std / math.sqrt(len(config.pattern)) if writes else config.init_std
-    return torch.randn(**drawn) * std
+    std = config.init_std
+    if name.split(".")[-2] in ("out_proj", "o_proj", "down_proj"):
+        std /= math.sqrt(len(config.pattern))
+    return torch.randn(**draws) * std
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
-    """Name and shape of every parameter of the plain model, without allocating any."""
+    """Name to shape of every parameter of the plain model, without memory."""
     with torch.device("meta"):
         return {name: p.shape for name, p in HybridLM(config).named_parameters()}
 
 
 def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
-    """The initial weights, a function of `config` alone: each name and its unsharded tensor, in the model's shape."""
+    """The full initial weights, a function of `config` alone, one tensor at a time, each in the
+    shape of `parameter_shapes`."""
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in parameter_shapes(config).items():
         yield name, initial_value(name, shape, config, generator)
 
 
-# ── 1.6 Decoding ────────────────────────────────────────────────────────────────────────────────────────
-#
-# To write one more token the model needs of all earlier ones: from a Mamba layer the state and the convolution's last
-# inputs, as large after a million tokens as after one; from an attention layer every key and value; from a
-# feed-forward layer nothing. A cache is a box for each layer, empty at first, into which the layer puts that. The
-# prompt goes through the chunked form and fills the boxes ("prefill"); each further token is one step of the
-# recurrence.
+# ── 2.3 Decoding ────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclass
-class CachedPast(Past):
-    """The past of one layer out of `kept`, its box in a cache; what is asked with goes into it.
+def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts of unequal length as one batch: tokens_BT and starts_BT for `generate`.
 
-    inputs: (B, K, C), those before u_BSC. scan, keys: shapes as `Past`'s; D is the (N,) of `ssd`. capacity: tokens that
-    keys and values get room for. Source: ours.
+    Each is padded on the *left*, so that all end together, and begins as a document: its tokens
+    do not see the padding. Args: prompts: token ids (int64), of shape (T) each. Raises: ValueError
+    for an empty one. Source: ours.
     """
-
-    kept: dict[str, Tensor] | None = None
-    capacity: int = 0
-
-    def inputs(self, u_BSC: Tensor, K: int) -> Tensor:
-        before_BKC = self.kept.get("conv", u_BSC[:, :0])
-        self.kept["conv"] = torch.cat([before_BKC, u_BSC[:, -K:].detach()], 1)[:, -K:]
-        return before_BKC
-
-    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        state, one = self.kept.get("state"), x.shape[1] == 1
-        y, state = (
-            ssd_recurrent(x, dt, A, B, C, D, state) if one else ssd(x, dt, A, B, C, chunk, D, state)
-        )
-        self.kept["state"] = state.detach()
-        return y
-
-    def keys(self, k_BGSD: Tensor, v_BGSD: Tensor) -> tuple[Tensor, Tensor]:
-        kv_2BGSD, last = torch.stack([k_BGSD, v_BGSD]), self.first + k_BGSD.shape[2]
-        if "keys" not in self.kept:
-            self.kept["keys"] = kv_2BGSD.new_zeros(
-                *kv_2BGSD.shape[:3], self.capacity, k_BGSD.shape[3]
-            )
-        self.kept["keys"][..., self.first : last, :] = kv_2BGSD
-        return self.kept["keys"][..., :last, :].unbind()
+    T = max(len(prompt) for prompt in prompts)
+    tokens_BT = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
+    starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        if len(prompt):
+            starts_BT[row, T - len(prompt)] = True
+        else:
+            raise ValueError(f"prompt {row} is empty: begin with at least one token")
+    return tokens_BT, starts_BT
 
 
-class Cache:
-    """What decoding needs of the tokens so far, `tokens` of them: in `layers` a dict for each layer, which fills it.
+@torch.no_grad()
+def generate(
+    model: HybridLM,
+    tokens_BT: Tensor,
+    new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    starts_BT: Tensor | None = None,
+) -> Tensor:
+    """tokens_BT and `new_tokens` more, (B, T + new_tokens).
 
-    capacity: tokens that the keys and values get room for. States are at least fp32: they add up small amounts over
-    thousands of steps. The convolution's are K inputs, as the published code keeps them; K − 1 would do.
+    Args: temperature: 0 takes the most probable token; else tokens are drawn with `generator`.
+        starts_BT: as `HybridLM`'s, for prompts of `pad_prompts`.
+    Collective over a tensor-parallel group: equal generators give the same text on every rank.
+    Raises: ValueError for an empty prompt, or a temperature below 0.
     """
+    if not tokens_BT.shape[1]:
+        shape = tuple(tokens_BT.shape)
+        raise ValueError(f"an empty prompt, {shape}: begin with at least one token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: it must be at least 0, and finite")
+    cache = model.new_cache(tokens_BT.shape[1] + new_tokens)
+    new_BT = tokens_BT
+    for _ in range(new_tokens):
+        logits_BV = model(new_BT, starts_BT, cache=cache, last=True)[:, 0]
+        starts_BT = None
+        new_BT = logits_BV.argmax(-1, keepdim=True)
+        if temperature:
+            p_BV = (logits_BV.double() / temperature).softmax(-1)
+            new_BT = torch.multinomial(p_BV, 1, generator=generator)
+        tokens_BT = torch.cat([tokens_BT, new_BT], 1)
+    return tokens_BT
 
-    def __init__(self, layers: int, capacity: int):
-        self.layers, self.tokens, self.capacity = [{} for _ in range(layers)], 0, capacity
 
-    def admit(self, tokens_BS: Tensor) -> list[CachedPast]:
-        """Counts these tokens in; what each layer sees of those before. Raises: ValueError where they do not fit."""
-        first, last = self.tokens, self.tokens + tokens_BS.shape[1]
-        if last > self.capacity:
-            raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
-        self.tokens = last
-        return [CachedPast(first, None, kept, self.capacity) for kept in self.layers]
-
-
-# ── 2 The idea ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 2.4 The parallel model ──────────────────────────────────────────────────────────────────────
 #
-# The model is divided in two directions at once. tp ranks share the weights, by heads; cp ranks share the sequence, by
-# tokens. With tp 2 and cp 2:
+# The ranks are a device mesh of two dimensions. With tp 2 and cp 2:
 #
 #                        tp rank 0     tp rank 1
 #     tokens 0 … 4999     rank 0        rank 1        ← a tp group: the same tokens, other heads
 #     tokens 5000 …       rank 2        rank 3
 #                           ↑ a cp group: the same weights, other tokens
 #
-# The second is what chapter 4 did not do: there only what tensor parallelism leaves whole (norms, residual sums) was
-# divided over the tokens, and attention saw all of them. Megatron-LM calls that one sequence parallelism and this one
-# context parallelism (--cp); the Mamba papers call this one sequence parallelism.
+# Context parallelism shards the sequence everywhere; chapter 4's sequence parallelism shards it
+# only in the layers that tensor parallelism replicates. (The Mamba-2 paper calls the former by the
+# name of the latter.) Every rank is given the full tokens_BT, which is small, and works on its own
+# part. Embedding, output layer and norms of D channels are replicated over tp: chapter 2 shards the
+# first two.
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """This rank's place in the device mesh; Mesh() is a process without process groups."""
+
+    tp: int = 1  # ranks that share the weights, by heads
+    cp: int = 1  # ranks that share a sequence, by tokens
+    tp_rank: int = 0
+    cp_rank: int = 0
+    tp_group: Group = None
+    cp_group: Group = None
+    # For each divisor of tp: the group of that many neighbouring tp ranks with this one.
+    neighbours: dict[int, Group] = field(default_factory=dict)
+
+
+def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
+    """Lays all ranks out as (cp, tp), with neighbours in a tp group. Collective over all ranks.
+
+    Args: timeout in seconds. Raises: ValueError where tp does not divide the ranks.
+    """
+    world = dist.get_world_size()
+    rank = dist.get_rank()
+    if tp < 1 or world % tp:
+        raise ValueError(f"tp={tp} does not divide the {world} ranks")
+    neighbours = {}
+    for size in range(1, tp + 1):
+        if tp % size == 0:
+            lists = [list(range(first, first + size)) for first in range(0, world, size)]
+            neighbours[size] = make_group(lists, device, timeout)
+    cp_lists = [list(range(first, world, tp)) for first in range(tp)]
+    cp_group = make_group(cp_lists, device, timeout)
+    return Mesh(tp, world // tp, rank % tp, rank // tp, neighbours[tp], cp_group, neighbours)
+
+
+def held(units: int, rank: int, tp: int) -> range:
+    """Which of `units` heads, groups or features rank `rank` holds: its shard, or the one unit that
+    its shard is a part of. Source: ours.
+    """
+    return range(rank * units // tp, -(-(rank + 1) * units // tp))
+
+
+SHARDED_SIZES = {
+    "M": ["mamba_heads", "mamba_groups"],
+    "*": ["attention_heads", "attention_groups"],
+    "-": ["ffn_hidden_size"],
+}
+
+
+def local_config(config: HybridConfig, tp: int) -> HybridConfig:
+    """The sizes of what one of `tp` ranks holds.
+
+    Raises: ValueError where heads or features do not divide over tp, or groups neither divide nor
+        repeat. Source: Megatron-LM's layer; copies of groups: ours.
+    """
+    sizes = {}
+    for kind, names in SHARDED_SIZES.items():
+        for name in names if kind in config.pattern else []:
+            size = getattr(config, name)
+            may_repeat = name.endswith("groups") and tp % size == 0
+            if size % tp and not may_repeat:
+                text = f"{name}={size} does not divide over tp={tp} ranks"
+                raise ValueError(f"{text}: choose a multiple of {tp}")
+            sizes[name] = len(held(size, 0, tp))
+    return replace(config, **sizes)
+
+
+class ParallelRMSNorm(RMSNorm):
+    """`RMSNorm` over channels that are sharded over tp, of `groups` groups over all tp ranks:
+    x_BTC to (B, T, C), this rank's C channels. Source: ours.
+    """
+
+    def __init__(self, size: int, eps: float, groups: int, mesh: Mesh):
+        super().__init__(size, eps, len(held(groups, 0, mesh.tp)))
+        self.holders = max(1, mesh.tp // groups)  # ranks that share the channels of a group
+        self.neighbours = mesh.neighbours.get(self.holders)
+
+    def mean_square(self, x_BTGC: Tensor) -> Tensor:
+        partial_BTG1 = super().mean_square(x_BTGC) / self.holders
+        if self.holders == 1:
+            return partial_BTG1
+        # Every rank's channels depend on this mean: its gradient is a partial sum, too.
+        return copy_to_tp(reduce_from_tp(partial_BTG1, self.neighbours), self.neighbours)
+
+
+class ParallelMamba2Mixer(Mamba2Mixer):
+    """`Mamba2Mixer` of this rank's heads and tokens: x_BtD to a partial sum (B, t, D).
+
+    Args: config: `local_config`'s. groups: mamba_groups over all tp ranks. Those of `scan`: x, dt,
+    A, B, C and starts as `ssd`'s.
+    """
+
+    def __init__(self, config: HybridConfig, groups: int, mesh: Mesh):
+        super().__init__(config)
+        self.mesh = mesh
+        self.norm = ParallelRMSNorm(len(self.norm.weight), config.norm_eps, groups, mesh)
+
+    def earlier_inputs(self, u_BTC: Tensor, state: LayerState | None) -> Tensor | None:
+        if self.mesh.cp == 1:
+            return super().earlier_inputs(u_BTC, state)
+        return halo(u_BTC, self.config.conv_kernel - 1, self.mesh.cp_group)
+
+    def scan(
+        self,
+        x: Tensor,
+        dt: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        starts: Tensor | None,
+        state: LayerState | None,
+    ) -> Tensor:
+        if self.mesh.cp == 1:
+            return super().scan(x, dt, A, B, C, starts, state)
+        chunk = self.config.chunk
+        group = self.mesh.cp_group
+        return ssd_context_parallel(x, dt, A, B, C, chunk, self.D, group, starts)[0]
+
+
+class ParallelAttention(Attention):
+    """`Attention` of this rank's heads and tokens: x_BtD to a partial sum (B, t, D).
+
+    Args: config: `local_config`'s.
+    """
+
+    def __init__(self, config: HybridConfig, mesh: Mesh):
+        super().__init__(config)
+        self.mesh = mesh
+
+    def all_keys(
+        self, k_BGTP: Tensor, v_BGTP: Tensor, span: Span, state: LayerState | None
+    ) -> tuple[Tensor, Tensor]:
+        if self.mesh.cp == 1:
+            return super().all_keys(k_BGTP, v_BGTP, span, state)
+        kv_BGTP = torch.cat([k_BGTP, v_BGTP], -1)  # one message for both
+        return keys_of_all_ranks(kv_BGTP, span.lengths, self.mesh.cp_group).chunk(2, -1)
+
+
+class ParallelHybridLM(HybridLM):
+    """`HybridLM` on a mesh: the full tokens_BT to this rank's logits_BtV; `loss` too is (B, t).
+
+    Its weights are those of HybridLM(config), for every mesh; one full tensor at a time is in
+    memory. Decoding works with tp alone.
+    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens,
+        and for a cache with cp > 1. Source: Megatron-LM's layers for tp; for cp ours.
+    """
+
+    def __init__(self, config: HybridConfig, mesh: Mesh | None = None):
+        mesh = mesh or Mesh()
+        layers = dict(LAYERS)
+        layers["M"] = partial(ParallelMamba2Mixer, groups=config.mamba_groups, mesh=mesh)
+        layers["*"] = partial(ParallelAttention, mesh=mesh)
+        with torch.device("meta"):  # shapes first, without memory
+            super().__init__(local_config(config, mesh.tp), layers)
+        self.config = config
+        self.mesh = mesh
+        shards = {}
+        for name, full in initial_weights(config):
+            shards[name] = shard_tensor(name, full, config, mesh.tp_rank, mesh.tp)
+        self.load_state_dict(shards, assign=True)  # puts them in place of the shapes
+
+    def run(
+        self, layer: nn.ModuleDict, x_BTD: Tensor, span: Span, state: LayerState | None = None
+    ) -> Tensor:
+        group = self.mesh.tp_group
+        normed_BTD = copy_to_tp(layer["norm"](x_BTD), group)
+        partial_y_BTD = layer["mixer"](normed_BTD, span, state)
+        return x_BTD + reduce_from_tp(partial_y_BTD, group)
+
+    def local_tokens(self, x_BT: Tensor) -> Tensor:
+        # The first ranks get one token more where cp does not divide them.
+        return x_BT.tensor_split(self.mesh.cp, 1)[self.mesh.cp_rank]
+
+    def span(self, tokens_BT: Tensor, starts_BT: Tensor | None) -> Span:
+        span = super().span(tokens_BT, starts_BT)
+        cp = self.mesh.cp
+        K = self.config.conv_kernel
+        if cp == 1:
+            return span
+        lengths = [x.shape[1] for x in tokens_BT.tensor_split(cp, 1)]
+        if lengths[-1] < K - 1:
+            found = f"{tokens_BT.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank"
+            need = f"a convolution of {K} taps needs {K - 1} on each"
+            raise ValueError(f"{found}, but {need}: use fewer ranks")
+        first = sum(lengths[: self.mesh.cp_rank])
+        if span.document_BS is not None:
+            span.document_BS = span.document_BS[:, : first + lengths[self.mesh.cp_rank]]
+        return Span(first, span.document_BS, lengths)
+
+    def new_cache(self, capacity: int) -> Cache:
+        if self.mesh.cp > 1:
+            raise ValueError(f"cp={self.mesh.cp}: decode with tp alone")
+        return super().new_cache(capacity)
+
+
+# ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
 #
-# Rank, group and collective are explained in chapter 1, at the beginning of its part 2; so are these functions.
+# One table says how each parameter is sharded: its rows (or columns) are one or more components,
+# and a component has units (heads, groups, features) of some rows each. A rank gets its units of
+# every component. Replicated parameters (embedding, output layer, norms of D channels) are one
+# unit, of which each rank has a copy.
+#
+#     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt dt dt dt
+#     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt dt
+#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt     as rank 1: B, C
 
 
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows (or columns) of a parameter that a rank holds."""
+
+    first: int  # in the full parameter
+    size: int
+    copies: int  # tp ranks that hold these rows
+
+
+def components(config: HybridConfig) -> dict[str, tuple[int, list[tuple[int, int]]]]:
+    """Parameter kind to the sharded dimension and its components, each (units, rows of a unit)."""
+    P = config.attention_head_size
+    inner = (config.mamba_heads, config.mamba_head_size)
+    group = (config.mamba_groups, config.state_size)  # B or C
+    scalars = (config.mamba_heads, 1)
+    queries = (config.attention_heads, P)
+    keys = (config.attention_groups, P)
+    features = (config.ffn_hidden_size, 1)
+    vocabulary = (1, config.vocab_size)
+    return {
+        "mixer.in_proj.weight": (0, [inner, inner, group, group, scalars]),  # z, x, B, C, dt
+        "mixer.conv_weight": (0, [inner, group, group]),
+        "mixer.conv_bias": (0, [inner, group, group]),
+        "mixer.dt_bias": (0, [scalars]),
+        "mixer.A_log": (0, [scalars]),
+        "mixer.D": (0, [scalars]),
+        "mixer.norm.weight": (0, [inner]),
+        "mixer.out_proj.weight": (1, [inner]),
+        "mixer.q_proj.weight": (0, [queries]),
+        "mixer.k_proj.weight": (0, [keys]),
+        "mixer.v_proj.weight": (0, [keys]),
+        "mixer.o_proj.weight": (1, [queries]),
+        "mixer.up_proj.weight": (0, [features]),
+        "mixer.down_proj.weight": (1, [features]),
+        "embedding.weight": (0, [vocabulary]),
+        "head.weight": (0, [vocabulary]),
+        "norm.weight": (0, [(1, config.hidden_size)]),  # before each layer, and the last
+    }
+
+
+def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
+    """The sharded dimension of parameter `name`, and rank `rank`'s pieces of it."""
+    table = components(config)
+    kind = name[name.find("mixer.") :] if "mixer." in name else name.split(".", 2)[-1]
+    kind = "norm.weight" if name == "final_norm.weight" else kind
+    dim, parts = table[kind if kind in table else name]
+    pieces = []
+    begin = 0
+    for units, rows in parts:
+        mine = held(units, rank, tp)
+        pieces.append(Piece(begin + mine.start * rows, len(mine) * rows, max(1, tp // units)))
+        begin += units * rows
+    return dim, pieces
+
+
+def shard_tensor(name: str, full: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
+    """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
+    dim, pieces = pieces_of(name, config, rank, tp)
+    return torch.cat([full.narrow(dim, piece.first, piece.size) for piece in pieces], dim)
+
+
+def shard_state_dict(full: StateDict, config: HybridConfig, rank: int, tp: int) -> StateDict:
+    """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
+
+    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
+    """
+    local_config(config, tp)  # for what it raises
+    expected = parameter_shapes(config)
+    found = {name: x.shape for name, x in full.items()}
+    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
+    if wrong:
+        raise ValueError(f"missing, unknown or of another shape: {wrong[:6]}")
+    return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
+
+
+def merge_state_dicts(shards: list[StateDict], config: HybridConfig) -> StateDict:
+    """All ranks' state dicts, in order of tp rank, to the plain model's: undoes `shard_state_dict`.
+
+    Gradients work as well. Raises: ValueError where copies differ between ranks.
+    """
+    full = {}
+    for name, shape in parameter_shapes(config).items():
+        full[name] = shards[0][name].new_empty(shape)
+        for rank, shard in enumerate(shards):
+            dim, pieces = pieces_of(name, config, rank, len(shards))
+            parts = shard[name].split([piece.size for piece in pieces], dim)
+            for piece, part in zip(pieces, parts):
+                place = full[name].narrow(dim, piece.first, piece.size)
+                is_copy = rank % piece.copies > 0  # the first holder has written it
+                if is_copy and not torch.equal(place.nan_to_num(), part.nan_to_num()):
+                    same = "should be the same on all ranks that hold it"
+                    raise ValueError(f"{name} {same}, but rank {rank}'s differs")
+                place.copy_(part)
+    return full
+
+
+def gather_state_dict(tensors: StateDict, config: HybridConfig, group: Group = None) -> StateDict:
+    """Every rank's shards (by parameter name) to full tensors, on the CPU of every rank.
+
+    Collective over `group`. Raises: what `merge_state_dicts` does.
+    """
+    shards = [{name: x.detach().cpu() for name, x in tensors.items()}] * group_size(group)
+    if group_size(group) > 1:
+        dist.all_gather_object(shards, shards[0], group)
+    return merge_state_dicts(shards, config)
+
+
+# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
+#
+# After backward, three kinds of gradients need three things:
+#
+#     all parameters              each cp rank has seen its own tokens: all-reduced over cp
+#     copies of groups' weights   each holder has its own heads' part: all-reduced over the holders
+#     everything else             complete, thanks to copy_to_tp
+#
+# Then the norm before clipping: squares are summed over tp, and of p copies each counts 1/p.
+# Without the second all-reduce B and C are trained with a part of their gradient, the copies drift
+# apart, and the loss falls all the same.
+
+
+def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
+    """AdamW that decays matrices; not A_log, dt_bias and D, for which 0 is no neutral value."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim == 1]
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+
+
+def mean_loss(model: HybridLM, batch: Batch, autocast: torch.dtype | None) -> Tensor:
+    """The mean loss per token of a batch, a scalar; on a mesh this rank's partial sum of it."""
+    count = (batch[1] != -100).sum().clamp(min=1)  # of the full sequences, on every rank
+    with torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
+        return model.loss(*batch).sum() / count
+
+
+def train_alone(
+    model: HybridLM,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
+    clipping. For a schedule, set the optimizer's learning rate between two steps."""
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = mean_loss(model, batch, autocast)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        optimizer.step()
+        yield loss.detach(), norm
+
+
+def train(
+    model: ParallelHybridLM,
+    optimizer: Optimizer,
+    batches: Iterable[Batch],
+    max_norm: float = 1.0,
+    autocast: torch.dtype | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`train_alone` on the model's mesh: yields the same two scalars. Every rank must iterate it,
+    with the same batches."""
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = mean_loss(model, batch, autocast)
+        loss.backward()
+        reduce_gradients(model)
+        norm = grad_norm(model)
+        nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+        optimizer.step()
+        partial_loss = loss.detach().clone()
+        yield (
+            (
+                _all_reduce(partial_loss, model.mesh.cp_group)
+                if model.mesh.cp > 1
+                else loss.detach()
+            ),
+            norm,
+        )
+
+
+def _gradient_pieces(model: ParallelHybridLM) -> list[tuple[str, Tensor, int]]:
+    """Parameter name, a piece of its gradient (a view of it), and the tp ranks that hold the piece.
+
+    A missing gradient becomes zero: were it left out, ranks could all-reduce unequal buffers.
+    """
+    found = []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            dim, pieces = pieces_of(name, model.config, model.mesh.tp_rank, model.mesh.tp)
+            parts = p.grad.split([piece.size for piece in pieces], dim)
+            found += [(name, part, piece.copies) for part, piece in zip(parts, pieces)]
+    return found
+
+
+def _sum_over(parts: list[Tensor], group: Group) -> None:
+    """All-reduces each tensor (...) in place, in one flat buffer for each dtype."""
+    for dtype in sorted({part.dtype for part in parts}, key=str):
+        same = [part for part in parts if part.dtype == dtype]
+        flat = _all_reduce(torch.cat([part.flatten() for part in same]), group)
+        for part, total in zip(same, flat.split([part.numel() for part in same])):
+            part.copy_(total.view_as(part))
+
+
+def reduce_gradients(model: ParallelHybridLM) -> None:
+    """Both all-reduces above. Collective; once per step, after backward and before clipping."""
+    pieces = _gradient_pieces(model)
+    if model.mesh.cp > 1:
+        _sum_over([part for _, part, _ in pieces], model.mesh.cp_group)
+    for holders, group in model.mesh.neighbours.items():
+        # Copies outside the mixers have complete gradients already.
+        copies = [x for name, x, held_by in pieces if held_by == holders and "mixer" in name]
+        if holders > 1 and copies:
+            _sum_over(copies, group)
+
+
+def grad_norm(model: ParallelHybridLM) -> Tensor:
+    """The norm of the full gradient before clipping, a scalar, the same on every rank. Collective
+    over tp."""
+    squares = [at_least_fp32(x).square().sum() / copies for _, x, copies in _gradient_pieces(model)]
+    total = torch.stack(squares).sum()
+    return (_all_reduce(total, model.mesh.tp_group) if model.mesh.tp > 1 else total).sqrt()
+
+
+# ── What remains ────────────────────────────────────────────────────────────────────────────────
+#
+# The past has become cheap to keep, to read and to pass on. The new token has not: each is still
+# multiplied with every parameter, two FLOPs for each of 8 or 56 billion, most of them in the
+# feed-forward layers, and in 16 bits. Chapter 6 takes up both: feed-forward layers of many experts,
+# of which a token uses a few, and GEMMs in FP8.
+
+# ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
+
+# fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+
+
+def check_case(mesh: Mesh, groups: int, device: torch.device) -> tuple[HybridConfig, Batch]:
+    """A small odd model and a batch: tokens that do not divide over cp, two documents in a
+    sequence, targets that do not count; `groups` may be fewer than tp."""
+    config = HybridConfig(
+        vocab_size=61,
+        hidden_size=16,
+        pattern="M*-M",
+        ffn_hidden_size=8 * mesh.tp,
+        mamba_heads=2 * mesh.tp,
+        mamba_head_size=4,
+        mamba_groups=groups,
+        state_size=6,
+        chunk=4,
+        attention_heads=2 * mesh.tp,
+        attention_groups=groups,
+        attention_head_size=4,
+        init_std=0.05,  # larger than usual, so that states and their gradients are not tiny
+        dt_init=(0.05, 0.5),
+    )
+    generator = torch.Generator().manual_seed(1)
+    ids_2BT = torch.randint(61, (2, 2, 6 * mesh.cp + 1), generator=generator)
+    tokens_BT, targets_BT = ids_2BT.to(device)
+    starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    starts_BT[0, 4] = True
+    targets_BT[1, :3] = -100
+    return config, (tokens_BT, targets_BT, starts_BT)
+
+
+def equivalence(
+    mesh: Mesh,
+    groups: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None = None,
+) -> dict[str, float]:
+    """Five AdamW steps of a small model on this mesh and on a single device: name to error."""
+    config, batch = check_case(mesh, groups, device)
+    plain = HybridLM(config).to(device, dtype)
+    parallel = ParallelHybridLM(config, mesh).to(device, dtype)
+    lr = 1e-3
+    batches = [batch] * 5
+    alone = train_alone(plain, make_optimizer(plain, lr), batches, 0.1, autocast)
+    steps = train(parallel, make_optimizer(parallel, lr), batches, 0.1, autocast)
+    errors = {}
+    for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
+        errors[f"loss {step}"] = abs(loss / loss_alone - 1).item()
+        errors[f"norm before clipping {step}"] = abs(norm / norm_alone - 1).item()
+        if step == 0:
+            grads = {name: p.grad for name, p in parallel.named_parameters()}
+            full = gather_state_dict(grads, config, mesh.tp_group)
+            reference = {name: p.grad for name, p in plain.named_parameters()}
+            errors |= relative_errors("gradient", full, reference)
+    if dtype == torch.float64:
+        # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the weights
+        # of a right program differ too.
+        full = gather_state_dict(parallel.state_dict(), config, mesh.tp_group)
+        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
+    return over_all_ranks(errors)
+
+
+def check(
+    device: torch.device, timeout: float, dtype: torch.dtype, autocast: torch.dtype | None = None
+) -> dict[str, float]:
+    """`equivalence` for every layout of the ranks, with one group per tp rank and with one in all.
+
+    Returns: "tensor, layout" to error.
+    """
+    found = {}
+    world = group_size()
+    for tp in range(world, 0, -1):
+        if world % tp:
+            continue
+        mesh = make_mesh(tp, device, timeout)
+        for groups in sorted({tp, 1}, reverse=True):
+            errors = equivalence(mesh, groups, device, dtype, autocast)
+            layout = f"tp {tp} × cp {mesh.cp}, G {groups}"
+            say(f"{layout}: worst of {len(errors)} errors {worst(errors):.1e}")
+            found |= {f"{name}, {layout}": error for name, error in errors.items()}
+    return found
+
+
+def count_messages(mesh: Mesh, T: int, device: torch.device) -> tuple[list[Message], list[Message]]:
+    """Messages of one Mamba layer in forward and in backward, for a sequence of T tokens."""
+    config = HybridConfig(pattern="M", mamba_heads=4 * mesh.tp, mamba_groups=mesh.tp)
+    model = ParallelHybridLM(config, mesh).to(device)
+    shape = (1, T // mesh.cp, config.hidden_size)
+    x_BtD = torch.randn(shape, device=device, requires_grad=True)
+    with Counter() as forward:
+        y_BtD = model.run(model.layers[0], x_BtD, Span())
+    with Counter() as backward:
+        y_BtD.sum().backward()
+    return forward.messages, backward.messages
+
+
+def measure_messages(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+    """The claims about messages: (claim, paper, here, verdict)."""
+    world = group_size()
+    claims = []
+    tensor = count_messages(make_mesh(world, device, args.timeout), 64, device)
+    counts = [sum(m.op == "all_reduce" for m in messages) for messages in tensor]
+    here = f"{counts[0]} + {counts[1]}"
+    claim = "all-reduces of a Mamba layer under tp, forward + backward"
+    claims.append((claim, "1 + 1", here, here == "1 + 1"))
+    mesh = make_mesh(1, device, args.timeout)
+    sizes = []
+    for T in (128 * world, 512 * world):
+        both = count_messages(mesh, T, device)
+        sizes.append(sum(m.bytes for messages in both for m in messages))
+    claim = "bytes that a Mamba layer sends under cp, at 1 and 4 times the tokens"
+    claims.append((claim, "equal", f"{sizes[0]:,}, {sizes[1]:,}", sizes[0] == sizes[1]))
+    return claims
+
+
+def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[float]:
+    """Trains on text; returns how far the first losses are from the single device's."""
+    dtype, autocast = dtypes(args)
+    config = config_of(args)
+    data = TextData(args.data, args.seq_length)
+
+    def batches(steps: int) -> Iterator[Batch]:
+        for step in range(steps):
+            tokens_BT, targets_BT = data.batch(step, args.batch, args.seed)
+            yield tokens_BT.to(device), targets_BT.to(device)
+
+    # Every rank trains the plain model for some steps, so that no rank waits for another.
+    plain = HybridLM(config).to(device, dtype)
+    steps = train_alone(
+        plain, make_optimizer(plain, args.lr), batches(min(5, args.steps)), autocast=autocast
+    )
+    alone = [loss.item() for loss, _ in steps]
+    model = ParallelHybridLM(config, mesh).to(device, dtype)
+    total = sum(shape.numel() for shape in parameter_shapes(config).values())
+    say(f"\n{config.pattern}, {total:,} parameters; {len(data.tokens):,} tokens of text\n")
+    say("step      loss  single device    norm")
+    differences = []
+    optimizer = make_optimizer(model, args.lr)
+    steps = train(model, optimizer, batches(args.steps), autocast=autocast)
+    for step, (loss, norm) in enumerate(steps):
+        loss, norm = read_step(step, loss, norm)
+        reference = ""
+        if step < len(alone):
+            reference = f"{alone[step]:.6f}"
+            differences.append(abs(loss - alone[step]))
+        if step < 5 or step % 20 == 19:
+            say(f"{step:4}  {loss:.6f}  {reference:>13}  {norm:6.3f}")
+    if mesh.cp == 1:
+        prompt = "import os\n\n\ndef "
+        prompt_BT = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
+        generator = torch.Generator(device).manual_seed(args.seed)
+        text_T = generate(model, prompt_BT, 64, 0.7, generator)[0, prompt_BT.shape[1] :]
+        say(f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_T.tolist())!r}")
+    say()
+    return differences
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
+    """The claims that this run has measured: (claim, paper, here, verdict)."""
+    errors = check(device, args.timeout, torch.float64)
+    claims = []
+    for kind in ("gradient", "norm before clipping", "weight after AdamW"):
+        error = worst(errors, kind)
+        claim = f"every {kind} equals the single device's, all layouts, float64"
+        claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
+    differences = demonstrate(args, make_mesh(args.tp, device, args.timeout), device)
+    claim = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+    if differences:
+        within = max(differences)
+        here = f"within {within:.0e}" if within else "equal to the bit"
+        claims.append((claim, "equal", here, within <= BOUNDS[args.dtype]))
+    if group_size() > 1:
+        claims += measure_messages(args, device)
+    return claims
+
+
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    say_setting(args, f": tp {args.tp} × cp {args.cp}")
+    if args.check:
+        errors = check(device, args.timeout, *dtypes(args))
+        good = print_errors(errors, BOUNDS[args.dtype])
+    else:
+        good = print_claims(measure(args, device))
+    if not good:
+        sys.exit(1)
+
+
+@dataclass
+class Options:  # the chapter's own flags
+    data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
+    tp: int | None = flag(None, "ranks that share the weights; None: as many as fit", least=1)
+    cp: int | None = flag(None, "ranks that share a sequence; None: all others", least=1)
+    seq_length: int = flag(128, "tokens of a sequence, T", least=1)
+    batch: int = flag(8, "sequences per step", least=1)
+    lr: float = flag(3e-3, "learning rate", least=1e-9)
+
+
+def config_of(args: argparse.Namespace) -> HybridConfig:
+    return config_from(args, HybridConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
+
+
+def largest_tp(config: HybridConfig, ranks: int) -> int:
+    """The most ranks that can share these heads and features, among the divisors of `ranks`."""
+    for tp in range(ranks, 1, -1):
+        with contextlib.suppress(ValueError):
+            local_config(config, tp)
+            if ranks % tp == 0:
+                return tp
+    return 1
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Resolves --tp and --cp. Raises ValueError or OSError where flags or the text do not fit."""
+    config = config_of(args)
+    ranks = args.world_size
+    for name, size in (("tp", args.tp), ("cp", args.cp)):
+        if size and ranks % size:
+            raise ValueError(f"--{name} {size} must divide the {ranks} ranks")
+    if args.tp is None:
+        args.tp = ranks // args.cp if args.cp else largest_tp(config, ranks)
+    if args.cp not in (None, ranks // args.tp):
+        raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {ranks} ranks")
+    args.cp = ranks // args.tp
+    tokens = args.seq_length // args.cp
+    need = config.conv_kernel - 1
+    if args.cp > 1 and tokens < need:
+        found = f"--seq-length {args.seq_length} leaves {tokens} tokens to a rank"
+        raise ValueError(f"{found}: choose at least {args.cp * need}, or a smaller cp")
+    if not args.check:
+        local_config(config, args.tp)  # for what it raises
+    TextData(args.data, args.seq_length)
+
+
+def flags() -> argparse.Namespace:
+    return parse_flags(__doc__, [Options, HybridConfig], check_args, ranks=2, steps=120)
+
+
+# ── Carried blocks ──────────────────────────────────────────────────────────────────────────────
+#
+# Explained in chapter 1 (groups, reports, counter, flags, launcher) and chapter 2 (operators,
+# text).
+
+
+# region carried: tensor-parallel operators (home: 02_megatron_tp)
+class _Conjugate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group, op, conjugate_op):
+        ctx.reversed = (group, conjugate_op, op)
+        return op(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # apply(), and not a plain call: so that the second derivative is right too.
+        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
+
+
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x.view_as(x)  # not x itself, which autograd would take for modified in place
+
+
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    # all_reduce works in place, and the caller may still need its partial sum.
+    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
+
+
+def _all_gather(x: Tensor, group: Group) -> Tensor:
+    shards = [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
+    ]
+    dist.all_gather(shards, x.contiguous(), group)
+    return torch.cat(shards, dim=-1)
+
+
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
+
+    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
+    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
+    """
+    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
+
+
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
+
+    Args: partial_x (...), of one shape on every rank; not modified.
+    Returns: the sum over `group` (...), replicated.
+    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
+    """
+    return (
+        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
+    )
+
+
+def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
+
+    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
+    Source: ours; Megatron-LM's code has it.
+    """
+    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
+
+
+def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
+
+    Right only where every rank computes the same from the result: its gradient is then replicated,
+    and a sum over the ranks would count it tp times.
+    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
+    """
+    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
+
+
+# endregion copy f6acd3
+# region carried: text data (home: 02_megatron_tp)
+class TextData:
+    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
+
+    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
+    """
+
+    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
+        self.seq_length = seq_length
+        self.encoding = encoding or byte_encoding()
+        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        if not paths[0].is_file():
+            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
+        try:
+            text = "".join(path.read_text("utf-8") for path in paths[:40])
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
+        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
+        cut = len(self.tokens) * 9 // 10
+        self.train_split = self.tokens[:cut]
+        self.eval_split = self.tokens[cut:]
+        if len(self.eval_split) <= seq_length:
+            need = f"a tenth of it must be longer than {seq_length}"
+            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
+
+    def batch(
+        self, step: int, rows: int, seed: int, evaluation: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
+        split = self.eval_split if evaluation else self.train_split
+        key = f"{seed} {step} {evaluation}"
+        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
+        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
+        return window_BS[:, :-1], window_BS[:, 1:]
+
+
+def byte_encoding() -> tiktoken.Encoding:
+    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
+
+
+# endregion copy aaa995
 # region carried: process groups (home: 01_deepspeech)
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
@@ -926,1286 +2010,6 @@ def wait_for_all() -> None:
 
 
 # endregion copy 3197a3
-
-
-# The doors, explained in chapter 2, section 2.1.
-# ── 2.1 The doors of a tensor-parallel region ───────────────────────────────────────────────────────────
-#
-# Explained in chapter 2, section 2.1.
-
-
-# region carried: tensor-parallel operators (home: 02_megatron_tp)
-class _Conjugate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, group, op, conjugate_op):
-        ctx.reversed = (group, conjugate_op, op)
-        return op(x, group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        # apply(), not a plain call: backward must be differentiable too.
-        return _Conjugate.apply(grad, *ctx.reversed), None, None, None
-
-
-def _identity(x: Tensor, group: Group) -> Tensor:
-    return x
-
-
-def _sum(partial_x: Tensor, group: Group) -> Tensor:
-    # all_reduce works in place, and the caller may still need its partial sum.
-    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
-
-
-def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
-    ]
-    dist.all_gather(shards, x.contiguous(), group)
-    return torch.cat(shards, dim=-1)
-
-
-def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
-    tp = group_size(group)
-    if x.shape[dim] % tp:
-        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
-        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
-    # A copy: a view would keep the memory of the full tensor alive.
-    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
-
-
-def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
-
-    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
-    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
-    """
-    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
-
-
-def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
-    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
-
-    Args: partial_x (...), of one shape on every rank; not modified.
-    Returns: the sum over `group` (...), replicated.
-    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
-    """
-    return (
-        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
-    )
-
-
-def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
-
-    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
-
-    Right only where every rank computes the same from the result: its gradient is then replicated,
-    and a sum over the ranks would count it tp times.
-    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
-
-
-# endregion copy 0abe4e
-
-# A rank's place among tp · cp. neighbours: for each number that divides tp, the group of that many ranks in a row, this
-# one among them (section 2.2). Grid() is for one rank by itself: where there are groups, None is all ranks.
-Grid = namedtuple(
-    "Grid",
-    "tp cp tp_rank cp_rank tp_group cp_group neighbours",
-    defaults=(1, 1, 0, 0, None, None, {}),
-)
-
-
-# ── 2.2 A rank's layer is a layer of a smaller model ────────────────────────────────────────────────────
-#
-# All kinds of layers have the shape of chapter 2: a projection in, something that knows only its own heads or
-# features, a projection out. So divide the heads and the features, and what a rank computes is the *plain* layer with
-# smaller numbers in its configuration, between the two doors:
-#
-#     x_BSH ── norm ── copy_to_tp ── plain layer of n heads ── reduce_from_tp ── + x        1 + 1 all-reduces
-#
-# No line of the Mamba layer is about ranks: its convolution works on channels, its recurrence on heads, its norm on
-# groups. Only the cut is not a plain one: the rows of in_proj are [z, x, B, C, dt], and the first half of them is z and
-# not the first half of the heads. Each of the five is cut by itself (part 3).
-#
-# That is all while the groups divide over the ranks. With fewer groups than ranks, neighbours need the same B and C:
-# each has a copy of their weights. (Megatron-LM refuses this.) Two things follow.
-#
-# · A group's channels lie on several ranks, and the norm wants one mean square for all: one number a token is summed
-#   over these neighbours. Its gradient comes from every rank's channels, so it is summed as well. The door out and the
-#   door in, one behind the other, are exactly that.
-# · Each copy gets the gradient of its own heads, a summand. They are summed at the *weights*, once a step (part 4). Not
-#   at the activations: x_BSH would then get the whole gradient from each copy, and its door adds up copies. No copy
-#   would drift, no loss would tell; tests/test_05_mamba_hybrid.py::test_copies_summed_at_the_activations does.
-
-
-def held(units: int, rank: int, tp: int) -> range:
-    """Which of so many heads, groups or features rank `rank` holds: its share, or the one that its share lies in.
-
-    Source: ours.
-    """
-    return range(rank * units // tp, -(-(rank + 1) * units // tp))
-
-
-def local_config(config: HybridConfig, tp: int) -> HybridConfig:
-    """The sizes of what one of `tp` ranks holds.
-
-    Raises: ValueError where heads or features do not divide, or groups neither divide nor repeat.
-    Source: Megatron-LM's layer; copies of groups: ours.
-    """
-    names = {
-        "M": "mamba_heads mamba_groups",
-        "*": "attention_heads attention_groups",
-        "-": "ffn_hidden_size",
-    }
-    sizes = {
-        name: getattr(config, name) for kind in set(config.pattern) for name in names[kind].split()
-    }
-    for name, size in sizes.items():
-        if size % tp and not (name.endswith("groups") and tp % size == 0):
-            raise ValueError(
-                f"{name}={size} does not divide over tp={tp} ranks: choose a multiple of {tp}"
-            )
-    return replace(config, **{name: len(held(size, 0, tp)) for name, size in sizes.items()})
-
-
-class ParallelRMSNorm(RMSNorm):
-    """`RMSNorm` over channels that are divided over `grid`'s tp ranks, of `groups` groups over all ranks.
-
-    mean_square: of x_BSgC, the groups that this rank has a part of, to (B, S, g, 1). Source: ours.
-    """
-
-    def __init__(self, size: int, eps: float, groups: int, grid: Grid):
-        super().__init__(size, eps, len(held(groups, 0, grid.tp)))
-        self.holders = max(
-            1, grid.tp // groups
-        )  # ranks that a group's channels lie on, equal shares of them
-        self.neighbours = grid.neighbours.get(self.holders)
-
-    def mean_square(self, x_BSgC: Tensor) -> Tensor:
-        partial_BSg1 = (
-            super().mean_square(x_BSgC) / self.holders
-        )  # the mean of the group is the mean of their means
-        if self.holders == 1:
-            return partial_BSg1
-        return copy_to_tp(reduce_from_tp(partial_BSg1, self.neighbours), self.neighbours)
-
-
-# ── 2.3 What the ranks before have ──────────────────────────────────────────────────────────────────────
-#
-# Now the tokens. Whatever a layer does with tokens that other ranks hold, it looks back: a convolution at the last K −
-# 1 inputs, a recurrence at a state, attention at all keys. So one function is enough, and the layers differ in what
-# they give it:
-#
-#     forward     every rank sends its x to all;           what came from ranks behind it, and its own, counts as zero
-#     backward    the gradients travel the other way, and add up: all ranks behind me have used my x
-#
-# The first is an all-gather, the second a reduce-scatter, with the same half put to zero in both. (Half of it is sent
-# for nothing. Sends to each later rank would save that, and would be as many messages as there are ranks.)
-#
-# Why zeros, and not just a shorter list? On rank 0 a shorter list would be empty, and nothing would depend on it: then
-# autograd has nothing to do there, rank 0 never comes to the reduce-scatter, and all others wait for it. A collective
-# in backward is safe only where every rank's graph leads to it.
-
-
-def _from_earlier(x: Tensor, group) -> Tensor:
-    x_of_ranks = torch.stack(_all_gather(x, group).chunk(group_size(group), -1))
-    x_of_ranks[group_rank(group) :] = 0
-    return x_of_ranks
-
-
-def _to_earlier(partial_of_ranks: Tensor, group) -> Tensor:
-    rank, partial = group_rank(group), list(partial_of_ranks.contiguous())
-    partial[rank:] = [torch.zeros_like(x) for x in partial[rank:]]
-    dist.reduce_scatter(mine := torch.empty_like(partial[0]), partial, group=group)
-    return mine
-
-
-def from_earlier_ranks(x: Tensor, group: Group = None) -> Tensor:
-    """x of the ranks before this one, (ranks, *x.shape), with zeros in the places of this rank and of those behind it.
-
-    x: of one shape on all ranks. Its gradient is the sum of what the ranks behind it find. Every rank must call it, and
-    go back through it where one does. Source: ours.
-    """
-    return (
-        _Conjugate.apply(x, group, _from_earlier, _to_earlier)
-        if group_size(group) > 1
-        else x.new_zeros(1, *x.shape)
-    )
-
-
-# The convolution first: each rank but the first needs the last K − 1 inputs of the one before, a *halo*. Two neighbours
-# could send it to each other; it is small beside the state, which travels the same way.
-
-
-def halo(u_BsC: Tensor, width: int, group: Group = None) -> Tensor:
-    """The last `width` tokens of the rank before, (B, width, C); zeros on the first rank. Every rank must call it.
-
-    Raises: ValueError where this rank has fewer tokens (the others would wait for it: look at all lengths before).
-    Source: ours.
-    """
-    if u_BsC.shape[1] < width:
-        raise ValueError(
-            f"{u_BsC.shape[1]} tokens on this rank; the next one needs the last {width} of them"
-        )
-    last_BKC = u_BsC[:, u_BsC.shape[1] - width :]
-    return from_earlier_ranks(last_BKC, group)[
-        group_rank(group) - 1
-    ]  # rank 0 takes [-1]: the last rank's place, zeros
-
-
-# ── 2.4 The recurrence over ranks: pass the state on ────────────────────────────────────────────────────
-#
-# What does a stretch of tokens do to the state that enters it? One token makes exp(a)·state + X ⊗ B of it: a number
-# times the state, plus a matrix. Two tokens do so twice,
-#
-#     a₂·(a₁·state + b₁) + b₂   =   a₂a₁·state + (a₂b₁ + b₂)           a for exp(a), b for X ⊗ B
-#
-# which is a number times the state, plus a matrix, again. So a million tokens are summed up by one number and one
-# matrix:
-#
-#     state ← decay · state + own            decay_BN: exp of all its a;  own_BNDZ: the state at its end, from zero
-#
-# Each rank finds both alone, by a scan from zero. Then all ranks hear of all, N·D·(Z + 1) numbers a sequence however
-# many tokens there are, and each composes those before it: an *exclusive scan* over ranks. What the state that enters
-# adds to the outputs is then added at once, for all tokens:
-#
-#       rank 0                  rank 1                  rank 2
-#       scan from zero          scan from zero          scan from zero         alone
-#       decay, own ────────────────────────────────────────────── to all
-#       in = 0                  in = own₀               in = decay₁·own₀ + own₁
-#       y += exp(a_0+…+a_i) · C_i·in                                            alone
-#
-# The decay is the one of the whole stretch and not of its last chunk: a mistake that two ranks cannot show, for nothing
-# enters rank 0 that could decay there. And nothing need be said about backward: autograd goes through the composition.
-
-
-def ssd_sequence_parallel(
-    x, dt, A, B, C, chunk, D=None, group=None, starts=None
-) -> tuple[Tensor, Tensor]:
-    """`ssd` over a sequence whose tokens are divided over `group`, rank after rank, in any lengths but 0.
-
-    Arguments and results are `ssd`'s, of this rank's tokens: y (B, s, N, D), and the state (B, N, D, Z) behind its last
-    token, so the last rank has the whole sequence's. Every rank must call it, and differentiate it if one does.
-    Messages, whatever the length: N·D·(Z + 1) numbers a sequence and rank, forward and backward.
-    Source: derived above; the operator is the one of Mamba's parallel scan.
-    """
-    if group_size(group) == 1:
-        return ssd(x, dt, A, B, C, chunk, D, None, starts)
-    # In fp32, so that y is rounded once, when it is complete.
-    y_BsND, own_BNDZ = ssd(at_least_fp32(x), dt, A, B, C, chunk, D, None, starts)
-    kept_BsN = _kept(log_decay(dt, A, starts))
-    decay_BND1 = kept_BsN[:, -1, :, None, None].expand(
-        *own_BNDZ.shape[:3], 1
-    )  # travels as one column more
-    messages = from_earlier_ranks(torch.cat([own_BNDZ, decay_BND1], -1), group)
-    in_BNDZ = messages[0, ..., :-1]  # on rank 0 these are zeros; rank 1 is done
-    for message in messages[1 : group_rank(group)]:
-        in_BNDZ = message[..., -1:] * in_BNDZ + message[..., :-1]
-    with torch.autocast(x.device.type, enabled=False):
-        in_BGJDZ = rearrange(in_BNDZ, "B (G J) D Z -> B G J D Z", G=B.shape[2])
-        read_BsND = einsum(at_least_fp32(C), in_BGJDZ, "B s G Z, B G J D Z -> B s G J D").flatten(
-            2, 3
-        )
-    return (y_BsND + kept_BsN[..., None] * read_BsND).to(x.dtype), own_BNDZ + decay_BND1 * in_BNDZ
-
-
-# ── 2.5 Attention over ranks: gather keys and values ────────────────────────────────────────────────────
-#
-# Attention has no small summary of the past: each query needs every earlier key. So keys and values are what the ranks
-# before have to send, two tensors of a few groups; and backward brings each token what all ranks found for its key.
-# Ranks may hold unequal numbers of tokens, and the collectives want equal sizes: so each pads to the longest, and what
-# pads is cut off again before anybody sees it. This message does grow with the sequence: it is a few layers' price for
-# exact recall. (Later ranks have more to attend to. Balancing that means to give each rank an early and a late piece,
-# and to undo it around each recurrence; ring attention would hide the messages behind the products.)
-#
-# Megatron-LM takes another way for Mamba as well: before the convolution an all-to-all exchanges (tokens of mine, all
-# heads) for (all tokens, heads of mine), the plain layer runs on whole sequences, and another all-to-all exchanges
-# back. It is simple, and needs heads that divide over tp·cp and messages as large as the activations. Passing the
-# state needs neither: 1M numbers a sequence in a layer of 128 heads of 64 × 128, as much as 57 tokens of that layer's
-# in_proj.
-
-
-@dataclass
-class RankPast(Past):
-    """The past of this rank's tokens, which is on the ranks before it; lengths: how many tokens each has.
-
-    Arguments and shapes as `Past`'s, with s tokens in place of S; D is the (N,) of `ssd`. Source: ours.
-    """
-
-    lengths: list[int] | None = None
-    group: Group = None
-
-    def inputs(self, u_BsC: Tensor, K: int) -> Tensor:
-        return halo(u_BsC, K - 1, self.group)
-
-    def scan(self, x, dt, A, B, C, chunk: int, D: Tensor) -> Tensor:
-        return ssd_sequence_parallel(x, dt, A, B, C, chunk, D, self.group, self.starts(x.shape[1]))[
-            0
-        ]
-
-    def keys(self, k_BGsD: Tensor, v_BGsD: Tensor) -> tuple[Tensor, Tensor]:
-        mine = torch.cat([k_BGsD, v_BGsD], -1)  # one message for both
-        padded = F.pad(mine, (0, 0, 0, max(self.lengths) - mine.shape[2]))
-        of_ranks = zip(from_earlier_ranks(padded, self.group), self.lengths)
-        before = torch.cat([x[:, :, :length] for x, length in of_ranks], 2)[:, :, : self.first]
-        return torch.cat([before, mine], 2).chunk(2, -1)
-
-
-# ── 2.6 The model ───────────────────────────────────────────────────────────────────────────────────────
-#
-# Every rank is given the whole sequence of token numbers, which is small, and works on its own. The embedding and the
-# head are whole on each rank, and so are the logits of its tokens: to divide them by words is chapter 2's sections 2.4
-# and 2.5, and nothing about it is new here.
-
-
-class ParallelHybridLM(HybridLM):
-    """`HybridLM` divided over a grid: tokens_BS, whole, to the logits (B, s, V) of this rank's tokens.
-
-    Its weights are those of HybridLM(config), whatever the grid, under the same names; one whole tensor at a time is in
-    memory. `loss` is of this rank's tokens as well, (B, s). Decoding works where cp is 1. grid: of `make_grid`;
-    Grid() is for a process by itself.
-
-    Raises: ValueError where sizes do not divide, where a rank would get fewer than K − 1 tokens, or for a cache where
-    cp > 1. Source: Megatron-LM's layers under tp; under cp: ours.
-    """
-
-    def __init__(self, config: HybridConfig, grid: Grid = Grid()):  # noqa: B008
-        with torch.device("meta"):  # shapes first, without memory
-            super().__init__(local_config(config, grid.tp))
-            for mixer in (
-                layer["mixer"] for layer, kind in zip(self.layers, config.pattern) if kind == "M"
-            ):
-                mixer.norm = ParallelRMSNorm(
-                    len(mixer.norm.weight), config.norm_eps, config.mamba_groups, grid
-                )
-        self.config, self.grid = config, grid
-        shares = {
-            n: shard_tensor(n, whole, config, grid.tp_rank, grid.tp)
-            for n, whole in initial_weights(config)
-        }
-        self.load_state_dict(shares, assign=True)  # puts them in the place of the shapes
-
-    def run(self, layer: nn.ModuleDict, x_BsH: Tensor, past: Past) -> Tensor:
-        partial_y_BsH = layer["mixer"](copy_to_tp(layer["norm"](x_BsH), self.grid.tp_group), past)
-        return x_BsH + reduce_from_tp(partial_y_BsH, self.grid.tp_group)
-
-    def mine(self, x_BS: Tensor) -> Tensor:
-        return x_BS.tensor_split(self.grid.cp, 1)[
-            self.grid.cp_rank
-        ]  # the first get one more where they do not divide
-
-    def past(self, tokens_BS: Tensor, starts_BS: Tensor | None) -> Past:
-        cp, K, past = self.grid.cp, self.config.conv_kernel, super().past(tokens_BS, starts_BS)
-        if cp == 1:
-            return past
-        lengths = [x.shape[1] for x in tokens_BS.tensor_split(cp, 1)]
-        if lengths[-1] < K - 1:
-            text = f"{tokens_BS.shape[1]} tokens over cp={cp} leave {lengths[-1]} to the last rank: use fewer"
-            raise ValueError(f"{text}, for a convolution of {K} taps needs {K - 1} on each")
-        return RankPast(
-            sum(lengths[: self.grid.cp_rank]), past.document_BS, lengths, self.grid.cp_group
-        )
-
-    def new_cache(self, capacity: int) -> Cache:
-        if self.grid.cp > 1:
-            raise ValueError(
-                f"cp={self.grid.cp}: a cache holds the past of one rank; decode with tp alone"
-            )
-        return super().new_cache(capacity)
-
-
-# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
-#
-# One table says how each parameter is cut: into which components its rows fall, and each component into how many
-# units, of how many rows. A rank gets its units of each component. A cut of in_proj into equal halves would run just as
-# well, with z where x should be. What every rank holds whole (embedding, head, the norms in front of layers) is one
-# unit, of which each rank has a copy.
-#
-#     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt×4
-#     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt×2
-#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt         ranks 0 and 1: the same B and C
-
-Piece = namedtuple(
-    "Piece", "first size copies"
-)  # first row in the whole; rows; ranks that hold them
-
-
-def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
-    """The dimension along which parameter `name` is cut, and rank `rank`'s pieces of it."""
-    N, D, Z = config.mamba_heads, config.attention_head_size, config.state_size
-    inner, BC, heads = (
-        (N, config.mamba_head_size),
-        (config.mamba_groups, Z),
-        (N, 1),
-    )  # units, and rows of each
-    queries, keys, features = (
-        (config.attention_heads, D),
-        (config.attention_groups, D),
-        (config.ffn_hidden_size, 1),
-    )
-    rows = {
-        "in_proj.weight": [inner, inner, BC, BC, heads], "conv_weight": [inner, BC, BC], "conv_bias": [inner, BC, BC],
-        "dt_bias": [heads], "A_log": [heads], "D": [heads], "norm.weight": [inner], "up_proj.weight": [features],
-        "q_proj.weight": [queries], "k_proj.weight": [keys], "v_proj.weight": [keys],
-        "embedding.weight": [(1, config.vocab_size)], "head.weight": [(1, config.vocab_size)],
-    }  # fmt: skip
-    columns = {
-        "out_proj.weight": [inner],
-        "o_proj.weight": [queries],
-        "down_proj.weight": [features],
-    }
-    kind, first, pieces = name.split("mixer.")[-1], 0, []
-    for units, width in (rows | columns).get(
-        kind, [(1, config.hidden_size)]
-    ):  # the norms in front of layers, the last
-        mine = held(units, rank, tp)
-        pieces.append(Piece(first + mine.start * width, len(mine) * width, max(1, tp // units)))
-        first += units * width
-    return int(kind in columns), pieces
-
-
-def shard_tensor(name: str, whole: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
-    """Tensor-parallel rank `rank`'s share of the plain model's parameter `name`, a copy.
-
-    whole: the plain model's, of any dtype. Returns: the shape of that rank's parameter.
-    """
-    dim, pieces = pieces_of(name, config, rank, tp)
-    return torch.cat([whole.narrow(dim, p.first, p.size) for p in pieces], dim)
-
-
-def shard_state_dict(
-    full: dict[str, Tensor], config: HybridConfig, rank: int, tp: int
-) -> dict[str, Tensor]:
-    """The plain model's state dict to the one of tensor-parallel rank `rank` of `tp`.
-
-    full: every parameter by its name, of the shapes of `parameter_shapes`. Returns: copies, of this rank's shapes.
-    Raises: ValueError that names what is missing, unknown or of another shape, or that does not divide.
-    """
-    found, expected = {name: whole.shape for name, whole in full.items()}, parameter_shapes(config)
-    local_config(config, tp)  # for what it raises
-    if wrong := sorted(name for name in found | expected if found.get(name) != expected.get(name)):
-        raise ValueError(
-            f"missing, unknown, or of another shape than this configuration's: {wrong}"
-        )
-    return {name: shard_tensor(name, whole, config, rank, tp) for name, whole in full.items()}
-
-
-def merge_state_dicts(shards: list[dict[str, Tensor]], config: HybridConfig) -> dict[str, Tensor]:
-    """All tp ranks' state dicts, in the order of ranks, to the plain model's: `shard_state_dict` undone, to the bit.
-
-    shards: of each rank, by name, the shapes of `shard_state_dict`. Works for gradients as well. Returns: the shapes of
-    `parameter_shapes`. Raises: ValueError where ranks hold different values of what should be the same on each, such as
-    the copies of a group: they have drifted apart.
-    """
-    full, tp = {}, len(shards)
-    for name, shape in parameter_shapes(config).items():
-        full[name] = shards[0][name].new_empty(shape)
-        for rank, shard in enumerate(shards):
-            dim, pieces = pieces_of(name, config, rank, tp)
-            for piece, mine in zip(
-                pieces, shard[name].split([piece.size for piece in pieces], dim)
-            ):
-                place = full[name].narrow(dim, piece.first, piece.size)
-                if rank % piece.copies and not torch.equal(
-                    place, mine
-                ):  # the first who holds it has written it
-                    raise ValueError(
-                        f"{name} should be the same on all ranks that hold it, but rank {rank}'s is not"
-                    )
-                place.copy_(mine)
-    return full
-
-
-# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
-#
-# A published Nemotron-H is a folder: config.json, and one safetensors file or several with an index. Its tensors are
-# those of the plain model under other names; the convolution's has one dimension more. Each rank reads what is its
-# own, a tensor at a time.
-#
-# One thing to know when you compare with the `transformers` library: it clamps dt at 0.001 from below ("time_step_min",
-# a setting for the first weights), in the forward pass over a prompt but not in one-token decoding. The model as
-# published, Megatron-LM's, does not clamp, and nor do we.
-
-
-def load_nemotron_h(
-    folder: Path | str, rank: int = 0, tp: int = 1
-) -> tuple[HybridConfig, dict[str, Tensor]]:
-    """Configuration and state dict of a Nemotron-H folder: the plain model's, or tensor-parallel rank `rank`'s of `tp`.
-
-    Raises: FileNotFoundError; ValueError that names a missing tensor, a shape, or a setting that this model has not.
-    """
-    from safetensors import safe_open
-
-    folder = Path(folder)
-    theirs = json.loads((folder / "config.json").read_text("utf-8"))
-    ours = dict(model_type="nemotron_h", mamba_hidden_act="silu", mlp_hidden_act="relu2", use_conv_bias=True,
-                use_bias=False, mlp_bias=False, attention_bias=False, tie_word_embeddings=False)  # fmt: skip
-    if other := {
-        key: theirs[key] for key, value in ours.items() if theirs.get(key, value) != value
-    }:
-        raise ValueError(f"{folder}/config.json has {other}, which this model cannot be")
-    # Two ages of the format have two names for each kind of layer, and for the size of a head.
-    letters = dict(mamba="M", linear_attention="M", attention="*", full_attention="*", mlp="-")
-    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or []
-    names = dict(vocab_size="vocab_size", hidden_size="hidden_size", ffn_hidden_size="intermediate_size",
-                 mamba_heads="mamba_num_heads", mamba_head_size="mamba_head_dim", mamba_groups="n_groups",
-                 state_size="ssm_state_size", conv_kernel="conv_kernel", chunk="chunk_size",
-                 attention_heads="num_attention_heads", attention_groups="num_key_value_heads",
-                 attention_head_size="head_dim" if theirs.get("head_dim") else "attention_head_dim",
-                 norm_eps="layer_norm_epsilon")  # fmt: skip
-    pattern = theirs.get("hybrid_override_pattern") or "".join(
-        letters.get(kind, "?") for kind in kinds
-    )
-    config = HybridConfig(
-        pattern=pattern, **{name: theirs[published] for name, published in names.items()}
-    )
-    local_config(config, tp)  # for what it raises
-    index = folder / "model.safetensors.index.json"
-    files = (
-        json.loads(index.read_text("utf-8"))["weight_map"].values()
-        if index.exists()
-        else ["model.safetensors"]
-    )
-    opened = [safe_open(folder / file, "pt") for file in sorted(set(files))]
-    found = {
-        n.removeprefix("backbone.").removeprefix("model."): (file, n)
-        for file in opened
-        for n in file.keys()
-    }
-    full, renamed = (
-        {},
-        {
-            "conv_": "conv1d.",
-            "head.": "lm_head.",
-            "final_norm": "norm_f",
-            "embedding": "embeddings",
-        },
-    )
-    for name, shape in parameter_shapes(config).items():
-        published = name
-        for here, there in renamed.items():
-            published = published.replace(here, there)
-        if published not in found:
-            raise ValueError(f"{folder} lacks the tensor {published}")
-        x = found[published][0].get_tensor(found[published][1])
-        x = x.squeeze(1) if name.endswith("conv_weight") else x
-        if x.shape != shape:
-            raise ValueError(
-                f"{folder}: {published} has shape {tuple(x.shape)}; config.json implies {tuple(shape)}"
-            )
-        full[name] = shard_tensor(name, x, config, rank, tp)
-    return config, full
-
-
-# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
-#
-# Three kinds of gradients meet at the end of a backward pass, and each wants something else:
-#
-#     all parameters                 every cp rank has seen its own tokens alone: summed over cp, one message
-#     copies of a group's weights    each neighbour has its own heads' part: summed over those with a copy, one message
-#     everything else                complete, thanks to the doors
-#
-# Then the norm before clipping, in which the shares' squares are summed over tp, and of p copies each counts 1/p. Left
-# out, the second sum trains B and C with a part of their gradient, the copies drift apart, and the loss falls all the
-# same.
-
-
-def make_optimizer(model: nn.Module, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: not A_log, dt_bias and D, whose zero is no rest, nor norms' weights."""
-    matrices, vectors = (
-        [p for p in model.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False)
-    )
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8)
-
-
-def _sum_over(parts: list[Tensor], group: Group) -> None:
-    """Sums each tensor over the group, in place, all in one message."""
-    if parts and group_size(group) > 1:
-        flat = _all_reduce(torch.cat([part.flatten() for part in parts]), group)
-        for part, total in zip(parts, flat.split([part.numel() for part in parts])):
-            part.copy_(total.view_as(part))
-
-
-def gradient_pieces(model: HybridLM) -> list[tuple[str, Tensor, int]]:
-    """The gradients cut as `pieces_of` says: parameter, its rows, and the number of tp ranks that hold these rows.
-
-    Returns: the rows as views of the gradients, so that what is written into them is written there. Source: ours.
-    """
-    grid, found = getattr(model, "grid", Grid()), []
-    for name, p in model.named_parameters():
-        if p.grad is not None:  # frozen ones have none
-            dim, pieces = pieces_of(name, model.config, grid.tp_rank, grid.tp)
-            parts = p.grad.split([piece.size for piece in pieces], dim)
-            found += [(name, part, piece.copies) for part, piece in zip(parts, pieces)]
-    return found
-
-
-def reduce_gradients(model: ParallelHybridLM) -> None:
-    """The two sums above; every rank must call it, once after all backward passes of a step, before clipping."""
-    found = gradient_pieces(model)
-    _sum_over([part for _, part, _ in found], model.grid.cp_group)
-    for size, group in model.grid.neighbours.items():
-        _sum_over(
-            [part for name, part, copies in found if copies == size and "mixer" in name], group
-        )
-
-
-def grad_norm(model: HybridLM) -> Tensor:
-    """The norm of the whole gradient before clipping, a scalar, the same on every rank."""
-    squares = [
-        at_least_fp32(part).square().sum() / copies for _, part, copies in gradient_pieces(model)
-    ]
-    total = torch.stack(squares).sum()
-    grid = getattr(model, "grid", Grid())
-    return (_all_reduce(total, grid.tp_group) if grid.tp > 1 else total).sqrt()
-
-
-def train_step(
-    model, optimizer, tokens_BS, targets_BS, starts_BS=None, max_norm: float = 1.0, autocast=None
-):
-    """One optimiser step of the plain or the parallel model; every rank of its grid must call it with the same tokens.
-
-    Args: model: `HybridLM` or `ParallelHybridLM`. tokens_BS, targets_BS: int64, whole; −100 marks a target that does
-    not count. starts_BS: bool, True where a document begins. autocast: the dtype of products, None: the parameters'.
-    Returns: the mean loss per token and the gradient's norm before clipping, the same on every rank.
-    """
-    # The mean is over all tokens that count, of all ranks: each rank's sum over the whole count, and gradients summed.
-    optimizer.zero_grad()
-    with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
-        loss = model.loss(tokens_BS, targets_BS, starts_BS).sum() / (
-            targets_BS != -100
-        ).sum().clamp(min=1)
-    loss.backward()
-    if isinstance(model, ParallelHybridLM):
-        reduce_gradients(model)
-        loss = _all_reduce(loss.detach().clone(), model.grid.cp_group)
-    norm = grad_norm(model)
-    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
-    optimizer.step()
-    return loss.detach(), norm
-
-
-def train(
-    model: HybridLM, batches: Iterable[tuple[Tensor, Tensor]], lr: Callable[[int], float], **options
-):
-    """A step for each batch of tokens and targets, at the learning rate of its number; yields `train_step`'s results.
-
-    batches: pairs of tokens_BS and targets_BS. lr: from the step's number, 0 first.
-    """
-    optimizer = make_optimizer(model)
-    for step, (tokens_BS, targets_BS) in enumerate(batches):
-        for param_group in optimizer.param_groups:
-            param_group["lr"] = lr(step)
-        yield train_step(model, optimizer, tokens_BS, targets_BS, **options)
-
-
-# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
-
-# ── 5.1 Which layer is which ────────────────────────────────────────────────────────────────────────────
-#
-# The study gives two shares, of attention and of feed-forward layers, and spreads them: attention so that the layers
-# between fall into equal sections, beginning and ending with another kind; then feed-forward layers over what is left.
-# Its rule, for a share of n layers: with a section's length as credit, walk along; place one when less than half a
-# layer of credit is left, and take a section's length on; otherwise pay one. Two attention layers among ten leave three
-# sections of 8/3:
-#
-#     credit   2.7  1.7  0.7  −0.3  2.3  1.3  0.3  3.0  2.0  1.0
-#     layer     M    M    M    *     M    M    *    M    M    M
-
-
-def allocate_layers(n: int, attention_ratio: float, mlp_ratio: float) -> str:
-    """The pattern of n layers with these shares of attention and feed-forward layers, spread evenly.
-
-    Raises: ValueError where the shares do not fit. Source: the study, arXiv 2406.07887; Megatron-LM's rule.
-    """
-    layers, attention, mlp = ["M"] * n, round(n * attention_ratio), round(n * mlp_ratio)
-    if min(attention, mlp) < 0 or attention + mlp > n:
-        raise ValueError(f"{attention} attention and {mlp} feed-forward layers do not fit into {n}")
-    for letter, count, sections in (("*", attention, attention + 1), ("-", mlp, mlp)):
-        section = credit = (layers.count("M") - count) / max(sections, 1)
-        for i in (i for i, kind in enumerate(layers) if kind == "M" and count):
-            layers[i] = letter if credit < 0.5 else "M"
-            credit += section if credit < 0.5 else -1
-    return "".join(layers)
-
-
-# ── 5.2 Parameters and memory of the published models ───────────────────────────────────────────────────
-#
-# A Mamba layer, with I = N·D its inner width and 2·G·Z what B and C take: in_proj H·(2·I + 2·G·Z + N); the convolution,
-# K taps and a bias for each of I + 2·G·Z channels; three numbers a head; the norm I; out_proj I·H. Attention has two
-# matrices for queries and outputs and two narrower ones for keys and values; the feed-forward layer two. Each layer has
-# a norm of H in front, and the ends of the model are not tied.
-#
-# While it writes, a sequence keeps I·Z numbers of state and K inputs of each channel in a Mamba layer, however long it
-# is; and 2·G·D a token in an attention layer.
-
-
-def parameters(config: HybridConfig) -> int:
-    """Parameters of a `HybridLM`, by a formula for each kind of layer. Source: ours."""
-    H, N, Z, K = config.hidden_size, config.mamba_heads, config.state_size, config.conv_kernel
-    inner, keys, D = (
-        N * config.mamba_head_size,
-        2 * config.mamba_groups * Z,
-        config.attention_head_size,
-    )
-    mamba = H * (2 * inner + keys + N) + (inner + keys) * (K + 1) + 3 * N + inner + inner * H
-    attention = 2 * H * D * (config.attention_heads + config.attention_groups)
-    kinds = {"M": mamba, "*": attention, "-": 2 * H * config.ffn_hidden_size}
-    return sum(kinds[kind] + H for kind in config.pattern) + 2 * config.vocab_size * H + H
-
-
-DecodeMemory = namedtuple(
-    "DecodeMemory", "state kv"
-)  # bytes of a sequence: of all Mamba layers, of all attention
-
-
-def decode_memory(
-    config: HybridConfig, tokens: int, number_bytes: int = 2, state_bytes: int = 2
-) -> DecodeMemory:
-    """Bytes that a sequence of `tokens` needs in a `Cache`, from a formula.
-
-    number_bytes: of keys, values and the convolution's inputs; state_bytes: of the states (ours are at least 4).
-    Source: ours.
-    """
-    inner, keys = (
-        config.mamba_heads * config.mamba_head_size,
-        2 * config.mamba_groups * config.state_size,
-    )
-    state = (
-        inner * config.state_size * state_bytes + (inner + keys) * config.conv_kernel * number_bytes
-    )
-    kv = 2 * config.attention_groups * config.attention_head_size * tokens * number_bytes
-    return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
-
-
-# What follows from these bytes, and what does not. Nemotron-H-8B keeps 50 MiB of states and 16 KiB of keys and values
-# a token: at 3,192 tokens the few attention layers hold as much as all states, and from there on more. Against a
-# Transformer of 32 layers with as many shared keys it keeps an eighth of the keys: at 64K tokens 1.05 GiB in place of
-# 8.
-#
-# The study *predicts* "up to 8×" faster generation, and 32 / 4 layers is 8 as well. That is no derivation: the study's
-# own baseline shares no keys (32 heads with keys each), which would make it 32×; the prediction is a latency, in which
-# weights, products and batch count; and the paper says "up to". Nemotron-H's "up to 3×" is a throughput of 56B against
-# 70B-class models with 65,536 tokens in and 1,024 out, measured on H100s. Bytes alone explain neither, and say only
-# which way it goes: how many sequences fit on a GPU, and how much is read for a token.
-
-# ── What is left ────────────────────────────────────────────────────────────────────────────────────────
-#
-# With a state in the place of most keys and values, the past has become cheap: to keep, to read, to hand to the next
-# rank. The token itself has not. Each is still multiplied with every parameter, two operations for each of 8 or 56
-# billion, most of them in layers that no chapter has touched so far: the feed-forward ones. And each operation is one
-# on numbers of 16 bits. Chapter 6 takes up both: many feed-forward networks in a layer, of which a token takes a few,
-# and products of eight-bit numbers.
-
-
-# ── 6 The demonstration ─────────────────────────────────────────────────────────────────────────────────
-
-#               hidden    FFN  heads    N   D    Z    vocabulary   layers
-PUBLISHED = {
-    name: HybridConfig(vocab, H, pattern, F, N, D, 8, Z, 4, 128, heads, 8, 128)
-    for name, (H, F, heads, N, D, Z, vocab, pattern) in {
-        "study hybrid": (4096, 16384, 32, 128, 64, 128, 256_000, allocate_layers(56, 0.08, 0.5)),
-        "Nemotron-H-8B": (4096, 21504, 32, 128, 64, 128, 131_072, "M-M-M-M*-" + 3 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
-        "Nemotron-H-47B": (8192, 30720, 64, 256, 64, 256, 131_072,
-                           "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-"
-                           "M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"),
-        "Nemotron-H-56B": (8192, 32768, 64, 256, 64, 256, 131_072, "M-M-M-M*-" + 9 * "M-M-M-M-M*-" + "M-M-M-M-M-"),
-        "Nano-12B-v2": (5120, 20480, 40, 128, 80, 128, 131_072, "M-M-M-M*-" + 5 * "M-M-M-M*-" + "M-M-M-M-"),
-        "Nano-9B-v2": (4480, 15680, 40, 128, 80, 128, 131_072,
-                       "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-"),
-    }.items()
-}  # fmt: skip
-
-
-@torch.no_grad()
-def generate(
-    model: HybridLM, tokens_BS: Tensor, new_tokens: int, temperature: float = 0.0, generator=None
-) -> Tensor:
-    """`tokens_BS` and `new_tokens` more: the most probable ones, or at a temperature drawn by `generator`.
-
-    model: plain, or tensor-parallel: then every rank must call it, and gets the same text as long as the generators
-    are in the same state. Raises: ValueError for an empty prompt.
-    """
-    if not tokens_BS.shape[1]:
-        raise ValueError(
-            f"an empty prompt, {tuple(tokens_BS.shape)}: begin with at least one token"
-        )
-    cache, new_BS = model.new_cache(tokens_BS.shape[1] + new_tokens), tokens_BS
-    for _ in range(new_tokens):
-        logits_BV = model(new_BS, cache=cache, last=True)[:, 0]
-        new_BS = logits_BV.argmax(-1, keepdim=True)
-        if temperature:
-            new_BS = torch.multinomial(
-                (logits_BV.double() / temperature).softmax(-1), 1, generator=generator
-            )
-        tokens_BS = torch.cat([tokens_BS, new_BS], 1)
-    return tokens_BS
-
-
-def make_grid(tp: int, device: torch.device, timeout: float = 60.0) -> Grid:
-    """Lays all ranks out as (cp, tp), neighbours in a tp group; every rank must call it.
-
-    timeout: seconds. Raises: ValueError where tp does not divide the ranks.
-    """
-    world, rank = dist.get_world_size(), dist.get_rank()
-    if tp < 1 or world % tp:
-        raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    columns = [list(range(first, world, tp)) for first in range(tp)]
-    neighbours = {}
-    for size in (size for size in range(1, tp + 1) if tp % size == 0):
-        rows = [list(range(first, first + size)) for first in range(0, world, size)]
-        neighbours[size] = make_group(rows, device, timeout)
-    cp_group = make_group(columns, device, timeout)
-    return Grid(tp, world // tp, rank % tp, rank // tp, neighbours[tp], cp_group, neighbours)
-
-
-def grids(device: torch.device, timeout: float) -> list[Grid]:
-    """Every way to lay all ranks out: tp alone, both, cp alone."""
-    world = group_size()
-    return [make_grid(tp, device, timeout) for tp in range(world, 0, -1) if world % tp == 0]
-
-
-def equivalence(
-    grid: Grid, groups: int, device, dtype: torch.dtype, autocast: torch.dtype | None = None
-) -> dict:
-    """A small odd model on this grid beside the same on a single device: name to relative error, the worst of all.
-
-    Tokens that do not divide over cp, two documents, targets that do not count; groups may be fewer than tp. Errors
-    are per tensor: max|Δ| / max|reference|; after AdamW over max(max|reference|, steps · lr).
-    """
-    tp = grid.tp
-    sizes = dict(mamba_heads=2 * tp, mamba_head_size=4, state_size=6, mamba_groups=groups, chunk=4)
-    sizes |= dict(
-        attention_heads=2 * tp,
-        attention_groups=groups,
-        attention_head_size=4,
-        ffn_hidden_size=8 * tp,
-    )
-    # Larger weights and steps than a real model begins with, so that the states and their gradients are not tiny.
-    config = HybridConfig(61, 16, "M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
-    generator = torch.Generator().manual_seed(1)
-    tokens_BS, targets_BS = torch.randint(61, (2, 2, 6 * grid.cp + 1), generator=generator).to(
-        device
-    )
-    starts_BS = torch.zeros_like(tokens_BS, dtype=torch.bool)
-    starts_BS[0, 4], targets_BS[1, :3] = True, -100
-    plain, parallel = (
-        model.to(device, dtype) for model in (HybridLM(config), ParallelHybridLM(config, grid))
-    )
-    batches, options = (
-        [(tokens_BS, targets_BS)] * 5,
-        dict(starts_BS=starts_BS, max_norm=0.1, autocast=autocast),
-    )
-
-    def everyones(x, group=None) -> list:
-        found = [x] * group_size(group)
-        if dist.is_initialized():
-            dist.all_gather_object(found, x, group)
-        return found
-
-    def gaps(kind: str, here: dict, reference: dict, floor: float = 0.0) -> dict[str, float]:
-        shards = everyones({name: x.detach().cpu() for name, x in here.items()}, grid.tp_group)[:tp]
-        return relative_errors(kind, merge_state_dicts(shards, config), reference, floor)
-
-    errors = {}
-    runs = zip(
-        *(train(model, batches, lambda step: 1e-3, **options) for model in (plain, parallel))
-    )
-    for step, ((loss, norm), (loss_here, norm_here)) in enumerate(runs):
-        errors |= {
-            f"loss {step}": abs(loss_here / loss - 1).item(),
-            f"norm {step}": abs(norm_here / norm - 1).item(),
-        }
-        if step == 0:
-            errors |= gaps(
-                "gradient of",
-                *({n: p.grad for n, p in m.named_parameters()} for m in (parallel, plain)),
-            )
-    if (
-        dtype == torch.float64
-    ):  # where a gradient is zero Adam divides rounding noise by itself: only float64 can tell
-        errors |= gaps("after AdamW", parallel.state_dict(), plain.state_dict(), floor=5 * 1e-3)
-    return over_all_ranks(errors)
-
-
-# fp64 is the proof. The others are what rounding does to a right program: bf16's 8 bits are 0.4 % in each product.
-BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
-
-
-def check(
-    device: torch.device,
-    timeout: float,
-    dtype: torch.dtype,
-    autocast: torch.dtype | None = None,
-    show: bool = False,
-) -> dict[str, float]:
-    """Every grid of the ranks, a group for each tp rank and one for all: name to the worst relative error."""
-    found = {}
-    for grid in grids(device, timeout):
-        for groups in sorted({grid.tp, 1}, reverse=True):
-            errors = equivalence(grid, groups, device, dtype, autocast)
-            text = f"tp {grid.tp} × cp {grid.cp}, G {groups}"
-            if show:
-                say("\n".join(f"{text:20} {name:48} {error:.1e}" for name, error in errors.items()))
-            say(f"{text}: worst of {len(errors)} {worst(errors):.1e}")
-            for name, error in errors.items():
-                found[name] = max(found.get(name, 0.0), error)
-    return found
-
-
-def count_messages(device: torch.device, timeout: float) -> dict[str, str]:
-    """Of one Mamba layer: all-reduces under tp, and what state passing sends under cp, at two lengths."""
-    world, found = group_size(), {}
-    config = HybridConfig(pattern="M", mamba_heads=4 * world, mamba_groups=world)
-    tp, cp = make_grid(world, device, timeout), make_grid(1, device, timeout)
-    for name, grid, length in (
-        ("tp", tp, 64),
-        ("short", cp, 128 * world),
-        ("long", cp, 512 * world),
-    ):
-        model = ParallelHybridLM(config, grid).to(device)
-        x_BsH = torch.randn(
-            1, length // grid.cp, config.hidden_size, device=device, requires_grad=True
-        )
-        past = Past() if grid.cp == 1 else RankPast(0, None, None, grid.cp_group)
-        with Counter() as forward:
-            y_BsH = model.run(model.layers[0], x_BsH, past)
-        with Counter() as backward:
-            y_BsH.sum().backward()
-        found[name] = [
-            [(m.op, m.bytes) for m in counter.messages] for counter in (forward, backward)
-        ]
-    return found
-
-
-@torch.no_grad()
-def decode_times(
-    config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15
-) -> list[float]:
-    """Milliseconds for one token on a single device, behind so many tokens: states and caches hold random numbers."""
-    model, times = HybridLM(config).to(device).eval(), []
-    for context in contexts:
-        cache, token_BS = (
-            model.new_cache(context + repeats + 3),
-            torch.zeros(1, 1, dtype=torch.int64, device=device),
-        )
-        model(token_BS, cache=cache)  # makes what the layers keep
-        for x in (x for layer in cache.layers for x in layer.values()):
-            x.normal_()
-        cache.tokens, of_token = context, []
-        for _ in range(repeats + 3):
-            begin = time.perf_counter()
-            model(token_BS, cache=cache).argmax().item()  # the last word waits for a GPU to finish
-            of_token.append(1e3 * (time.perf_counter() - begin))
-        times.append(sorted(of_token[3:])[repeats // 2])
-    return times
-
-
-def demonstrate(args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Trains on real text and generates some; returns how far the first losses are from the single device's."""
-    from tqdm import tqdm
-
-    config, (dtype, autocast), grid = (
-        config_of(args),
-        dtypes(args),
-        make_grid(args.tp, device, args.timeout),
-    )
-    data = TextData(args.data, args.seq_length)
-    source = args.data or "Python's sources"
-
-    def batches(steps: int):
-        return (
-            [x_BS.to(device) for x_BS in data.batch(step, args.batch, args.seed)]
-            for step in range(steps)
-        )
-
-    options = dict(lr=lambda step: args.lr * min(1.0, (step + 1) / 10), autocast=autocast)
-    model = ParallelHybridLM(config, grid).to(device, dtype)
-    # The single device, on every rank: while one rank computed alone, the others' collectives would time out.
-    alone = train(HybridLM(config).to(device, dtype), batches(min(5, args.steps)), **options)
-    say(
-        f"\n{config.pattern}, {parameters(config):,} parameters, on tp {grid.tp} × cp {grid.cp}, of {source}"
-    )
-    say("step      loss    single device      norm")
-    differences, quiet = {}, group_rank() > 0 or not sys.stderr.isatty()
-    steps = tqdm(train(model, batches(args.steps), **options), total=args.steps, disable=quiet)
-    for step, results in enumerate(steps):
-        loss, norm = read_step(step, *results)
-        text = ""
-        for results_alone in itertools.islice(alone, 1):  # nothing once its steps are done
-            loss_alone, _ = read_step(step, *results_alone)
-            differences[f"loss {step}"] = abs(loss - loss_alone)
-            text = f"{loss_alone:.6f}"
-        if step < 5 or step % 20 == 19:
-            say(f"{step:4}  {loss:.6f}  {text:>15}  {norm:8.3f}")
-    if grid.cp == 1:
-        prompt = "import os\n\n\ndef "
-        prompt_BS = torch.tensor([data.encoding.encode_ordinary(prompt)], device=device)
-        text_S = generate(
-            model, prompt_BS, 64, 0.7, torch.Generator(device).manual_seed(args.seed)
-        )[0]
-        say(
-            f"\nafter {prompt!r} it writes\n{data.encoding.decode(text_S[prompt_BS.shape[1] :].tolist())!r}"
-        )
-    return differences
-
-
-def main(args: argparse.Namespace, device: torch.device) -> None:
-    say_setting(args)
-    if args.check:
-        error = worst(check(device, args.timeout, *dtypes(args), show=True))
-        say(f"bound {BOUNDS[args.dtype]:.0e}, {args.dtype}")
-        sys.exit(0 if error <= BOUNDS[args.dtype] else 1)
-    errors = check(device, args.timeout, torch.float64)
-    messages, differences = count_messages(device, args.timeout), demonstrate(args, device)
-    if (
-        group_rank() == 0
-    ):  # no collective comes after this, so no other rank waits for the measurement
-        rows = claims(args, errors, messages, differences, time_decoding(args, device))
-        if not print_claims(rows):
-            sys.exit(1)
-
-
-def time_decoding(args: argparse.Namespace, device: torch.device) -> dict[str, list[float]]:
-    """Prints a token's time after 1 to 32 thousand others, for three models; returns the milliseconds of each."""
-    config, contexts = config_of(args), [2**10, 2**12, 2**14, 2**15]
-    models = {
-        "Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")),
-        "hybrid": config,
-        "Transformer": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5),
-    }
-    times = {name: decode_times(of_model, contexts, device) for name, of_model in models.items()}
-    say(
-        "\nmilliseconds for a token, on one rank, behind    "
-        + "".join(f"{context:>10,}" for context in contexts)
-    )
-    for name, of_model in times.items():
-        say(
-            f"{name:14}{models[name].pattern:35}"
-            + "".join(f"{milliseconds:10.2f}" for milliseconds in of_model)
-        )
-    say()
-    return times
-
-
-def claims(
-    args: argparse.Namespace,
-    errors: dict[str, float],
-    messages: dict,
-    differences: dict[str, float],
-    times: dict,
-) -> list[tuple[str, str, str, bool | str]]:
-    """The claims table: (claim, paper, here, verdict) of what `main` has measured, and of part 5."""
-    rows, alone = [], group_size() == 1 and "needs ranks"
-
-    def row(claim: str, paper: str, here: str, verdict: bool | str | None = None) -> None:
-        rows.append((claim, paper, here, here == paper if verdict is None else verdict))
-
-    for claim, kind in (
-        ("gradient", "grad"),
-        ("norm before clipping", "norm"),
-        ("weight after AdamW", "after"),
-    ):
-        off = worst(errors, kind)
-        text = f"every {claim} equals the single device's, all grids, float64"
-        row(text, "exact", f"worst {off:.1e} relative", off <= BOUNDS["fp64"])
-    text = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
-    off = worst(differences) if differences else math.nan
-    row(
-        text,
-        "equal",
-        f"within {off:.0e}",
-        off <= BOUNDS[args.dtype] if differences else "needs steps",
-    )
-    reduces = " + ".join(str(sum(op == "all_reduce" for op, _ in way)) for way in messages["tp"])
-    row("all-reduces of a Mamba layer, forward + backward", "1 + 1", reduces, alone or None)
-    short, long = (
-        sum(size for way in messages[name] for _, size in way) for name in ("short", "long")
-    )
-    text = "bytes that state passing sends, at 1 and 4 times the tokens"
-    row(text, "equal", f"{short:,}, {long:,}", alone or short == long)
-    study, eight = PUBLISHED["study hybrid"].pattern, PUBLISHED["Nemotron-H-8B"]
-    same = study == "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-    row(
-        "the study's 56 layers, from 8 % and 50 %",
-        "its string",
-        "the same" if same else study,
-        same,
-    )
-    shares = ", ".join(f"{study.count(kind) / 56:.0%}" for kind in "M*-")
-    row("Mamba, attention, feed-forward layers of it", "43%, 7%, 50%", shares)
-    row("parameters of Nemotron-H-8B", "8,100,852,736", f"{parameters(eight):,}")
-    for paper in ("47B", "56B"):
-        billions = parameters(PUBLISHED[f"Nemotron-H-{paper}"]) / 1e9
-        row(f"parameters of Nemotron-H-{paper}", paper, f"{billions:.0f}B")
-    here, there = (
-        sum(decode_memory(c, 2**16)) / 2**30 for c in (eight, replace(eight, pattern=32 * "*-"))
-    )
-    row(
-        "cache at 64K tokens, Nemotron-H-8B and 32 layers of attention",
-        "–",
-        f"{here:.2f}, {there:.2f} GiB",
-        "–",
-    )
-    row(
-        "generation, study: predicted",
-        "up to 8×",
-        f"{there / here:.1f}× fewer bytes",
-        "another thing: section 5.2",
-    )
-    row("throughput of 56B against 70B models, 64K tokens in", "up to 3×", "–", "needs 8 H100s")
-    growth = ", ".join(f"{of_model[-1] / of_model[0]:.1f}" for of_model in times.values())
-    row(
-        "a token behind 32K, of one behind 1K: Mamba, hybrid, attention",
-        "1 for Mamba",
-        growth,
-        "a time, not judged",
-    )
-    return rows
-
-
-def config_of(args: argparse.Namespace) -> HybridConfig:
-    return config_from(args, HybridConfig, vocab_size=byte_encoding().n_vocab, seed=args.seed)
-
-
-@dataclass
-class Options:
-    """This chapter's own flags."""
-
-    data: str = flag(
-        "", "a text to train on; by default the sources of Python's library", metavar="FILE"
-    )
-    tp: int | None = flag(
-        None, "ranks that share the weights, by heads; None: as many as fit", least=1
-    )
-    cp: int | None = flag(None, "ranks that share a sequence, by tokens; None: all others", least=1)
-    seq_length: int = flag(128, "tokens of a sequence, S", least=1)
-    batch: int = flag(8, "sequences of a step", least=1)
-    lr: float = flag(3e-3, "learning rate, after ten steps of warm-up", least=1e-9)
-
-
-def largest_tp(config: HybridConfig, ranks: int) -> int:
-    """The most ranks that can share these heads and features, among the divisors of `ranks`."""
-    for tp in range(ranks, 1, -1):
-        with contextlib.suppress(ValueError):
-            local_config(config, tp)
-            if ranks % tp == 0:
-                return tp
-    return 1
-
-
-def check_args(args: argparse.Namespace) -> None:
-    """Resolves --tp and --cp. Raises ValueError or OSError where the flags, or the text, do not fit."""
-    config, ranks = config_of(args), args.world_size
-    for name in ("tp", "cp"):
-        size = getattr(args, name)
-        if size and ranks % size:
-            raise ValueError(f"--{name} {size} must divide the {ranks} ranks")
-    if args.tp is None:
-        args.tp = ranks // args.cp if args.cp else largest_tp(config, ranks)
-    if args.cp not in (None, ranks // args.tp):
-        raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {ranks} ranks")
-    args.cp = ranks // args.tp
-    tokens, before = args.seq_length // args.cp, config.conv_kernel - 1
-    if args.cp > 1 and tokens < before:
-        text = f"--seq-length {args.seq_length} leaves {tokens} tokens to a rank, the convolution needs {before}"
-        raise ValueError(f"{text}: choose at least {args.cp * before}, or a smaller cp")
-    if not args.check:
-        local_config(config, args.tp)  # for what it raises
-    TextData(args.data, args.seq_length)
-
-
-def flags() -> argparse.Namespace:
-    return parse_flags(__doc__, [Options, HybridConfig], check_args, ranks=2, steps=120)
-
-
-# region carried: text data (home: 02_megatron_tp)
-class TextData:
-    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
-
-    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
-    """
-
-    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
-        self.seq_length = seq_length
-        self.encoding = encoding or byte_encoding()
-        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        if not paths[0].is_file():
-            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
-        try:
-            text = "".join(path.read_text("utf-8") for path in paths[:40])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
-        cut = len(self.tokens) * 9 // 10
-        self.train_split = self.tokens[:cut]
-        self.eval_split = self.tokens[cut:]
-        if len(self.eval_split) <= seq_length:
-            need = f"a tenth of it must be longer than {seq_length}"
-            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
-
-    def batch(
-        self, step: int, rows: int, seed: int, evaluation: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
-        split = self.eval_split if evaluation else self.train_split
-        key = f"{seed} {step} {evaluation}"
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
-        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
-        return window_BS[:, :-1], window_BS[:, 1:]
-
-
-def byte_encoding() -> tiktoken.Encoding:
-    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-
-
-# endregion copy aaa995
-
-
-# Explained in chapter 1, at its end.
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
-
-
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
-
-    def __enter__(self) -> Counter:
-        self.messages: list[Message] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
-        if function.namespace == "c10d" and name != "barrier":
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            size = max(sum(x.nbytes for x in xs) for xs in tensors)
-            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
-            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
-            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
-
-
-# endregion copy a5766d
-
-
-# Explained in chapter 1, at its end.
 # region carried: reports (home: 01_deepspeech)
 def say(text: str = "") -> None:
     """Rank 0 prints."""
@@ -2302,9 +2106,30 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # endregion copy 7f35e3
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
 
 
-# Explained in chapter 1, at its end.
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
@@ -2421,9 +2246,6 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
 
 
 # endregion copy 82e4fd
-
-
-# Explained in chapter 1, at its end.
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import functools
 import io
-import json
 import sys
 import time
 from pathlib import Path
@@ -256,6 +255,84 @@ def test_the_scan_keeps_its_inputs_and_a_state_for_each_chunk():
     assert naive.bytes > 2 * saved.bytes
 
 
+@pytest.mark.parametrize("form", ["quadratic", "chunks", "one chunk"])
+@pytest.mark.parametrize("log_decay", [-1e-6, -1.0, -10.0, -25.0, -40.0, -50.0, -200.0, -5e3])
+def test_gradients_of_heads_that_forget_within_a_token(form, log_decay):
+    """Every gradient of every head by itself, against the loop: dt·A is `log_decay`, by a large dt or a large A.
+
+    Heads are compared one by one: another head's dA may be 1e20 times as large. Where the loop's own value is below the
+    smallest normal number times 1e20, or zero, only the size is asked for.
+    """
+    dt = torch.tensor([10.0, 1.0, 0.01, 3.0], dtype=torch.float64)
+    inputs = scan_inputs(24) | dict(A=log_decay / dt, dt=dt.expand(2, 24, 4).clone())
+    loop = values_and_gradients(mh.ssd_recurrent, inputs)
+    if form == "quadratic":
+        here = values_and_gradients(mh.ssd_quadratic, inputs)
+    else:
+        here = values_and_gradients(mh.ssd, inputs, chunk=7 if form == "chunks" else 24)
+    heads = {"y": 2, "state": 1, "grad of x": 2, "grad of dt": 2, "grad of A": 0, "grad of D": 0}
+    heads["grad of initial_state"] = 1
+    for name, expected in loop.items():
+        assert here[name].isfinite().all(), name
+        pairs = [(here[name], expected)]
+        if name in heads:
+            pairs = zip(here[name].unbind(heads[name]), expected.unbind(heads[name]))
+        for x, y in pairs:
+            assert (x - y).abs().max() <= 1e-12 * y.abs().max() + 1e-280, name
+
+
+@pytest.mark.planted_bug(
+    symptom="the loss is right, and A of heads that forget within a token learns from rounding errors",
+    seen_in=None,
+)
+@pytest.mark.parametrize("form", ["quadratic", "chunks"])
+def test_the_diagonal_kept_in_the_sums(form):
+    """The diagonal of M cancels in exact arithmetic only."""
+    dt = torch.full((2, 24, 4), 10.0, dtype=torch.float64)
+    inputs = scan_inputs(24) | dict(A=torch.full((4,), -5.0, dtype=torch.float64), dt=dt)
+
+    def with_diagonal(a):
+        sums = a.cumsum(-1)
+        later = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+        return (sums[..., :, None] - sums[..., None, :]).masked_fill(later, -torch.inf)
+
+    right = values_and_gradients(mh.ssd_recurrent, inputs)
+    if form == "quadratic":
+        with plant(mh, "segsum", with_diagonal):
+            wrong = values_and_gradients(mh.ssd_quadratic, inputs)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "diagonal", lambda x, **dims: torch.zeros(1))
+            wrong = values_and_gradients(mh.ssd, inputs, chunk=8)
+    assert_equal({"y": wrong["y"]}, {"y": right["y"]})
+    assert "grad of A" in assert_differs(wrong, right, at_least=1e-5)
+    return Shows(
+        loss=worst_of({"y": wrong["y"]}, {"y": right["y"]}),
+        gradients=worst_of(wrong, {"grad of A": right["grad of A"]}),
+    )
+
+
+def test_checkpointed_chunks_have_the_same_gradients():
+    """The plain form of the backward pass, as the chapter writes it down: autograd through `_chunk`, chunk by chunk."""
+    from torch.utils.checkpoint import checkpoint
+
+    def plain(state, *inputs):
+        y = []
+        for parts in zip(*(x.split(7, -2) for x in inputs)):
+            out, state = checkpoint(mh._chunk, state, *parts, use_reentrant=False)
+            y.append(out)
+        return torch.cat(y, -2), state
+
+    inputs = scan_inputs(24)
+    expected = values_and_gradients(mh.ssd, inputs, chunk=7)
+
+    class Plain:
+        apply = staticmethod(lambda chunk, *laid_out: plain(*laid_out))
+
+    with plant(mh, "_ChunkedSSD", Plain):
+        assert_equal(values_and_gradients(mh.ssd, inputs, chunk=7), expected)
+
+
 # ── 1.2 The convolution ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -427,10 +504,14 @@ def test_generation_equals_the_full_forward_each_time():
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
 
 
+def kept_tensors(state: mh.LayerState) -> list:
+    return [x for x in vars(state).values() if isinstance(x, torch.Tensor)]
+
+
 def kept_bytes(model, tokens_BS, capacity) -> int:
     """What a cache holds behind these tokens."""
     model(tokens_BS, cache=(cache := model.new_cache(capacity)))
-    return sum(t.nbytes for layer in cache.layers for t in layer.values())
+    return sum(t.nbytes for layer in cache.layers for t in kept_tensors(layer))
 
 
 def test_the_state_does_not_grow():
@@ -443,13 +524,49 @@ def test_the_state_does_not_grow():
     assert len(sizes) == 1 and min(sizes) > 0
 
 
+@pytest.mark.parametrize("rope", [0.0, 0.5])
+def test_prompts_of_unequal_length_are_as_if_alone(rope):
+    """Padded on the left, with a document start each: the logits of each prompt and of each further token, and the
+    text, equal those of the prompt alone. Shorter and longer than the convolution and than a chunk."""
+    model = mh.HybridLM(config(rope=rope)).double()
+    rows = [tokens_of(1, n, seed=n)[0][0] for n in (1, 9, 3, 14)]
+    tokens, starts = mh.pad_prompts(rows)
+    texts = mh.generate(model, tokens, 6, starts_BT=starts)
+    with torch.no_grad():
+        cache = model.new_cache(20)
+        found = [model(tokens, starts, cache=cache, last=True)]
+        found += [model(texts[:, at : at + 1], cache=cache) for at in range(14, 20)]
+        for row, prompt in enumerate(rows):
+            assert torch.equal(
+                texts[row, 14:], mh.generate(model, prompt[None], 6)[0, len(prompt) :]
+            )
+            expected = model(torch.cat([prompt, texts[row, 14:]])[None])[:, len(prompt) - 1 :]
+            assert_equal({"logits": torch.cat(found, 1)[row : row + 1]}, {"logits": expected})
+    assert tokens.shape == starts.shape == (4, 14) and starts.sum() == 4
+    with pytest.raises(ValueError, match="prompt 1 is empty: begin with at least one token"):
+        mh.pad_prompts([rows[0], rows[0][:0]])
+
+
+def test_documents_may_begin_while_decoding():
+    """With a cache, in pieces: the logits are those of the packed sequence at once."""
+    model, (tokens, _) = mh.HybridLM(config()).double(), tokens_of(2, 14)
+    starts = torch.zeros(2, 14, dtype=torch.bool)
+    starts[0, [5, 9]] = starts[1, 11] = True
+    cache, found = model.new_cache(14), []
+    with torch.no_grad():
+        for first, last in ((0, 4), (4, 8), (8, 9), (9, 10), (10, 14)):
+            documents = starts[:, first:last] if starts[:, first:last].any() else None
+            found.append(model(tokens[:, first:last], documents, cache=cache))
+        assert_equal({"logits": torch.cat(found, 1)}, {"logits": model(tokens, starts)})
+
+
 # ── 2 The idea: heads, tokens, and both divided ─────────────────────────────────────────────────────────
 
 
 @functools.cache
-def grid_of(tp: int) -> mh.Grid:
+def grid_of(tp: int) -> mh.Mesh:
     """All ranks as (cp, tp); made once in each rank of the pool."""
-    return mh.make_grid(tp, ranks.device)
+    return mh.make_mesh(tp, ranks.device)
 
 
 def everywhere(x, group=None) -> list:
@@ -459,7 +576,7 @@ def everywhere(x, group=None) -> list:
     return found
 
 
-def joined(tensors: dict, cfg: mh.HybridConfig, grid: mh.Grid) -> dict:
+def joined(tensors: dict, cfg: mh.HybridConfig, grid: mh.Mesh) -> dict:
     """All tp ranks' shares, put together; what several hold must be the same on each, to the bit, and over cp too."""
     merged = mh.merge_state_dicts(
         everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group), cfg
@@ -469,7 +586,7 @@ def joined(tensors: dict, cfg: mh.HybridConfig, grid: mh.Grid) -> dict:
     return merged
 
 
-def rank_0s(tensors: dict, cfg: mh.HybridConfig, grid: mh.Grid) -> dict:
+def rank_0s(tensors: dict, cfg: mh.HybridConfig, grid: mh.Mesh) -> dict:
     """`joined` for planted bugs: where copies differ, the last rank's."""
     shards = everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group)
     with plant(torch, "equal", lambda a, b: True):
@@ -480,18 +597,18 @@ def grads_of(module: nn.Module) -> dict:
     return {name: p.grad for name, p in module.named_parameters()}
 
 
-def models(cfg: mh.HybridConfig, grid: mh.Grid):
+def models(cfg: mh.HybridConfig, grid: mh.Mesh):
     return (
         model.to(ranks.device, torch.float64)
         for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg, grid))
     )
 
 
-def whole_losses(loss_Bs: torch.Tensor, grid: mh.Grid) -> torch.Tensor:
+def whole_losses(loss_Bs: torch.Tensor, grid: mh.Mesh) -> torch.Tensor:
     return torch.cat(everywhere(loss_Bs.detach().cpu(), grid.cp_group), 1)
 
 
-def gradients(cfg: mh.HybridConfig, grid: mh.Grid, length=14, documents=False):
+def gradients(cfg: mh.HybridConfig, grid: mh.Mesh, length=14, documents=False):
     """Losses and gradients of the plain model (its input's too) and, not yet merged, of the parallel one."""
     plain, parallel = models(cfg, grid)
     tokens, targets = tokens_of(2, length)
@@ -553,7 +670,7 @@ def five_steps(tp, groups, optimizer):
         expected.backward()
         norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
         theirs.step()
-        loss, norm_here = mh.train_step(parallel, ours, tokens, targets, max_norm=max_norm)
+        [(loss, norm_here)] = mh.train(parallel, ours, [(tokens, targets)], max_norm)
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
         assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
         assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain))
@@ -592,7 +709,7 @@ def test_the_scan_over_ranks_of_any_lengths(documents):
         for n, x in inputs.items()
         if x is not None
     }
-    y, state = mh.ssd_sequence_parallel(**leaves, chunk=4, starts=starts[:, cut])
+    y, state = mh.ssd_context_parallel(**leaves, chunk=4, starts=starts[:, cut])
     upstream_y, upstream = (
         random(*expected["y"].shape, seed=50)[:, cut],
         random(*state.shape, seed=50),
@@ -621,7 +738,7 @@ def test_state_passing_sends_the_same_whatever_the_length():
             if x is not None
         }
         with mh.Counter() as forward:
-            y, _ = mh.ssd_sequence_parallel(**inputs, chunk=4)
+            y, _ = mh.ssd_context_parallel(**inputs, chunk=4)
         with mh.Counter() as backward:
             y.sum().backward()
         found.append(
@@ -635,11 +752,11 @@ def test_state_passing_sends_the_same_whatever_the_length():
 def test_the_halo_does_not_grow_either_and_attention_does():
     grid, sizes = grid_of(1), {}
     for length in (32, 64):
-        past = mh.RankPast(0, None, [length] * grid.cp, grid.cp_group)
+        lengths = [length] * grid.cp
         with mh.Counter() as halo:
-            past.inputs(random(2, length, 6), 4)
+            mh.halo(random(2, length, 6), 3, grid.cp_group)
         with mh.Counter() as keys:
-            past.keys(random(2, 2, length, 4), random(2, 2, length, 4))
+            mh.keys_of_all_ranks(random(2, 2, length, 8), lengths, grid.cp_group)
         sizes[length] = [sum(m.bytes for m in counter.messages) for counter in (halo, keys)]
     assert sizes[32][0] == sizes[64][0] == 2 * 3 * 6 * 8 * grid.cp
     assert 2 * sizes[32][1] == sizes[64][1] == 2 * 2 * 2 * 64 * 4 * 8 * grid.cp
@@ -655,7 +772,7 @@ def test_one_collective_each_way_for_a_layer_of_any_kind(pattern):
         model = mh.ParallelHybridLM(cfg, grid_of(world)).to(ranks.device, torch.float64)
         x = random(2, 9, 24).requires_grad_()
         with mh.Counter() as forward:
-            y = model.run(model.layers[0], x, mh.Past())
+            y = model.run(model.layers[0], x, mh.Span())
         with mh.Counter() as backward:
             y.sum().backward()
         size, small = (
@@ -707,7 +824,7 @@ def test_generation_under_tensor_parallelism(groups):
     sizes = []
     for model in (plain, parallel):
         model(tokens, cache=(cache := model.new_cache(10)))
-        sizes.append(cache.layers[0]["state"].nbytes)
+        sizes.append(cache.layers[0].ssm_BHPN.nbytes)
     assert sizes[0] == world * sizes[1]
 
 
@@ -716,13 +833,16 @@ def test_without_a_process_group_there_is_one_rank():
     inputs = scan_inputs(9, state=False)
     expected, _ = mh.ssd(**inputs, chunk=4)
     del inputs["initial_state"]
-    assert torch.equal(mh.ssd_sequence_parallel(**inputs, chunk=4)[0], expected)
+    assert torch.equal(mh.ssd_context_parallel(**inputs, chunk=4)[0], expected)
     cfg = config()
-    runs = [
-        mh.train(model.double(), [tokens_of()] * 2, lambda step: 1e-3)
-        for model in (mh.HybridLM(cfg), mh.ParallelHybridLM(cfg))
-    ]
-    assert_equal(*({i: loss for i, (loss, _) in enumerate(run)} for run in reversed(runs)))
+    runs = []
+    for train, model in (
+        (mh.train_alone, mh.HybridLM(cfg).double()),
+        (mh.train, mh.ParallelHybridLM(cfg).double()),
+    ):
+        steps = train(model, mh.make_optimizer(model, 1e-3), [tokens_of()] * 2)
+        runs.append({i: loss for i, (loss, _) in enumerate(steps)})
+    assert_equal(*reversed(runs))
 
 
 @pytest.mark.ranks(2, timeout=200)
@@ -735,7 +855,7 @@ def test_compiled_model(tp):
     plain.loss(tokens, targets).sum().backward()
     logits = torch.compile(parallel, backend="aot_eager")(tokens)
     F.cross_entropy(
-        logits.flatten(0, 1), parallel.mine(targets).flatten(), reduction="sum"
+        logits.flatten(0, 1), parallel.local_tokens(targets).flatten(), reduction="sum"
     ).backward()
     mh.reduce_gradients(parallel)
     assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain))
@@ -761,259 +881,13 @@ def test_autocast_of_the_parallel_model(tp):
 
 def test_no_weight_decay_on_the_recurrence():
     model = mh.HybridLM(config())
-    decayed, spared = (group["params"] for group in mh.make_optimizer(model).param_groups)
+    decayed, spared = (group["params"] for group in mh.make_optimizer(model, 1e-3).param_groups)
     names = {id(p): name for name, p in model.named_parameters()}
     kinds = {names[id(p)].split(".")[-1] for p in spared if "mixer" in names[id(p)]}
     assert kinds == {"A_log", "dt_bias", "D", "conv_bias", "weight"} and all(
         p.ndim > 1 for p in decayed
     )
     assert len(decayed) + len(spared) == len(names)
-
-
-# ── 3.1 Published weights ───────────────────────────────────────────────────────────────────────────────
-
-
-def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
-    """A folder that `transformers` writes of a NemotronH with random weights; the model, and none of its dt near the
-    0.001 where it would clamp."""
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "NemotronHConfig"):
-        pytest.skip("this transformers has no NemotronH")
-    kinds = {"M": "linear_attention", "*": "full_attention", "-": "mlp"}
-    config = transformers.NemotronHConfig(
-        vocab_size=61, hidden_size=24, layers_block_type=[kinds[kind] for kind in pattern], intermediate_size=16,
-        mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=5, conv_kernel=4, chunk_size=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=4, tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.NemotronHForCausalLM(config).to(torch.float32).eval()
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("dt_bias"):
-                p.uniform_(-2, 1)  # softplus of it is above 0.1
-            elif name.endswith("norm.weight"):
-                p.uniform_(0.5, 1.5)
-            elif p.ndim > 1:
-                p.normal_(0, 0.1)
-    model.save_pretrained(folder, max_shard_size="10KB" if sharded else "1GB")
-    assert (folder / "model.safetensors.index.json").exists() == sharded
-    return model
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-def test_published_weights_against_transformers(tmp_path, sharded):
-    """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each maximum: two orders of fp32
-    sums. Its clamp of dt does not act on these weights."""
-    theirs = published_folder(tmp_path, sharded)
-    cfg, weights = mh.load_nemotron_h(tmp_path)
-    assert cfg.pattern == "M*-M" and mh.parameters(cfg) == sum(
-        p.numel() for p in theirs.parameters()
-    )
-    ours, (tokens, _) = mh.HybridLM(cfg), tokens_of(2, 14)
-    ours.load_state_dict(weights)
-    smallest = []
-    with plant(
-        F,
-        "softplus",
-        lambda x, softplus=F.softplus: smallest.append(softplus(x).min()) or softplus(x),
-    ):
-        logits, expected = ours(tokens), theirs(tokens).logits
-    assert min(smallest) > 0.01
-    upstream = random(2, 14, 61, dtype=torch.float32)
-    logits.backward(upstream)
-    expected.backward(upstream)
-    published = {name: p.grad for name, p in theirs.named_parameters()}
-    names = {
-        "conv_": "conv1d.",
-        "head.": "lm_head.",
-        "final_norm": "model.norm_f",
-        "embedding": "model.embeddings",
-    }
-    here = {"logits": logits}
-    for name, p in ours.named_parameters():
-        for ours_, theirs_ in names.items():
-            name = name.replace(ours_, theirs_)
-        name = "model." + name if name.startswith("layers") else name
-        here[name] = p.grad.view_as(published[name])
-    assert_equal(here, {"logits": expected} | published, bound=1e-5)
-
-
-def test_published_weights_cut_for_ranks(tmp_path):
-    """Each rank reads what `shard_state_dict` would give it, also where two ranks hold one group."""
-    published_folder(tmp_path, sharded=True)
-    cfg, whole = mh.load_nemotron_h(tmp_path)
-    for tp in (1, 2, 4):
-        for rank in range(tp):
-            here, expected = (
-                mh.load_nemotron_h(tmp_path, rank, tp)[1],
-                mh.shard_state_dict(whole, cfg, rank, tp),
-            )
-            assert here.keys() == expected.keys() and all(
-                torch.equal(here[name], x) for name, x in expected.items()
-            )
-    with pytest.raises(
-        ValueError, match="mamba_heads=4 does not divide over tp=3 ranks|attention_heads|ffn_hidden"
-    ):
-        mh.load_nemotron_h(tmp_path, 0, 3)
-
-
-@pytest.mark.parametrize("prefix", ["backbone.", "model."])
-def test_the_older_published_layout(tmp_path, prefix):
-    """Names below "backbone", and the pattern as a string."""
-    from safetensors.torch import load_file, save_file
-
-    published_folder(tmp_path, sharded=False)
-    _, expected = mh.load_nemotron_h(tmp_path)
-    tensors = load_file(tmp_path / "model.safetensors")
-    bare = {name.removeprefix("model.").removeprefix("backbone."): x for name, x in tensors.items()}
-    save_file(
-        {name if "lm_head" in name else prefix + name: x for name, x in bare.items()},
-        tmp_path / "model.safetensors",
-    )
-    published = json.loads((tmp_path / "config.json").read_text())
-    for name in ("layers_block_type", "layer_types"):
-        published.pop(name, None)
-    (tmp_path / "config.json").write_text(
-        json.dumps(published | dict(hybrid_override_pattern="M*-M"))
-    )
-    cfg, weights = mh.load_nemotron_h(tmp_path)
-    assert cfg.pattern == "M*-M" and all(
-        torch.equal(weights[name], x) for name, x in expected.items()
-    )
-
-
-def test_checkpoints_that_do_not_fit(tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    published_folder(tmp_path, sharded=False)
-    file, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
-    name = next(name for name in tensors if name.endswith("layers.0.mixer.A_log"))
-    save_file({n: x for n, x in tensors.items() if n != name}, file)
-    with pytest.raises(ValueError, match=r"lacks the tensor layers.0.mixer.A_log"):
-        mh.load_nemotron_h(tmp_path)
-    save_file(tensors | {name: torch.zeros(5)}, file)
-    with pytest.raises(
-        ValueError, match=r"layers.0.mixer.A_log has shape \(5,\); config.json implies \(4,\)"
-    ):
-        mh.load_nemotron_h(tmp_path)
-    published = json.loads((tmp_path / "config.json").read_text())
-    for changes, message in (
-        (dict(mlp_hidden_act="gelu"), "mlp_hidden_act"),
-        (dict(model_type="llama"), "model_type"),
-    ):
-        (tmp_path / "config.json").write_text(json.dumps(published | changes))
-        with pytest.raises(
-            ValueError, match=rf"config.json has {{'{message}'.*which this model cannot be"
-        ):
-            mh.load_nemotron_h(tmp_path)
-    (tmp_path / "config.json").unlink()
-    with pytest.raises(FileNotFoundError):
-        mh.load_nemotron_h(tmp_path)
-
-
-def test_the_mixer_equals_transformers(tmp_path):
-    """One Mamba-2 layer by itself: output, the input's gradient, every parameter's; and an attention layer."""
-    theirs = published_folder(tmp_path, sharded=False, pattern="M*")
-    cfg, weights = mh.load_nemotron_h(tmp_path)
-    ours = mh.HybridLM(cfg)
-    ours.load_state_dict(weights)
-    a, b = (random(2, 11, 24, dtype=torch.float32).requires_grad_() for _ in range(2))
-    upstream = random(2, 11, 24, seed=2, dtype=torch.float32)
-    y, expected = ours.layers[0]["mixer"](a), theirs.model.layers[0].mixer(b)
-    y.backward(upstream)
-    expected.backward(upstream)
-    assert_equal(
-        {"y": y, "x": a.grad}, {"y": expected, "x": b.grad}, bound=1e-5
-    )  # two orders of fp32 sums
-
-
-# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
-
-STUDY_8B = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
-STUDY_800M = "M-M-M--M-*M-M-M-M--*M-M-M-M-*M--M-M-M-*M-M--M-M-"
-
-
-def test_allocation_gives_the_studys_patterns():
-    assert mh.allocate_layers(56, 0.08, 0.5) == STUDY_8B
-    assert mh.allocate_layers(48, 0.08, 0.5) == STUDY_800M
-    assert mh.allocate_layers(5, 0, 0) == "MMMMM" and mh.allocate_layers(4, 0, 1) == "----"
-    with pytest.raises(
-        ValueError, match="5 attention and 6 feed-forward layers do not fit into 10"
-    ):
-        mh.allocate_layers(10, 0.5, 0.6)
-
-
-@given(st.integers(1, 120), st.floats(0, 0.5), st.floats(0, 0.5))
-@settings(max_examples=50, deadline=None)
-def test_allocation_keeps_its_shares(n, attention, mlp):
-    if round(n * attention) + round(n * mlp) <= n:
-        pattern = mh.allocate_layers(n, attention, mlp)
-        assert len(pattern) == n
-        assert pattern.count("*") == round(n * attention) and pattern.count("-") == round(n * mlp)
-
-
-def test_published_models():
-    """Layers of each kind; attention in Nemotron-H-8B stands at 7, 18, 29 and 40; parameters."""
-    counts = {
-        name: tuple(c.pattern.count(kind) for kind in "M*-") for name, c in mh.PUBLISHED.items()
-    }
-    assert counts == {
-        "study hybrid": (24, 4, 28), "Nemotron-H-8B": (24, 4, 24), "Nemotron-H-47B": (45, 5, 48),
-        "Nemotron-H-56B": (54, 10, 54), "Nano-12B-v2": (28, 6, 28), "Nano-9B-v2": (27, 4, 25),
-    }  # fmt: skip
-    at = [i for i, kind in enumerate(mh.PUBLISHED["Nemotron-H-8B"].pattern) if kind == "*"]
-    assert at == [7, 18, 29, 40]
-    assert [
-        i for i, kind in enumerate(mh.PUBLISHED["Nemotron-H-56B"].pattern) if kind == "*"
-    ] == list(range(7, 107, 11))
-    assert mh.PUBLISHED["Nemotron-H-47B"].pattern == (
-        "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M-M*-M-M-M-M-M-"
-    )
-    billions = {name: mh.parameters(c) / 1e9 for name, c in mh.PUBLISHED.items()}
-    assert mh.parameters(mh.PUBLISHED["Nemotron-H-8B"]) == 8_100_852_736
-    assert [round(billions[name], 3) for name in ("Nemotron-H-56B", "Nemotron-H-47B")] == [
-        56.324,
-        46.792,
-    ]
-    assert [round(billions[n], 3) for n in ("Nano-12B-v2", "Nano-9B-v2")] == [12.310, 8.888]
-    assert round(billions["study hybrid"], 2) == 8.65
-
-
-def test_parameters_are_the_models():
-    for cfg in (
-        config(),
-        config(pattern="MM-", mamba_groups=4, conv_kernel=3),
-        mh.PUBLISHED["Nemotron-H-8B"],
-    ):
-        assert mh.parameters(cfg) == sum(
-            shape.numel() for shape in mh.parameter_shapes(cfg).values()
-        )
-
-
-def test_memory_of_the_published_models():
-    """States in MiB with 16 and 32 bits, keys and values in GiB at 64K, 128K, 1M tokens, and where they are equal."""
-    for name, states, kv, equal in (
-        ("Nemotron-H-8B", (49.9, 97.9), (1, 2, 16), 3192),
-        ("study hybrid", (49.9, 97.9), (1, 2, 16), 3192),
-        ("Nemotron-H-56B", (440, 872), (2.5, 5, 40), 11275),
-        ("Nano-12B-v2", (72.6, 142.6), (1.5, 3, 24), 3099),
-        ("Nano-9B-v2", (70.0, 137.5), (1, 2, 16), 4482),
-    ):
-        cfg = mh.PUBLISHED[name]
-        here = [mh.decode_memory(cfg, 0, 2, width).state / 2**20 for width in (2, 4)]
-        assert all(
-            round(x, 0 if isinstance(given, int) else 1) == given for x, given in zip(here, states)
-        ), name
-        assert tuple(mh.decode_memory(cfg, n).kv / 2**30 for n in (2**16, 2**17, 2**20)) == kv
-        assert round(mh.decode_memory(cfg, 1).state / mh.decode_memory(cfg, 1).kv) == equal
-    attention = dataclasses.replace(mh.PUBLISHED["Nemotron-H-8B"], pattern=32 * "*-")
-    assert mh.decode_memory(attention, 2**16) == (0, 8 * 2**30)
-
-
-def test_memory_is_that_of_a_cache():
-    cfg = config()
-    here, model = mh.decode_memory(cfg, 100, 2, 4), mh.HybridLM(cfg).to(torch.bfloat16)
-    assert kept_bytes(model, tokens_of(1, 9)[0], 100) == here.state + here.kv
 
 
 def test_without_ranks_and_without_tokens():
@@ -1040,8 +914,113 @@ def test_a_cache_refuses_what_it_cannot_take_and_stays_as_it_was():
     with pytest.raises(ValueError, match="12 tokens, but the cache has room for 8"):
         model(tokens, cache=cache)
     assert cache.tokens == 6
-    with pytest.raises(ValueError, match="decode one document a sequence"):
-        model(tokens[:, :1], starts_BS=torch.ones(2, 1, dtype=torch.bool), cache=cache)
+    assert all(x.shape[-2] <= 8 for x in kept_tensors(cache.layers[1]))
+
+
+# ── What plain and parallel share, against something independent ────────────────────────────────────────
+
+
+def test_the_optimizers_settings_are_the_papers():
+    """Nemotron-H: AdamW with betas 0.9 and 0.95 and weight decay 0.1; the learning rate is the caller's."""
+    matrices, vectors = mh.make_optimizer(mh.HybridLM(config()), 2e-3).param_groups
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.1, 0.0)
+    for group in (matrices, vectors):
+        assert (group["lr"], group["betas"], group["eps"]) == (2e-3, (0.9, 0.95), 1e-8)
+        assert not group["amsgrad"] and not group["maximize"]
+
+
+def test_the_callers_learning_rate_is_the_one_of_each_step():
+    """Steps of plain SGD at a rate that changes: each weight moves by −rate · its gradient."""
+    for train, model in (
+        (mh.train_alone, mh.HybridLM(config())),
+        (mh.train, mh.ParallelHybridLM(config())),
+    ):
+        sgd = torch.optim.SGD(model.double().parameters(), lr=0.0)
+        steps = train(model, sgd, [tokens_of()] * 3, 1e9)
+        for rate in (0.1, 0.01, 0.3):
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            sgd.param_groups[0]["lr"] = rate
+            next(steps)
+            moved = {n: before[n] - rate * p.grad for n, p in model.named_parameters()}
+            assert_equal(dict(model.named_parameters()), moved, bound=1e-14)
+
+
+def test_a_batch_in_which_nothing_counts():
+    """A loss and gradients of 0, not NaN; and what is returned hangs on no graph."""
+    tokens, targets = tokens_of()
+    for train, model in (
+        (mh.train_alone, mh.HybridLM(config())),
+        (mh.train, mh.ParallelHybridLM(config())),
+    ):
+        sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        [(loss, norm)] = train(model, sgd, [(tokens, torch.full_like(targets, -100))])
+        assert loss == norm == 0 and not loss.requires_grad and not norm.requires_grad
+        [(loss, norm)] = train(model, sgd, [(tokens, targets)])
+        assert loss > 0 and norm > 0 and not loss.requires_grad and not norm.requires_grad
+
+
+def test_the_loss_of_bf16_logits_is_fp32s():
+    model, (tokens, targets) = mh.HybridLM(config()).to(torch.bfloat16), tokens_of()
+    expected = F.cross_entropy(model(tokens).to(torch.float32).mT, targets, reduction="none")
+    assert torch.equal(model.loss(tokens, targets), expected)
+
+
+@pytest.mark.ranks(1, 2)
+def test_frozen_parameters():
+    """What learns is the user's choice: the others' gradients and the norm are as without them."""
+    grid, cfg = grid_of(dist.get_world_size()), config(mamba_groups=1)
+    plain, parallel = models(cfg, grid)
+    for model in (plain, parallel):
+        for name, p in model.named_parameters():
+            p.requires_grad_("layers.0" not in name and "embedding" not in name)
+    sgds = [torch.optim.SGD(model.parameters(), lr=0.1) for model in (plain, parallel)]
+    [(expected, norm)] = mh.train_alone(plain, sgds[0], [tokens_of()], 1e9)
+    [(loss, norm_here)] = mh.train(parallel, sgds[1], [tokens_of()], 1e9)
+    assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
+    assert_equal(joined(parallel.state_dict(), cfg, grid), plain.state_dict())
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_without_a_gradient_on_one_rank():
+    """A layer that one rank did not use: its gradient counts as zero, and all ranks send equally much."""
+    grid, cfg = grid_of(1), config()
+    _, parallel = models(cfg, grid)
+    parallel.loss(*tokens_of()).sum().backward()
+    if dist.get_rank() == 1:
+        parallel.head.weight.grad = None
+    mine = parallel.head.weight.grad
+    kept = torch.zeros_like(parallel.head.weight) if mine is None else mine.clone()
+    mh.reduce_gradients(parallel)
+    dist.all_reduce(kept)
+    assert_equal({"head": parallel.head.weight.grad}, {"head": kept})
+
+
+@pytest.mark.ranks(2)
+def test_collectives_get_contiguous_tensors():
+    """gloo forgives what NCCL refuses: every collective of a step, under tp and cp, demands contiguity."""
+    seen = []
+
+    def demanding(name, original):
+        def call(*args, **options):
+            for x in torch.utils._pytree.tree_leaves((args, options)):
+                if isinstance(x, torch.Tensor):
+                    seen.append(name)
+                    assert x.is_contiguous(), f"{name}: {tuple(x.shape)}, strides {x.stride()}"
+            return original(*args, **options)
+
+        return call
+
+    with contextlib.ExitStack() as stack:
+        for name in ("all_reduce", "all_gather", "reduce_scatter"):
+            stack.enter_context(plant(dist, name, demanding(name, getattr(dist, name))))
+        for tp in (2, 1):
+            model = mh.ParallelHybridLM(config(mamba_groups=1), grid_of(tp)).to(ranks.device)
+            list(mh.train(model, mh.make_optimizer(model, 1e-3), [tokens_of()]))
+        # A gradient whose strides are another tensor's.
+        x = random(2, 3, 4).requires_grad_()
+        mh.from_earlier_ranks(x.mT).mT.sum().backward()
+        mh.from_earlier_ranks(x.mT).backward(random(2, 2, 3, 4).mT)
+    assert {"all_reduce", "all_gather", "reduce_scatter"} <= set(seen)
 
 
 # ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
@@ -1261,9 +1240,11 @@ def across_documents(pattern: str, target) -> Shows:
     return shows(wrong, right)
 
 
-def documents_unless(blind, original=mh.Past.documents):
-    """`Past.documents`, which says that there is one document to who asks for so many tokens before."""
-    return lambda self, before, S: None if blind(before) else original(self, before, S)
+def documents_unless(blind, original=mh.last_documents):
+    """`last_documents`, which says that there is one document where so many earlier tokens are asked for."""
+    return lambda document_BS, T, earlier: (
+        None if blind(earlier) else original(document_BS, T, earlier)
+    )
 
 
 @pytest.mark.planted_bug(
@@ -1272,7 +1253,7 @@ def documents_unless(blind, original=mh.Past.documents):
 )
 def test_state_runs_on_into_the_next_document():
     return across_documents(
-        "M-", plant(mh.Past, "documents", documents_unless(lambda before: before == 1))
+        "M-", plant(mh, "last_documents", documents_unless(lambda before: before == 1))
     )
 
 
@@ -1282,7 +1263,7 @@ def test_state_runs_on_into_the_next_document():
 )
 def test_convolution_runs_on_into_the_next_document():
     return across_documents(
-        "M-", plant(mh.Past, "documents", documents_unless(lambda before: before > 1))
+        "M-", plant(mh, "last_documents", documents_unless(lambda before: before > 1))
     )
 
 
@@ -1291,10 +1272,10 @@ def test_convolution_runs_on_into_the_next_document():
     seen_in=None,
 )
 def test_attention_runs_on_into_the_next_document():
-    class Blind(mh.Past):
-        document_BS = property(lambda self: None, lambda self, value: None)
+    def blind(T, S, document_BS, device, original=mh.causal_mask):
+        return original(T, S, None, device)
 
-    return across_documents("*-", plant(mh, "Past", Blind))
+    return across_documents("*-", plant(mh, "causal_mask", blind))
 
 
 @pytest.mark.planted_bug(
@@ -1303,13 +1284,14 @@ def test_attention_runs_on_into_the_next_document():
 def test_cache_keeps_what_came_out_of_the_convolution():
     """Forward alone: gradients never see a cache. The loss is that of one token behind a prompt."""
 
-    def activated(self, u, K, original=mh.CachedPast.inputs):
-        before = original(self, u, K)
-        self.kept["conv"] = torch.cat([before, F.silu(u)], 1)[:, -K:]
+    def activated(self, u, state, original=mh.Mamba2Mixer.earlier_inputs):
+        before = original(self, u, state)
+        if state is not None:
+            state.conv_BKC = torch.cat([before, F.silu(u)], 1)[:, -4:]
         return before
 
     model, (tokens, _) = mh.HybridLM(config()).double(), tokens_of(2, 14)
-    with torch.no_grad(), plant(mh.CachedPast, "inputs", activated):
+    with torch.no_grad(), plant(mh.Mamba2Mixer, "earlier_inputs", activated):
         expected, cache = model(tokens), model.new_cache(14)
         prompt, step = model(tokens[:, :9], cache=cache), model(tokens[:, 9:10], cache=cache)
     assert_equal({"prompt": prompt}, {"prompt": expected[:, :9]})
@@ -1373,12 +1355,12 @@ def test_gradients_of_copies_not_summed():
 def test_copies_summed_at_the_activations():
     cfg, grid = config(mamba_groups=1, attention_groups=4), grid_of(2)
 
-    def summed(self, x, dt, A, B, C, *rest, original=mh.Past.scan):
+    def summed(self, x, dt, A, B, C, *rest, original=mh.Mamba2Mixer.scan):
         if x.shape[2] < cfg.mamba_heads:  # a rank's share, and not the plain model
             B, C = (mh.copy_to_tp(t, grid.tp_group) for t in (B, C))
         return original(self, x, dt, A, B, C, *rest)
 
-    with plant(mh, "_sum_over", lambda parts, group: None), plant(mh.Past, "scan", summed):
+    with plant(mh, "_sum_over", lambda parts, group: None), plant(mh.Mamba2Mixer, "scan", summed):
         loss, expected, here, there = gradients(cfg, grid)
     assert_equal({"loss": loss}, {"loss": expected})
     wrong = {"loss": loss} | joined(here, cfg, grid)
@@ -1398,7 +1380,7 @@ def test_norm_counts_what_every_rank_holds_on_each():
     def every_copy(model, norm=mh.grad_norm, original=mh.pieces_of):
         def as_if(*args):
             first, pieces = original(*args)
-            return first, [p._replace(copies=1) for p in pieces]
+            return first, [dataclasses.replace(p, copies=1) for p in pieces]
 
         with plant(mh, "pieces_of", as_if):
             return norm(model)
@@ -1407,9 +1389,8 @@ def test_norm_counts_what_every_rank_holds_on_each():
         runs = []
         for model in models(cfg, grid):
             sgd = torch.optim.SGD(model.parameters(), lr=0.5)
-            runs.append(
-                [mh.train_step(model, sgd, *tokens_of(seed=1), max_norm=0.1) for _ in range(3)]
-            )
+            train = mh.train if isinstance(model, mh.ParallelHybridLM) else mh.train_alone
+            runs.append(list(train(model, sgd, [tokens_of(seed=1)] * 3, 0.1)))
             clipped = grads_of(model)
             runs[-1].append(clipped if len(runs) == 1 else rank_0s(clipped, cfg, grid))
     right, wrong = runs
@@ -1497,13 +1478,13 @@ def test_rank_0_leaves_the_graph():
     inputs = {
         name: x.requires_grad_() for name, x in scan_inputs(8, state=False).items() if x is not None
     }
-    right = mh.ssd_sequence_parallel(**inputs, chunk=4, group=group)[0]
+    right = mh.ssd_context_parallel(**inputs, chunk=4, group=group)[0]
 
     def short(x, group, original=mh.from_earlier_ranks):
         return original(x, group) if rank else torch.zeros_like(original(x, group))
 
     with plant(mh, "from_earlier_ranks", short):
-        wrong = mh.ssd_sequence_parallel(**inputs, chunk=4, group=group)[0]
+        wrong = mh.ssd_context_parallel(**inputs, chunk=4, group=group)[0]
     if rank:
         with pytest.raises(RuntimeError, match="(?i)timed? ?out"):
             wrong.sum().backward()
@@ -1543,9 +1524,7 @@ def test_sizes_that_contradict_each_other(changes, message):
 
 def test_the_scan_refuses_groups_that_do_not_divide():
     inputs = scan_inputs(6)
-    with pytest.raises(
-        ValueError, match="4 heads in 3 groups, chunk=4: groups divide heads, chunk > 0"
-    ):
+    with pytest.raises(ValueError, match="4 heads in 3 groups, chunk=4: groups must divide heads"):
         mh.ssd(**(inputs | {name: random(2, 6, 3, 5) for name in "BC"}), chunk=4)
     with pytest.raises(ValueError, match="4 heads in 2 groups, chunk=0"):
         mh.ssd(**inputs, chunk=0)
@@ -1557,6 +1536,9 @@ def test_prompts_that_do_not_fit():
         ValueError, match=r"an empty prompt, \(2, 0\): begin with at least one token"
     ):
         mh.generate(model, torch.zeros(2, 0, dtype=torch.int64), 3)
+    for temperature in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="temperature=.*: it must be at least 0, and finite"):
+            mh.generate(model, torch.zeros(2, 1, dtype=torch.int64), 3, temperature)
     with pytest.raises(ValueError, match="9 tokens, but the cache has room for 8"):
         model(torch.zeros(1, 9, dtype=torch.int64), cache=model.new_cache(8))
 
@@ -1579,18 +1561,15 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
             mh.ParallelHybridLM(config(**changes), grid_of(4))
     model = mh.ParallelHybridLM(config(), grid_of(1))
     with pytest.raises(
-        ValueError,
-        match="11 tokens over cp=4 leave 2 to the last rank: use fewer, for a convolution of 4",
+        ValueError, match="11 tokens over cp=4 leave 2 to the last rank, but a convolution of 4"
     ):
         model(torch.zeros(1, 11, dtype=torch.int64))
-    with pytest.raises(
-        ValueError, match="cp=4: a cache holds the past of one rank; decode with tp alone"
-    ):
+    with pytest.raises(ValueError, match="cp=4: decode with tp alone"):
         mh.generate(model, torch.zeros(1, 20, dtype=torch.int64), 1)
     with pytest.raises(ValueError, match="2 tokens on this rank; the next one needs the last 3"):
         mh.halo(torch.zeros(1, 2, 5), 3)
     with pytest.raises(ValueError, match="tp=3 does not divide the 4 ranks"):
-        mh.make_grid(3, ranks.device)
+        mh.make_mesh(3, ranks.device)
 
 
 def test_state_dicts_that_do_not_fit():
@@ -1599,7 +1578,7 @@ def test_state_dicts_that_do_not_fit():
     for wrong in ({**whole, "more": torch.zeros(1)}, {n: x for n, x in whole.items() if n != "head.weight"},
                   {**whole, "head.weight": torch.zeros(3)}):  # fmt: skip
         with pytest.raises(
-            ValueError, match=r"missing, unknown, or of another shape .*\['(more|head.weight)'\]"
+            ValueError, match=r"missing, unknown or of another shape: \['(more|head.weight)'\]"
         ):
             mh.shard_state_dict(wrong, cfg, 0, 2)
     shards = [mh.shard_state_dict(whole, cfg, rank, 4) for rank in range(4)]
@@ -1619,25 +1598,22 @@ GROUP_USERS = {
     "gather_from_tp": lambda group: mh.gather_from_tp(random(2, 4), group),
     "from_earlier_ranks": lambda group: mh.from_earlier_ranks(random(2, 4), group),
     "halo": lambda group: mh.halo(random(1, 6, 4), 3, group),
-    "ssd_sequence_parallel": lambda group: mh.ssd_sequence_parallel(**a_slice(), group=group),
-    "RankPast.inputs": lambda group: mh.RankPast(0, None, [6, 6], group).inputs(random(1, 6, 4), 4),
-    "RankPast.scan": lambda group: mh.RankPast(0, None, [6, 6], group).scan(**a_slice()),
-    "RankPast.keys": lambda group: mh.RankPast(0, None, [6, 6], group).keys(
-        random(1, 2, 6, 4), random(1, 2, 6, 4)
-    ),
+    "ssd_context_parallel": lambda group: mh.ssd_context_parallel(**a_slice(), group=group),
+    "keys_of_all_ranks": lambda group: mh.keys_of_all_ranks(random(1, 2, 6, 8), [6, 6], group),
+    "gather_state_dict": lambda group: mh.gather_state_dict({}, config(), group),
     "ParallelRMSNorm": lambda group: mh.ParallelRMSNorm(12, 1e-5, 1, foreign_grid(group))(
         random(1, 3, 12)
     ),
     "ParallelHybridLM": lambda group: foreign_model(group)(tokens_of()[0]),
     "reduce_gradients": lambda group: mh.reduce_gradients(foreign_model(group)),
     "grad_norm": lambda group: mh.grad_norm(foreign_model(group)),
-    "train_step": lambda group: step_of(foreign_model(group)),
+    "train": lambda group: step_of(foreign_model(group)),
 }
 
 
-def foreign_grid(group) -> mh.Grid:
+def foreign_grid(group) -> mh.Mesh:
     """Tensor-parallel rank 1 of 2, with another's groups."""
-    return mh.Grid(2, 1, 1, 0, group, group, {2: group})
+    return mh.Mesh(2, 1, 1, 0, group, group, {2: group})
 
 
 def foreign_model(group) -> mh.ParallelHybridLM:
@@ -1648,7 +1624,7 @@ def foreign_model(group) -> mh.ParallelHybridLM:
 
 
 def step_of(model):
-    return mh.train_step(model, mh.make_optimizer(model), *tokens_of())
+    return list(mh.train(model, mh.make_optimizer(model, 1e-3), [tokens_of()]))
 
 
 def a_slice() -> dict:
@@ -1790,12 +1766,8 @@ def test_the_single_device_may_take_longer_than_a_collective():
 
     args = flags_of("--ranks", "2", "--steps", "2", "--timeout", "3", *SMALL)
     with plant(mh.HybridLM, "loss", slow):
-        differences = mh.demonstrate(args, ranks.device)
-    assert (
-        slept
-        and list(differences) == ["loss 0", "loss 1"]
-        and mh.worst(differences) <= mh.BOUNDS["fp32"]
-    )
+        differences = mh.demonstrate(args, grid_of(2), ranks.device)
+    assert slept and len(differences) == 2 and max(differences) <= mh.BOUNDS["fp32"]
 
 
 @pytest.mark.ranks(2)
@@ -1815,21 +1787,6 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
 
 
 @pytest.mark.slow
-def test_one_ranks_measurement_may_take_longer_than_a_collective(tmp_path):
-    """Rank 0 times decoding, the others wait at the end: not in a collective that times out."""
-    script = tmp_path / "slow_decoding.py"
-    script.write_text(
-        f"import sys, time\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport mamba_hybrid as mh\n"
-        "mh.decode_times = lambda config, contexts, device: time.sleep(6) or [1.0] * len(contexts)\n"
-        "if __name__ == '__main__':\n    mh.launch(mh.main, mh.flags())\n"
-    )
-    result = run(script, "--ranks", "2", "--steps", "1", "--timeout", "12", *SMALL, timeout=120)
-    assert result.returncode == 0 and "claim " in result.stdout and "FAILED" not in result.stdout, (
-        result.stderr
-    )
-
-
-@pytest.mark.slow
 def test_the_script_in_unusual_surroundings(monkeypatch):
     """No docstrings, a terminal without ×, and what people set when something hangs."""
     for name, value in dict(
@@ -1838,7 +1795,7 @@ def test_the_script_in_unusual_surroundings(monkeypatch):
         monkeypatch.setenv(name, str(value))
     result = run(SCRIPT, "--ranks", "2", "--steps", "2", *SMALL, timeout=120)
     assert (
-        result.returncode == 0 and "on tp 2 ? cp 1" in result.stdout and "claim " in result.stdout
+        result.returncode == 0 and ": tp 2 ? cp 1" in result.stdout and "claim " in result.stdout
     ), result.stderr
 
 
@@ -1848,8 +1805,8 @@ def test_the_script_in_unusual_surroundings(monkeypatch):
     [
         (["--ranks", "2", "--steps", "6"], "the first 5 losses equal"),
         (["--ranks", "3", "--check", "--dtype", "fp64"], "tp 1 × cp 3, G 1: worst"),
-        (["--ranks", "2", "--cp", "2", "--steps", "3", *SMALL], "on tp 1 × cp 2"),
-        (["--ranks", "1", "--steps", "2", *SMALL], "needs ranks"),
+        (["--ranks", "2", "--cp", "2", "--steps", "3", *SMALL], ": tp 1 × cp 2"),
+        (["--ranks", "1", "--steps", "2", *SMALL], "the first 2 losses equal"),
     ],
 )
 def test_the_script_and_its_flags(flags, expected):

@@ -15,6 +15,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent.parent / "05_mamba_hybrid")]
 import mamba_hybrid as mh  # noqa: E402
+import mamba_hybrid_tables as tables  # noqa: E402
 
 CONTEXTS, ROUNDS = [1024, 2048, 4096, 8192, 16384, 32768], 5
 SIZES = dict(
@@ -31,12 +32,11 @@ if __name__ == "__main__":
             config = mh.HybridConfig(
                 **SIZES, pattern=pattern, rope=1.0 if name == "Transformer" else 0.0
             )
-            times[name].append(mh.decode_times(config, CONTEXTS, torch.device("cpu"), repeats=7))
-            kept = [
-                sum(mh.decode_memory(config, context, number_bytes=4, state_bytes=4))
-                for context in CONTEXTS
-            ]
-            models[name] = dict(parameters=mh.parameters(config), bytes=kept)
+            times[name].append(
+                tables.decode_times(config, CONTEXTS, torch.device("cpu"), repeats=7)
+            )
+            kept = [tables.decode_memory(config, context, 4, 4).total for context in CONTEXTS]
+            models[name] = dict(parameters=tables.parameters(config), bytes=kept)
     for name, row in models.items():
         row["milliseconds"] = [
             round(statistics.median(of_context), 3) for of_context in zip(*times[name])

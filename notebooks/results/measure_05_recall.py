@@ -121,7 +121,9 @@ def train(name: str, state: int, seed: int, start: str, steps: int) -> dict:
     return dict(
         model=name, pattern=MODELS[name], state=state, seed=seed, start=start, steps=steps,
         parameters=sum(p.numel() for p in model.parameters()), ffn=model.config.ffn_hidden_size,
-        kept_numbers=sum(x.numel() for layer in cache.layers for x in layer.values()),
+        kept_numbers=sum(
+            x.numel() for layer in cache.layers for x in vars(layer).values() if torch.is_tensor(x)
+        ),
         accuracy={entries: accuracy(model, entries) for entries in BOOKS}, curve=curve,
         cpu_seconds=round(time.process_time() - began, 1),
     )  # fmt: skip

@@ -460,28 +460,32 @@ def hybrid_reduced(m):
     return [p.grad for p in model.parameters()]
 
 
-def hybrid_step(m):
-    model = hybrid_model()
-    return m.train_step(model, optimizer_of(model), *BATCHES[0])
+def hybrid_folder(folder):
+    from test_05_load_nemotron_h import published_folder
+
+    published_folder(folder, sharded=False)
+    return folder
 
 
 def published_hybrid(m, folder):
-    from test_05_mamba_hybrid import published_folder
-
-    published_folder(folder, sharded=False)
-    return m.load_nemotron_h(folder)[1]
+    return m.load_nemotron_h(hybrid_folder(folder))[1]
 
 
-def cached(m):
-    """What a lifted CachedPast keeps of a scan."""
-    kept = dict(state=torch.zeros(2, 4, 3, 5, dtype=torch.float64))
-    y = m.CachedPast(0, None, kept).scan(*scan_arguments(), 4, normal(4))
-    return y, kept["state"]
+def hybrid_mesh():
+    from mamba_hybrid import Mesh
+
+    return Mesh()
 
 
-def several_grids(m):
+def one_hybrid_mesh(m):
     with alone() as device:
-        return [(grid.tp, grid.cp) for grid in m.grids(device, 60.0)]
+        mesh = m.make_mesh(1, device)
+    return [mesh.tp, mesh.cp, mesh.tp_rank, mesh.cp_rank]
+
+
+def admitted(m):
+    """What a lifted Cache says of the tokens that it admits."""
+    return vars(m.Cache(8, []).admit(TOKENS, TOKENS > 3))
 
 
 # ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -698,6 +702,24 @@ EXAMPLES = {
         "train": lambda m, folder: losses(m.train(*with_optimizer(gpt()), BATCHES, mesh_of_one())),
         "TextData": lambda m, folder: text_of(m, folder),
     },
+    "load_nemotron_h": {
+        "load_nemotron_h": published_hybrid,
+        "published_name": lambda m, folder: m.published_name("final_norm.weight"),
+        "read_config": lambda m, folder: vars(m.read_config(hybrid_folder(folder) / "config.json")),
+        "read_pattern": lambda m, folder: m.read_pattern(folder, {"layer_types": ["mlp", "mamba"]}),
+        "open_tensors": lambda m, folder: sorted(m.open_tensors(hybrid_folder(folder))),
+        "read_json": lambda m, folder: m.read_json(hybrid_folder(folder) / "config.json"),
+    },
+    "mamba_hybrid_tables": {
+        "allocate_layers": lambda m, folder: m.allocate_layers(10, 0.2, 0.3),
+        "parameters": lambda m, folder: m.parameters(hybrid_config()),
+        "DecodeMemory": lambda m, folder: m.DecodeMemory(1, 2).total,
+        "decode_memory": lambda m, folder: vars(m.decode_memory(hybrid_config(), 100)),
+        "cache_bytes": lambda m, folder: vars(m.cache_bytes(hybrid_model().new_cache(8))),
+        "published": lambda m, folder: vars(m.published("M*-", 16, 8, 8, 8, 13)),
+        "Row": lambda m, folder: m.Row("a claim", "1", "1").verdict,
+        "print_table": lambda m, folder: m.print_table("title", []),
+    },
     "pretrain": {
         "run_state": lambda m, folder: state_of_run(m),
         "save_checkpoint": checkpoint,
@@ -809,7 +831,6 @@ EXAMPLES = {
     },
     "mamba_hybrid": {
         "HybridConfig": lambda m, folder: list(vars(m.HybridConfig()).values()),
-        "grids": lambda m, folder: several_grids(m),
         "segsum": lambda m, folder: m.segsum(normal(3, 5)),
         "log_decay": lambda m, folder: m.log_decay(
             -normal(2, 7, 4).abs(), normal(4).abs(), normal(2, 7) > 1
@@ -820,7 +841,13 @@ EXAMPLES = {
         "causal_conv1d": lambda m, folder: m.causal_conv1d(
             normal(2, 7, 3), normal(3, 4), normal(3)
         ),
-        "Past": lambda m, folder: m.Past().scan(*scan_arguments(), 3, normal(4)),
+        "LayerState": lambda m, folder: vars(m.LayerState(8)),
+        "Span": lambda m, folder: vars(m.Span(3, TOKENS)),
+        "last_documents": lambda m, folder: m.last_documents(TOKENS, 3, 4),
+        "starts_of": lambda m, folder: m.starts_of(TOKENS, 3),
+        "causal_mask": lambda m, folder: m.causal_mask(
+            2, TOKENS.shape[1], TOKENS, torch.device("cpu")
+        ),
         "RMSNorm": lambda m, folder: through(m.RMSNorm(8, groups=2), normal(2, 5, 8)),
         "Mamba2Mixer": lambda m, folder: through(m.Mamba2Mixer(hybrid_config()), normal(2, 5, 16)),
         "rotate": lambda m, folder: m.rotate(normal(2, 4, 5, 8), 3, 0.5),
@@ -834,20 +861,31 @@ EXAMPLES = {
         ),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
-        "CachedPast": lambda m, folder: cached(m),
-        "Cache": lambda m, folder: [vars(past) for past in m.Cache(2, 8).admit(TOKENS)],
+        "Cache": lambda m, folder: admitted(m),
+        "Mesh": lambda m, folder: [m.Mesh().tp, m.Mesh().cp],
+        "Piece": lambda m, folder: vars(m.Piece(0, 4, 1)),
+        "held": lambda m, folder: list(m.held(6, 1, 2)),
+        "components": lambda m, folder: m.components(hybrid_config()),
+        "pad_prompts": lambda m, folder: m.pad_prompts([TOKENS[0], TOKENS[1, :2]]),
+        "ParallelMamba2Mixer": lambda m, folder: through(
+            m.ParallelMamba2Mixer(hybrid_config(), 2, hybrid_mesh()), normal(2, 5, 16)
+        ),
+        "ParallelAttention": lambda m, folder: through(
+            m.ParallelAttention(hybrid_config(), hybrid_mesh()), normal(2, 5, 16)
+        ),
+        "keys_of_all_ranks": lambda m, folder: m.keys_of_all_ranks(normal(1, 2, 5, 6), [5]),
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
         "ParallelRMSNorm": lambda m, folder: through(
-            m.ParallelRMSNorm(8, 1e-5, 2, __import__("mamba_hybrid").Grid()), normal(2, 5, 8)
+            m.ParallelRMSNorm(8, 1e-5, 2, hybrid_mesh()), normal(2, 5, 8)
         ),
-        "ssd_sequence_parallel": lambda m, folder: m.ssd_sequence_parallel(*scan_arguments(), 3),
+        "ssd_context_parallel": lambda m, folder: m.ssd_context_parallel(*scan_arguments(), 3),
         "halo": lambda m, folder: m.halo(normal(2, 5, 3), 3),
         "from_earlier_ranks": lambda m, folder: m.from_earlier_ranks(normal(2, 5, 3)),
-        "RankPast": lambda m, folder: m.RankPast(lengths=[7]).scan(*scan_arguments(), 3, normal(4)),
         "ParallelHybridLM": lambda m, folder: through(m.ParallelHybridLM(hybrid_config()), TOKENS),
-        "pieces_of": lambda m, folder: m.pieces_of(
-            "layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2
-        ),
+        "pieces_of": lambda m, folder: [
+            vars(piece)
+            for piece in m.pieces_of("layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2)[1]
+        ],
         "shard_tensor": lambda m, folder: m.shard_tensor(
             "layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 2
         ),
@@ -857,18 +895,21 @@ EXAMPLES = {
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
             [hybrid_weights()], hybrid_config()
         ),
-        "load_nemotron_h": published_hybrid,
-        "gradient_pieces": lambda m, folder: [
-            part for _, part, _ in m.gradient_pieces(hybrid_gradients())
-        ],
+        "gather_state_dict": lambda m, folder: m.gather_state_dict(
+            hybrid_weights(), hybrid_config()
+        ),
         "reduce_gradients": lambda m, folder: hybrid_reduced(m),
         "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
-        "train_step": lambda m, folder: hybrid_step(m),
-        "train": lambda m, folder: losses(m.train(hybrid_model(), BATCHES, lambda step: 1e-3)),
-        "parameters": lambda m, folder: m.parameters(hybrid_config()),
+        "mean_loss": lambda m, folder: m.mean_loss(hybrid_model(), BATCHES[0], None),
+        "make_optimizer": lambda m, folder: [
+            group["weight_decay"] for group in m.make_optimizer(hybrid_model(), 1e-3).param_groups
+        ],
+        "train_alone": lambda m, folder: losses(
+            m.train_alone(*with_optimizer(hybrid_model()), BATCHES)
+        ),
+        "train": lambda m, folder: losses(m.train(*with_optimizer(hybrid_model()), BATCHES)),
         "generate": lambda m, folder: m.generate(hybrid_model(), TOKENS, 4),
-        "make_grid": one_grid,
-        "decode_memory": lambda m, folder: list(m.decode_memory(hybrid_config(), 100)),
+        "make_mesh": lambda m, folder: one_hybrid_mesh(m),
     },
     "moe_fp8": {
         "MoEConfig": lambda m, folder: list(vars(m.MoEConfig()).values()),
@@ -951,11 +992,20 @@ WITHOUT_EXAMPLE = {
     },
     "pipeline": {"text_batches": "part of the demonstration; test_03_pipeline.py runs it"},
     "seq_parallel": {"measure": "trains and prints; test_04_seq_parallel.py runs the script"},
+    "mamba_hybrid_tables": {
+        "layers": "rows of a table; test_05_tables.py reads all",
+        "sizes": "rows of a table; test_05_tables.py reads all",
+        "memory": "rows of a table; test_05_tables.py reads all",
+        "decoding": "rows of a table; test_05_tables.py reads all",
+        "tables": "rows of tables; test_05_tables.py reads all",
+        "decode_times": "measures time",
+    },
     "mamba_hybrid": {
         "largest_tp": "takes the command line's arguments",
-        "time_decoding": "measures time",
+        "check_case": "part of the demonstration; test_05_mamba_hybrid.py runs it",
+        "measure": "trains and prints; test_05_mamba_hybrid.py runs the script",
+        "measure_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
-        "decode_times": "measures time",
     },
     "moe_fp8": {
         "print_formats": "prints",

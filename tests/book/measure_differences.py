@@ -240,9 +240,22 @@ def hybrid(seed: int, heads: bool) -> Case:
     sizes |= dict(attention_heads=8, attention_groups=2, attention_head_size=8, ffn_hidden_size=128)
     config = mh.HybridConfig(61, 64, "M*M-", init_std=0.05, dt_init=(0.01, 0.2), seed=seed, **sizes)
     tp = world()[1] if heads else 1
+
+    def optimizer_of(model, lr):
+        optimizer = mh.make_optimizer(model, lr(0))
+        for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
+            group["lr"] = lr(0)
+        return optimizer
+
+    def alone(model, batches, lr, **options):
+        return mh.train_alone(model, optimizer_of(model, lr), batches, **options)
+
+    def together(model, batches, lr, **options):
+        return mh.train(model, optimizer_of(model, lr), batches, **options)
+
     return Case(
-        mh, rows_of_text(seed, 5, 67), lambda: mh.HybridLM(config), mh.train,
-        lambda: mh.ParallelHybridLM(config, grid_of(mh, tp)), mh.train,
+        mh, rows_of_text(seed, 5, 67), lambda: mh.HybridLM(config), alone,
+        lambda: mh.ParallelHybridLM(config, mesh_of(mh, tp)), together,
         lambda shards: mh.merge_state_dicts(shards, config) if heads else of_first(shards),
     )  # fmt: skip
 

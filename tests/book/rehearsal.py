@@ -389,15 +389,16 @@ def seq_parallel(chapter, device: torch.device) -> Iterator[Variant]:
 
 def mamba_hybrid(chapter, device: torch.device) -> Iterator[Variant]:
     for tp in (4, 2, 1):
-        grid = chapter.make_grid(tp, CPU)
+        mesh = chapter.make_mesh(tp, CPU)
 
-        def steps(grid=grid) -> Steps:
+        def steps(mesh=mesh) -> Steps:
             sizes = dict(mamba_heads=8, mamba_head_size=4, state_size=6, mamba_groups=4, chunk=4)
             sizes |= dict(attention_heads=4, attention_groups=4, attention_head_size=4)
             config = chapter.HybridConfig(61, 16, "M*-M", ffn_hidden_size=32, **sizes)
-            model = move(chapter.ParallelHybridLM(config, grid), device)
-            starts_BS = torch.zeros(4, 16, dtype=torch.bool, device=device)
-            return chapter.train(model, text(device, 61), rate, starts_BS=starts_BS)
+            model = move(chapter.ParallelHybridLM(config, mesh), device)
+            starts_BT = torch.zeros(4, 16, dtype=torch.bool, device=device)
+            batches = ((*batch, starts_BT) for batch in text(device, 61))
+            return chapter.train(model, chapter.make_optimizer(model, 1e-3), batches)
 
         yield f"tp {tp} × cp {WORLD // tp}", steps, 1
 

@@ -9,6 +9,7 @@ import dataclasses
 from pathlib import Path
 
 import mamba_hybrid as mh
+import mamba_hybrid_tables as tables
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,14 +66,14 @@ def main() -> None:
     middle.text(TOKENS - 1.5, half + 1, "rank 1", ha="right", va="top", color="#c53030", fontsize=8)
 
     tokens = [2**k for k in range(10, 21)]
-    hybrid = mh.PUBLISHED["Nemotron-H-8B"]
+    hybrid = tables.PUBLISHED["Nemotron-H-8B"]
     curves = {
         "32 layers of attention": (dataclasses.replace(hybrid, pattern=32 * "*-"), "#c53030"),
         "Nemotron-H-8B: 4 of attention, 24 Mamba-2": (hybrid, "#2b6cb0"),
         "its Mamba-2 layers alone": (dataclasses.replace(hybrid, pattern=24 * "M-"), "#f0b429"),
     }
     for label, (config, color) in curves.items():
-        bytes_ = [sum(mh.decode_memory(config, n)) for n in tokens]
+        bytes_ = [tables.decode_memory(config, n).total for n in tokens]
         right.loglog(tokens, [b / 2**30 for b in bytes_], color=color, label=label, linewidth=2)
     right.set(title="A sequence's cache", xlabel="tokens", ylabel="GiB, 16 bits")
     right.set_xticks([2**10, 2**13, 2**16, 2**20], ["1K", "8K", "64K", "1M"])
