@@ -1835,12 +1835,12 @@ class _Conjugate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        # apply(), and not a plain call: so that the second derivative is right too.
+        # apply(), not a plain call: backward must be differentiable too.
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
 def _identity(x: Tensor, group: Group) -> Tensor:
-    return x.view_as(x)  # not x itself, which autograd would take for modified in place
+    return x
 
 
 def _sum(partial_x: Tensor, group: Group) -> Tensor:
@@ -1896,7 +1896,7 @@ def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
 
 
 def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient's shard stays on its rank.
+    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
 
     Right only where every rank computes the same from the result: its gradient is then replicated,
     and a sum over the ranks would count it tp times.
@@ -1905,7 +1905,7 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
     return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy f6acd3
+# endregion copy 0abe4e
 # region carried: text data (home: 02_megatron_tp)
 class TextData:
     """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
