@@ -1052,7 +1052,7 @@ class Layer(nn.Module):
 
 
 class MoELM(nn.Module):
-    """The single-device model: tokens_BS (int64) to logits_BSV and the layers' balancing loss, (B,).
+    """The single-device model: tokens_BS (int64) to logits_BSV and the balancing loss, (B,).
 
     Args: moe_layer: makes the layers of experts, which may be parallel ones.
     """
@@ -1387,11 +1387,11 @@ def train(
 # ── What remains ────────────────────────────────────────────────────────────────────────────────
 #
 # The experts are sharded, and everything else must fit on each rank. No expert is sharded inside
-# (chapter 2), and no layers are on other servers (chapter 3). A large run combines tensor, pipeline,
-# expert and data parallelism, and each rank belongs to several groups. Every replica also keeps the
-# same optimizer states, 8 bytes per parameter. Rows are sent K times per token and direction, in
-# bf16, H elements each: 4 · 6 · 2688 · 2 bytes · 7/8 = 113 kB per token and layer of Nano at ep 8.
-# LatentMoE makes them smaller, and NVFP4 has 4 bits per value: a later chapter.
+# (chapter 2), and no layers are on other servers (chapter 3). A large run combines tensor,
+# pipeline, expert and data parallelism, and each rank belongs to several groups. Every replica
+# also keeps the same optimizer states, 8 bytes per parameter. Rows are sent K times per token and
+# direction, in bf16, H elements each: 4 · 6 · 2688 · 2 bytes · 7/8 = 113 kB per token and layer of
+# Nano at ep 8. LatentMoE makes them smaller, and NVFP4 has 4 bits per value: a later chapter.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 

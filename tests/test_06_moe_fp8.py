@@ -1977,7 +1977,7 @@ def test_the_load_is_judged_in_the_default_run_alone(flags, verdict):
     with (
         plant(moe, "equivalence", lambda *args: errors),
         plant(moe, "single_device_losses", lambda *args: [1.0]),
-        plant(moe, "demonstrate", lambda *args: ([1.0] * 80, [4.0] * 80)),
+        plant(moe, "demonstrate", lambda *args, **options: ([1.0] * 80, [4.0] * 80)),
     ):
         rows = moe.measure(flags_of(*flags.split()), None, torch.device("cpu"))
     (found,) = [row[3] for row in rows if row[0].startswith("largest load, γ")]

@@ -204,7 +204,7 @@ LAST_LINE = {
     "03": "as it ran",
     "04": "^   4 ",
     "05": "^after ",
-    "06": "^held-out",
+    "06": "^claim ",
 }
 SHORT = ["--steps", "5"]
 LONG = {"01": ["--epochs", "1000"]}  # the others: steps without end
