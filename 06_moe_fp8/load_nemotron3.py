@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -222,14 +223,19 @@ def load_nemotron3(folder: Path | str) -> tuple[MoEConfig, StateDict]:
     return config, full
 
 
-def main() -> None:
+def flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("folder", type=Path, help="with config.json and *.safetensors")
-    folder = parser.parse_args().folder
+    return parser.parse_args()
+
+
+def main() -> None:
+    folder = flags().folder
     try:
         config, full = load_nemotron3(folder)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        print(f"load_nemotron3.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
     model = MoELM(config)
     model.load_state_dict(full)
     with torch.no_grad():

@@ -191,7 +191,7 @@ Routing = namedtuple("Routing", "experts_TK weights_TK log_scores_TE")
 
 
 def count_rows(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Rows of each expert, (E,) int64. (torch.bincount makes the host wait for the device.)"""
+    """Rows of each expert, (E,) int64; torch.bincount makes the host wait. Source: ours."""
     chosen_R = experts_TK.flatten()
     return chosen_R.new_zeros(num_experts).scatter_add_(0, chosen_R, torch.ones_like(chosen_R))
 
@@ -317,7 +317,7 @@ def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of a GEMM with x (...): autocast's where it is on, except for float64."""
+    """The dtype of a GEMM with x (...): autocast's, except for float64. Source: ours."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -326,7 +326,7 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
 def grouped_gemm(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
     """Rows sorted by expert times each expert's own matrix: (R, F).
 
-    Args: counts: rows of each expert. Raises: ValueError where they do not fit.
+    Args: counts: rows of each expert. Raises: ValueError where they do not fit. Source: ours.
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
@@ -346,6 +346,7 @@ class Experts(nn.Module):
     """E feed-forward layers: rows_RH, sorted by expert, and the rows of each, to (R, H).
 
     Args: num_experts: E, or this rank's e. counts: on the host, which GEMMs need their sizes on.
+    Source: Nemotron 3 Nano.
     """
 
     def __init__(self, num_experts: int, hidden: int, expert_size: int, init_std: float = 0.02):
@@ -360,7 +361,10 @@ class Experts(nn.Module):
 
 
 class MLP(nn.Module):
-    """The same feed-forward layer for all tokens, x (..., H) to (..., H): the shared expert."""
+    """The same feed-forward layer for all tokens, x (..., H) to (..., H): the shared expert.
+
+    Source: Nemotron 3 Nano.
+    """
 
     def __init__(self, hidden: int, ffn_size: int):
         super().__init__()
@@ -522,7 +526,7 @@ class _AllToAllWait(torch.autograd.Function):
 def start_all_to_all(
     rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None
 ) -> Callable[[], Tensor]:
-    """`all_to_all` that returns at once: call what it returns, once, to wait for the rows.
+    """`all_to_all` that returns at once: call what it returns, once, to wait for the rows (r, H).
 
     Args, errors: as `all_to_all`'s. Differentiable once. Source: ours.
     """
@@ -577,7 +581,7 @@ def _unsorted_by(order_R: Tensor, rows_RH: Tensor) -> Tensor:
 
 @dataclass
 class Plan:
-    """Where rows go, and how they return; `plan_dispatch` makes it."""
+    """Where rows go, and how they return; `plan_dispatch` makes it. Source: ours."""
 
     order_R: Tensor  # sorts this rank's rows by expert
     order_r: Tensor  # sorts the received rows by expert
@@ -940,7 +944,7 @@ def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group: Grou
 
 
 class FP8Linear(nn.Module):
-    """Takes the place of an nn.Linear without bias: (..., H) to (..., F), three GEMMs in FP8.
+    """Replaces an nn.Linear without bias: x (..., H) to (..., F), with three GEMMs in FP8.
 
     It shares the weight of `linear`, which keeps its precision: each GEMM rounds it anew, and the
     optimizer never sees that. Args: linear: an nn.Linear, or another FP8Linear. Others: as
@@ -1098,7 +1102,7 @@ def state_shapes(config: MoEConfig) -> dict[str, torch.Size]:
 
 
 def initial_weights(config: MoEConfig) -> Iterator[tuple[str, Tensor]]:
-    """The full initial weights, a function of `config` alone, one tensor at a time.
+    """The full initial weights, a function of `config` alone, of the shapes of `state_shapes`.
 
     Matrices are normal; those that add to the residual stream are smaller by 1/√layers.
     """
@@ -1346,7 +1350,7 @@ def train_alone(
 
 
 def rank_rows(x_BS: Tensor) -> Tensor:
-    """This rank's rows of a global batch; where it does not divide, ranks get unequally many."""
+    """This rank's rows of a global batch x_BS; where B does not divide, unequally many."""
     return x_BS.tensor_split(group_size())[group_rank()]
 
 

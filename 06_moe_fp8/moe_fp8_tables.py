@@ -308,8 +308,12 @@ def print_table(title: str, rows: list[Row]) -> bool:
     return all(row.verdict != "FAILED" for row in rows)
 
 
+def flags() -> argparse.Namespace:
+    return argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+
+
 def main() -> None:
-    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    flags()
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
     good = [print_table(title, list(rows())) for title, rows in TABLES.items()]
