@@ -5,13 +5,15 @@ A test marked `ranks` is what every rank of that world executes. References are 
 experts written out, fractions for the eight-bit numbers, or transformers.
 """
 
+import contextlib
 import io
 import itertools
 import math
 import sys
 import time
+from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import Events, Shows, assert_differs, assert_equal, plant, worst_of
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 SCRIPT = Path(moe.__file__)
@@ -55,6 +58,10 @@ def random(*shape, seed=1):
     ).to(ranks.device)
 
 
+def fp8_layer(inputs: int, outputs: int, recipe=moe.HYBRID, amax_group=None) -> moe.FP8Linear:
+    return moe.FP8Linear(nn.Linear(inputs, outputs, bias=False), recipe, amax_group)
+
+
 def grads_of(module: nn.Module) -> dict:
     return {name: p.grad for name, p in module.named_parameters()}
 
@@ -70,8 +77,8 @@ def layer_of(cfg: moe.MoEConfig, kind=moe.MoELayer, *group) -> nn.Module:
 
 
 @lru_cache
-def grid_of(ep: int) -> moe.Grid:
-    return moe.make_grid(ep, ranks.device)
+def mesh_of(ep: int) -> moe.Mesh:
+    return moe.make_mesh(ep, ranks.device)
 
 
 def batch_of(rows: int, length: int = 7, seed: int = 1):
@@ -123,7 +130,7 @@ def test_the_token_of_section_1_1():
     )
     experts, weights, scores = router(torch.ones(1, 4, dtype=torch.float64))
     assert experts.tolist() == [[1, 2]]
-    assert [round(s, 2) for s in scores[0].tolist()] == [0.88, 0.73, 0.62, 0.27]
+    assert [round(s, 2) for s in scores[0].exp().tolist()] == [0.88, 0.73, 0.62, 0.27]
     assert [round(w, 2) for w in weights[0].tolist()] == [1.35, 1.15]
     router.bias[0] = -0.25  # 0.26 was needed
     assert router(torch.ones(1, 4, dtype=torch.float64)).experts_TK.tolist() == [[1, 0]]
@@ -187,7 +194,7 @@ def test_the_router_token_by_token(gate, top_k):
         total = sum(s[i] for i in chosen) if top_k > 1 else 1
         expected = torch.tensor([2.5 * s[i] / total for i in chosen], dtype=torch.float64)
         assert_equal(
-            {"weights": weights[t], "scores": scores[t]},
+            {"weights": weights[t], "scores": scores[t].exp()},
             {"weights": expected, "scores": torch.tensor(s, dtype=torch.float64)},
         )
     assert router.counts.tolist() == [(experts == i).sum() for i in range(8)]
@@ -200,7 +207,7 @@ def test_the_routers_gradient_is_the_formula():
     cfg = config(top_k=3)
     router, x = layer_of(cfg).router, random(1, 16)
     experts, weights, scores = router(x)
-    chosen, s = experts[0], scores[0].detach()
+    chosen, s = experts[0], scores[0].detach().exp()
     total = s[chosen].sum()
     for place, i in enumerate(chosen):
         (grad,) = torch.autograd.grad(weights[0, place], router.weight, retain_graph=True)
@@ -237,7 +244,7 @@ def test_the_router_is_wide_whatever_the_model_is(dtype):
 
 def test_the_balancing_loss_written_out():
     scores = random(3, 5, 8).sigmoid()
-    losses = moe.load_balancing_loss(scores, 2)
+    losses = moe.load_balancing_loss(scores.log(), 2)
     for b in range(3):
         f, p = [0.0] * 8, [0.0] * 8
         for t in range(5):
@@ -252,18 +259,18 @@ def test_the_balancing_loss_of_balanced_and_of_lopsided_scores():
     balanced = (
         torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
     )
-    assert abs(moe.load_balancing_loss(balanced, 1).item() - 1) < 1e-6
+    assert abs(moe.load_balancing_loss(balanced.log(), 1).item() - 1) < 1e-6
     lopsided = torch.full((2, 8, 8), 1e-9, dtype=torch.float64)
     lopsided[..., :2] = 0.9
     assert torch.allclose(
-        moe.load_balancing_loss(lopsided, 2), torch.tensor(4.0, dtype=torch.float64)
+        moe.load_balancing_loss(lopsided.log(), 2), torch.tensor(4.0, dtype=torch.float64)
     )  # E / K
 
 
 def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
     """The counts are constants: the gradient is f_i · d share_i, by differences that leave the counts as they are."""
     scores = random(2, 5, 8).sigmoid().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: moe.load_balancing_loss(s, 2), scores)
+    assert torch.autograd.gradcheck(lambda s: moe.load_balancing_loss(s.log(), 2), scores)
 
 
 def test_the_bias_moves_against_the_load():
@@ -293,7 +300,7 @@ def test_every_bias_moves_by_the_sign_of_mean_minus_count():
 def test_a_bias_in_which_steps_vanish_is_refused():
     router = moe.Router(config()).to(torch.bfloat16)
     with pytest.raises(
-        ValueError, match=r"bias is torch.bfloat16, where steps of 0.001 vanish: keep it in fp32"
+        ValueError, match=r"torch.bfloat16 bias: steps of 0.001 vanish; keep it in fp32"
     ):
         moe.update_expert_bias([router], router.counts[None])
 
@@ -305,7 +312,7 @@ def test_a_bias_in_which_steps_vanish_is_refused():
     "counts", [[3, 0, 5, 0], [0, 0, 0, 0], [0, 0, 0, 7], [1, 1, 1, 1]], ids=str
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_grouped_product(dtype, counts):
+def test_grouped_gemm(dtype, counts):
     """One kernel where there is one, one product for each expert where not: the same, with empty experts and none."""
     torch.manual_seed(0)
     x, w = (
@@ -314,7 +321,7 @@ def test_grouped_product(dtype, counts):
     )
     w.requires_grad_()
     assert moe._has_grouped_mm(x, w) == (dtype != torch.float64 and hasattr(moe.F, "grouped_mm"))
-    y = moe.grouped_product(x, w, counts)
+    y = moe.grouped_gemm(x, w, counts)
     upstream = torch.randn(y.shape, dtype=dtype)
     here = torch.autograd.grad(y, [x, w], upstream)
     owner = torch.arange(4).repeat_interleave(torch.tensor(counts))
@@ -332,9 +339,9 @@ def test_grouped_product(dtype, counts):
 def test_sizes_that_the_kernel_does_not_take():
     x, w = torch.randn(5, 15), torch.randn(2, 7, 15)
     assert not moe._has_grouped_mm(x, w)
-    assert torch.equal(moe.grouped_product(x, w, [2, 3])[2:], x[2:] @ w[1].mT)
+    assert torch.equal(moe.grouped_gemm(x, w, [2, 3])[2:], x[2:] @ w[1].mT)
     with pytest.raises(ValueError, match=r"counts \[2, 2\] are not 5 rows for 2 experts"):
-        moe.grouped_product(x, w, [2, 2])
+        moe.grouped_gemm(x, w, [2, 2])
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
@@ -388,10 +395,9 @@ def test_the_model_sees_no_future_and_learns():
     assert (
         gap[:8].max() < 1e-14 and gap[8:].min() > 1e-6
     )  # other rows in a product round it otherwise
-    losses = [
-        step.loss.item()
-        for step in moe.train_alone(moe.MoELM(cfg), [(tokens, tokens)] * 30, lambda step: 1e-2)
-    ]
+    model = moe.MoELM(cfg)
+    steps = moe.train_alone(model, moe.make_optimizer(model, 1e-2), [(tokens, tokens)] * 30)
+    losses = [step.loss.item() for step in steps]
     assert losses[0] > 4 and losses[-1] < 2
 
 
@@ -424,17 +430,22 @@ def test_all_to_all_against_what_everybody_sent(width):
     assert torch.equal(there, torch.cat([name(i, rank, n) for i, n in enumerate(receive)]))
     (there**2).sum().backward()  # the gradient of each row is its own name, twice
     assert torch.equal(rows.grad, 2 * rows)
-    later = moe.all_to_all(rows, send, receive, wait=False)
-    assert torch.equal(later(), there)
+    again = rows.detach().clone().requires_grad_()
+    later = moe.start_all_to_all(again, send, receive)()
+    assert torch.equal(later, there)
+    (later**2).sum().backward()
+    assert torch.equal(again.grad, 2 * again)
 
 
 @pytest.mark.ranks(2)
 def test_all_to_all_refuses_lists_that_do_not_fit():
     for send, receive in (([1], [1, 2]), ([2, 2], [1, 2]), ([1, 2], [3])):
         with pytest.raises(
-            ValueError, match=r"both lists need a number for each rank, and all rows must be sent"
+            ValueError, match=r"both lists need an entry per rank, and all rows must be sent"
         ):
             moe.all_to_all(torch.ones(3, 2), send, receive)
+        with pytest.raises(ValueError, match="both lists need an entry per rank"):
+            moe.start_all_to_all(torch.ones(3, 2), send, receive)
 
 
 # ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
@@ -469,20 +480,48 @@ def assert_equal_or_empty(here, expected):
         assert_equal({"": here}, {"": expected})
 
 
-def test_a_permutations_gradient_is_a_gather():
+def test_sorting_and_its_gradient():
+    """Rows by expert and back, with K copies of each token: values, and gradients by differences."""
     x, order = random(6, 2).requires_grad_(), torch.tensor([3, 1, 5, 0, 2, 4])
-    moved = lambda x, copies: moe._Permute.apply(x, order, moe._inverse(order), copies)  # noqa: E731
-    assert torch.equal(moved(x, 1), x[order]) and torch.equal(moved(x[:2], 3), x[order // 3])
-    assert torch.autograd.gradcheck(lambda x: moved(x, 1), x)
-    assert torch.autograd.gradcheck(lambda x: moved(x[:2], 3), x)
+    plan = moe.Plan(order, order, [6], [6], [6], 3, None)
+    assert torch.equal(moe._sorted_by(order, x), x[order])
+    assert torch.equal(moe._unsorted_by(order, x[order]), x)
+    assert torch.equal(moe.dispatch(x[:2], plan)(), x[order // 3])
+    assert torch.autograd.gradcheck(lambda x: moe._sorted_by(order, x), x)
+    assert torch.autograd.gradcheck(lambda x: moe._unsorted_by(order, x), x)
+    assert torch.autograd.gradcheck(lambda x: moe.dispatch(x[:2], plan)(), x)
 
 
+def test_no_gradient_adds_into_one_address_from_several_rows():
+    """On a GPU such additions have no fixed order: every index of a scatter occurs once."""
+    seen = []
+
+    class Scatters(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if "index_add" in function.name() or "index_put" in function.name():
+                index = args[2] if "index_add" in function.name() else args[1][0]
+                seen.append(index.unique().numel() == index.numel())
+            return function(*args, **(kwargs or {}))
+
+    layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(2, 5, 16).requires_grad_()
+    with Scatters():
+        layer(x)[0].sum().backward()
+    assert seen and all(seen)
+
+
+@pytest.mark.ranks(2)
 def test_no_second_derivative_by_mistake():
-    """Our own Functions are differentiable once, and say so."""
+    """The overlapped pair is differentiable once, and says so; the plain all-to-all twice."""
     layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
     (grad,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+    rows = random(4, 3).requires_grad_()
+    (grad,) = torch.autograd.grad(
+        (moe.all_to_all(rows, [2, 2], [2, 2]) ** 3).sum(), rows, create_graph=True
+    )
+    grad.sum().backward()
+    assert_equal({"": rows.grad}, {"": 6 * rows})
 
 
 # ── 2.3 The layer ───────────────────────────────────────────────────────────────────────────────────────
@@ -546,7 +585,7 @@ def test_the_shared_expert_works_while_rows_travel():
     counts = ["all_to_all"]  # of numbers, before anything else
     first, rest = (
         ["all_to_all", "product", "product", "wait"],
-        ["product"] * 2 * e + ["all_to_all", "wait", "product"],
+        ["product"] * 2 * e + ["all_to_all", "product"],
     )
     assert events.order[1:] == counts + first + rest, (
         events.order
@@ -556,12 +595,9 @@ def test_the_shared_expert_works_while_rows_travel():
     order = events.order
     back = [i for i, event in enumerate(order) if event == "all_to_all"]
     waits = [i for i, event in enumerate(order) if event == "wait"]
-    assert (
-        len(back) == len(waits) == 2 and waits[0] == back[0] + 1
-    )  # combine's rows come back at once
-    assert (
-        order[back[1] + 1 : waits[1]] == ["product"] * 4
-    )  # and dispatch's while the shared expert's backward runs
+    assert len(back) == 2 and len(waits) == 1  # combine's rows return at once
+    # and dispatch's while the shared expert's backward runs
+    assert order[back[1] + 1 : waits[0]] == ["product"] * 4
 
 
 @pytest.mark.ranks(2, 4)
@@ -591,10 +627,10 @@ def test_without_a_process_group_there_is_one_rank():
     assert_equal({"y": parallel(x)[0]}, {"y": plain(x)[0]})
     assert moe.all_to_all(x, [3], [3]) is x
     batch = batch_of(3)
-    alone = list(moe.train_alone(moe.MoELM(cfg).double(), [batch] * 3, lambda step: 1e-3))
-    together = list(
-        moe.train(moe.ParallelMoELM(cfg).double(), [batch] * 3, lambda step: 1e-3, moe.Grid())
-    )
+    plain, parallel = moe.MoELM(cfg).double(), moe.ParallelMoELM(cfg).double()
+    alone = list(moe.train_alone(plain, moe.make_optimizer(plain, 1e-3), [batch] * 3))
+    optimizer = moe.make_optimizer(parallel, 1e-3)
+    together = list(moe.train(parallel, optimizer, [batch] * 3, moe.Mesh()))
     assert_equal(
         {i: s.loss for i, s in enumerate(together)}, {i: s.loss for i, s in enumerate(alone)}
     )
@@ -809,7 +845,7 @@ def test_an_unknown_format():
 def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
     """Forward and both gradients against float64 products of the six operands, each rounded as the recipe says."""
     torch.manual_seed(0)
-    layer = moe.FP8Linear(32, 48, recipe).double()
+    layer = fp8_layer(32, 48, recipe).double()
     x, upstream = random(rows, 32).requires_grad_(), random(rows, 48, seed=2)
     y = layer(x)
     y.backward(upstream)
@@ -834,14 +870,14 @@ def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
 def test_fp8_linear_beside_nn_linear(leading):
     """Near the wide layer: a few percent, as E4M3's three bits of fraction give; and any leading dimensions."""
     torch.manual_seed(0)
-    layer, x = moe.FP8Linear(64, 64), torch.randn(*leading, 64)
+    layer, x = fp8_layer(64, 64), torch.randn(*leading, 64)
     expected = F.linear(x, layer.weight)
     error = (layer(x) - expected).norm() / expected.norm()
     assert layer(x).shape == expected.shape and 0.005 < error < 0.06
 
 
 def test_fp8_linear_under_autocast():
-    layer, x = moe.FP8Linear(32, 32), torch.randn(4, 32, requires_grad=True)
+    layer, x = fp8_layer(32, 32), torch.randn(4, 32, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         y = layer(x)
         assert y.dtype == torch.bfloat16
@@ -853,8 +889,8 @@ def test_fp8_linear_under_autocast():
 def test_torchs_scaled_product_within_the_stated_bound(formats):
     """The line that FP8 units run, here in PyTorch's CPU version: layout and inverse scales are right."""
     a, b = (moe.quantize_fp8(random(*shape), f) for shape, f in zip([(32, 64), (48, 64)], formats))
-    exact = moe.fp8_product(a, b, torch.float64)
-    here = moe.fp8_product(a, b, torch.float32, hardware=True)
+    exact = moe.fp8_gemm(a, b, torch.float64)
+    here = moe.fp8_gemm(a, b, torch.float32, hardware=True)
     sizes = (
         moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
     )
@@ -866,9 +902,9 @@ def test_torchs_scaled_product_within_the_stated_bound(formats):
 def test_fp8_linear_takes_the_hardwares_line():
     """Forward and backward through torch._scaled_mm, rows that are no multiple of 16: the emulation's numbers."""
     torch.manual_seed(0)
-    recipe = moe.HYBRID._replace(hardware=True)
-    hard, x = moe.FP8Linear(32, 48, recipe), torch.randn(37, 32, requires_grad=True)
-    soft = moe.FP8Linear(32, 48)
+    recipe = replace(moe.HYBRID, hardware=True)
+    hard, x = fp8_layer(32, 48, recipe), torch.randn(37, 32, requires_grad=True)
+    soft = fp8_layer(32, 48)
     soft.load_state_dict(hard.state_dict())
     upstream = torch.randn(37, 48)
     here = torch.autograd.grad(hard(x), [x, hard.weight], upstream)
@@ -877,9 +913,9 @@ def test_fp8_linear_takes_the_hardwares_line():
         dict(enumerate(here)), dict(enumerate(there)), bound=1e-5
     )  # fp32 sums in another order
     with pytest.raises(
-        ValueError, match=r"multiples of 16, not \(\(48, 32\), \(8, 32\)\): choose other sizes"
+        ValueError, match=r"tensor cores need multiples of 16, not \(48, 32\) and \(8, 32\)"
     ):
-        moe.FP8Linear(32, 8, recipe)(x)
+        fp8_layer(32, 8, recipe)(x)
 
 
 @pytest.mark.parametrize("hardware", [False, True])
@@ -891,7 +927,7 @@ def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
         torch.randn(22, 32, requires_grad=True),
         torch.randn(4, 48, 32, requires_grad=True),
     )
-    y = moe.fp8_grouped_product(x, w, counts, moe.HYBRID._replace(hardware=hardware))
+    y = moe.fp8_grouped_gemm(x, w, counts, replace(moe.HYBRID, hardware=hardware))
     upstream = torch.randn(22, 48)
     grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
     assert y.shape == (22, 48) and not grad_w[1].any()
@@ -900,7 +936,7 @@ def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
     ):
         if not len(rows):
             continue
-        layer, leaf = moe.FP8Linear(32, 48), rows.clone().requires_grad_()
+        layer, leaf = fp8_layer(32, 48), rows.clone().requires_grad_()
         layer.weight.data = w[i].detach()
         there = layer(leaf)
         there.backward(dy)
@@ -916,7 +952,7 @@ def test_fp8_hardware_is_refused_where_there_is_none():
         "emulate", cpu, moe.HYBRID
     )
     with pytest.raises(
-        ValueError, match="FP8 units are asked for, but a cpu has none: use emulate, or auto"
+        ValueError, match="FP8 tensor cores: this cpu has none; use --fp8 emulate or auto"
     ):
         moe.fp8_hardware("hardware", cpu, moe.HYBRID)
 
@@ -968,8 +1004,8 @@ def test_shares_of_a_tensor_have_the_whole_tensors_codes(format, how):
 def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
     """Given the same input and gradient: output, input gradient and the summed weight gradient of the whole batch."""
     torch.manual_seed(0)
-    plain = moe.FP8Linear(16, 32).double().to(ranks.device)
-    parallel = moe.FP8Linear(16, 32, amax_group=dist.group.WORLD).double().to(ranks.device)
+    plain = fp8_layer(16, 32).double().to(ranks.device)
+    parallel = fp8_layer(16, 32, amax_group=dist.group.WORLD).double().to(ranks.device)
     parallel.load_state_dict(plain.state_dict())
     x, upstream = random(32, 16).requires_grad_(), random(32, 32, seed=2)
     y = plain(x)
@@ -989,14 +1025,14 @@ def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
 def test_experts_in_fp8_have_the_single_devices_codes(router):
     """The rows of each expert and its weights, at every ep: codes and scales to the bit; then the layer's output."""
     for ep in LAYOUTS[dist.get_world_size()]:
-        cfg, grid = config(top_k=2), grid_of(ep)
+        cfg, mesh = config(top_k=2), mesh_of(ep)
         model = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)
-        plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer, grid.ep_group)
+        plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer, mesh.ep_group)
         fake = torch.nn.Module()
         fake.layers = nn.ModuleList([nn.Identity(), plain, nn.Identity()])
         moe.to_fp8(fake, moe.HYBRID)
         fake.layers = nn.ModuleList([nn.Identity(), parallel, nn.Identity()])
-        moe.to_fp8(fake, moe.HYBRID, grid=grid)
+        moe.to_fp8(fake, moe.HYBRID, mesh=mesh)
         assert (
             isinstance(plain.shared.up, moe.FP8Linear)
             and type(model.layers[0].mixer.qkv) is nn.Linear
@@ -1012,11 +1048,11 @@ def test_experts_in_fp8_have_the_single_devices_codes(router):
         e = 8 // ep
         mine = here.made[4 : 4 + 2 * e]
         for j in range(e):
-            expert = grid.ep_rank * e + j
+            expert = mesh.ep_rank * e + j
             rows, weights = whole.made[2 * expert], whole.made[2 * expert + 1]
             assert torch.equal(mine[2 * j].inverse_scale, rows.inverse_scale)
             assert same_bits(mine[2 * j + 1].codes, weights.codes)
-            if grid.dp == 1:  # all rows of this expert are here, in the same order
+            if mesh.dp == 1:  # all rows of this expert are here, in the same order
                 assert same_bits(mine[2 * j].codes, rows.codes)
         assert_equal_or_empty(y_here, share_of(y.detach(), "even"))
 
@@ -1042,8 +1078,8 @@ def test_first_weights_do_not_depend_on_the_layout():
     cfg = config()
     full = moe.MoELM(cfg).state_dict()
     for ep in LAYOUTS[dist.get_world_size()]:
-        model = moe.ParallelMoELM(cfg, grid_of(ep).ep_group)
-        here = joined(model.state_dict(), grid_of(ep).ep_group)
+        model = moe.ParallelMoELM(cfg, mesh_of(ep).ep_group)
+        here = joined(model.state_dict(), mesh_of(ep).ep_group)
         assert all(torch.equal(here[name], full[name]) for name in full)
         for p in model.parameters():
             assert p.untyped_storage().nbytes() == p.nbytes
@@ -1053,106 +1089,32 @@ def test_bad_state_dicts():
     cfg = config()
     full = moe.MoELM(cfg).state_dict()
     for change, message in (
-        (lambda d: d.pop("head.weight"), r"Missing key\(s\).*head.weight"),
-        (lambda d: d.update(other=torch.ones(1)), r"Unexpected key\(s\).*other"),
-        (lambda d: d.update({"head.weight": torch.ones(2, 2)}), "size mismatch for head.weight"),
+        (lambda d: d.pop("head.weight"), r"missing.*\('head.weight', \(61, 16\)\)"),
+        (lambda d: d.update(other=torch.ones(1)), r"unknown.*\('other', \(1,\)\)"),
+        (lambda d: d.update({"head.weight": torch.ones(2, 2)}), r"'head.weight', \(2, 2\)"),
     ):
         bad = dict(full)
         change(bad)
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(ValueError, match=message):
             moe.shard_state_dict(bad, cfg, 0, 2)
     shards = [moe.shard_state_dict(full, cfg, rank, 2) for rank in range(2)]
     shards[1]["layers.1.mixer.router.weight"] += 1
     with pytest.raises(
         ValueError,
-        match="layers.1.mixer.router.weight should be the same on every rank, and is not",
+        match="layers.1.mixer.router.weight should be replicated, but rank 1 differs from rank 0",
     ):
         moe.merge_state_dicts(shards)
-
-
-def published_config(**changes) -> dict:
-    sizes = dict(
-        vocab_size=61, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8, n_routed_experts=8,
-        moe_intermediate_size=16, moe_shared_expert_intermediate_size=24, num_experts_per_tok=3,
-        routed_scaling_factor=2.5, layers_block_type=["full_attention", "moe", "moe", "full_attention", "moe"],
-        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=8,
-    )  # fmt: skip
-    return sizes | changes
-
-
-def publish(folder: Path, **changes):
-    """A folder in the published layout, written by transformers, with random weights and biases."""
-    transformers = pytest.importorskip("transformers")
-    if not hasattr(transformers, "NemotronHConfig"):
-        pytest.skip("this transformers has no NemotronH")
-    torch.manual_seed(0)
-    model = transformers.NemotronHForCausalLM(
-        transformers.NemotronHConfig(**published_config(**changes))
-    )
-    for name, x in model.state_dict().items():
-        if "bias" in name or "gate.weight" in name:
-            x.normal_(std=0.3)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def test_published_weights_give_transformers_logits(tmp_path):
-    theirs = publish(tmp_path)
-    cfg, full = moe.load_nemotron3(tmp_path)
-    assert cfg.pattern == "*EE*E" and cfg.top_k == 3 and cfg.gate_scale == 2.5
-    ours = moe.MoELM(cfg)
-    ours.load_state_dict(full)
-    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        expected, here = theirs(tokens).logits, ours(tokens)[0]
-    assert expected.abs().max() > 0.05
-    assert (here - expected).abs().max() <= 1e-5 * expected.abs().max()
-
-
-def test_published_weights_that_cannot_be_read(tmp_path):
-    import json
-
-    publish(tmp_path / "good")
-    text = (tmp_path / "good" / "config.json").read_text()
-    cases = {
-        r"has Mamba layers \(M\*E\): this chapter has none, see chapter 5, mamba_hybrid": dict(
-            layers_block_type=["linear_attention", "full_attention", "moe"]
-        ),
-        r"has Mamba layers \(MEM\*E\)": dict(hybrid_override_pattern="MEM*E"),
-        r"has \{'moe_latent_size': 16\}, which this model cannot be": dict(moe_latent_size=16),
-        r"has \{'n_group': 2\}": dict(n_group=2),
-        r"one expert a token, normalised": dict(num_experts_per_tok=1),
-        r"lacks the tensor backbone.layers.5.norm.weight": dict(
-            layers_block_type=["full_attention", "moe", "moe"] * 2
-        ),
-        r"which this model does not know": dict(
-            layers_block_type=["full_attention", "moe", "moe", "full_attention"]
-        ),
-    }
-    for message, change in cases.items():
-        (tmp_path / "good" / "config.json").write_text(json.dumps(json.loads(text) | change))
-        with pytest.raises(ValueError, match=message):
-            moe.load_nemotron3(tmp_path / "good")
-    (tmp_path / "good" / "config.json").write_text(
-        json.dumps(json.loads(text) | dict(hidden_size=48))
-    )
-    with pytest.raises(RuntimeError, match="size mismatch for embedding.weight"):
-        moe.load_nemotron3(tmp_path / "good")
-    with pytest.raises(FileNotFoundError):
-        moe.load_nemotron3(tmp_path / "nowhere")
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
 
 
-def one_step(model, optimizer, batch, grid=None, **options) -> moe.Step:
-    """The step of `train_alone`, with any optimiser; on a grid with this rank's batch."""
-    if grid:
-        options["gradients"] = partial(moe.parallel_gradients, grid=grid)
-    with plant(moe, "make_optimizer", lambda model: optimizer):
-        return next(
-            moe.train_alone(model, [batch], lambda step: optimizer.defaults["lr"], **options)
-        )
+def one_step(model, optimizer, batch, mesh=None, how="even", **options) -> moe.Step:
+    """One step of `train_alone`, or of `train` with the rows that share_of(…, how) gives."""
+    if mesh is None:
+        return next(moe.train_alone(model, optimizer, [batch], **options))
+    with plant(moe, "rank_rows", lambda full: share_of(full, how)):
+        return next(moe.train(model, optimizer, [batch], mesh, **options))
 
 
 OPTIMIZERS = {
@@ -1161,21 +1123,17 @@ OPTIMIZERS = {
 }
 
 
-def compared(
-    cfg, grid, how, steps, optimizer="sgd", max_norm=1e9, micro_batches=1, dtype=torch.float64
-):
+def compared(cfg, mesh, how, steps, optimizer="sgd", max_norm=1e9, dtype=torch.float64):
     """Trains both models; yields for each step both Steps and both models."""
-    plain, parallel = (
-        moe.MoELM(cfg).to(ranks.device, dtype),
-        moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device, dtype),
-    )
+    plain = moe.MoELM(cfg).to(ranks.device, dtype)
+    parallel = moe.ParallelMoELM(cfg, mesh.ep_group).to(ranks.device, dtype)
     optimizers = [OPTIMIZERS[optimizer](model) for model in (plain, parallel)]
     for step in range(steps):
         batch = batch_of(9, seed=step)
+        for made in optimizers:  # the caller's schedule: another rate in every step
+            made.param_groups[0]["lr"] = made.defaults["lr"] * (1 + step) / 5
         there = one_step(plain, optimizers[0], batch, max_norm=max_norm, **STEP)
-        mine = [share_of(whole, how) for whole in batch]
-        options = dict(max_norm=max_norm, micro_batches=micro_batches, **STEP)
-        here = one_step(parallel, optimizers[1], mine, grid, **options)
+        here = one_step(parallel, optimizers[1], batch, mesh, how, max_norm=max_norm, **STEP)
         yield here, there, parallel, plain
 
 
@@ -1186,8 +1144,8 @@ def test_every_gradient_of_the_model(top_k, how):
     """Loss, norm, counts and every parameter's gradient, at every ep, whoever has tokens."""
     for ep in LAYOUTS[dist.get_world_size()]:
         cfg = config(top_k=top_k)
-        for here, there, parallel, plain in compared(cfg, grid_of(ep), how, steps=1):
-            assert_equal(joined(grads_of(parallel), grid_of(ep).ep_group), grads_of(plain))
+        for here, there, parallel, plain in compared(cfg, mesh_of(ep), how, steps=1):
+            assert_equal(joined(grads_of(parallel), mesh_of(ep).ep_group), grads_of(plain))
             assert_equal(
                 {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
             )
@@ -1201,21 +1159,13 @@ def test_five_steps(optimizer, how):
     """SGD with momentum, and AdamW with clipping: losses, norms before clipping, weights and biases after each step."""
     for ep in LAYOUTS[dist.get_world_size()]:
         max_norm, floor = (1e9, 0.0) if optimizer == "sgd" else (0.05, 5 * 1e-3)
-        run = compared(
-            config(),
-            grid_of(ep),
-            how,
-            5,
-            optimizer,
-            max_norm,
-            micro_batches=1 if how == "even" else 3,
-        )
+        run = compared(config(), mesh_of(ep), how, 5, optimizer, max_norm)
         for here, there, parallel, plain in run:
             assert there.norm > 0.05 or optimizer == "sgd"  # clipped
             assert_equal(
                 {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
             )
-            state = joined(parallel.state_dict(), grid_of(ep).ep_group)
+            state = joined(parallel.state_dict(), mesh_of(ep).ep_group)
             expected = plain.state_dict()
             biases = [
                 name for name in expected if name.endswith("router.bias")
@@ -1230,11 +1180,11 @@ def test_five_steps(optimizer, how):
 @pytest.mark.ranks(2, 4)
 def test_copies_stay_equal_to_the_bit():
     """What is whole on every rank, and what the ranks of an edp group share, after three steps."""
-    grid, cfg = grid_of(2), config()
-    model = moe.ParallelMoELM(cfg, grid.ep_group).to(ranks.device)
-    for batch in ([x.to(ranks.device) for x in batch_of(8, seed=i)] for i in range(3)):
-        list(moe.train(model, [batch], lambda step: 1e-2, grid, **STEP))
-    for group in (None, grid.edp_group):
+    mesh, cfg = mesh_of(2), config()
+    model = moe.ParallelMoELM(cfg, mesh.ep_group).to(ranks.device)
+    batches = [[x.to(ranks.device) for x in batch_of(8, seed=i)] for i in range(3)]
+    list(moe.train(model, moe.make_optimizer(model, 1e-2), batches, mesh, **STEP))
+    for group in (None, mesh.edp_group):
         states = [None] * dist.get_world_size(group)
         dist.all_gather_object(states, {n: x.cpu() for n, x in model.state_dict().items()}, group)
         names = [n for n in states[0] if group is not None or moe.shard_dim(n) is None]
@@ -1249,68 +1199,10 @@ def test_fp8_training_on_every_layout_starts_with_the_same_loss():
     loss_BS, _ = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)(batch[0])
     for ep in LAYOUTS[4]:
         model = moe.to_fp8(
-            moe.ParallelMoELM(cfg, grid_of(ep).ep_group).double(), moe.HYBRID, grid=grid_of(ep)
+            moe.ParallelMoELM(cfg, mesh_of(ep).ep_group).double(), moe.HYBRID, mesh=mesh_of(ep)
         )
         here, _ = model(share_of(batch[0], "even"))
-        assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")}, bound=1e-6)
-
-
-# ── 5 The papers' arithmetic ────────────────────────────────────────────────────────────────────────────
-
-
-def test_parameters_of_this_model_are_those_that_it_has():
-    for changes in (
-        dict(),
-        dict(pattern="*EE", shared_size=0),
-        dict(num_heads=8, num_kv_heads=8, head_size=5, top_k=1),
-    ):
-        cfg = config(**changes)
-        model = moe.MoELM(cfg)
-        assert moe.parameters(cfg).total == sum(x.numel() for x in model.state_dict().values())
-        unused = (8 - cfg.top_k) * 2 * 16 * 12 * cfg.pattern.count("E")
-        assert moe.parameters(cfg).active == moe.parameters(cfg).total - unused
-
-
-@pytest.mark.parametrize(
-    "name, total, active, without_input_table",
-    [
-        ("Nano", 31.578, 3.580, 3.228),
-        ("Super", 120.669, 12.770, 12.233),
-        ("Ultra", 549.3, 56.1, 55.0),
-    ],
-)
-def test_published_parameters(name, total, active, without_input_table):
-    """To the digits of an independent count; the papers print 31.6 and 3.6 (3.2), 120.6 and 12.7 (12.1), 550 and 55."""
-    here = [count / 1e9 for count in moe.parameters(moe.PUBLISHED[name])]
-    digits = 3 if name != "Ultra" else 1
-    assert [round(count, digits) for count in here] == [total, active, without_input_table]
-
-
-def test_published_layers():
-    kinds = {n: tuple(c.pattern.count(kind) for kind in "M*E") for n, c in moe.PUBLISHED.items()}
-    assert kinds == {"Nano": (23, 6, 23), "Super": (40, 8, 40), "Ultra": (48, 12, 48)}
-
-
-def test_all_to_all_bytes():
-    """Elements of a token on one way: 6 × 2688 in Nano, 22 × 1024 in Super; at ep = 2 half of them leave."""
-    assert moe.all_to_all_bytes(moe.PUBLISHED["Super"], 2, 1) == 4 * 22 * 1024 / 2
-    assert moe.all_to_all_bytes(moe.PUBLISHED["Nano"], 8) == 4 * 6 * 2688 * 2 * 7 / 8
-    assert moe.all_to_all_bytes(config(), 1) == 0
-
-
-def test_quantisation_errors():
-    """Gaussian: 2.6 % in E4M3, twice that in E5M2. Heavy tails: tiles help, E5M2's range does not need them."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, 512, generator=generator)
-    heavy = x * torch.exp(3 * torch.randn(512, 512, generator=generator))
-    error = moe.quantisation_error
-    assert round(error(x), 3) == 0.026 and 1.9 < error(x, "e5m2") / error(x) < 2.1
-    assert error(x, "e4m3", (1, 128)) <= error(x) <= error(x, "e4m3", None, True) * 1.02
-
-    def lost(*operand) -> float:
-        return (moe.dequantize_fp8(moe.quantize_fp8(heavy, *operand)) == 0).double().mean().item()
-
-    assert lost("e4m3") > 0.5 and lost("e4m3", (1, 128)) < 0.1 and lost("e5m2") < lost("e4m3") / 2
+        assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")})
 
 
 # ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
@@ -1318,14 +1210,15 @@ def test_quantisation_errors():
 # Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and wrong gradients.
 
 
-def gradients(grid, prepare=lambda model: model, steps=1, **options):
-    """Steps from the same weights: the last one's Step, whole gradients, and the model; for planted bugs to change."""
-    model = prepare(moe.ParallelMoELM(config(), grid.ep_group)).to(ranks.device, torch.float64)
-    mine = [share_of(whole, "uneven") for whole in batch_of(9)]
+def gradients(mesh, prepare=lambda model: model, steps=1, **options):
+    """Steps from the same weights: the last one's Step, full gradients, and the model; for planted bugs to change."""
+    model = prepare(moe.ParallelMoELM(config(), mesh.ep_group)).to(ranks.device, torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
-        step = one_step(model, optimizer, mine, grid, max_norm=1e9, **(STEP | options))
-    return step, joined(grads_of(model), grid.ep_group), model
+        step = one_step(
+            model, optimizer, batch_of(9), mesh, "uneven", max_norm=1e9, **(STEP | options)
+        )
+    return step, joined(grads_of(model), mesh.ep_group), model
 
 
 def alone(prepare=lambda model: None):
@@ -1350,7 +1243,7 @@ def shown(wrong, right) -> Shows:
 def through_fp8(x, upstream, recipe=moe.HYBRID):
     """The loss Σ upstream · y of one FP8 layer, and the gradients of its input and its weight."""
     torch.manual_seed(0)
-    layer, leaf = moe.FP8Linear(x.shape[1], upstream.shape[1], recipe), x.clone().requires_grad_()
+    layer, leaf = fp8_layer(x.shape[1], upstream.shape[1], recipe), x.clone().requires_grad_()
     loss = (layer(leaf) * upstream).sum()
     loss.backward()
     return SimpleNamespace(loss=loss.detach()), {"x": leaf.grad, "weight": layer.weight.grad}
@@ -1375,7 +1268,7 @@ def test_bias_used_in_the_weights():
 
     def buggy(router, x_TH):
         routing = original(router, x_TH)
-        weights = (routing.scores_TE + router.bias).gather(-1, routing.experts_TK)
+        weights = (routing.log_scores_TE.exp() + router.bias).gather(-1, routing.experts_TK)
         return routing._replace(weights_TK=2.5 * weights / weights.sum(-1, keepdim=True))
 
     right = alone()
@@ -1390,14 +1283,14 @@ def test_bias_used_in_the_weights():
     seen_in=None,
 )
 def test_bias_updated_from_local_counts():
-    grid = grid_of(1)
+    mesh = mesh_of(1)
 
     def buggy(x, *args):
         return x if x.dtype == torch.int64 and x.ndim == 2 else original(x, *args)
 
-    right = gradients(grid, steps=4)
+    right = gradients(mesh, steps=4)
     with plant(moe, "_all_reduce", buggy) as original:
-        wrong = gradients(grid, steps=4)
+        wrong = gradients(mesh, steps=4)
     biases = [
         torch.stack([router.bias for router in model.routers()]) for *_, model in (right, wrong)
     ]
@@ -1411,32 +1304,37 @@ def test_bias_updated_from_local_counts():
     return shown(wrong, right)
 
 
-@pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
     symptom="with 3 micro-batches the bias moves by up to 3γ a step, so the layout of memory changes the training",
     seen_in=None,
 )
 def test_bias_updated_per_micro_batch():
-    grid = grid_of(2)
-    right, whole = gradients(grid, moe.overload, micro_batches=3), gradients(grid, moe.overload)
-    assert all(torch.equal(a.bias, b.bias) for a, b in zip(right[2].routers(), whole[2].routers()))
-    fourth = gradients(grid, moe.overload, steps=4, micro_batches=3)
-    original = moe.MoELM.loss
+    """`counts` adds up over forwards, so that one update sees all micro-batches of a step."""
 
-    def buggy(model, *part):
-        result = original(model, *part)
-        moe.update_expert_bias(model.routers(), moe._all_reduce(model.counts()), STEP["gamma"])
-        return result
+    def trained(per_micro_batch: bool):
+        model = moe.overload(moe.ParallelMoELM(config())).to(ranks.device, torch.float64)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for step in range(4):
+            optimizer.zero_grad()
+            total = 0
+            for part in zip(*(whole.tensor_split(3) for whole in batch_of(9))):
+                loss_BS, balance_B = model.loss(*part)
+                loss = loss_BS.sum() / 51 + STEP["alpha"] * balance_B.sum() / 9
+                loss.backward()
+                total += loss.detach()
+                if per_micro_batch:
+                    moe.update_expert_bias(model.routers(), model.counts(), STEP["gamma"])
+            if not per_micro_batch:
+                moe.update_expert_bias(model.routers(), model.counts(), STEP["gamma"])
+            if step == 0:
+                moved = max(router.bias.abs().max().item() for router in model.routers())
+            if step < 3:
+                optimizer.step()
+        return (SimpleNamespace(loss=total), grads_of(model)), moved / STEP["gamma"]
 
-    with plant(moe.MoELM, "loss", buggy):
-        wrong = gradients(grid, moe.overload, micro_batches=3)
-        wrong_fourth = gradients(grid, moe.overload, steps=4, micro_batches=3)
-    moved = [
-        [router.bias.abs().max().item() / STEP["gamma"] for router in model.routers()]
-        for *_, model in (right, wrong)
-    ]
-    assert max(moved[0]) < 1.001 and max(moved[1]) > 1.999, moved
-    return shown(wrong_fourth, fourth)
+    (right, moved), (wrong, moved_wrong) = trained(False), trained(True)
+    assert moved < 1.001 and moved_wrong > 1.999
+    return shown(wrong, right)
 
 
 @pytest.mark.planted_bug(
@@ -1446,7 +1344,8 @@ def test_bias_updated_per_micro_batch():
 def test_gradient_through_the_balancing_counts():
     scores = random(2, 5, 8).sigmoid().requires_grad_()
 
-    def buggy(scores_BSE, top_k):
+    def buggy(log_scores_BSE, top_k):
+        scores_BSE = log_scores_BSE.exp()
         kept = scores_BSE * torch.zeros_like(scores_BSE).scatter(
             -1, scores_BSE.topk(top_k, -1).indices, 1.0
         )
@@ -1457,7 +1356,7 @@ def test_gradient_through_the_balancing_counts():
         )
         return (f_BE * (scores_BSE / scores_BSE.sum(-1, keepdim=True)).mean(1)).sum(-1)
 
-    right, wrong = moe.load_balancing_loss(scores, 2), buggy(scores, 2)
+    right, wrong = moe.load_balancing_loss(scores.log(), 2), buggy(scores.log(), 2)
     assert_equal({"loss": wrong}, {"loss": right})
     grads = [torch.autograd.grad(loss.sum(), scores)[0] for loss in (wrong, right)]
     assert_differs({"scores": grads[0]}, {"scores": grads[1]}, at_least=0.1)
@@ -1472,11 +1371,11 @@ def test_gradient_through_the_balancing_counts():
     seen_in="https://github.com/NVIDIA-NeMo/Automodel/issues/1408",
 )
 def test_an_auxiliary_gradient_that_never_flows():
-    grid = grid_of(2)
-    right, (_, none, _) = gradients(grid), gradients(grid, alpha=0.0)
+    mesh = mesh_of(2)
+    right, (_, none, _) = gradients(mesh), gradients(mesh, alpha=0.0)
     original = moe.load_balancing_loss
     with plant(moe, "load_balancing_loss", lambda scores, k: original(scores.detach(), k)):
-        wrong = gradients(grid)
+        wrong = gradients(mesh)
     assert_equal({"loss": wrong[0].loss}, {"loss": right[0].loss})
     assert_equal(wrong[1], none)
     assert any("router" in name for name in assert_differs(wrong[1], right[1]))
@@ -1491,18 +1390,18 @@ def test_an_auxiliary_gradient_that_never_flows():
 def test_expert_gradients_that_grow_with_ep():
     """Means in place of sums: dense gradients over all ranks, experts' over the ranks that hold the same."""
 
-    def buggy(model, grid):
-        experts = {id(p) for p in model.expert_parameters()}
+    def buggy(model, mesh):
+        experts = {id(p) for p in model.sharded_parameters()}
         for p in model.parameters():
             p.grad.mul_(moe.group_size())  # each rank's own mean, as such a library has it
-            group = grid.edp_group if id(p) in experts else None
+            group = mesh.edp_group if id(p) in experts else None
             dist.all_reduce(p.grad, group=group)
             p.grad.div_(moe.group_size(group))
 
     for ep in (1, 2, 4):
-        right = gradients(grid_of(ep))
+        right = gradients(mesh_of(ep))
         with plant(moe, "reduce_gradients", buggy):
-            wrong = gradients(grid_of(ep))
+            wrong = gradients(mesh_of(ep))
         assert_equal({"loss": wrong[0].loss}, {"loss": right[0].loss})
         factors = {
             name: (wrong[1][name].norm() / right[1][name].norm()).item() for name in right[1]
@@ -1522,15 +1421,15 @@ def test_expert_gradients_that_grow_with_ep():
 )
 def test_experts_gradients_summed_over_all_ranks():
     """One group for everything, as data parallelism has it: the sum is of different experts' gradients."""
-    grid = grid_of(2)
+    mesh = mesh_of(2)
 
-    def buggy(model, grid):
+    def buggy(model, mesh):
         for p in model.parameters():
             dist.all_reduce(p.grad)
 
-    right = gradients(grid)
+    right = gradients(mesh)
     with plant(moe, "reduce_gradients", buggy):
-        wrong = gradients(grid)
+        wrong = gradients(mesh)
     assert all("experts" in name for name in assert_differs(wrong[1], right[1]))
     return shown(wrong, right)
 
@@ -1541,7 +1440,7 @@ def test_experts_gradients_summed_over_all_ranks():
     seen_in="https://github.com/huggingface/transformers/issues/34191",
 )
 def test_a_mean_of_the_ranks_means():
-    grid = grid_of(2)
+    mesh = mesh_of(2)
 
     def buggy(x, *args):
         return (
@@ -1550,9 +1449,9 @@ def test_a_mean_of_the_ranks_means():
             else original(x, *args)
         )
 
-    right = gradients(grid)
+    right = gradients(mesh)
     with plant(moe, "_all_reduce", buggy) as original:
-        wrong = gradients(grid)
+        wrong = gradients(mesh)
     assert_differs(wrong[1], right[1], at_least=0.1)
     return shown(wrong, right)
 
@@ -1589,13 +1488,17 @@ def test_splits_not_swapped_in_backward():
     rank = dist.get_rank()
 
     def buggy(ctx, grad_rH):
-        ctx.trip.start(grad_rH, ctx.trip.send, ctx.trip.receive)
+        ctx.transfer.start(grad_rH, ctx.transfer.send, ctx.transfer.receive)
         return grad_rH, None
 
-    def gradient(pieces):
+    def buggy_plain(ctx, grad_rH):
+        receive, send, group = ctx.exchanged
+        return moe._AllToAll.apply(grad_rH, send, receive, group), None, None, None
+
+    def gradient(pieces, call=lambda *args: moe.start_all_to_all(*args)()):
         send, receive = pieces[rank], [pieces[i][rank] for i in range(4)]
         rows = random(sum(send), 3, seed=rank).requires_grad_()
-        loss = (moe.all_to_all(rows, send, receive) ** 2).sum()
+        loss = (call(rows, send, receive) ** 2).sum()
         loss.backward()
         return (SimpleNamespace(loss=summed(loss)), {"rows": rows.grad}), (
             rows.grad / 2 - rows.detach()
@@ -1612,28 +1515,28 @@ def test_splits_not_swapped_in_backward():
     ]  # nobody receives as many as it sends
     (right, gap), (_, odd_gap) = gradient(even), gradient(odd)
     assert gap == odd_gap == 0
-    with plant(moe._Arrive, "backward", staticmethod(buggy)):
+    assert gradient(even, moe.all_to_all)[1] == gradient(odd, moe.all_to_all)[1] == 0
+    with plant(moe._AllToAllWait, "backward", staticmethod(buggy)):
         wrong, gap = gradient(even)
         assert gap > 0.1
         with pytest.raises(RuntimeError, match="Split sizes"):
             gradient(odd)
+    with plant(moe._AllToAll, "backward", staticmethod(buggy_plain)):
+        assert gradient(even, moe.all_to_all)[1] > 0.1
+        with pytest.raises(RuntimeError):
+            gradient(odd, moe.all_to_all)
     return shown(wrong, right)
 
 
-def skips_where_there_are_no_rows(trip, rows, send, receive):
-    trip.there = there = rows.new_empty(sum(receive), *rows.shape[1:])
+def skips_where_there_are_no_rows(transfer, rows, send, receive):
+    transfer.received = rows.new_empty(sum(receive), *rows.shape[1:])
     if not sum(send) and not sum(receive):  # "nothing to do here"
-
-        class Done:
-            def wait(self):
-                pass
-
-        trip.work = Done()
-        return there
-    trip.work = dist.all_to_all_single(
-        there, rows.contiguous(), receive, send, group=trip.group, async_op=True
+        transfer.work = SimpleNamespace(wait=lambda: None)
+        return transfer.received
+    transfer.work = dist.all_to_all_single(
+        transfer.received, rows.contiguous(), receive, send, group=transfer.group, async_op=True
     )
-    return there
+    return transfer.received
 
 
 def one_rank_has_nothing(bug: bool) -> None:
@@ -1641,9 +1544,9 @@ def one_rank_has_nothing(bug: bool) -> None:
     rank = dist.get_rank()
     send = [2, 1, 0, 0] if rank == 0 else [0] * 4
     receive = [[2, 1, 0, 0][rank], 0, 0, 0]
-    start = skips_where_there_are_no_rows if bug else moe._Trip.start
-    with plant(moe._Trip, "start", start):
-        moe.all_to_all(torch.ones(sum(send), 2), send, receive)
+    start = skips_where_there_are_no_rows if bug else moe._Transfer.start
+    with plant(moe._Transfer, "start", start):
+        moe.start_all_to_all(torch.ones(sum(send), 2), send, receive)()
     dist.barrier()
 
 
@@ -1677,9 +1580,9 @@ def test_an_amax_for_each_share():
     mine = share_of(whole.codes.view(torch.uint8), "even")
     different = (wrong.codes.view(torch.uint8) != mine).double().mean().item()
     assert different > 0.9 or dist.get_rank() == dist.get_world_size() - 1
-    grid = grid_of(2)
-    whole = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid))
-    return shown(gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID)), whole)
+    mesh = mesh_of(2)
+    whole = gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID, mesh))
+    return shown(gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID)), whole)
 
 
 @pytest.mark.ranks(4)
@@ -1689,10 +1592,10 @@ def test_an_amax_for_each_share():
 )
 def test_an_amax_over_the_wrong_group():
     """Over the ranks among which tokens travel, in place of those that hold the same experts."""
-    grid = grid_of(2)
-    right = gradients(grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid))
+    mesh = mesh_of(2)
+    right = gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID, mesh))
     wrong = gradients(
-        grid, lambda model: moe.to_fp8(model, moe.HYBRID, grid._replace(edp_group=grid.ep_group))
+        mesh, lambda model: moe.to_fp8(model, moe.HYBRID, replace(mesh, edp_group=mesh.ep_group))
     )
     assert_differs(wrong[1], right[1], at_least=1e-2)
     return shown(wrong, right)
@@ -1798,19 +1701,19 @@ def test_the_scale_of_a_tensor_of_zeros():
 )
 def test_scale_and_inverse_exchanged():
     a, b = moe.quantize_fp8(random(16, 32)), moe.quantize_fp8(random(16, 32, seed=2))
-    right = moe.fp8_product(a, b, torch.float64)
-    wrong = moe.fp8_product(
+    right = moe.fp8_gemm(a, b, torch.float64)
+    wrong = moe.fp8_gemm(
         *(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64
     )
     assert wrong.norm() / right.norm() > 1e6
-    original = moe.fp8_product
+    original = moe.fp8_gemm
     x, upstream = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
     layer = through_fp8(x, upstream)
 
     def buggy(a, b, *args):
         return original(*(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), *args)
 
-    with plant(moe, "fp8_product", buggy):
+    with plant(moe, "fp8_gemm", buggy):
         return shown(through_fp8(x, upstream), layer)
 
 
@@ -1844,15 +1747,16 @@ def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(top_k=9), "top_k=9, but there are 8 experts: choose at most as many"),
+        (dict(top_k=9), "top_k=9: choose at most num_experts=8"),
         (dict(top_k=0), "top_k=0: it must be at least 1"),
         (
             dict(num_heads=3),
-            "num_heads=3 does not divide into num_kv_heads=2 groups: choose num_heads a multiple",
+            "num_heads=3, num_kv_heads=2: the first must be a multiple of the second",
         ),
-        (dict(pattern="**"), r"pattern='\*\*': one letter a layer, of 'M\*E', at least one E"),
+        (dict(pattern="**"), r"pattern='\*\*': one letter of '\*E' per layer, at least one E"),
         (dict(pattern="*Ex"), r"pattern='\*Ex'"),
-        (dict(gate="tanh"), "gate='tanh'.*'sigmoid' or 'softmax'"),
+        (dict(gate="tanh"), "gate='tanh', shared_size=20: not possible"),
+        (dict(head_size=0), "head_size=0: it must be at least 1"),
         (dict(shared_size=-1), "shared_size=-1"),
     ],
 )
@@ -1862,12 +1766,10 @@ def test_bad_sizes(changes, message):
 
 
 def test_a_model_with_layers_of_other_chapters_is_refused():
-    for changes in (dict(pattern="M*E"), dict(latent_size=8)):
-        with pytest.raises(
-            ValueError,
-            match=r"Mamba is chapter 5's \(mamba_hybrid\), latent experts are the next chapter's",
-        ):
-            moe.MoELM(config(**changes))
+    with pytest.raises(ValueError, match=r"pattern='M\*E'.*Mamba is chapter 5's"):
+        config(pattern="M*E")
+    with pytest.raises(TypeError, match="latent_size"):  # also for a layer by itself
+        config(latent_size=8)
 
 
 @pytest.mark.ranks(2, 4)
@@ -1882,7 +1784,7 @@ def test_bad_groups():
     with pytest.raises(
         ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"
     ):
-        moe.make_grid(3, ranks.device)
+        moe.make_mesh(3, ranks.device)
     with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
         moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
 
@@ -1891,6 +1793,7 @@ def test_bad_groups():
 
 GROUP_USERS = {
     "all_to_all": lambda group: moe.all_to_all(random(3, 4), [3], [3], group),
+    "start_all_to_all": lambda group: moe.start_all_to_all(random(3, 4), [3], [3], group),
     "plan_dispatch": lambda group: moe.plan_dispatch(
         torch.zeros(2, 1, dtype=torch.int64), 8, group
     ),
@@ -1900,17 +1803,17 @@ GROUP_USERS = {
     "ParallelMoELM": lambda group: moe.ParallelMoELM(config(), group),
     "quantize_fp8": lambda group: moe.quantize_fp8(random(2, 4), amax_group=group),
     "fp8_linear": lambda group: moe.fp8_linear(random(3, 16), random(16, 16), moe.HYBRID, group),
-    "FP8Linear": lambda group: moe.FP8Linear(16, 16, amax_group=group)(torch.ones(3, 16)),
-    "fp8_grouped_product": lambda group: moe.fp8_grouped_product(
+    "FP8Linear": lambda group: fp8_layer(16, 16, amax_group=group)(torch.ones(3, 16)),
+    "fp8_grouped_gemm": lambda group: moe.fp8_grouped_gemm(
         random(3, 16), random(1, 16, 16), [3], moe.HYBRID, group
     ),
     "to_fp8": lambda group: moe.to_fp8(
         moe.MoELM(config(pattern="E", shared_size=0)),
-        moe.HYBRID._replace(first=0, last=0),
-        moe.Grid(2, 1, 1, group, group),
+        replace(moe.HYBRID, first=0, last=0),
+        moe.Mesh(2, 1, 1, group, group),
     )(batch_of(1)[0]),
     "reduce_gradients": lambda group: moe.reduce_gradients(
-        with_gradients(), moe.Grid(2, 1, 1, group, group)
+        with_gradients(), moe.Mesh(2, 1, 1, group, group)
     ),
 }
 
@@ -1918,7 +1821,7 @@ GROUP_USERS = {
 def foreign_plan(group) -> moe.Plan:
     """What `plan_dispatch` would make for two tokens and one expert, if it let such a group through."""
     order = torch.arange(2)
-    return moe.Plan(order, order, order, order, [2], [2], [2], 1, group)
+    return moe.Plan(order, order, [2], [2], [2], 1, group)
 
 
 def with_gradients() -> moe.ParallelMoELM:
@@ -1955,7 +1858,7 @@ def run(*flags: str, timeout: float = 240):
 def test_the_script():
     done = run()
     assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") >= 9
+    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 6
 
 
 @pytest.mark.slow
@@ -1965,13 +1868,14 @@ def test_the_script():
 def test_check(flags):
     done = run("--check", *flags)
     assert done.returncode == 0, done.stderr
-    assert "worst" in done.stdout and "gradient of layers.1.mixer.router.weight" in done.stdout
+    assert "worst" in done.stdout and "gradient layers.1.mixer.router.weight" in done.stdout
 
 
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("dtype, ep", [("fp64", 4), ("fp32", 1), ("bf16", 2)])
 def test_check_on_other_layouts(dtype, ep):
-    assert moe.check(SimpleNamespace(dtype=dtype), grid_of(ep), ranks.device)
+    errors = moe.equivalence(mesh_of(ep), ranks.device, *moe.dtypes(SimpleNamespace(dtype=dtype)))
+    assert moe.print_errors(errors, moe.BOUNDS[dtype])
 
 
 @pytest.mark.parametrize(
@@ -1979,7 +1883,7 @@ def test_check_on_other_layouts(dtype, ep):
     [
         (
             ("--fp8", "hardware", "--device", "cpu"),
-            "FP8 units are asked for, but a cpu has none: use emulate, or auto",
+            "FP8 tensor cores: this cpu has none; use --fp8 emulate or auto",
         ),
         (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
         (("--ranks", "1", "--ep", "2"), "--ep 2 must divide the 1 ranks"),
@@ -1997,7 +1901,8 @@ def test_check_on_other_layouts(dtype, ep):
             ("--num-experts", "7", "--ep", "2"),
             "num_experts=7 does not divide over 2 ranks: choose ep from [1]",
         ),
-        (("--top-k", "9"), "top_k=9, but there are 8 experts"),
+        (("--top-k", "9"), "top_k=9: choose at most num_experts=8"),
+        (("--pattern", "*E"), "the FP8 recipe leaves out the first 1 and the last 1 of 2 layers"),
         (("--pattern", "M*E"), "Mamba is chapter 5's"),
         (("--data", "/nowhere"), "No such file"),
     ],
@@ -2036,7 +1941,7 @@ def test_the_default_layout_follows_the_number_of_experts():
 def test_the_flags_are_the_configurations_fields():
     args = flags_of("--hidden-size", "32", "--seed", "3", "--gate", "softmax")
     expected = moe.MoEConfig(hidden_size=32, seed=3, gate="softmax", init_std=0.06)
-    assert moe.config_of(args) == expected
+    assert moe.model_config(args) == expected
 
 
 def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
@@ -2051,13 +1956,6 @@ def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
     assert left.value.code == 0 and terminal.buffer.getvalue().endswith(b"ep 2 ? dp 1\n")
 
 
-def test_the_schedules_floor_is_never_above_its_peak():
-    small = [moe.learning_rate(step, 60, 1e-6) for step in range(60)]
-    assert max(small) == small[-1] == 1e-6 and small[0] == pytest.approx(1e-7)
-    usual = [moe.learning_rate(step, 60, 3e-3) for step in range(61)]
-    assert max(usual) == 3e-3 and usual[60] == pytest.approx(1e-5)
-
-
 @pytest.mark.parametrize(
     "flags, verdict",
     [
@@ -2067,16 +1965,22 @@ def test_the_schedules_floor_is_never_above_its_peak():
         ("--gamma 0.02", "needs the default run"),
         ("--num-experts 16", "needs the default run"),
         ("--batch 8", "needs the default run"),
-        ("--steps 59", "needs the default run"),
+        ("--steps 79", "needs the default run"),
     ],
 )
 def test_the_load_is_judged_in_the_default_run_alone(flags, verdict):
     """Loads that stay uneven: a failed claim of the default run, and none of another."""
-    errors = {f"{kind} x": 0.0 for kind in ("gradient of", "norm", "after AdamW", "counts")}
-    rows = moe.claims(
-        flags_of(*flags.split()), errors, True, {"loss 0": 0.0}, [(4.0, 4.0)] * 60, [1.0, 1.0]
-    )
-    (found,) = [row[3] for row in rows if row[0].startswith("largest load with γ")]
+    errors = {
+        f"{kind} x": 0.0
+        for kind in ("gradient", "norm before clipping", "weight after AdamW", "rows")
+    }
+    with (
+        plant(moe, "equivalence", lambda *args: errors),
+        plant(moe, "single_device_losses", lambda *args: [1.0]),
+        plant(moe, "demonstrate", lambda *args, **options: ([1.0] * 80, [4.0] * 80)),
+    ):
+        rows = moe.measure(flags_of(*flags.split()), None, torch.device("cpu"))
+    (found,) = [row[3] for row in rows if row[0].startswith("largest load, γ")]
     assert found == verdict
 
 
@@ -2100,19 +2004,15 @@ def test_the_single_device_may_take_longer_than_a_collective():
     slept = []
 
     def slow(self, *batch, original=moe.MoELM.loss):
-        if type(self) is moe.MoELM and not slept:
+        if type(self) is moe.MoELM and not slept and self.config.vocab_size == 256:
             slept.append(time.sleep(5))
         return original(self, *batch)
 
     args = flags_of("--ranks", "2", "--steps", "2", "--timeout", "3", *SMALL)
-    grid = moe.make_grid(args.ep, ranks.device, args.timeout)
+    mesh = moe.make_mesh(args.ep, ranks.device, args.timeout)
     with plant(moe.MoELM, "loss", slow):
-        differences, _, _ = moe.demonstrate(args, grid, ranks.device)
-    assert (
-        slept
-        and list(differences) == ["loss 0", "loss 1"]
-        and moe.worst(differences) <= moe.BOUNDS["fp32"]
-    )
+        rows = moe.measure(args, mesh, ranks.device)
+    assert slept and [row[3] for row in rows if "first 2 losses" in row[0]] == [True]
 
 
 @pytest.mark.ranks(2)
@@ -2126,7 +2026,7 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
         return loss_BS * (torch.nan if alone else 1), balance_B
 
     with plant(moe.MoELM, "loss", broken):
-        errors = moe.equivalence(grid_of(1), ranks.device, torch.float64)
+        errors = moe.equivalence(mesh_of(1), ranks.device, torch.float64)
     assert moe.worst(errors, "loss") == moe.worst(errors, "gradient") == math.inf
     with pytest.raises(ValueError):
         moe.worst(errors, "what nobody has")
@@ -2152,3 +2052,170 @@ def test_a_script_with_wrong_flags_ends_at_once():
     assert (
         done.returncode == 2 and "--ep 3 must divide the 4 ranks" in lines[-1] and len(lines) <= 2
     )
+
+
+# ── Extreme values, choices of the user, and what comparisons cannot see ──────────────────────────
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
+@pytest.mark.parametrize("logit", [-40.0, -50.0, -80.0, -100.0, 40.0])
+def test_the_weights_of_extreme_logits_add_up(gate, logit):
+    """In fp32 an epsilon of 1e-20 would outweigh the scores; weights, loss and gradients stay finite."""
+    router = moe.Router(config(gate=gate, hidden_size=8, num_experts=8, top_k=3))
+    router.weight.data = torch.diag(logit - torch.arange(8.0))
+    _, weights_TK, log_scores_TE = router(torch.ones(5, 8))
+    assert torch.allclose(weights_TK.sum(-1), torch.tensor(2.5), rtol=1e-6)
+    ratio = torch.tensor([1.0, math.exp(-1), math.exp(-2)])
+    expected = (
+        2.5 * ratio / ratio.sum() if logit < 0 or gate == "softmax" else torch.full((3,), 2.5 / 3)
+    )
+    if logit > -100:  # there sigmoid is 0 in fp32, and the choice is any
+        assert torch.allclose(weights_TK, expected.expand(5, 3), rtol=1e-4)
+    balance_B = moe.load_balancing_loss(log_scores_TE[None], 3)
+    (balance_B.sum() + weights_TK.square().sum()).backward()
+    assert balance_B.isfinite().all() and router.weight.grad.isfinite().all()
+
+
+FROZEN = {
+    "router": ("router.weight",),
+    "experts": ("experts.",),
+    "one expert matrix": ("experts.down",),
+    "shared expert": ("shared.",),
+    "embedding": ("embedding.",),
+    "all but the last layer": ("embedding.", "layers.0", "layers.1", "layers.2"),
+    "all but the output layer": ("embedding.", "layers.", "final_norm"),
+}
+
+
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("fp8", [False, True])
+def test_frozen_parameters(frozen, fp8):
+    """Any of them: the other gradients and the norm equal the single device's; frozen ones have none."""
+    cfg = config(pattern="*E*E*E") if fp8 else config()
+    mesh = mesh_of(LAYOUTS[dist.get_world_size()][-1])
+    plain, parallel = moe.MoELM(cfg).double(), moe.ParallelMoELM(cfg, mesh.ep_group).double()
+    if fp8:
+        moe.to_fp8(plain, moe.HYBRID)
+        moe.to_fp8(parallel, moe.HYBRID, mesh)
+    for model in (plain, parallel):
+        for name, p in model.named_parameters():
+            p.requires_grad_(not any(part in name for part in FROZEN[frozen]))
+    steps = []
+    for model, place in ((plain, None), (parallel, mesh)):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        steps.append(one_step(model, optimizer, batch_of(9), place, "uneven", **STEP))
+    grads = {n: g for n, g in grads_of(parallel).items() if g is not None}
+    expected = {n: g for n, g in grads_of(plain).items() if g is not None}
+    assert expected and len(expected) < len(grads_of(plain)) and grads.keys() == expected.keys()
+    assert_equal(joined(grads, mesh.ep_group), expected)
+    if not fp8:
+        assert_equal({"norm": steps[1].norm}, {"norm": steps[0].norm})
+
+
+def test_a_second_conversion_replaces_the_first_everywhere():
+    model, cfg = moe.MoELM(config(pattern="*E*E*")), config(pattern="*E*E*")
+    weights = dict(model.named_parameters())
+    for recipe in (moe.HYBRID, moe.BLOCKWISE):
+        assert moe.to_fp8(model, recipe) is model
+        assert all(p is weights[name] for name, p in model.named_parameters())
+        assert model.state_dict().keys() == moe.state_shapes(cfg).keys()
+        found = [m.recipe for m in model.modules() if isinstance(m, moe.FP8Linear)]
+        found += [m.gemm.keywords["recipe"] for m in model.modules() if isinstance(m, moe.Experts)]
+        assert len(found) == 4 + 2 + 2 and all(used is recipe for used in found)
+    here = model(torch.zeros(1, 5, dtype=torch.int64))[0]
+    once = moe.to_fp8(moe.MoELM(cfg), moe.BLOCKWISE)
+    assert torch.equal(here, once(torch.zeros(1, 5, dtype=torch.int64))[0])
+
+
+def test_a_conversion_that_covers_nothing_is_refused():
+    """Also one that would leave an earlier recipe in place; the model is then as it was."""
+    model = moe.MoELM(config(pattern="*E"))
+    with pytest.raises(ValueError, match="first 1 and the last 1 of 2 layers: it covers none"):
+        moe.to_fp8(model, moe.HYBRID)
+    assert not any(isinstance(m, moe.FP8Linear) for m in model.modules())
+    model = moe.to_fp8(moe.MoELM(config()), moe.HYBRID)
+    with pytest.raises(ValueError, match="layer 1 is in FP8, and the recipe leaves it out"):
+        moe.to_fp8(model, replace(moe.BLOCKWISE, first=2))
+    used = [m.recipe for m in model.modules() if isinstance(m, moe.FP8Linear)]
+    assert used and all(recipe is moe.HYBRID for recipe in used)
+    with pytest.raises(ValueError, match="FP8Linear has no bias"):
+        moe.FP8Linear(nn.Linear(16, 16))
+
+
+def test_the_shared_weight_is_trained_and_the_layer_can_be_copied():
+    linear = nn.Linear(32, 48, bias=False)
+    layer = moe.FP8Linear(linear)
+    assert layer.weight is linear.weight and list(layer.state_dict()) == ["weight"]
+    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
+    before = linear.weight.detach().clone()
+    layer(torch.ones(3, 32)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(before, layer.weight)
+
+
+def test_the_default_of_fp8_gemm_is_emulation():
+    a, b = (
+        moe.quantize_fp8(random(5, 8)),
+        moe.quantize_fp8(random(3, 8, seed=2)),
+    )  # not multiples of 16
+    expected = moe.dequantize_fp8(a, torch.float64) @ moe.dequantize_fp8(b, torch.float64).T
+    assert torch.equal(moe.fp8_gemm(a, b, torch.float64), expected)
+
+
+@pytest.mark.ranks(2)
+def test_a_batch_in_which_no_target_counts():
+    """Its loss is 0 and its gradients are those of the balancing loss, not NaN."""
+    tokens = batch_of(4)[0]
+    batch = tokens, torch.full_like(tokens, -100)
+    plain = moe.MoELM(config()).to(ranks.device, torch.float64)
+    parallel = moe.ParallelMoELM(config()).to(ranks.device, torch.float64)
+    for model, place in ((plain, None), (parallel, mesh_of(2))):
+        step = one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch, place, **STEP)
+        assert step.loss == 0 and 0 < step.norm < math.inf
+        assert not step.loss.requires_grad and not step.norm.requires_grad
+
+
+def test_the_optimizer_has_the_papers_settings():
+    optimizer = moe.make_optimizer(moe.MoELM(config()), 0.5)
+    assert all(
+        g["lr"] == 0.5 and g["betas"] == (0.9, 0.95) and g["eps"] == 1e-8
+        for g in optimizer.param_groups
+    )
+    matrices, vectors = optimizer.param_groups
+    assert matrices["weight_decay"] == 0.1 and all(p.ndim > 1 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0 and all(p.ndim == 1 for p in vectors["params"])
+
+
+class OnlyContiguous:
+    """`with OnlyContiguous():` collectives refuse what NCCL refuses and gloo accepts."""
+
+    NAMES = ("all_reduce", "all_to_all_single")
+
+    def __enter__(self):
+        self.undo = contextlib.ExitStack()
+        for name in self.NAMES:
+            self.undo.enter_context(plant(dist, name, self.checked(dist.__dict__[name])))
+
+    def checked(self, collective):
+        def call(*args, **kwargs):
+            tensors = [x for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)]
+            assert all(x.is_contiguous() for x in tensors), collective.__name__
+            return collective(*args, **kwargs)
+
+        return call
+
+    def __exit__(self, *error):
+        self.undo.close()
+
+
+@pytest.mark.ranks(2)
+def test_every_collective_gets_contiguous_tensors():
+    rows = random(3, 4).T.contiguous().T.requires_grad_()
+    assert not rows.is_contiguous()
+    with OnlyContiguous():
+        for call in (moe.all_to_all, lambda *args: moe.start_all_to_all(*args)()):
+            there = call(rows, [2, 1], [[2, 2], [1, 1]][dist.get_rank()])
+            there.backward(there.detach().T.contiguous().T)
+        model = moe.ParallelMoELM(config(), mesh_of(2).ep_group)
+        one_step(model, torch.optim.SGD(model.parameters(), lr=0.1), batch_of(4), mesh_of(2))

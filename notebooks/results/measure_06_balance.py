@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: MIT-0
-"""Experts' load with and without balancing. `python notebooks/results/measure_06_balance.py`, two minutes.
+"""Experts' load with and without balancing. Two minutes:
 
-Writes 06_balance.json beside this file: from a start that sends most tokens to the same two experts, the largest load
-and the loss at each step, without balancing, with the auxiliary loss and with the bias; and, of the first seed, each
-expert's load, and which experts the tokens of one held-out piece of text chose.
+    python notebooks/results/measure_06_balance.py
+
+Writes 06_balance.json next to this file. From a start that sends most tokens to the same two
+experts: the largest load and the loss at each step, without balancing, with the auxiliary loss and
+with the bias. Of the first seed also each expert's load, and the experts that the tokens of one
+piece of the eval split chose.
 """
 
 import json
@@ -31,6 +34,19 @@ def rate(step: int) -> float:
     return 3e-3 * min(1, (step + 1) / 10)
 
 
+def train(model: mf.MoELM, batches, **options):
+    """`train_alone` with a warm-up: the rate is set when a batch is drawn."""
+    optimizer = mf.make_optimizer(model, 0.0)
+
+    def scheduled():
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            yield batch
+
+    return mf.train_alone(model, optimizer, scheduled(), **options)
+
+
 def chosen(model: mf.MoELM, tokens_S: torch.Tensor) -> list[list[int]]:
     """Which experts each token chose in the last layer of experts."""
     found, router = [], model.routers()[-1]
@@ -51,7 +67,7 @@ def run(alpha: float, gamma: float, seed: int) -> dict:
     piece_S = data.batch(0, 1, seed=3, evaluation=True)[0][0, :SHOWN]
     before = chosen(model, piece_S)
     batches = (data.batch(step, SEQUENCES, seed) for step in range(STEPS))
-    steps = list(mf.train_alone(model, batches, rate, gamma, alpha=alpha))
+    steps = list(train(model, batches, gamma=gamma, alpha=alpha))
     even = SEQUENCES * LENGTH * config.top_k / config.num_experts
     return dict(
         largest=[round(mf.largest_load(step.counts_LE), 3) for step in steps],

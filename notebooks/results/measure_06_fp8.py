@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT-0
 """Training in FP8, right and wrong. `python notebooks/results/measure_06_fp8.py`, five minutes.
 
-Writes 06_fp8.json beside this file: the loss at each step in fp32, with the chapter's two recipes, and with two in
-which one thing is broken. Products are emulated: numbers are rounded to eight bits, and multiplied in fp32. A change in
-the last digits sends a token to another expert and the curve another way, so there is a control: fp32 from first
-weights that differ by a millionth.
+Writes 06_fp8.json next to this file: the loss at each step in fp32, with the chapter's two recipes,
+and with two in which one thing is broken. GEMMs are emulated: operands are rounded to FP8, and
+multiplied in fp32. A change in the last digits sends a token to another expert, and the curve goes
+another way. So there is a control: fp32 from initial weights that differ by a millionth.
 """
 
 import contextlib
@@ -41,8 +41,21 @@ def rate(step: int) -> float:
     return 3e-3 * min(1, (step + 1) / 10)
 
 
+def train(model: mf.MoELM, batches, **options):
+    """`train_alone` with a warm-up: the rate is set when a batch is drawn."""
+    optimizer = mf.make_optimizer(model, 0.0)
+
+    def scheduled():
+        for step, batch in enumerate(batches):
+            for group in optimizer.param_groups:
+                group["lr"] = rate(step)
+            yield batch
+
+    return mf.train_alone(model, optimizer, scheduled(), **options)
+
+
 class Broken:
-    """In place of `quantize_fp8`: formats "…, unscaled" take numbers as they are, "…, stale" the scale of step 0."""
+    """In place of `quantize_fp8`: "…, unscaled" has a scale of 1, "…, stale" that of step 0."""
 
     def __init__(self):
         self.scales, self.call, self.right = {}, 0, mf.quantize_fp8
@@ -82,7 +95,7 @@ def run(recipe: mf.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[floa
         mf.to_fp8(model, recipe)
     batches = (data.batch(step, SEQUENCES, seed) for step in range(STEPS))
     with breakable() as broken:
-        for step in mf.train_alone(model, batches, rate, gamma=0.01):
+        for step in train(model, batches, gamma=0.01):
             losses.append(round(step.loss.item(), 4))
             broken.call = 0
     return losses

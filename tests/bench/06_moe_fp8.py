@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: MIT-0
-"""The layer of experts beside what one would take instead, and on a GPU FP8 products beside bf16 ones.
+"""The MoE layer compared with what a person would use instead; on a GPU, FP8 GEMMs with bf16.
 
-    make bench CHAPTER=06                        CPU, one thread, 64 experts, 6 a token, 2,048 tokens, fp32
+    make bench CHAPTER=06                        CPU, one thread, 64 experts, 2,048 tokens, fp32
     make bench CHAPTER=06 ARGS="--device cuda"   bf16; and FP8Linear, compiled, at 1K to 16K
 
-Each way runs in turn, forward and backward, with the same weights; a ratio is of two neighbouring rounds, and the
-median of the ratios is printed. transformers' module has two ways to run its experts, and runs the slow one unless it
-is told: both are pinned here by name. The loop is a plain one over experts: select, multiply, add.
+The candidates run in turn, forward and backward, with the same weights. A ratio is of two
+neighbouring rounds, and the median of the ratios is printed. transformers' module has two
+implementations of its experts, and the slow one is its default: both are chosen here by name. The
+loop is a plain one over experts: select, multiply, add.
 """
 
 import argparse
 import statistics
 import time
+from dataclasses import replace
 
 import moe_fp8 as moe
 import torch
@@ -20,7 +22,7 @@ from torch import nn
 
 
 class LoopLayer(moe.MoELayer):
-    """What one writes first: for each expert its tokens, one after the other."""
+    """The obvious way: for each expert its tokens, one expert after the other."""
 
     def mix(self, x_TH, routing):
         y_TH = self.shared(x_TH)
@@ -39,10 +41,14 @@ def transformers_layer(layer: moe.MoELayer, experts: str) -> nn.Module:
 
     c = layer.config
     config = NemotronHConfig(
-        hidden_size=c.hidden_size, n_routed_experts=c.num_experts, num_experts_per_tok=c.top_k,
-        moe_intermediate_size=c.expert_size, moe_shared_expert_intermediate_size=c.shared_size,
-        routed_scaling_factor=c.gate_scale, layers_block_type=["moe"],
-    )  # fmt: skip
+        hidden_size=c.hidden_size,
+        n_routed_experts=c.num_experts,
+        num_experts_per_tok=c.top_k,
+        moe_intermediate_size=c.expert_size,
+        moe_shared_expert_intermediate_size=c.shared_size,
+        routed_scaling_factor=c.gate_scale,
+        layers_block_type=["moe"],
+    )
     config._experts_implementation = experts
     module = NemotronHMoE(config)
     with torch.no_grad():
@@ -102,8 +108,8 @@ def bench_layer(args) -> None:
     wait = torch.cuda.synchronize if cuda else lambda: None
     found = timed({name: lambda name=name: way(name) for name in layers}, args.rounds, wait)
     expected = outputs["this chapter's"]
-    print(f"a layer of 64 experts, 6 a token, 2,048 tokens, H 256, F 512, {dtype}, {args.device}, torch "
-          f"{torch.__version__}; forward and backward, medians of {args.rounds} rounds\n")  # fmt: skip
+    print(f"64 experts, 6 per token, 2,048 tokens, H 256, F 512, {dtype}, {args.device}")
+    print(f"torch {torch.__version__}; forward and backward, medians of {args.rounds} rounds\n")
     print("                              time   over this chapter's   largest difference")
     for name, times in found.items():
         ratio = statistics.median(a / b for a, b in zip(times, found["this chapter's"]))
@@ -117,19 +123,23 @@ def bench_layer(args) -> None:
 def bench_fp8(args) -> None:
     """Forward, forward + backward, and quantisation apart, of an n × n layer on n rows."""
     device = torch.device("cuda")
-    recipe = moe.HYBRID._replace(hardware=moe.fp8_hardware("auto", device, moe.HYBRID))
-    print(f"\nFP8Linear, compiled, {'FP8 units' if recipe.hardware else 'emulated'}, beside nn.Linear in bf16, "
-          f"{torch.cuda.get_device_name()}\n")  # fmt: skip
+    recipe = replace(moe.HYBRID, hardware=moe.fp8_hardware("auto", device, moe.HYBRID))
+    where = "tensor cores" if recipe.hardware else "emulated"
     print(
-        "n        bf16 forward   FP8 forward   speed-up   forward + backward   quantisation of one operand"
+        f"\nFP8Linear, compiled, {where}, and nn.Linear in bf16, {torch.cuda.get_device_name()}\n"
+    )
+    print(
+        "n        bf16 forward   FP8 forward   speed-up   forward + backward   "
+        "quantization of one operand"
     )
     for n in (1024, 2048, 4096, 8192, 16384):
-        wide = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
-        narrow = torch.compile(moe.FP8Linear(n, n, recipe).to(device, torch.bfloat16))
+        bf16 = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
+        linear = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
+        fp8 = torch.compile(moe.FP8Linear(linear, recipe))
         quantise = torch.compile(lambda x: tuple(moe.quantize_fp8(x)[:2]))
         x = torch.randn(n, n, device=device, dtype=torch.bfloat16, requires_grad=True)
         upstream = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-        layers = {"wide": wide, "narrow": narrow}
+        layers = {"bf16": bf16, "fp8": fp8}
         ways = {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
         ways |= {
             f"{name} both": lambda layer=layer, x=x, dy=upstream: layer(x).backward(dy)
@@ -137,11 +147,11 @@ def bench_fp8(args) -> None:
         }
         ways["quantise"] = lambda quantise=quantise, x=x: quantise(x.detach())
         found = timed(ways, args.rounds, torch.cuda.synchronize)
-        forward = statistics.median(a / b for a, b in zip(found["wide"], found["narrow"]))
-        both = statistics.median(a / b for a, b in zip(found["wide both"], found["narrow both"]))
+        forward = statistics.median(a / b for a, b in zip(found["bf16"], found["fp8"]))
+        both = statistics.median(a / b for a, b in zip(found["bf16 both"], found["fp8 both"]))
         ms = {name: 1e3 * statistics.median(times) for name, times in found.items()}
-        print(f"{n:<9}{ms['wide']:9.3f} ms{ms['narrow']:11.3f} ms{forward:9.2f} ×{both:19.2f} ×"
-              f"{ms['quantise']:25.3f} ms")  # fmt: skip
+        row = f"{n:<9}{ms['bf16']:9.3f} ms{ms['fp8']:11.3f} ms{forward:9.2f} ×{both:19.2f} ×"
+        print(f"{row}{ms['quantise']:25.3f} ms")
 
 
 def main() -> None:

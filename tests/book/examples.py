@@ -495,7 +495,7 @@ def moe_config():
     from moe_fp8 import MoEConfig
 
     return MoEConfig(
-        vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E"
+        vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E*"
     )
 
 
@@ -521,7 +521,7 @@ def quantized(x):
     return quantize_fp8(x)
 
 
-def trip(m, way):
+def routed(m, way):
     """`dispatch` or `combine`, of which the other is the chapter's."""
     import moe_fp8
 
@@ -543,23 +543,34 @@ def moe_reduce(m):
 
     model = moe()
     model.loss(*BATCHES[0])[0].sum().backward()
-    m.reduce_gradients(model, moe_fp8.Grid())
+    m.reduce_gradients(model, moe_fp8.Mesh())
     return [p.grad for p in model.parameters()]
-
-
-def moe_gradients(m, model, function, *grid):
-    step = getattr(m, function)(model, *BATCHES[0], *grid)
-    return list(step), [p.grad for p in model.parameters()]
 
 
 def moe_run(m):
     import moe_fp8
 
-    return losses(m.train(moe(), BATCHES, lambda step: 1e-3, moe_fp8.Grid()))
+    return losses(m.train(*with_optimizer(moe()), BATCHES, moe_fp8.Mesh()))
+
+
+def converted(m):
+    """A model of one's own with `layers`: the first and the last stay as they are."""
+    torch.manual_seed(0)
+    model = torch.nn.Module()
+    linears = [torch.nn.Linear(16, 16, bias=False) for _ in range(3)]
+    model.layers = torch.nn.ModuleList(torch.nn.Sequential(linear) for linear in linears)
+    m.to_fp8(model, hybrid())
+    assert [type(layer[0]).__name__ for layer in model.layers] == ["Linear", "FP8Linear", "Linear"]
+    return [layer(torch.ones(4, 16)) for layer in model.layers]
+
+
+def moe_gathered(m):
+    with alone():
+        return m.gather_state_dict(moe_weights())
 
 
 def published_nemotron3(m, folder):
-    from test_06_moe_fp8 import publish
+    from test_06_load_nemotron3 import publish
 
     publish(folder)
     return m.load_nemotron3(folder)[1]
@@ -569,11 +580,6 @@ def mixer():
     from moe_fp8 import Attention
 
     return Attention(moe_config())
-
-
-def codes(m):
-    with alone() as device:
-        return m.codes_agree(device)
 
 
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
@@ -917,14 +923,10 @@ EXAMPLES = {
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
         "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
-        "all_to_all_bytes": lambda m, folder: m.all_to_all_bytes(moe_config(), 2),
         "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
-        "codes_agree": lambda m, folder: codes(m),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
-        "grouped_product": lambda m, folder: m.grouped_product(
-            normal(5, 3), normal(2, 4, 3), [2, 3]
-        ),
+        "grouped_gemm": lambda m, folder: m.grouped_gemm(normal(5, 3), normal(2, 4, 3), [2, 3]),
         "Experts": lambda m, folder: through(m.Experts(2, 3, 4), normal(5, 3), [2, 3]),
         "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
         "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
@@ -932,47 +934,49 @@ EXAMPLES = {
         "state_shapes": lambda m, folder: list(m.state_shapes(moe_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(moe_config())),
         "train_alone": lambda m, folder: losses(
-            m.train_alone(moe("MoELM"), BATCHES, lambda step: 1e-3)
+            m.train_alone(*with_optimizer(moe("MoELM")), BATCHES)
         ),
         "all_to_all": lambda m, folder: m.all_to_all(normal(3, 2), [3], [3]),
+        "start_all_to_all": lambda m, folder: m.start_all_to_all(normal(3, 2), [3], [3])(),
         "plan_dispatch": lambda m, folder: (
             m.plan_dispatch(torch.tensor([[0, 2], [1, 0]]), 4).counts
         ),
-        "dispatch": lambda m, folder: trip(m, "there"),
-        "combine": lambda m, folder: trip(m, "back"),
+        "dispatch": lambda m, folder: routed(m, "there"),
+        "combine": lambda m, folder: routed(m, "back"),
         "ExpertParallelMoELayer": lambda m, folder: list(
             m.ExpertParallelMoELayer(moe_config()).double()(normal(2, 5, 16))
         ),
         "ParallelMoELM": lambda m, folder: list(m.ParallelMoELM(moe_config()).double()(TOKENS)),
         "quantize_fp8": lambda m, folder: m.quantize_fp8(torch.randn(4, 4))[0].view(torch.uint8),
         "dequantize_fp8": lambda m, folder: m.dequantize_fp8(quantized(torch.randn(4, 4))),
-        "fp8_product": lambda m, folder: m.fp8_product(
+        "fp8_gemm": lambda m, folder: m.fp8_gemm(
             quantized(torch.randn(4, 8)), quantized(torch.randn(3, 8)), torch.float32
         ),
         "fp8_linear": lambda m, folder: m.fp8_linear(
             torch.randn(4, 16), torch.randn(16, 16), hybrid()
         ),
-        "FP8Linear": lambda m, folder: m.FP8Linear(16, 16)(torch.randn(4, 16)),
-        "fp8_grouped_product": lambda m, folder: m.fp8_grouped_product(
+        "FP8Recipe": lambda m, folder: list(m.FP8Recipe().covered(4)),
+        "FP8Linear": lambda m, folder: m.FP8Linear(torch.nn.Linear(16, 16, bias=False))(
+            torch.randn(4, 16)
+        ),
+        "fp8_grouped_gemm": lambda m, folder: m.fp8_grouped_gemm(
             torch.randn(5, 16), torch.randn(2, 16, 16), [2, 3], hybrid()
         ),
-        "to_fp8": lambda m, folder: list(m.to_fp8(moe("MoELM").float(), hybrid())(TOKENS)),
+        "to_fp8": lambda m, folder: converted(m),
         "shard_tensor": lambda m, folder: m.shard_tensor(
             "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
         ),
         "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
         "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
-        "load_nemotron3": published_nemotron3,
-        "make_grid": one_grid,
+        "gather_state_dict": lambda m, folder: moe_gathered(m),
+        "Mesh": lambda m, folder: list(vars(m.Mesh()).values())[:3],
+        "Plan": lambda m, folder: vars(m.Plan(TOKENS, TOKENS, [1], [1], [1], 2, None))["order_R"],
+        "make_mesh": lambda m, folder: one_mesh(m),
+        "sum_gradients": lambda m, folder: m.sum_gradients(moe().parameters()) or "nothing to sum",
         "reduce_gradients": lambda m, folder: moe_reduce(m),
-        "plain_gradients": lambda m, folder: moe_gradients(m, moe("MoELM"), "plain_gradients"),
-        "parallel_gradients": lambda m, folder: moe_gradients(
-            m, moe(), "parallel_gradients", m.Grid()
-        ),
+        "rank_rows": lambda m, folder: m.rank_rows(TOKENS),
         "train": lambda m, folder: moe_run(m),
-        "parameters": lambda m, folder: list(m.parameters(moe_config())),
-        "quantisation_error": lambda m, folder: m.quantisation_error(torch.randn(8, 8)),
     },
 }
 
@@ -1008,9 +1012,12 @@ WITHOUT_EXAMPLE = {
         "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
     },
     "moe_fp8": {
-        "print_formats": "prints",
-        "recipe_of": "takes the command line's arguments",
+        "model_config": "takes the command line's arguments",
+        "fp8_recipe": "takes the command line's arguments",
         "is_default": "takes the command line's arguments",
+        "single_device_losses": "part of the demonstration; test_06_moe_fp8.py runs it",
+        "text_batches": "part of the demonstration; test_06_moe_fp8.py runs it",
+        "measure": "trains and prints; test_06_moe_fp8.py runs the script",
     },
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.

@@ -170,7 +170,7 @@ def bug_7():
 def bug_8():
     import moe_fp8 as mf
 
-    def everywhere(model, grid):
+    def everywhere(model, mesh):
         for p in model.parameters():
             dist.all_reduce(p.grad)
 

@@ -98,6 +98,13 @@ def mesh_of(chapter, *arguments):
     return chapter.make_mesh(*arguments, CPU)
 
 
+def optimizer_of(chapter, model, lr):
+    optimizer = chapter.make_optimizer(model, lr(0))
+    for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
+        group["lr"] = lr(0)
+    return optimizer
+
+
 def world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
@@ -163,18 +170,12 @@ def tensor(seed: int, layers: int = 4, hidden: int = 64) -> Case:
     sizes = dict(vocab_size=61, seq_length=32, hidden_size=hidden, num_layers=layers, num_heads=8)
     config = tp.GPTConfig(**sizes, init_std=0.05, seed=seed)
 
-    def optimizer_of(model, lr):
-        optimizer = tp.make_optimizer(model, lr(0))
-        for group in optimizer.param_groups:  # those of OPTIMIZERS have a rate of 1
-            group["lr"] = lr(0)
-        return optimizer
-
     def alone(model, batches, lr, **options):
-        return tp.train_alone(model, optimizer_of(model, lr), batches, **options)
+        return tp.train_alone(model, optimizer_of(tp, model, lr), batches, **options)
 
     def together(model, batches, lr, **options):
         mesh = mesh_of(tp, world()[1])
-        return tp.train(model, optimizer_of(model, lr), batches, mesh, **options)
+        return tp.train(model, optimizer_of(tp, model, lr), batches, mesh, **options)
 
     return Case(
         tp, rows_of_text(seed, 9, 32), lambda: tp.GPT(config), alone, lambda: tp.ParallelGPT(config), together,
@@ -268,17 +269,21 @@ def experts(seed: int, fp8: bool = False) -> Case:
     config = mf.MoEConfig(61, 64, "*E*E*E", seed=seed, **sizes)
 
     def parallel():
-        grid = grid_of(mf, world()[1])
-        model = mf.ParallelMoELM(config, grid.ep_group)
-        return mf.to_fp8(model, mf.HYBRID, grid=grid) if fp8 else model
+        mesh = mesh_of(mf, world()[1])
+        model = mf.ParallelMoELM(config, mesh.ep_group)
+        return mf.to_fp8(model, mf.HYBRID, mesh) if fp8 else model
 
-    def together(model, batches, **options):
-        return mf.train(model, batches, grid=grid_of(mf, world()[1]), **options)
+    def alone(model, batches, lr, **options):
+        return mf.train_alone(model, optimizer_of(mf, model, lr), batches, **options)
+
+    def together(model, batches, lr, **options):
+        mesh = mesh_of(mf, world()[1])
+        return mf.train(model, optimizer_of(mf, model, lr), batches, mesh, **options)
 
     return Case(
         mf, rows_of_text(seed, 17, 16),
         lambda: mf.to_fp8(mf.MoELM(config), mf.HYBRID) if fp8 else mf.MoELM(config),
-        mf.train_alone, parallel, together, mf.merge_state_dicts,
+        alone, parallel, together, mf.merge_state_dicts,
     )  # fmt: skip
 
 

@@ -407,17 +407,18 @@ def moe_fp8(chapter, device: torch.device) -> Iterator[Variant]:
     # A read of row counts is answered by the same number everywhere. It is consistent where each
     # rank has ep experts: of T·K rows each rank gets T·K / ep, and each of its experts as many.
     for ep in (4, 2):
-        grid = chapter.make_grid(ep, CPU)
+        mesh = chapter.make_mesh(ep, CPU)
         rows = 16 * 2  # one sequence of 16 tokens a rank, two experts a token
         for fp8 in (False, True):
 
-            def steps(grid=grid, ep=ep, fp8=fp8) -> Steps:
+            def steps(mesh=mesh, ep=ep, fp8=fp8) -> Steps:
                 sizes = dict(hidden_size=32, num_experts=ep * ep, expert_size=16, shared_size=32)
                 config = chapter.MoEConfig(61, pattern="*E*E", **sizes)
-                model = move(chapter.ParallelMoELM(config, grid.ep_group), device)
+                model = move(chapter.ParallelMoELM(config, mesh.ep_group), device)
                 if fp8:
-                    chapter.to_fp8(model, chapter.HYBRID, grid)
-                results = chapter.train(model, text(device, 61), rate, grid)
+                    chapter.to_fp8(model, chapter.HYBRID, mesh)
+                optimizer = chapter.make_optimizer(model, rate(0))
+                results = chapter.train(model, optimizer, text(device, 61), mesh)
                 return ((step.loss, step.norm) for step in results)
 
             yield f"ep {ep} × dp {WORLD // ep}" + ", fp8" * fp8, steps, rows // ep

@@ -205,7 +205,7 @@ LAST_LINE = {
     "03": "^   4 ",
     "04": "^   4 ",
     "05": "^after ",
-    "06": "^held-out",
+    "06": "^claim ",
 }
 SHORT = ["--steps", "5"]
 MOMENTS = ("before the group", "as they meet", "in a step", "at the end")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 06_moe_fp8/load.png: who gets the tokens, step by step, and which numbers eight bits can tell apart.
+"""Draws 06_moe_fp8/load.png: each expert's load, step by step, and the rounding error of FP8.
 
-`make pictures CHAPTER=06`, half a minute. Left and middle are two training runs of the default model on one device; the
-right shows what `quantize_fp8` makes of numbers of each size.
+`make pictures CHAPTER=06`, half a minute. Left and middle are two training runs of the default
+model on one device. The right panel shows the error of `quantize_fp8` for values of each size.
 """
 
 from pathlib import Path
@@ -11,23 +11,21 @@ import moe_fp8 as moe
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = 80
 
 
 def shares(gamma: float) -> torch.Tensor:
-    """Each expert's rows over the mean, in the first layer of experts, (E, STEPS), from a bad start."""
+    """Each expert's rows over the mean, in the first MoE layer, (E, STEPS), from a bad start."""
     data = moe.TextData("", 64)
     batches = (data.batch(step, 16, 0) for step in range(STEPS))
     model = moe.overload(moe.MoELM(moe.MoEConfig(init_std=0.06)))
-    steps = moe.train_alone(
-        model, batches, lambda step: moe.learning_rate(step, STEPS, 3e-3), gamma=gamma
-    )
+    steps = moe.train_alone(model, moe.make_optimizer(model, 3e-3), batches, gamma=gamma)
     counts_SE = torch.stack([step.counts_LE[0] for step in steps]).double()
     return (counts_SE / counts_SE.mean(1, keepdim=True)).T
 
 
 def rounding_error(format: str, sizes: torch.Tensor) -> list[float]:
-    """The mean relative error of numbers of each size, in a tensor whose largest number is 1."""
+    """The mean relative error of values of each size, in a tensor whose largest value is 1."""
     found = []
     for size in sizes.tolist():
         x = torch.cat([torch.ones(1), size * torch.linspace(1, 2, 1001)[:-1]])
@@ -48,7 +46,7 @@ def main() -> None:
     )
     for axis, gamma, title in (
         (axes[0], 0.0, "no balancing (γ = 0, α = 0.0001)"),
-        (axes[1], 0.01, "the bias, γ = 0.01"),
+        (axes[1], 0.01, "with the bias, γ = 0.01"),
     ):
         image = axis.imshow(
             shares(gamma), aspect="auto", cmap="magma_r", vmin=0, vmax=4, interpolation="nearest"
@@ -59,11 +57,9 @@ def main() -> None:
     sizes = 2.0 ** torch.arange(-34, -0.5)
     for format, color in (("e4m3", "#2b6cb0"), ("e5m2", "#c53030")):
         axes[2].plot(sizes, rounding_error(format, sizes), color=color, label=format.upper())
+    axes[2].set(xscale="log", yscale="log", ylim=(5e-3, 2), title="rounding to FP8")
     axes[2].set(
-        xscale="log", yscale="log", ylim=(5e-3, 2), title="what rounding to eight bits does"
-    )
-    axes[2].set(
-        xlabel="size of a number, over the tensor's largest", ylabel="its mean relative error"
+        xlabel="size of a value, over the tensor's largest", ylabel="its mean relative error"
     )
     axes[2].axhline(1, color="0.5", linestyle=":", linewidth=1)
     axes[2].annotate(

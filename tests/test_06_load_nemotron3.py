@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 6's loader: transformers' logits from its folders; and folders it refuses."""
+
+import json
+from pathlib import Path
+
+import load_nemotron3 as load
+import moe_fp8 as moe
+import pytest
+import scripts
+import torch
+from safetensors.torch import load_file, save_file
+
+SCRIPT = Path(load.__file__)
+
+
+def published_config(**changes) -> dict:
+    sizes = dict(
+        vocab_size=61,
+        hidden_size=32,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        n_routed_experts=8,
+        moe_intermediate_size=16,
+        moe_shared_expert_intermediate_size=24,
+        num_experts_per_tok=3,
+        routed_scaling_factor=2.5,
+        layers_block_type=["full_attention", "moe", "moe", "full_attention", "moe"],
+        mamba_num_heads=4,
+        mamba_head_dim=8,
+        n_groups=2,
+        ssm_state_size=8,
+    )
+    return sizes | changes
+
+
+def publish(folder: Path, **changes):
+    """A folder in the published layout, written by transformers, with random weights and biases."""
+    transformers = pytest.importorskip("transformers")
+    if not hasattr(transformers, "NemotronHConfig"):
+        pytest.skip("this transformers has no NemotronH")
+    torch.manual_seed(0)
+    model = transformers.NemotronHForCausalLM(
+        transformers.NemotronHConfig(**published_config(**changes))
+    )
+    for name, x in model.state_dict().items():
+        if "bias" in name or "gate.weight" in name:
+            x.normal_(std=0.3)
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def test_published_weights_give_transformers_logits(tmp_path):
+    theirs = publish(tmp_path)
+    cfg, full = load.load_nemotron3(tmp_path)
+    assert cfg.pattern == "*EE*E" and cfg.top_k == 3 and cfg.gate_scale == 2.5
+    ours = moe.MoELM(cfg)
+    ours.load_state_dict(full)
+    tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected, here = theirs(tokens).logits, ours(tokens)[0]
+    assert expected.abs().max() > 0.05
+    assert (here - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("published")
+    publish(path)
+    return path
+
+
+def changed(folder: Path, to: Path, **changes) -> Path:
+    """A copy of the folder, with other settings."""
+    settings = json.loads((folder / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps(settings))
+    (to / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    return to
+
+
+def test_published_weights_are_sharded_and_merged_to_the_bit(folder):
+    cfg, full = load.load_nemotron3(folder)
+    shards = [moe.shard_state_dict(full, cfg, rank, 4) for rank in range(4)]
+    back = moe.merge_state_dicts(shards)
+    assert all(torch.equal(back[name], full[name]) for name in full)
+
+
+REFUSED = {
+    r"has Mamba layers \(M\*E\): this chapter has none, see chapter 5, mamba_hybrid": dict(
+        layers_block_type=["linear_attention", "full_attention", "moe"]
+    ),
+    r"has Mamba layers \(MEM\*E\)": dict(hybrid_override_pattern="MEM*E"),
+    r"has \{'moe_latent_size': 16\}, which this model does not have": dict(moe_latent_size=16),
+    r"has \{'n_group': 2\}": dict(n_group=2),
+    r"'num_experts_per_tok': 1": dict(num_experts_per_tok=1),
+    r"has \{'rope_theta': 10000.0\}": dict(rope_theta=10000.0),
+    r"has \{'sliding_window': 8\}": dict(sliding_window=8),
+    r"has \{'attention_bias': True\}": dict(attention_bias=True),
+    r"'num_hidden_layers': 9": dict(num_hidden_layers=9),
+    r"lacks the tensor backbone.layers.5.norm.weight": dict(
+        layers_block_type=["full_attention", "moe", "moe"] * 2, num_hidden_layers=6
+    ),
+    r"which this model does not know": dict(
+        layers_block_type=["full_attention", "moe", "moe", "full_attention"], num_hidden_layers=4
+    ),
+    r"another shape.*'embedding.weight', \(61, 32\)": dict(hidden_size=48),
+    r"top_k=9: choose at most num_experts=8": dict(num_experts_per_tok=9),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_a_setting_that_this_model_does_not_have_is_refused(message, folder, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load.load_nemotron3(changed(folder, tmp_path, **REFUSED[message]))
+
+
+@pytest.mark.parametrize("key", load.SIZES.values())
+def test_a_config_without_a_key_names_it(key, folder, tmp_path):
+    settings = json.loads((folder / "config.json").read_text())
+    del settings[key]
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=rf"config.json lacks \['{key}'\]"):
+        load.load_nemotron3(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "\x80"], ids=str)
+def test_a_broken_config_names_the_file(text, tmp_path):
+    (tmp_path / "config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"config.json (is not JSON.*download it again|holds a)"):
+        load.load_nemotron3(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 7, 100, -10])
+def test_cut_off_weights_name_the_file(size, folder, tmp_path):
+    changed(folder, tmp_path)
+    data = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[:size])
+    with pytest.raises(ValueError, match="model.safetensors is damaged.*download it again"):
+        load.load_nemotron3(tmp_path)
+
+
+def test_experts_of_unequal_shapes_and_folders_without_files(folder, tmp_path):
+    changed(folder, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "backbone.layers.1.mixer.experts.2.up_proj.weight"
+    tensors[name] = tensors[name][:, :8].contiguous()
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="experts.0.up_proj.weight ... have unequal"):
+        load.load_nemotron3(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no \*.safetensors"):
+        load.load_nemotron3(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load.load_nemotron3(tmp_path / "nowhere")
+
+
+@pytest.mark.slow
+def test_the_command(folder, tmp_path):
+    done = scripts.run(SCRIPT, str(folder))
+    assert done.returncode == 0 and "layers *EE*E, 8 experts" in done.stdout, done.stderr
+    done = scripts.run(SCRIPT, str(tmp_path))
+    assert done.returncode == 2 and len(done.stderr.splitlines()) <= 2

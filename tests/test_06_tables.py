@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: MIT-0
+"""Chapter 6's tables: counts, bytes, FP8 errors, the schedule, verdicts."""
+
+import math
+
+import moe_fp8 as moe
+import moe_fp8_tables as tables
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from proof import plant
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    pattern=st.text("*E", max_size=4),
+    groups=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    size=st.integers(1, 9),
+    experts=st.integers(2, 6),
+    shared=st.integers(0, 7),
+)
+def test_the_formula_counts_this_chapters_model(pattern, groups, heads, size, experts, shared):
+    cfg = moe.MoEConfig(
+        vocab_size=13,
+        hidden_size=12,
+        pattern=pattern + "E",
+        num_heads=groups * heads,
+        num_kv_heads=groups,
+        head_size=size,
+        num_experts=experts,
+        expert_size=5,
+        shared_size=shared,
+    )
+    count = tables.parameter_count(tables.published_of(cfg))
+    assert count.total == sum(shape.numel() for shape in moe.state_shapes(cfg).values())
+    layers = cfg.pattern.count("E")
+    assert count.active == count.total - layers * (experts - cfg.top_k) * 2 * 12 * 5
+    assert count.active_without_table == count.active - 13 * 12
+    assert count.routers == layers * experts * 13
+
+
+@pytest.mark.parametrize(
+    "name, total, active, without_table",
+    [
+        ("Nano", 31.578, 3.580, 3.228),
+        ("Super", 120.669, 12.770, 12.233),
+        ("Ultra", 549.3, 56.1, 55.0),
+    ],
+)
+def test_published_parameters(name, total, active, without_table):
+    """To the digits of an independent count."""
+    count = tables.parameter_count(tables.MODELS[name])
+    here = [x / 1e9 for x in (count.total, count.active, count.active_without_table)]
+    digits = 3 if name != "Ultra" else 1
+    assert [round(x, digits) for x in here] == [total, active, without_table]
+
+
+def test_supers_routers_explain_the_printed_counts():
+    count = tables.parameter_count(tables.SUPER)
+    less = [count.total, count.active, count.active_without_table]
+    assert tables.billions(*(x - count.routers for x in less)) == "120.6B / 12.7B / 12.1B"
+    assert tables.billions(*less) != "120.6B / 12.7B / 12.1B"
+
+
+def test_published_layers():
+    kinds = {n: [m.pattern.count(kind) for kind in "M*E"] for n, m in tables.MODELS.items()}
+    assert kinds == {"Nano": [23, 6, 23], "Super": [40, 8, 40], "Ultra": [48, 12, 48]}
+
+
+def test_all_to_all_bytes():
+    """Elements of a token in one direction: 6 × 2688 in Nano, 22 × 1024 in Super."""
+    assert tables.all_to_all_bytes(tables.SUPER, 2, 1) == 4 * 22 * 1024 / 2
+    assert tables.all_to_all_bytes(tables.NANO, 8) == 4 * 6 * 2688 * 2 * 7 / 8
+    assert tables.all_to_all_bytes(tables.published_of(moe.MoEConfig()), 1) == 0
+
+
+def test_quantization_errors():
+    """Gaussian: 2.6 % in E4M3, twice that in E5M2. Heavy tails: tiles help; E5M2 has the range."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 512, generator=generator)
+    heavy = x * torch.exp(3 * torch.randn(512, 512, generator=generator))
+    error = {name: tables.quantization_error(x, operand) for name, operand in OPERANDS.items()}
+    assert round(error["e4m3"], 3) == 0.026 and 1.9 < error["e5m2"] / error["e4m3"] < 2.1
+    assert error["tile"] <= error["e4m3"] <= error["power"] * 1.02
+    lost = {name: tables.lost_to_zero(heavy, operand) for name, operand in OPERANDS.items()}
+    assert lost["e4m3"] > 0.5 and lost["tile"] < 0.1 and lost["e5m2"] < lost["e4m3"] / 2
+
+
+OPERANDS = {
+    "e4m3": moe.E4M3,
+    "e5m2": moe.E5M2,
+    "tile": moe.Operand("e4m3", (1, 128)),
+    "power": moe.Operand("e4m3", None, True),
+}
+
+
+def test_the_schedules_floor_is_never_above_its_peak():
+    small = [tables.learning_rate(step, 60, 1e-6) for step in range(60)]
+    assert max(small) == small[-1] == 1e-6 and small[0] == pytest.approx(1e-7)
+    usual = [tables.learning_rate(step, 60, 3e-3) for step in range(61)]
+    assert max(usual) == 3e-3 and usual[60] == pytest.approx(1e-5)
+    assert usual[54] == pytest.approx(1e-5 + (3e-3 - 1e-5) * (1 - math.sqrt(0.5)))
+
+
+def test_the_verdict_needs_agreement_or_a_note():
+    row = tables.Row
+    assert row("c", "1", "1").verdict == "ok" and row("c", "1", "2").verdict == "FAILED"
+    assert row("c", "1", "1", note="why").verdict == "FAILED"
+    assert row("c", "1", "2", note="why").verdict == "why" and row("c", "1").verdict == "FAILED"
+
+
+def test_the_page_and_its_exit_code(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["moe_fp8_tables.py"])
+    tables.main()
+    page = capsys.readouterr().out
+    assert page.count(" ok\n") == 5 and "FAILED" not in page
+    with plant(tables, "TABLES", {"x": lambda: [tables.Row("c", "1", "2")]}):
+        with pytest.raises(SystemExit) as end:
+            tables.main()
+    assert end.value.code == 1
