@@ -128,6 +128,8 @@ class GPTConfig:
         if self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
             raise ValueError(f"{sizes}: the first must be a multiple of the second")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}: it must be at least 0 and less than 1")
 
 
 # ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────

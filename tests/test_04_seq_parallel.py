@@ -1138,7 +1138,7 @@ def test_properties_of_the_formulas(s, b, heads, size, t):
     cfg = sp.GPTConfig(seq_length=s * t, hidden_size=heads * size * t, num_heads=heads * t)
     for recompute in sp.RECOMPUTE:
         full = sp.activation_bytes(cfg, 1, recompute, b)
-        assert full == tables.tensor_parallel_bytes(cfg, 1, recompute, b)
+        assert math.isclose(full, tables.tensor_parallel_bytes(cfg, 1, recompute, b))
         assert math.isclose(full, b * sp.activation_bytes(cfg, 1, recompute))
         assert math.isclose(sp.activation_bytes(cfg, t, recompute, b), full / t)
     kept = [tables.tensor_parallel_bytes(cfg, t, recompute, b) for recompute in sp.RECOMPUTE]
