@@ -51,6 +51,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("world", marker.args, ids=lambda size: f"{size}ranks")
 
 
+def pytest_runtest_teardown():
+    torch.set_flush_denormal(False)  # chapter 1's main sets it, for the whole process
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
     kwargs = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
