@@ -37,10 +37,12 @@ from pathlib import Path
 import scripts
 import shared_blocks
 import torch
+from safetensors import safe_open
 
 ROOT = shared_blocks.ROOT
 KEPT = ROOT / "notebooks" / "results" / "00_robustness.json"
 SCRIPTS = {path.parent.name[:2]: path for path in shared_blocks.chapters()}
+PRETRAIN = ROOT / "02_megatron_tp/pretrain.py"  # and chapter 2's
 SPEECH = ROOT / "01_deepspeech/speech.py"  # chapter 1's tool, which reads and writes its files
 ODD = "größe – 数 ✓ x"  # a name with letters outside ASCII, and spaces
 COMMAND = "make robustness, and once in each environment make robustness PY=... ARGS=--environment"
@@ -201,7 +203,7 @@ TIMEOUT, BOUND = (
 )  # --timeout of these runs; seconds within which everything must have ended behind a kill
 LAST_LINE = {
     "01": "^spoken ",
-    "02": "^held-out",
+    "02": "^loss on the eval split",
     "03": "^   4 ",
     "04": "^   4 ",
     "05": "^after ",
@@ -271,7 +273,7 @@ def judged(case: str, run: Run, victim: int, world: int) -> Row:
 
 def writer(chapter: str) -> Path:
     """The script of a chapter that reads and writes files."""
-    return SPEECH if chapter == "01" else SCRIPTS[chapter]
+    return {"01": SPEECH, "02": PRETRAIN}.get(chapter, SCRIPTS[chapter])
 
 
 def killed_while_writing(
@@ -312,16 +314,21 @@ def kills(chapters: list[str], dice: random.Random) -> Iterator[Row]:
             )
     with tempfile.TemporaryDirectory() as folder:
         if "02" in chapters:
-            file, sizes = (
-                Path(folder, "run", "run.safetensors"),
-                ["--hidden-size", 512, "--seq-length", 32],
-            )
+            file = Path(folder, "run", "run.safetensors")
             file.parent.mkdir()
-            flags = [*sizes, "--batch", 4, "--save-every", 1, "--checkpoint", file]
-            first = whole(SCRIPTS["02"], *flags, "--steps", 1)
-            again = partial(whole, SCRIPTS["02"], *flags, "--steps", 1, "--ranks", 1)
-            flags = ["--steps", 1000, *flags]
-            yield attempt("chapter 02", killed_while_writing, "02", first, flags, file, again, dice)
+            flags = ["--hidden-size", 512, "--seq-length", 32, "--batch", 4, "--save-every", 1]
+            flags += ["--decay-steps", 1000, "--checkpoint", file]
+            first = whole(PRETRAIN, *flags, "--steps", 1)
+
+            def again() -> Run:
+                with safe_open(file, "pt") as data:
+                    step = json.loads(data.metadata()["run"].split(" ", 1)[1])["step"]
+                return whole(PRETRAIN, "--steps", step, "--ranks", 1, *flags)
+
+            longer = ["--steps", 1000, *flags]
+            yield attempt(
+                "chapter 02", killed_while_writing, "02", first, longer, file, again, dice
+            )
         if "01" in chapters:
             file, sound = Path(folder, "model", "model.safetensors"), Path(folder, "a.wav")
             file.parent.mkdir()
@@ -371,6 +378,8 @@ TINY = {
         4,
         "--seq-length",
         32,
+        "--decay-steps",
+        2,
     ],
     "03": ["--steps", 2],
     "04": ["--steps", 2],
