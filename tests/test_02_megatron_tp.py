@@ -2435,7 +2435,7 @@ def changed_script(path: Path, right: str, wrong: str) -> Path:
 def test_a_copy_with_a_bug_ends_with_an_error(flags, tmp_path):
     """The all-reduce of the column-parallel backward twice: the exit code is not 0."""
     right = "        if work is not None:\n            work.wait()\n"
-    wrong = right + "            dist.all_reduce(grad_x_BSH, group=ctx.group)\n"
+    wrong = right + "            dist.all_reduce(dx_BSH, group=ctx.group)\n"
     script = changed_script(tmp_path / "bad.py", right, wrong)
     result = scripts.run(script, "--ranks", "2", *flags)
     assert result.returncode != 0
