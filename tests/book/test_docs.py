@@ -369,9 +369,13 @@ def test_the_front_doors_commands_run(command, tmp_path):
     assert [process.returncode for process in processes] == [0] * servers, outputs
     text = "".join(out for out, _ in outputs)
     assert ("bound 1e-10" if "--check" in words else "verdict") in text and "FAILED" not in text
-    if program == "make":  # every claim, among them a model of 8.3 B parameters on pretended ranks
+    if program == "make":  # every claim
         verdicts = [line.split()[-1] for line in text.split("\nclaim ")[1].splitlines()[1:] if line]
-        assert "4 ranks: tp 2 × dp 2" in text and verdicts[:11] == ["ok"] * 11
+        assert (
+            "4 ranks: tp 2 × dp 2" in text
+            and verdicts == ["ok"] * len(verdicts)
+            and len(verdicts) >= 5
+        )
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────
