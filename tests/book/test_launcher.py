@@ -561,8 +561,10 @@ def test_ranks_end_when_their_launcher_does(program):
 def test_ctrl_c(tmp_path):
     """It reaches the process group: one line, no traceback, nobody left."""
     model = tmp_path / "model.safetensors"
-    with robustness.started(FIRST, "--ranks", 2, "--save", model, start_new_session=True) as run:
-        run.until(lambda: run.printed("^epoch"))
+    with robustness.started(
+        robustness.SPEECH, "--ranks", 2, "--save", model, start_new_session=True
+    ) as run:
+        run.until(lambda: run.printed(r"^ +1 "))
         time.sleep(1)
         os.killpg(run.process.pid, signal.SIGINT)
         _, code, left = run.end(30)
