@@ -65,9 +65,8 @@ class Pool:
         self.world, self.device_type, self.backend, self.processes = world, device_type, backend, []
 
     def _start(self) -> None:
-        os.environ["PYTHONPATH"] = os.pathsep.join(
-            [*PATHS, os.environ.get("PYTHONPATH", "")]
-        )  # for the fork server
+        paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the fork server
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             ["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"]
