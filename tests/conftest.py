@@ -7,6 +7,7 @@ def test_something(...): ...        runs three times, in worlds of 1, 2 and 4 ra
 pytest --device cuda --backend nccl --ranks 8        the same tests on GPUs; tests that need more ranks are skipped
 """
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not __debug__:
         raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PY", "CHAPTER", "ARGS"):
+        os.environ.pop(name, None)  # what `make test PY=...` hands on is not for a test's own make
     torch.set_num_threads(
         1
     )  # as in the ranks: two threads on a busy machine are many times slower than one

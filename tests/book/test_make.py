@@ -21,12 +21,8 @@ def interpreter(folder: Path, lacks: str) -> Path:
 def lint(folder: Path, *variables: str) -> subprocess.CompletedProcess:
     """`make lint` of the Makefile, on the files of a folder."""
     makefile = shared_blocks.ROOT / "Makefile"
-    command = ["make", "--no-print-directory", "--file", makefile, "lint", *variables]
-    outside_ci = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("CI", "MAKEFLAGS", "MAKELEVEL")
-    }
+    command = ["make", "--file", makefile, "lint", *variables]
+    outside_ci = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(command, cwd=folder, env=outside_ci, capture_output=True, text=True)
 
 
@@ -50,7 +46,7 @@ def test_with_ruff_lint_still_fails_on_style(source, tmp_path):
 
 
 def test_lab_opens_the_notebooks_with_what_it_installs():
-    command = ["make", "--no-print-directory", "--dry-run", "lab", "PY=python"]
+    command = ["make", "--dry-run", "lab", "PY=python"]
     done = subprocess.run(
         command, cwd=shared_blocks.ROOT, capture_output=True, text=True, check=True
     )
@@ -58,9 +54,6 @@ def test_lab_opens_the_notebooks_with_what_it_installs():
     command = [sys.executable, "-m", "jupyterlab", "--version"]
     assert subprocess.run(command, capture_output=True).returncode == 0
     own = subprocess.run(
-        ["make", "--no-print-directory", "-pn", "lab"],
-        cwd=shared_blocks.ROOT,
-        capture_output=True,
-        text=True,
+        ["make", "-pn", "lab"], cwd=shared_blocks.ROOT, capture_output=True, text=True
     )
     assert "\nlab: .venv/.installed-dev\n" in own.stdout
