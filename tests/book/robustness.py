@@ -268,7 +268,8 @@ def judged(case: str, run: Run, victim: int, world: int) -> Row:
     )
     seen = f"{took:.1f} s, exit code {code}, {run.named()}, {left} left"
     good = took <= BOUND and code not in (0, None) and not left
-    return Row(case, demanded, seen, good and run.named() == f"rank {victim}, SIGKILL")
+    good = good and run.named() == f"rank {victim}, SIGKILL"
+    return Row(case, demanded, seen if good else f"{seen}; last: {run.last_words()}", good)
 
 
 def writer(chapter: str) -> Path:
