@@ -1,5 +1,5 @@
 # make run · tables · test · lift FROM=02 NAME=function · numbers · differences · notebooks · lab · bench · bugs
-#      robustness · pictures · lint · style · shared · grade NOTEBOOK=mine.ipynb
+#      robustness · pictures · lint · style · shared · grade NOTEBOOK=mine.ipynb · handout TO=folder
 #
 #   CHAPTER=2      only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
@@ -25,7 +25,7 @@ RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
 endif
 
-.PHONY: run tables test lift numbers differences notebooks lab grade bench bugs robustness pictures lint style shared
+.PHONY: run tables test lift numbers differences notebooks lab grade handout bench bugs robustness pictures lint style shared
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -81,7 +81,10 @@ lab: $(DEV)
 	$(PY) -m jupyterlab notebooks $(ARGS)
 
 grade: $(DEV)
-	$(PY) tests/book/notebooks.py --grade $(NOTEBOOK)
+	$(PY) tests/book/grade.py "$(NOTEBOOK)" $(ARGS)
+
+handout: $(DEV)
+	$(PY) tests/book/handout.py $(ONLY) $(if $(TO),--to "$(TO)")
 
 shared: $(DEV)
 	$(PY) tests/book/shared_blocks.py

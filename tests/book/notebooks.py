@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: MIT-0
-"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1` rewrites the kept outputs,
-`make grade NOTEBOOK=mine.ipynb` says which exercises of a student's copy are solved.
+"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1`
+rewrites the kept outputs.
 
-An exercise is three cells: one to fill in, which begins with "# exercise 1" (behind a %%px line, if it has one); one
-that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and a folded solution, a Markdown cell with
-"Solution 1" and one block of Python.
+An exercise is a heading and three cells: one to fill in, which begins with "# exercise 1" (after
+its %%px line, if it has one); one that checks it by exercises.check(1, ...); and a folded solution,
+a Markdown cell with "Solution 1" and one block of Python.
 """
 
 import argparse
@@ -17,6 +17,7 @@ import nbclient
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
+CHECK = r"(?:exercises|hunt)\.check\((\d+),"  # in the cell that checks an exercise
 
 
 def notebooks(chapter: str = "") -> list[Path]:
@@ -42,40 +43,60 @@ def execute(
     return notebook
 
 
-def grade(path: Path) -> dict[str, bool]:
-    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it solved."""
-    text = printed(notebook := execute(path, go_on=True))
-    return {number: f"exercise {number}: ok" in text for number in exercises(notebook)}
-
-
 def exercises(notebook) -> dict[str, dict]:
     """Number to the cell that is to be filled in."""
     found = {}
     for cell in notebook.cells:
-        if cell.cell_type == "code" and (
-            match := re.match(r"(?:%%px.*\n)?# exercise (\d+)", cell.source)
-        ):
+        if cell.cell_type == "code":
+            match = re.match(r"# exercise (\d+)", without_magic(cell.source))
+            if match:
+                found[match[1]] = cell
+    return found
+
+
+def checks(notebook) -> dict[str, dict]:
+    """Number to the cell that checks the answer."""
+    found = {}
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and (match := re.search(CHECK, cell.source)):
             found[match[1]] = cell
     return found
 
 
-def solve(notebook) -> None:
-    """Puts every folded solution into its cell."""
-    cells = exercises(notebook)
+def solutions(notebook) -> dict[str, str]:
+    """Number to the code of the folded solution."""
+    found = {}
     for cell in notebook.cells:
         if cell.cell_type == "markdown" and (match := re.search(r"Solution (\d+)", cell.source)):
-            code = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
-            magic = (
-                cells[match[1]].source.split("\n")[0]
-                if cells[match[1]].source.startswith("%%px")
-                else ""
-            )
-            cells[match[1]].source = f"{magic}\n{code}" if magic else code
+            found[match[1]] = re.search(r"```python\n(.*?)```", cell.source, re.DOTALL)[1]
+    return found
 
 
-def needed(notebook) -> list[dict]:
-    """The cells that exercises need: themselves and their checks; the cells before the first heading and the last one,
-    which start and stop the ranks; and for each name that one of these mentions the cell that made it last."""
+def magic_of(source: str) -> str:
+    """The line that sends a cell to the ranks, if it begins with one."""
+    return source.partition("\n")[0] + "\n" if source.startswith("%%px") else ""
+
+
+def without_magic(source: str) -> str:
+    return source.removeprefix(magic_of(source))
+
+
+def answer(notebook, number: str, code: str) -> None:
+    """Puts an answer into the cell of its exercise."""
+    cell = exercises(notebook)[number]
+    cell.source = magic_of(cell.source) + code
+
+
+def solve(notebook) -> None:
+    """Puts every folded solution into its cell."""
+    for number, code in solutions(notebook).items():
+        answer(notebook, number, code)
+
+
+def needed(notebook, only: str = "") -> list[dict]:
+    """The cells that exercises need, or that one of them does: themselves and their checks; the
+    cells before the first heading and the last one, which start and stop the ranks; and for each
+    name that one of these mentions the cell that made it last."""
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next(
@@ -83,9 +104,11 @@ def needed(notebook) -> list[dict]:
         for n, cell in enumerate(cells)
         if cell.cell_type == "markdown" and cell.source.startswith("## ")
     )
-    tasks = {
-        n for n in code if re.search(r"# exercise \d|exercise \d+:", cells[n].source)
-    }  # to fill in, and to check
+    tasks = set()  # to fill in, and to check
+    for found in (exercises(notebook), checks(notebook)):
+        tasks |= {cells.index(cell) for number, cell in found.items() if only in ("", number)}
+    others = {cells.index(cell) for cell in exercises(notebook).values()} - tasks
+    code = [number for number in code if number not in others]
     open_ = {n for n in code if n < first} | {code[-1]} | tasks
     on_ranks = {n: cells[n].source.startswith("%%px") for n in code}
     while open_:
@@ -97,7 +120,7 @@ def needed(notebook) -> list[dict]:
             makers = [
                 n
                 for n in code
-                if n < cell and on_ranks[n] == side and name in _made(cells[n].source)
+                if n < cell and on_ranks[n] == side and name in made(cells[n].source)
             ]
             open_ |= set(makers[-1:]) - wanted
     return [cells[n] for n in sorted(wanted)]
@@ -120,7 +143,7 @@ def _assigned(table: symtable.SymbolTable) -> set[str]:
     }
 
 
-def _made(source: str) -> set[str]:
+def made(source: str) -> set[str]:
     """The names that a cell makes."""
     return set().union(*(_assigned(table) for _, table in _statements(source)))
 
@@ -176,17 +199,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--chapter", default="")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
-    parser.add_argument(
-        "--grade",
-        type=Path,
-        metavar="FILE",
-        help="only say which exercises of this copy are solved",
-    )
     args = parser.parse_args()
-    if args.grade:
-        for number, solved in grade(args.grade).items():
-            print(f"exercise {number}: {'solved' if solved else 'not solved'}")
-        return
     if not notebooks(args.chapter):
         raise SystemExit(f"no notebook of chapter {args.chapter}")
     for path in notebooks(args.chapter):

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: MIT-0
+"""Answers to the exercises of notebook 3: other right ones than its solutions, and wrong ones."""
+
+TABLE = """
+def zb_h2(p, m):
+    table = []
+    for rank in range(p):
+        ahead, may_wait = {ahead}, {may_wait}
+        ops, waiting = [pl.Op("F", i) for i in range(min(ahead, m))], []
+        for i in range(m):
+            if ahead + i < m:
+                ops.append(pl.Op("F", ahead + i))
+            ops.append(pl.Op("B", i))
+            waiting.append(pl.Op("W", i))
+            if len(waiting) > may_wait:
+                ops.append(waiting.pop({which}))
+        table.append(ops + {rest})
+    return table
+"""
+STEP = """
+def one_micro_batch(stage, tokens, targets):
+    x = tokens
+    if rank > 0:
+        x = torch.empty(*tokens.shape, 16, dtype=torch.float64)
+        dist.recv(x, rank - 1)
+        {leaf}
+    y = stage(0, x)
+    if rank == 3:
+        pl.token_losses(y, targets).mean().backward()
+    else:
+        dist.send(y.detach(), rank + 1)
+        grad = torch.empty_like(y)
+        dist.recv(grad, rank + 1)
+        {backward}
+    if rank > 0:
+        dist.send(x.grad, rank - 1)
+"""
+
+RIGHT = [
+    (
+        "1",
+        "as two queues",
+        """
+def zb_h2(p, m):
+    table = []
+    for rank in range(p):
+        lead = 2 * (p - 1 - rank)
+        forwards = [pl.Op("F", i) for i in range(m)]
+        ops, forwards = forwards[:lead], forwards[lead:]
+        for i in range(m):
+            ops += forwards[:1] + [pl.Op("B", i)]
+            forwards = forwards[1:]
+            if i >= 2 * rank:
+                ops.append(pl.Op("W", i - 2 * rank))
+        ops += [pl.Op("W", i) for i in range(max(0, m - 2 * rank), m)]
+        table.append(ops)
+    return table
+""",
+    ),
+    (
+        "2",
+        "torch.autograd.backward on a clone that needs a gradient",
+        STEP.format(
+            leaf="x = x.clone().requires_grad_(True)",
+            backward="torch.autograd.backward([y], [grad])",
+        ),
+    ),
+    (
+        "2",
+        "a product with the gradient that arrives",
+        STEP.format(leaf="x.requires_grad_()", backward="(y * grad).sum().backward()"),
+    ),
+    (
+        "3",
+        "a power",
+        "def best_b(n, p, fixed, each):\n    return (n / (p - 1) * fixed / each) ** 0.5\n",
+    ),
+    (
+        "3",
+        "a search",
+        """
+def best_b(n, p, fixed, each):
+    low, high = 1e-3, 1e6
+    for _ in range(200):
+        middle = math.sqrt(low * high)
+        slope = (p - 1) * each - n * fixed / middle**2
+        low, high = (middle, high) if slope < 0 else (low, middle)
+    return low
+""",
+    ),
+]
+
+WRONG = [
+    (
+        "1",
+        "the lead of zb-h1",
+        TABLE.format(ahead="p - rank - 1", may_wait="2 * rank", which=0, rest="waiting"),
+    ),
+    (
+        "1",
+        "no W may wait",
+        TABLE.format(ahead="2 * (p - rank - 1)", may_wait="0", which=0, rest="waiting"),
+    ),
+    ("1", "all forwards first", TABLE.format(ahead="m", may_wait="m", which=0, rest="waiting")),
+    (
+        "1",
+        "the W that wait are lost",
+        TABLE.format(ahead="2 * (p - rank - 1)", may_wait="2 * rank", which=0, rest="[]"),
+    ),
+    ("2", "x is no leaf", STEP.format(leaf="pass", backward="y.backward(grad)")),
+    (
+        "2",
+        "the gradient that arrives is not used",
+        STEP.format(leaf="x.requires_grad_()", backward="y.sum().backward()"),
+    ),
+    (
+        "2",
+        "the gradient is halved",
+        STEP.format(leaf="x.requires_grad_()", backward="y.backward(grad / 2)"),
+    ),
+    (
+        "3",
+        "p in place of p - 1",
+        "def best_b(n, p, fixed, each):\n    return math.sqrt(n * fixed / (p * each))\n",
+    ),
+    (
+        "3",
+        "upside down",
+        "def best_b(n, p, fixed, each):\n    return math.sqrt((p - 1) * each / (n * fixed))\n",
+    ),
+    (
+        "3",
+        "without the root",
+        "def best_b(n, p, fixed, each):\n    return n * fixed / ((p - 1) * each)\n",
+    ),
+]

@@ -1,0 +1,272 @@
+# SPDX-License-Identifier: MIT-0
+"""Exercises: right answers are taken in other forms too, wrong ones are not; and copies are graded.
+
+tests/book/answers holds, for each notebook, answers that its checks must take or refuse.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import exercises
+import grade
+import handout
+import hunt
+import nbformat
+import psutil
+import pytest
+import torch
+
+import notebooks
+
+NOTEBOOKS = {path.stem: path for path in notebooks.notebooks()}
+
+
+def answers_of(name: str) -> ModuleType:
+    path = Path(__file__).parent / "answers" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"answers_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_every_exercise_has_answers_of_both_kinds(name):
+    """At least two wrong ones and, besides the solution, another right one; none twice."""
+    answers = answers_of(name)
+    for number in notebooks.exercises(nbformat.read(NOTEBOOKS[name], as_version=4)):
+        right = [code for exercise, _, code in answers.RIGHT if exercise == number]
+        wrong = [code for exercise, _, code in answers.WRONG if exercise == number]
+        assert len(right) >= 1 and len(set(right + wrong)) == len(right) + len(wrong)
+        assert len(wrong) >= (1 if name == "00_find_the_bug" else 2), f"exercise {number}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_each_answer_gets_its_verdict(name):
+    """Solutions, then all answers in turn, on one set of ranks."""
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    notebooks.solve(notebook)
+    cells = notebooks.needed(notebook)
+    tasks, checks = notebooks.exercises(notebook), notebooks.checks(notebook)
+    answers = answers_of(name)
+    tried = [(case, True) for case in answers.RIGHT] + [(case, False) for case in answers.WRONG]
+    added = []
+    for (number, _, code), _ in tried:
+        magic = notebooks.magic_of(tasks[number].source)
+        added.append(nbformat.v4.new_code_cell(magic + code))
+        added.append(nbformat.v4.new_code_cell(checks[number].source))
+    notebook.cells = [*cells[:-1], *added, cells[-1]]  # the last cell stops the ranks
+    assert not grade.execute(notebook, limit=120)
+
+    for number, check in checks.items():
+        verdict = grade.judged(check, number, grade.ranks_of(notebook, check), "", 0)
+        assert verdict.solved, f"solution {number}: {verdict.reason}"
+    for ((number, what, _), expected), check in zip(tried, added[1::2]):
+        verdict = grade.judged(check, number, grade.ranks_of(notebook, check), "", 0)
+        assert verdict.solved == expected, f"exercise {number}, {what}: {verdict.reason}"
+
+
+# ── Copies ────────────────────────────────────────────────────────────────────────────────────────
+
+COPIES = {  # exercise, answer, what the reason must say
+    "prints that it is right": (
+        "3",
+        'print("exercise 3: ok")\n'
+        "print = lambda *words: __builtins__.print('exercise 3: ok')\n"
+        "def global_norm(shards, replicated):\n"
+        '    print("exercise 3: ok")\n'
+        "    raise SystemExit",
+        "SystemExit",
+    ),
+    "takes the check away": (
+        "3",
+        "import exercises\n"
+        "exercises.equal = lambda *words: None\n"
+        "torch.as_tensor = lambda *words, **more: torch.zeros(())\n"
+        "def global_norm(shards, replicated):\n    return shards.norm()",
+        "the norm: got",
+    ),
+    "ranks wait for each other": (
+        "3",
+        "def global_norm(shards, replicated):\n"
+        "    if rank:\n        dist.barrier()\n"
+        "    else:\n        import time\n        time.sleep(1000)",
+        "not over after 8 seconds",
+    ),
+    "ends its process": (
+        "3",
+        "def global_norm(shards, replicated):\n    import os\n    os._exit(0)",
+        "",
+    ),
+}
+
+
+def a_copy(folder: Path, name: str, number: str = "", code: str = "") -> Path:
+    """Chapter 2's notebook with one answer."""
+    notebook = nbformat.read(NOTEBOOKS["02_megatron_tp"], as_version=4)
+    if number:
+        notebooks.answer(notebook, number, f"# exercise {number}\n{code}")
+    path = folder / f"{name}.ipynb"
+    nbformat.write(notebook, path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_is_graded(name, tmp_path):
+    """Also where an answer would be taken for right by its output, or does not end."""
+    number, code, reason = COPIES[name]
+    limit = 8 if "wait" in name else 60
+    verdicts = grade.grade(a_copy(tmp_path, name, number, code), limit)
+    assert list(verdicts) == ["1", "2", "3"]
+    assert verdicts["1"].reason == "not attempted"
+    assert not verdicts[number].solved
+    assert reason in verdicts[number].reason
+    assert not [process for process in psutil.process_iter() if grade.mark_of(process)]
+
+
+def test_what_is_not_run_is_told(tmp_path):
+    """Nothing is executed for an answer that is missing, untouched or no Python."""
+    path = a_copy(tmp_path, "größe – x", "2", "def most_probable_token(logits_v)\n    return 0")
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.remove(notebooks.exercises(notebook)["3"])
+    nbformat.write(notebook, path)
+    verdicts = grade.grade(path)
+    assert not any(verdict.solved for verdict in verdicts.values())
+    assert verdicts["1"].reason == "not attempted"
+    assert verdicts["2"].reason == "SyntaxError: expected ':' (line 2)"
+    assert verdicts["3"].reason == 'no cell begins with "# exercise 3"'
+
+
+def test_what_is_no_copy_is_told(tmp_path, capsys):
+    (tmp_path / "empty.ipynb").write_text("")
+    other = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# My own")])
+    nbformat.write(other, tmp_path / "other.ipynb")
+    assert not grade.table(sorted(tmp_path.glob("*.ipynb")), limit=60)
+    text = capsys.readouterr().out
+    assert "empty.ipynb  is not a notebook: NotJSONError" in text
+    assert "other.ipynb  its title '# My own' is none of this book's" in text
+
+
+def test_the_exit_code_and_the_table(tmp_path):
+    """A folder, through the command: one line for each copy, the reasons, and 1."""
+    for name in ("first", "second copy"):
+        a_copy(tmp_path, name)
+    command = [sys.executable, Path(grade.__file__), tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.search(r"^second copy.ipynb  1 –   2 –   3 –   0 of 3", done.stdout, re.M)
+    assert "first.ipynb, exercise 2: not attempted" in done.stdout
+    empty = subprocess.run([*command[:2], tmp_path / "none"], capture_output=True, text=True)
+    assert empty.returncode == 2 and "no such file" in empty.stderr
+
+
+# ── What the checks call ──────────────────────────────────────────────────────────────────────────
+
+
+def verdict_of(solved, capsys) -> str:
+    exercises.check(1, solved)
+    return capsys.readouterr().out
+
+
+def test_a_check_says_why(capsys):
+    def fails(what):
+        def solved():
+            raise what
+
+        return solved
+
+    assert verdict_of(lambda: None, capsys) == "exercise 1: ok\n"
+    assert verdict_of(fails(exercises.Wrong("no")), capsys) == "exercise 1: not solved yet: no\n"
+    expected = "exercise 1: not solved yet: NameError: name 'x' is not defined\n"
+    assert verdict_of(lambda: eval("x"), capsys) == expected
+    assert verdict_of(fails(SystemExit()), capsys) == "exercise 1: not solved yet: SystemExit\n"
+    with pytest.raises(KeyboardInterrupt):
+        exercises.check(1, fails(KeyboardInterrupt()))
+
+
+def test_what_an_answer_prints_is_not_a_verdict(capsys):
+    text = verdict_of(lambda: print("exercise 1: ok"), capsys).splitlines()
+    assert text == ["    your code printed: exercise 1: ok", "exercise 1: ok"]
+    text = verdict_of(lambda: print("exercise 1: ok") or eval("x"), capsys).splitlines()
+    assert text[0].startswith("    ") and text[1].startswith("exercise 1: not solved yet")
+
+
+@pytest.mark.parametrize(
+    "got, expected, within",
+    [
+        (1.0, 2.0, 0.0),
+        (None, 2.0, 0.0),
+        ("2", 3.0, 0.0),
+        (torch.ones(2), torch.ones(3), 0.0),
+        (torch.ones(2), [1.0, 1.1], 0.05),
+        (float("nan"), 1.0, 1.0),
+        (torch.tensor(2.0), [2.0], 0.0),
+    ],
+)
+def test_values_that_differ_are_told(got, expected, within):
+    with pytest.raises(exercises.Wrong, match=r"^a value: got .*, expected "):
+        exercises.equal("a value", got, expected, within)
+
+
+def test_values_that_are_equal_pass():
+    exercises.equal("a value", 1, 1.0)
+    exercises.equal("a value", torch.ones(2, requires_grad=True), [1.0, 1.0])
+    exercises.equal("a value", [1e6 + 1], [1e6], 1e-5)
+    exercises.equal("nothing", [], [])
+
+
+def test_redefined_names_are_put_back():
+    import math
+
+    namespace = {"math": math, "asked_for": 1, "kept": 2}
+    cosine = math.cos
+    exercises.remember(namespace)
+    namespace.update(asked_for=10, kept=20, print=30, new=40)
+    math.cos = None
+    exercises.restore(namespace, {"asked_for"})
+    assert namespace == {"math": math, "asked_for": 10, "kept": 2, "new": 40}
+    assert math.cos is cosine
+
+
+def test_names_of_the_hunt():
+    """A method of a guilty class counts; part of a name does not."""
+    assert hunt.right(3, "RowParallelLinear.forward")
+    assert not hunt.right(3, "Linear") and not hunt.right(5, "train")
+
+
+# ── Handouts ──────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_handout_has_no_answers(name):
+    """No solution, no check, no output; the exercises are all there, and the text around them."""
+    original = nbformat.read(NOTEBOOKS[name], as_version=4)
+    written = handout.handout(NOTEBOOKS[name])
+    assert notebooks.exercises(written).keys() == notebooks.exercises(original).keys()
+    assert not notebooks.solutions(written) and not notebooks.checks(written)
+    text = "\n".join(cell.source for cell in written.cells)
+    assert "<details><summary>Solution" not in text
+    assert not any(cell.get("outputs") for cell in written.cells)
+    for number, check in notebooks.checks(original).items():
+        assert check.source not in text
+        assert f'exercises.check_of("{name}", {number})' in text
+    for number, code in notebooks.solutions(original).items():
+        assert code.strip() not in text, f"solution {number}"
+    headings = [line for cell in original.cells for line in re.findall(r"^#+ .*", cell.source)]
+    assert all(line in text for line in headings if cell_is_text(original, line))
+
+
+def cell_is_text(notebook: nbformat.NotebookNode, line: str) -> bool:
+    return any(line in cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def test_a_handout_does_not_overwrite(tmp_path):
+    command = [sys.executable, Path(handout.__file__), "--chapter", "02", "--to", tmp_path]
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2 and "may hold somebody's answers" in again.stderr
