@@ -890,7 +890,10 @@ def read_speech(
         train = Speech.synthetic(320, config, args.seed)
         return train, Speech.synthetic(60, config, args.seed + 1)
     train = Speech.from_manifest(args.data, config, tell)
-    NGram(train.texts)  # raises where no text has a word
+    try:
+        NGram(train.texts)
+    except ValueError as error:  # no text has a word
+        raise ValueError(f"{args.data}: {error}") from error
     return train, Speech.from_manifest(args.dev or args.data, config, tell)
 
 

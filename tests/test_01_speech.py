@@ -771,7 +771,8 @@ def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(
 def test_texts_without_a_word_are_found_before_training(tmp_path, capsys, monkeypatch):
     """The language model could not be counted, hours later."""
     path = write(tmp_path, entry(text=""), entry(text=" "))
-    assert "there is no word in it" in refused(["--data", path], capsys, monkeypatch)
+    line = refused(["--data", path], capsys, monkeypatch)
+    assert f"{path}: a language model needs text, but there is no word in it" in line
 
 
 @pytest.mark.parametrize(
