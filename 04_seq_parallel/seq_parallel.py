@@ -548,7 +548,7 @@ def recompute(function: Callable, *args: Any, dropouts: Iterable[Dropout] = ()) 
 def recomputed_core(
     core: Callable, q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout
 ) -> Tensor:
-    """core(q, k, v, dropout), (p, S, D) to y_pSD, computed again in backward: section 5."""
+    """core(q, k, v, dropout) to y_pSD, computed again in backward. Source: the paper, section 5."""
     return recompute(core, q_pSD, k_pSD, v_pSD, dropout, dropouts=[dropout])
 
 
@@ -897,7 +897,7 @@ def saved_tensors(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> 
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages in `saved_tensors`, whose arguments it takes; a scalar."""
+    """Bytes of the storages of `saved_tensors`(run, parameters), a scalar. Source: ours."""
     return sum(x.untyped_storage().nbytes() for x in saved_tensors(run, parameters))
 
 
@@ -986,15 +986,14 @@ def equivalence(
 
 
 def text_batches(args: argparse.Namespace, device: torch.device, steps: int) -> Batches:
-    """Windows of a source file of Python, one token per byte; the same batches on every rank."""
-    text = bytearray(Path(argparse.__file__).read_bytes())
-    ids = torch.frombuffer(text, dtype=torch.uint8).to(device, torch.int64)
+    """Windows of the text of this file, one token per byte; the same batches on every rank."""
+    ids = torch.tensor(list(Path(__file__).read_bytes()))
     generator = torch.Generator().manual_seed(args.seed)
     for _ in range(steps):
         start_B1 = torch.randint(len(ids), (args.batch, 1), generator=generator)
         place_BS = start_B1 + torch.arange(args.seq_length + 1)
-        window_BS = ids[place_BS.to(device) % len(ids)]  # after the last byte comes the first
-        yield window_BS[:, :-1], window_BS[:, 1:]
+        window_BS = ids[place_BS % len(ids)]  # after the last byte comes the first
+        yield window_BS[:, :-1].to(device), window_BS[:, 1:].to(device)
 
 
 def demonstrate(args: argparse.Namespace, device: torch.device) -> list[float]:
@@ -1011,7 +1010,7 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> list[float]:
         steps = train_alone(plain, optimizer, batches(min(5, args.steps)), autocast=autocast)
         alone = [loss.item() for loss, _ in steps]
     model = SequenceParallelGPT(config, recompute=args.recompute).to(device, dtype)
-    say(f"training on a source file of Python, recompute {args.recompute}\n")
+    say(f"training on this file, recompute {args.recompute}\n")
     say("step      loss  single device    norm  tokens/s  peak GB")
     differences = []
     optimizer = make_optimizer(model, args.lr)
