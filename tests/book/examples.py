@@ -382,8 +382,15 @@ def sp_gpt():
 def sp_attention(m):
     from seq_parallel import unfused_attention
 
-    layer = m.SequenceParallelAttention(sp_config(), None, True, unfused_attention)
-    return through(layer, normal(5, 2, 16).requires_grad_())
+    layer = m.Attention(sp_config(), torch.nn.Linear, torch.nn.Linear, unfused_attention)
+    return through(layer, normal(5, 2, 16))
+
+
+def sp_recomputed(m):
+    from seq_parallel import unfused_attention
+
+    qkv = normal(3, 3, 4, 5, 2).requires_grad_()
+    return m.recomputed_core(unfused_attention, *qkv[0], no_dropout())
 
 
 def no_dropout():
@@ -396,11 +403,6 @@ def marked(m):
     layer = torch.nn.LayerNorm(3)
     m.mark(layer.parameters(), True)
     return [p.sequence_parallel for p in layer.parameters()]
-
-
-def sp_gathered(m):
-    with alone():
-        return m.gather_state_dict(sp_gpt().state_dict(), sp_config())
 
 
 def cost_of_layer(m):
@@ -816,7 +818,13 @@ EXAMPLES = {
         ),
         "fused_attention": lambda m, folder: m.fused_attention(*normal(3, 4, 5, 2), no_dropout()),
         "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
-        "SequenceParallelAttention": lambda m, folder: sp_attention(m),
+        "recomputed_core": lambda m, folder: sp_recomputed(m),
+        "Attention": lambda m, folder: sp_attention(m),
+        "MLP": lambda m, folder: through(
+            m.MLP(sp_config(), torch.nn.Linear, torch.nn.Linear), normal(5, 2, 16)
+        ),
+        "Layer": lambda m, folder: through(m.Layer(sp_config()), normal(5, 2, 16)),
+        "GPT": lambda m, folder: through(m.GPT(sp_config()), TOKENS),
         "SequenceParallelLayer": lambda m, folder: through(
             m.SequenceParallelLayer(sp_config(), recompute="selective"),
             normal(5, 2, 16).requires_grad_(),
@@ -827,7 +835,9 @@ EXAMPLES = {
         "SequenceParallelGPT": lambda m, folder: through(
             m.SequenceParallelGPT(sp_config()), TOKENS
         ),
-        "gather_state_dict": lambda m, folder: sp_gathered(m),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(
+            sp_gpt().state_dict(), sp_config()
+        ),
         "train": lambda m, folder: losses(m.train(*with_optimizer(sp_gpt()), BATCHES)),
         "saved_tensors": lambda m, folder: m.saved_tensors(normal(3).requires_grad_().exp),
         "saved_bytes": lambda m, folder: [m.saved_bytes(normal(3).requires_grad_().exp)],
@@ -995,7 +1005,10 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_02_megatron_tp.py runs the script",
     },
     "pipeline": {"text_batches": "part of the demonstration; test_03_pipeline.py runs it"},
-    "seq_parallel": {"measure": "trains and prints; test_04_seq_parallel.py runs the script"},
+    "seq_parallel": {
+        "measure": "trains and prints; test_04_seq_parallel.py runs the script",
+        "text_batches": "part of the demonstration; test_04_seq_parallel.py runs it",
+    },
     "mamba_hybrid_tables": {
         "layers": "rows of a table; test_05_tables.py reads all",
         "sizes": "rows of a table; test_05_tables.py reads all",

@@ -212,6 +212,7 @@ def pipeline(seed: int) -> Case:
 
 def sequence(seed: int) -> Case:
     """Chapter 4: tensor and sequence parallelism, attention computed once more in backward."""
+    import megatron_tp as tp
     import seq_parallel as sp
 
     sizes = dict(vocab_size=61, seq_length=32, hidden_size=64, num_layers=4, num_heads=8)
@@ -229,7 +230,7 @@ def sequence(seed: int) -> Case:
     return Case(
         sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), with_rate(sp.train_alone),
         lambda: sp.SequenceParallelGPT(config, recompute="selective"), with_rate(sp.train),
-        lambda shards: sp.merge_state_dicts(shards, config),
+        lambda shards: tp.merge_state_dicts(shards, config),
     )  # fmt: skip
 
 
