@@ -139,10 +139,11 @@ def quantize_fp8(
     dtype = FP8_FORMATS[format]
     largest = torch.finfo(dtype).max
     x = x.to(torch.float32)
+    shared = amax_group is not None and block is None  # also where this rank's shard is empty
     block = block if x.numel() else None
     amax = _amax(x, block)
     amax = amax.nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop NaN
-    if amax_group is not None and block is None:
+    if shared:
         moe._all_reduce(amax, amax_group, dist.ReduceOp.MAX)
     # largest / amax would be computed as largest · (1 / amax), which rounds twice.
     scale = torch.full_like(amax, largest) / amax

@@ -374,6 +374,19 @@ def test_fp8_hardware_is_refused_where_there_is_none():
 # ── 3 FP8 experts, and one scale for a sharded tensor ─────────────────────────────────────────────
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_tiles_have_no_amax_of_several_ranks(rows):
+    """Nor has an empty shard, whose rank would wait for ranks that have tiles."""
+
+    def waits(*args):
+        raise AssertionError("no other rank calls this all-reduce")
+
+    with plant(moe, "_all_reduce", waits):
+        fp8.quantize_fp8(torch.ones(rows, 128), *fp8.TILE, amax_group="any")
+        with pytest.raises(AssertionError, match="no other rank"):
+            fp8.quantize_fp8(torch.ones(rows, 128), amax_group="any")
+
+
 class Codes:
     """`with Codes() as seen:` keeps what `quantize_fp8` makes, in order."""
 
