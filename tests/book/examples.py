@@ -512,13 +512,13 @@ def moe_weights():
 
 
 def hybrid():
-    from moe_fp8 import HYBRID
+    from fp8 import HYBRID
 
     return HYBRID
 
 
 def quantized(x):
-    from moe_fp8 import quantize_fp8
+    from fp8 import quantize_fp8
 
     return quantize_fp8(x)
 
@@ -932,12 +932,13 @@ EXAMPLES = {
         "Layer": lambda m, folder: list(
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
-        "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
         "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
         "grouped_gemm": lambda m, folder: m.grouped_gemm(normal(5, 3), normal(2, 4, 3), [2, 3]),
-        "Experts": lambda m, folder: through(m.Experts(2, 3, 4), normal(5, 3), [2, 3]),
+        "Experts": lambda m, folder: through(
+            m.Experts(moe_config()), normal(5, 16), [2, 3] + [0] * (moe_config().num_experts - 2)
+        ),
         "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
         "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
         "MoELM": lambda m, folder: list(m.MoELM(moe_config()).double()(TOKENS)),
@@ -957,6 +958,23 @@ EXAMPLES = {
             m.ExpertParallelMoELayer(moe_config()).double()(normal(2, 5, 16))
         ),
         "ParallelMoELM": lambda m, folder: list(m.ParallelMoELM(moe_config()).double()(TOKENS)),
+        "shard_tensor": lambda m, folder: m.shard_tensor(
+            "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
+        ),
+        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
+        "gather_state_dict": lambda m, folder: moe_gathered(m),
+        "Mesh": lambda m, folder: list(vars(m.Mesh()).values())[:3],
+        "Plan": lambda m, folder: vars(m.Plan(TOKENS, TOKENS, [1], [1], [1], 2, None))["order_R"],
+        "make_mesh": lambda m, folder: one_mesh(m),
+        "sum_gradients": lambda m, folder: m.sum_gradients(moe().parameters()) or "nothing to sum",
+        "reduce_gradients": lambda m, folder: moe_reduce(m),
+        "rank_rows": lambda m, folder: m.rank_rows(TOKENS),
+        "train": lambda m, folder: moe_run(m),
+    },
+    "fp8": {
+        "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
         "quantize_fp8": lambda m, folder: m.quantize_fp8(torch.randn(4, 4))[0].view(torch.uint8),
         "dequantize_fp8": lambda m, folder: m.dequantize_fp8(quantized(torch.randn(4, 4))),
         "fp8_gemm": lambda m, folder: m.fp8_gemm(
@@ -973,20 +991,6 @@ EXAMPLES = {
             torch.randn(5, 16), torch.randn(2, 16, 16), [2, 3], hybrid()
         ),
         "to_fp8": lambda m, folder: converted(m),
-        "shard_tensor": lambda m, folder: m.shard_tensor(
-            "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
-        ),
-        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
-        "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
-        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
-        "gather_state_dict": lambda m, folder: moe_gathered(m),
-        "Mesh": lambda m, folder: list(vars(m.Mesh()).values())[:3],
-        "Plan": lambda m, folder: vars(m.Plan(TOKENS, TOKENS, [1], [1], [1], 2, None))["order_R"],
-        "make_mesh": lambda m, folder: one_mesh(m),
-        "sum_gradients": lambda m, folder: m.sum_gradients(moe().parameters()) or "nothing to sum",
-        "reduce_gradients": lambda m, folder: moe_reduce(m),
-        "rank_rows": lambda m, folder: m.rank_rows(TOKENS),
-        "train": lambda m, folder: moe_run(m),
     },
 }
 
@@ -1026,7 +1030,6 @@ WITHOUT_EXAMPLE = {
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",
-        "fp8_recipe": "takes the command line's arguments",
         "is_default": "takes the command line's arguments",
         "single_device_losses": "part of the demonstration; test_06_moe_fp8.py runs it",
         "text_batches": "part of the demonstration; test_06_moe_fp8.py runs it",

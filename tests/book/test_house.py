@@ -30,7 +30,6 @@ NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this li
     "03_pipeline/plan.py",
     "03_pipeline/wire_cut.py",
     "05_mamba_hybrid/mamba_hybrid.py",
-    "06_moe_fp8/moe_fp8.py",
 )
 OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]
 CONVERTED = [path for path in CHAPTERS if path not in OLD]
