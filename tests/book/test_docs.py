@@ -6,6 +6,7 @@ import contextlib
 import functools
 import importlib
 import json
+import math
 import re
 import shlex
 import socket
@@ -20,6 +21,7 @@ import pytest
 import scripts
 import shared_blocks
 import soundfile
+import test_02_megatron_tp
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -322,10 +324,14 @@ FRONT = commands(ROOT / "README.md")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FRONT)
 def test_the_front_doors_commands_run(command, tmp_path):
-    """Each one, as a reader would type it, with few steps; servers are this machine, with a rank each."""
+    """Each one, as a reader would type it, with few steps; servers are this machine, with a rank
+    each."""
     words = shlex.split(command, comments=True)
     if words[:2] == ["make", "test"]:
         pytest.skip("that is this")
+    if "--check" in words:
+        assert words[1:] == ["02_megatron_tp/megatron_tp.py", *test_02_megatron_tp.CHECK[:-2]]
+        pytest.skip("test_02_megatron_tp.py starts that, with --ranks 2")
     if words[:2] == ["make", "lift"]:
         lifted = tmp_path / words.pop().removeprefix("TO=")
         subprocess.run([*words, f"TO={lifted}", f"PY={sys.executable}"], cwd=ROOT, check=True)
@@ -342,7 +348,7 @@ def test_the_front_doors_commands_run(command, tmp_path):
             f"script in {words[1]}" in printed and "python $script" in printed
         )  # it is what make run runs
         return
-    elif "--check" not in words:
+    else:
         words += ["--steps", "2"]
     servers, program = 1, words[0]
     if program == "torchrun":
@@ -368,14 +374,27 @@ def test_the_front_doors_commands_run(command, tmp_path):
         outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0] * servers, outputs
     text = "".join(out for out, _ in outputs)
-    assert ("bound 1e-10" if "--check" in words else "verdict") in text and "FAILED" not in text
-    if program == "make":  # every claim
-        verdicts = [line.split()[-1] for line in text.split("\nclaim ")[1].splitlines()[1:] if line]
-        assert (
-            "4 ranks: tp 2 × dp 2" in text
-            and verdicts == ["ok"] * len(verdicts)
-            and len(verdicts) >= 5
-        )
+    assert "verdict" in text and "FAILED" not in text
+    if program == "make":
+        check_a_whole_run(text)
+
+
+def check_a_whole_run(text: str) -> None:
+    """The setting, a row a step with its six columns, and the claims, all of them ok."""
+    lines = text[text.index("torch ") :].splitlines()
+    assert "4 ranks: tp 2 × dp 2, fp32, seed 0" in lines[0]
+    header = next(line for line in lines if line.startswith("step"))
+    assert header.split() == "step loss single device norm tokens/s peak GB".split()
+    rows = test_02_megatron_tp.table_rows(text)
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    for _, loss, reference, norm, speed, memory in rows:
+        assert abs(float(loss) - float(reference)) < 1e-4
+        values = float(norm), float(speed.replace(",", "")), float(memory)
+        assert all(0 < value < math.inf for value in values)
+    begin = next(i for i, line in enumerate(lines) if line.startswith("claim"))
+    claims = [line for line in lines[begin + 1 :] if line]
+    assert len(claims) == 5
+    assert all(line.endswith(" ok") for line in claims), claims
 
 
 # ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────
