@@ -81,8 +81,8 @@ STOP = "import ipyparallel as ipp\nipp.Cluster().stop_at_last()"
 
 
 class Session:
-    """`with Session() as session:` executes one notebook after the other in one kernel, with one set
-    of ranks, which saves the seconds that each start takes."""
+    """`with Session() as session:` executes one notebook after the other in one kernel, with one
+    set of ranks, which saves the seconds that each start takes."""
 
     def __enter__(self) -> "Session":
         self.client = client(nbformat.v4.new_notebook())
@@ -106,7 +106,8 @@ class Session:
 
 
 def grade(path: Path) -> dict[str, bool]:
-    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it solved."""
+    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it
+    solved."""
     text = printed(notebook := execute(path, go_on=True))
     return {number: f"exercise {number}: ok" in text for number in exercises(notebook)}
 
@@ -137,9 +138,9 @@ def solve(notebook) -> None:
 
 
 def needed(notebook) -> list[dict]:
-    """The cells that exercises need: themselves and their checks; the cells before the first heading
-    and the last one, which start and stop the ranks; and for each name that one of these mentions
-    the cell that made it last."""
+    """The cells that exercises need: themselves and their checks; the cells before the first
+    heading and the last one, which start and stop the ranks; and for each name that one of these
+    mentions the cell that made it last."""
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next(
