@@ -1286,14 +1286,11 @@ def test_the_script():
     assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64")], ids=str
-)
-def test_check(flags):
-    done = run("--check", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "worst" in done.stdout and "gradient layers.1.mixer.router.weight" in done.stdout
+@pytest.mark.ranks(1, 2)
+def test_check():
+    code, printed = scripts.on_ranks(moe, "--check", "--ep", "1", "--dtype", "fp64")
+    assert code == 0
+    assert "worst" in printed and "gradient layers.1.mixer.router.weight" in printed
 
 
 @pytest.mark.ranks(4)
@@ -1454,26 +1451,10 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
         moe.worst(errors, "what nobody has")
 
 
-@pytest.mark.slow
-def test_the_script_in_unusual_surroundings(monkeypatch):
-    """No docstrings, a terminal without ×, and what people set when something hangs."""
-    for name, value in dict(
-        PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL"
-    ).items():
-        monkeypatch.setenv(name, str(value))
-    done = run("--ranks", "3", "--steps", "2", *SMALL)
-    assert (
-        done.returncode == 0 and "3 ranks: ep 1 ? dp 3" in done.stdout and "claim " in done.stdout
-    ), done.stderr
-
-
-@pytest.mark.slow
-def test_a_script_with_wrong_flags_ends_at_once():
-    done = run("--ep", "3", timeout=60)
-    lines = done.stderr.splitlines()
-    assert (
-        done.returncode == 2 and "--ep 3 must divide the 4 ranks" in lines[-1] and len(lines) <= 2
-    )
+@pytest.mark.ranks(3, detail=True, timeout=120)
+def test_the_script_with_torchs_checks_of_every_collective():
+    code, printed = scripts.on_ranks(moe, "--steps", "2", *SMALL)
+    assert code == 0 and "3 ranks: ep 1 × dp 3" in printed and "claim " in printed
 
 
 # ── Extreme values, choices of the user, and what comparisons cannot see ──────────────────────────

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: MIT-0
-"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1` rewrites the kept outputs,
-`make grade NOTEBOOK=mine.ipynb` says which exercises of a student's copy are solved.
+"""Executes notebooks from top to bottom: `make notebooks` on copies, `make notebooks SAVE=1`
+rewrites the kept outputs, `make grade NOTEBOOK=mine.ipynb` says which exercises of a student's copy
+are solved.
 
-An exercise is three cells: one to fill in, which begins with "# exercise 1" (behind a %%px line, if it has one); one
-that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and a folded solution, a Markdown cell with
-"Solution 1" and one block of Python.
+An exercise is three cells: one to fill in, which begins with "# exercise 1" (behind a %%px line, if
+it has one); one that checks it and prints "exercise 1: ok" or "exercise 1: not solved yet"; and a
+folded solution, a Markdown cell with "Solution 1" and one block of Python.
 """
 
 import argparse
@@ -23,27 +24,90 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(
-    path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False
-) -> nbformat.NotebookNode:
-    """The executed notebook, in memory. With `solutions` the exercises are solved first, and no cell runs that they can
-    do without. Raises where a cell fails, or goes on with the next. A copy elsewhere finds the chapters from the folder
-    of the notebooks."""
-    notebook, folder = (
-        nbformat.read(path, as_version=4),
-        {"metadata": {"path": str(ROOT / "notebooks")}},
-    )
-    if solutions:
-        solve(notebook)
-        notebook.cells = needed(notebook)
-    nbclient.NotebookClient(
-        notebook, timeout=timeout, resources=folder, allow_errors=go_on
-    ).execute()
+def client(notebook: nbformat.NotebookNode, go_on: bool = False) -> nbclient.NotebookClient:
+    """A copy elsewhere finds the chapters from the folder of the notebooks."""
+    folder = {"metadata": {"path": str(ROOT / "notebooks")}}
+    return nbclient.NotebookClient(notebook, timeout=300, resources=folder, allow_errors=go_on)
+
+
+def execute(path: Path, go_on: bool = False) -> nbformat.NotebookNode:
+    """The executed notebook, in memory. Raises where a cell fails, or goes on with the next."""
+    notebook = nbformat.read(path, as_version=4)
+    client(notebook, go_on).execute()
     return notebook
 
 
+def solved(path: Path) -> nbformat.NotebookNode:
+    """The notebook with its exercises solved, without the cells that they can do without."""
+    notebook = nbformat.read(path, as_version=4)
+    solve(notebook)
+    notebook.cells = needed(notebook)
+    return notebook
+
+
+# In the kernel of a Session: the second notebook that makes a cluster gets that of the first, with
+# ranks that have imported torch. No name of one notebook is left for the next.
+PRELUDE = """
+import ipyparallel as ipp
+
+def kept_cluster(Cluster):
+    class KeptCluster:
+        started = []  # the cluster and its client
+
+        def __init__(self, **options):
+            self.options = options
+
+        def start_and_connect_sync(self, activate=True):
+            if not self.started:
+                cluster = Cluster(**self.options)
+                self.started += cluster, cluster.start_and_connect_sync()
+            client = self.started[1]
+            client[:].clear(block=True)
+            client.activate()
+            return client
+
+        def stop_cluster_sync(self):
+            pass
+
+        def stop_at_last(self):
+            if self.started:
+                self.started[0].stop_cluster_sync()
+
+    return KeptCluster
+
+ipp.Cluster = kept_cluster(ipp.Cluster)
+"""
+STOP = "import ipyparallel as ipp\nipp.Cluster().stop_at_last()"
+
+
+class Session:
+    """`with Session() as session:` executes one notebook after the other in one kernel, with one
+    set of ranks, which saves the seconds that each start takes."""
+
+    def __enter__(self) -> "Session":
+        self.client = client(nbformat.v4.new_notebook())
+        self.kernel = self.client.setup_kernel()
+        self.kernel.__enter__()
+        self.run([nbformat.v4.new_code_cell(PRELUDE)])
+        return self
+
+    def __exit__(self, *error) -> None:
+        try:
+            self.run([nbformat.v4.new_code_cell(STOP)])
+        finally:
+            self.kernel.__exit__(*error)
+
+    def run(self, cells: list[nbformat.NotebookNode]) -> str:
+        """What these cells print, as those of a notebook. Raises where one fails."""
+        self.client.nb.cells = [nbformat.v4.new_code_cell("%reset -f"), *cells]
+        for number, cell in enumerate(self.client.nb.cells):
+            self.client.execute_cell(cell, number)
+        return printed(self.client.nb)
+
+
 def grade(path: Path) -> dict[str, bool]:
-    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it solved."""
+    """Number of each exercise of a notebook to whether its check, which runs here and now, finds it
+    solved."""
     text = printed(notebook := execute(path, go_on=True))
     return {number: f"exercise {number}: ok" in text for number in exercises(notebook)}
 
@@ -74,8 +138,9 @@ def solve(notebook) -> None:
 
 
 def needed(notebook) -> list[dict]:
-    """The cells that exercises need: themselves and their checks; the cells before the first heading and the last one,
-    which start and stop the ranks; and for each name that one of these mentions the cell that made it last."""
+    """The cells that exercises need: themselves and their checks; the cells before the first
+    heading and the last one, which start and stop the ranks; and for each name that one of these
+    mentions the cell that made it last."""
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next(
@@ -126,8 +191,8 @@ def _made(source: str) -> set[str]:
 
 
 def _mentioned(source: str) -> tuple[set[str], set[str]]:
-    """The names that a cell needs from before, and the words in it, some of which may be fetched from the ranks:
-    engines[0]["losses"]."""
+    """The names that a cell needs from before, and the words in it, some of which may be fetched
+    from the ranks: engines[0]["losses"]."""
     mentioned, made = set(), set()
     for statement, table in _statements(source):
         if isinstance(statement, ast.For | ast.With):  # what they assign comes before what they use
@@ -156,7 +221,8 @@ def printed(notebook) -> str:
 
 
 def tidy(notebook) -> None:
-    """Takes out what differs from one execution to the next: versions, times, progress bars, the order of ranks."""
+    """Takes out what differs from one execution to the next: versions, times, progress bars, the
+    order of ranks."""
     notebook.metadata.get("language_info", {}).pop("version", None)
     notebook.metadata.pop("widgets", None)  # the state of progress bars
     for cell in notebook.cells:

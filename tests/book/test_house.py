@@ -290,25 +290,47 @@ def test_the_ranks_marker(value):
 # ── Notebooks ─────────────────────────────────────────────────────────────────────────────────────
 
 
+ONE_SESSION = ("02_megatron_tp", "04_seq_parallel")  # these two share their ranks
+
+
 @pytest.fixture(scope="module")
 def solved():
-    """Every notebook with its exercises solved, two at a time: most of it waits for ranks."""
+    """The other notebooks with their exercises solved, two at a time: most of it waits for
+    ranks."""
+
+    def executed(path: Path):
+        notebooks.client(notebook := notebooks.solved(path)).execute()
+        return notebooks.printed(notebook)
+
+    alone = [path for path in notebooks.notebooks() if path.stem not in ONE_SESSION]
     with ThreadPoolExecutor(2) as pool:
-        yield {
-            path: pool.submit(notebooks.execute, path, solutions=True)
-            for path in notebooks.notebooks()
-        }
+        yield {path: pool.submit(executed, path) for path in alone}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem)
-def test_solutions_solve_their_exercises(path, solved):
+def test_solutions_solve_their_exercises(path, solved, notebook_session):
     """`make notebooks` demands "not solved yet" of an exercise; its solution prints "ok"."""
-    text = notebooks.printed(solved[path].result())
-    numbers = list(notebooks.exercises(notebooks.nbformat.read(path, as_version=4)))
+    notebook = notebooks.solved(path)
+    text = solved[path].result() if path in solved else notebook_session.run(notebook.cells)
+    numbers = list(notebooks.exercises(notebook))
     assert len(numbers) >= 3
     for number in numbers:
         assert f"exercise {number}: ok" in text
+
+
+@pytest.mark.slow
+def test_a_session_keeps_its_ranks_and_no_names(notebook_session):
+    """Ranks and kernel have what they import, and nothing else of the notebook before."""
+    start = "import os, ipyparallel as ipp\nengines = ipp.Cluster(n=4).start_and_connect_sync()"
+    ask = "print(sorted(engines[:].apply_sync(os.getpid)), engines[:].apply_sync(lambda: "
+    ask += "'mine' in globals()), 'mine' in globals())"
+    cells = [nbformat.v4.new_code_cell(source) for source in (start, ask)]
+    first = notebook_session.run(cells)
+    mine = [nbformat.v4.new_code_cell("mine = 1"), nbformat.v4.new_code_cell("%%px\nmine = 1")]
+    changed = notebook_session.run([cells[0], *mine, cells[1]])
+    assert changed == first.replace("False", "True") != first
+    assert notebook_session.run(cells) == first
 
 
 @pytest.mark.slow
