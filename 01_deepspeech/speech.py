@@ -526,9 +526,9 @@ def read_manifest(path: str, alphabet: str = ds.ALPHABET) -> list[Utterance]:
 
     A relative audio_filepath is relative to the manifest's folder. Texts become lower case, NFC.
     Lines end at "\\n" alone: other line separators may stand in a text.
-    Raises: OSError; ValueError that names file and line for what is no JSON object, lacks a key,
-        names no file, or has letters outside the alphabet; for a manifest without utterances, and
-        for one that can be read only once (a pipe).
+    Raises: OSError; ValueError that names file and line for a line that is not a JSON object, lacks
+        a key, names no file, or has letters outside the alphabet; for a manifest without
+        utterances, and for one that can be read only once (a pipe).
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is no regular file: each rank reads it, so a pipe is not enough")
@@ -567,7 +567,7 @@ LOUDEST = 1e9  # of a sample; squares of larger ones do not fit fp32
 def load_audio(path: str, sample_rate: int) -> Tensor:
     """An audio file as wave_W at `sample_rate`, its channels averaged.
 
-    Raises: ValueError that names the file, for what is no audio, has no samples, or samples that
+    Raises: ValueError that names the file, where it is not audio, has no samples, or samples that
         are not finite or too large.
     """
     try:
@@ -890,7 +890,10 @@ def read_speech(
         train = Speech.synthetic(320, config, args.seed)
         return train, Speech.synthetic(60, config, args.seed + 1)
     train = Speech.from_manifest(args.data, config, tell)
-    NGram(train.texts)  # raises where no text has a word
+    try:
+        NGram(train.texts)
+    except ValueError as error:  # no text has a word
+        raise ValueError(f"{args.data}: {error}") from error
     return train, Speech.from_manifest(args.dev or args.data, config, tell)
 
 

@@ -172,7 +172,7 @@ class GPTConfig:
 # curve alone does not show it; a comparison of gradients does, at the first step.
 
 
-# region shared: tensor-parallel operators
+# region shared: conjugate operators
 class _Conjugate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, op, conjugate_op):
@@ -185,6 +185,17 @@ class _Conjugate(torch.autograd.Function):
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+# endregion
+# region shared: tensor-parallel operators
 def _identity(x: Tensor, group: Group) -> Tensor:
     return x
 
@@ -195,20 +206,10 @@ def _sum(partial_x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
-    ]
-    dist.all_gather(shards, x.contiguous(), group)
+    x = x.contiguous()
+    shards = [torch.empty_like(x) for _ in range(group_size(group))]
+    dist.all_gather(shards, x, group)
     return torch.cat(shards, dim=-1)
-
-
-def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
-    tp = group_size(group)
-    if x.shape[dim] % tp:
-        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
-        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
-    # A copy: a view would keep the memory of the full tensor alive.
-    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
 def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
@@ -527,6 +528,9 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_BSv, None, None, None
 
 
+# endregion
+
+
 def vocab_parallel_cross_entropy(
     logits_BSv: Tensor,
     targets_BS: Tensor,
@@ -563,8 +567,6 @@ def vocab_parallel_cross_entropy(
     loss_BS = torch.where(targets_BS != ignore_index, loss_BS, 0)
     return torch.where(is_id_BS, loss_BS, torch.nan)
 
-
-# endregion
 
 # ── 1.6 Dropout: one mask for replicated tensors, one per rank for sharded ones ─────────────────
 #
@@ -842,9 +844,7 @@ class ParallelGPT(GPT):
 
 def _recomputed(layer: nn.Module, x_BSH: Tensor) -> Tensor:
     # Another forward pass may seed the masks again before this one's backward.
-    seeds = [
-        (module, module.mask_seed) for module in layer.modules() if isinstance(module, Dropout)
-    ]
+    seeds = [(m, m.mask_seed) for m in layer.modules() if isinstance(m, Dropout)]
 
     def run(x_BSH: Tensor) -> Tensor:
         for module, mask_seed in seeds:
@@ -860,7 +860,7 @@ def _recomputed(layer: nn.Module, x_BSH: Tensor) -> Tensor:
 # replicated: LayerNorm, positions, and the biases of row-parallel layers.
 
 
-# region shared: tensor-parallel weights
+# region shared: tensor-parallel shards
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
     "qkv.weight": 0,  # by heads: the outputs of the column-parallel matrix
@@ -896,6 +896,9 @@ def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int)
     return full.chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
+# endregion
+
+
 def shard_state_dict(full: StateDict, config: GPTConfig, rank: int, tp: int) -> StateDict:
     """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
@@ -929,9 +932,6 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
         if name.endswith("embedding.weight"):
             full[name] = full[name][: config.vocab_size].clone()
     return full
-
-
-# endregion
 
 
 def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None) -> StateDict:

@@ -69,7 +69,6 @@ import logging
 import math
 import os
 import sys
-import sysconfig
 import threading
 import time
 import zlib
@@ -81,7 +80,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -194,8 +192,7 @@ class GPTConfig:
 # rank's tokens, and sends nothing. Only the caller knows which work follows, so it is an argument.
 # Both mistakes run, and the loss of the first steps even falls.
 #
-# `_Conjugate` is chapter 2's: one autograd Function that applies a function in forward and its
-# conjugate in backward.
+# `_Conjugate`, chapter 2's, applies a function in forward, and its conjugate in backward.
 
 
 def _tokens_per_rank(S: int, group: Group) -> int:
@@ -413,10 +410,9 @@ class SPRowParallelLinear(nn.Module):
 # With the two tokens 3 and 4 on two ranks and a replicated bias of 0, y = x + bias and L = Σ y²:
 # rank 0 finds dL/dbias = 2 · 3 and rank 1 finds 2 · 4. The single device's gradient is 14.
 #
-# Names cannot tell which is which in a layer of your own, so the parameter does. Megatron-LM sets
-# `sequence_parallel` on parameters with partial gradients. Here every parameter says True or False,
-# because attributes get lost: copy.deepcopy and load_state_dict(assign=True) make new parameters
-# without them. A parameter that says neither is refused.
+# Names cannot decide this in a layer of your own, so each parameter has a mark. Megatron-LM sets
+# `sequence_parallel` on those with partial gradients. Here it is True or False, and a parameter
+# without it is refused: copy.deepcopy and load_state_dict(assign=True) lose such attributes.
 
 
 def mark(parameters: Parameters, sequence_parallel: bool) -> None:
@@ -467,11 +463,10 @@ def reduce_sequence_parallel_grads(module: nn.Module, group: Group = None) -> No
 # boolean mask. baddbmm adds and scales, so no scaled copy of q is kept. Softmax returns bf16: it
 # computes in fp32 all the same. (Under autocast PyTorch returns fp32, and 2 bytes become 4.)
 #
-# FlashAttention came later (arXiv 2205.14135). Its kernel keeps its output and one value per query,
-# and computes the weights again in backward, block by block. That is selective recomputation in a
-# kernel; around it, recomputation would do the work twice. Selective recomputation still pays where
-# there is no such kernel (biases and masks of one's own), and for other tensors that are large and
-# cheap: LayerNorm's, gelu's, an expert router's.
+# FlashAttention came later (arXiv 2205.14135): one kernel that keeps its output and one value per
+# query, and computes the weights again in backward. Recomputation around it would do that twice.
+# Selective recomputation still pays where no such kernel exists (masks of one's own), and for other
+# tensors that are large and cheap: LayerNorm's, gelu's, an expert router's.
 
 
 def unfused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout) -> Tensor:
@@ -495,10 +490,8 @@ def fused_attention(q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropou
     if dropout.p and dropout.training:
         raise ValueError(f"dropout={dropout.p}: fused_attention has none; use unfused_attention")
     # One sequence of p heads: to (S, B, H) its output is a view, and no copy.
-    q_1pSD = q_pSD[None]
-    k_1pSD = k_pSD[None]
-    v_1pSD = v_pSD[None]
-    return F.scaled_dot_product_attention(q_1pSD, k_1pSD, v_1pSD, is_causal=True)[0]
+    y_1pSD = F.scaled_dot_product_attention(q_pSD[None], k_pSD[None], v_pSD[None], is_causal=True)
+    return y_1pSD[0]
 
 
 # ── 1.5 Recomputation ───────────────────────────────────────────────────────────────────────────
@@ -523,19 +516,18 @@ class _MasksOfForward:
     """Inside, each `Dropout` draws the masks that it drew when this object was made."""
 
     def __init__(self, dropouts: Iterable[Dropout]):
-        self.dropouts = list(dropouts)
-        self.in_forward = [dropout.mask_seed for dropout in self.dropouts]
+        self.stored = {dropout: dropout.mask_seed for dropout in dropouts}
+
+    def _swap(self) -> None:
+        for dropout, mask_seed in self.stored.items():
+            self.stored[dropout] = dropout.mask_seed
+            dropout.mask_seed = mask_seed
 
     def __enter__(self) -> None:
-        self.before = [dropout.mask_seed for dropout in self.dropouts]
-        self._set(self.in_forward)
+        self._swap()
 
     def __exit__(self, *error: Any) -> None:  # an early stop is an exception
-        self._set(self.before)
-
-    def _set(self, mask_seeds: list[int | None]) -> None:
-        for dropout, mask_seed in zip(self.dropouts, mask_seeds):
-            dropout.mask_seed = mask_seed
+        self._swap()
 
 
 @torch.compiler.disable  # a compiler would trace the seeds as constants
@@ -553,56 +545,150 @@ def recompute(function: Callable, *args: Any, dropouts: Iterable[Dropout] = ()) 
     return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
 
+def recomputed_core(
+    core: Callable, q_pSD: Tensor, k_pSD: Tensor, v_pSD: Tensor, dropout: Dropout
+) -> Tensor:
+    """core(q, k, v, dropout) to y_pSD, computed again in backward. Source: the paper, section 5."""
+    return recompute(core, q_pSD, k_pSD, v_pSD, dropout, dropouts=[dropout])
+
+
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 #
-# ── 2.1 The layer ───────────────────────────────────────────────────────────────────────────────
+# ── 2.1 The plain model ─────────────────────────────────────────────────────────────────────────
 #
-# The plain model is chapter 2's, and stands among the carried blocks: `GPT`, `Block`, `Attention`,
-# `MLP`. Inside a region are all S tokens of n heads or f features, and outside s tokens with all H
-# features. Attention has the layout S B H, so it is written again. `MLP` works for any layout.
+# A GPT for a single device, as chapter 2's, with the same initial weights, in the layout S B H.
+# `Attention` and `MLP` get their two matrices from the caller. On a single device n = N and f = F.
+# With sharded matrices the same code works inside a region, on all S tokens of n heads or f
+# features. Outside are s tokens with all H features.
 #
 # Each Dropout is `sharded`: inside a region each rank has its own heads, and outside its own
 # tokens. Without sequence parallelism the ranks' outer masks must be equal. With it they must
 # differ: equal masks would repeat after s tokens, and no loss shows that.
 
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: x_SBH to (S, B, H).
+
+    Args: column and row are called with (inputs, outputs) and make the two matrices. core:
+        `unfused_attention`, `fused_attention`, or a function with their arguments.
+    """
+
+    def __init__(self, config: GPTConfig, column: Callable, row: Callable, core: Callable):
+        super().__init__()
+        self.head_size = config.hidden_size // config.num_heads
+        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
+        self.out = row(config.hidden_size, config.hidden_size)
+        self.dropout = Dropout(config.dropout, sharded=True)
+        self.core = core
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        qkv_3pSD = rearrange(
+            self.qkv(x_SBH), "S B (n three D) -> three (B n) S D", three=3, D=self.head_size
+        )
+        y_pSD = self.core(*qkv_3pSD, self.dropout)
+        return self.out(rearrange(y_pSD, "(B n) S D -> S B (n D)", B=x_SBH.shape[1]))
+
+
+class MLP(nn.Module):
+    """The feed-forward sublayer, x_SBH to (S, B, H). Args: as `Attention`'s."""
+
+    def __init__(self, config: GPTConfig, column: Callable, row: Callable):
+        super().__init__()
+        self.up = column(config.hidden_size, config.ffn_hidden_size)
+        self.down = row(config.ffn_hidden_size, config.hidden_size)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        y_SBf = F.gelu(self.up(x_SBH), approximate="tanh")
+        return self.down(y_SBf)
+
+
+class Layer(nn.Module):
+    """Two sublayers with LayerNorm, dropout and residual connection: x_SBH to (S, B, H).
+
+    Args: as `Attention`'s.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        column: Callable = nn.Linear,
+        row: Callable = nn.Linear,
+        core: Callable = unfused_attention,
+    ):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size)
+        self.attention = Attention(config, column, row, core)
+        self.dropout1 = Dropout(config.dropout, sharded=True)
+        self.norm2 = nn.LayerNorm(config.hidden_size)
+        self.mlp = MLP(config, column, row)
+        self.dropout2 = Dropout(config.dropout, sharded=True)
+
+    def forward(self, x_SBH: Tensor) -> Tensor:
+        x_SBH = x_SBH + self.dropout1(self.attention(self.norm1(x_SBH)))
+        return x_SBH + self.dropout2(self.mlp(self.norm2(x_SBH)))
+
+
+class GPT(nn.Module):
+    """The single-device model: tokens_BS (int64) to logits_SBV.
+
+    Its initial weights are a function of `config` alone, drawn on the CPU.
+    Raises: ValueError for a sequence longer than seq_length.
+    Source: Megatron-LM (Shoeybi et al., 2019), section 4.2.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
+        self.dropout = Dropout(config.dropout, sharded=True)
+        self.layers = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
+        self.final_norm = nn.LayerNorm(config.hidden_size)
+        generator = torch.Generator().manual_seed(config.seed)
+        for name, p in self.named_parameters():
+            if p.ndim > 1:
+                # Matrices that add to the residual sum, 2L of them, start smaller.
+                adds = name.endswith(("out.weight", "down.weight"))
+                scale = math.sqrt(2 * config.num_layers) if adds else 1
+                nn.init.normal_(p, std=config.init_std / scale, generator=generator)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    def forward(self, tokens_BS: Tensor) -> Tensor:
+        S = tokens_BS.shape[1]
+        if S > self.config.seq_length:
+            raise ValueError(f"{S} tokens, but the model has {self.config.seq_length} positions")
+        x_SBH = self.dropout(self.embed(tokens_BS.T))
+        for layer in self.layers:
+            x_SBH = layer(x_SBH)
+        return self.output(self.final_norm(x_SBH))
+
+    def embed(self, tokens_SB: Tensor) -> Tensor:
+        return self.embedding(tokens_SB) + self.positions.weight[: len(tokens_SB), None]
+
+    def output(self, x_SBH: Tensor) -> Tensor:
+        return F.linear(x_SBH, self.embedding.weight)
+
+    def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
+        """Cross entropy per token in nats, loss_BS, at least fp32; 0 where the target is −100."""
+        logits_BVS = rearrange(at_least_fp32(self(tokens_BS)), "S B V -> B V S")
+        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
+
+
+# ── 2.2 The parallel layer ──────────────────────────────────────────────────────────────────────
+#
+# The plain layer with other matrices. Outside its two regions no line communicates, and no tensor
+# has more than s tokens.
+
 RECOMPUTE = ("none", "selective", "full")
 
 
-class SequenceParallelAttention(nn.Module):
-    """Self-attention with heads sharded over `group`: x_sBH to z_sBH.
-
-    Args: core: `unfused_attention`, `fused_attention`, or a function with their arguments.
-        recompute_core: compute it again in backward.
-    Source: sections 4.2.2 and 5 of the paper.
-    """
-
-    def __init__(self, config: GPTConfig, group: Group, recompute_core: bool, core: Callable):
-        super().__init__()
-        self.head_size = config.hidden_size // config.num_heads
-        self.qkv = SPColumnParallelLinear(config.hidden_size, 3 * config.hidden_size, group)
-        self.out = SPRowParallelLinear(config.hidden_size, config.hidden_size, group)
-        self.dropout = Dropout(config.dropout, sharded=True)
-        self.recompute_core = recompute_core
-        self.core = core
-
-    def forward(self, x_sBH: Tensor) -> Tensor:
-        B = x_sBH.shape[1]
-        qkv_3pSD = rearrange(
-            self.qkv(x_sBH), "S B (n three D) -> three (B n) S D", three=3, D=self.head_size
-        )
-        if self.recompute_core:
-            y_pSD = recompute(self.core, *qkv_3pSD, self.dropout, dropouts=[self.dropout])
-        else:
-            y_pSD = self.core(*qkv_3pSD, self.dropout)
-        return self.out(rearrange(y_pSD, "(B n) S D -> S B (n D)", B=B))
-
-
-class SequenceParallelLayer(nn.Module):
-    """`Block` with tensor and sequence parallelism: x_sBH to (s, B, H).
+class SequenceParallelLayer(Layer):
+    """`Layer` with tensor and sequence parallelism: x_sBH to (s, B, H).
 
     Args: recompute: "none", "selective" (core attention) or "full" (the layer). core: see
-        `SequenceParallelAttention`. group: the tensor-parallel group; None is all ranks.
-    Parameters have `Block`'s names and initial weights; the default generator must be in the same
+        `Attention`. group: the tensor-parallel group; None is all ranks.
+    Parameters have `Layer`'s names and initial weights; the default generator must be in the same
     state on every rank. Call `reduce_sequence_parallel_grads` after backward.
     Raises: ValueError where heads, features or tokens do not divide over the ranks, for another
         `recompute`, and for dropout on several ranks without `seed_dropout`.
@@ -619,17 +705,13 @@ class SequenceParallelLayer(nn.Module):
         if recompute not in RECOMPUTE:
             raise ValueError(f"recompute={recompute!r}: choose from {', '.join(RECOMPUTE)}")
         check_tp(config, group_size(group))
-        super().__init__()
-        self.group = group
-        self.recompute = recompute
+        if recompute == "selective":
+            core = partial(recomputed_core, core)
         column = partial(SPColumnParallelLinear, group=group)
         row = partial(SPRowParallelLinear, group=group)
-        self.norm1 = nn.LayerNorm(config.hidden_size)
-        self.attention = SequenceParallelAttention(config, group, recompute == "selective", core)
-        self.dropout1 = Dropout(config.dropout, sharded=True)
-        self.norm2 = nn.LayerNorm(config.hidden_size)
-        self.mlp = MLP(config, column, row)
-        self.dropout2 = Dropout(config.dropout, sharded=True)
+        super().__init__(config, column, row, core)
+        self.group = group
+        self.recompute = recompute
         mark([*self.norm1.parameters(), *self.norm2.parameters()], True)
 
     def forward(self, x_sBH: Tensor) -> Tensor:
@@ -638,16 +720,11 @@ class SequenceParallelLayer(nn.Module):
             raise ValueError("dropout on several ranks: call seed_dropout before each step")
         if self.recompute == "full":
             dropouts = [self.attention.dropout, self.dropout1, self.dropout2]
-            return recompute(self._forward, x_sBH, dropouts=dropouts)
-        return self._forward(x_sBH)
-
-    # Outside the two regions no line communicates, and no tensor has more than s tokens.
-    def _forward(self, x_sBH: Tensor) -> Tensor:
-        x_sBH = x_sBH + self.dropout1(self.attention(self.norm1(x_sBH)))
-        return x_sBH + self.dropout2(self.mlp(self.norm2(x_sBH)))
+            return recompute(super().forward, x_sBH, dropouts=dropouts)
+        return super().forward(x_sBH)
 
 
-# ── 2.2 Embedding, output layer and the model ───────────────────────────────────────────────────
+# ── 2.3 Embedding, output layer and the model ───────────────────────────────────────────────────
 #
 # The embedding is a partial sum (each rank has its own vocabulary entries, and zeros for all other
 # tokens), so ḡ follows it directly: an all-reduce and a shard of it would send twice the bytes.
@@ -675,7 +752,7 @@ def vocab_parallel_embedding(
     return reduce_scatter_to_sp(partial_x_SBH, group)
 
 
-class SequenceParallelGPT(nn.Module):
+class SequenceParallelGPT(GPT):
     """`GPT` with tensor and sequence parallelism: tokens_BS, replicated, to logits_SBv.
 
     Args: as `SequenceParallelLayer`'s. Its weights are those of GPT(config), for every tp.
@@ -690,52 +767,35 @@ class SequenceParallelGPT(nn.Module):
         recompute: str = "none",
         core: Callable = unfused_attention,
     ):
-        super().__init__()
-        self.config = config
+        # The plain model first, for its weights. (Chapter 2 has one full tensor at a time.)
+        super().__init__(config)
+        shards = shard_state_dict(self.state_dict(), config, group)
         self.group = group
-        H = config.hidden_size
-        tp = group_size(group)
-        v = padded_vocab_size(config.vocab_size, tp, config.vocab_multiple) // tp
-        # Shapes first, without memory: the initial weights are drawn by name, as the plain model's.
-        with torch.device("meta"):
-            self.embedding = nn.Embedding(v, H)
-            self.positions = nn.Embedding(config.seq_length, H)
-            self.dropout = Dropout(config.dropout, sharded=True)
-            layers = range(config.num_layers)
-            layers = [SequenceParallelLayer(config, group, recompute, core) for _ in layers]
-            self.layers = nn.ModuleList(layers)
-            self.final_norm = nn.LayerNorm(H)
+        self.embedding = nn.Embedding(*shards["embedding.weight"].shape)
+        layers = [SequenceParallelLayer(config, group, recompute, core) for _ in self.layers]
+        self.layers = nn.ModuleList(layers)
         mark(self.embedding.parameters(), False)
         mark([*self.positions.parameters(), *self.final_norm.parameters()], True)
-        shards = {}
-        for name, full in initial_weights(config):
-            shards[name] = shard_tensor(name, full, config, group_rank(group), tp)
-        # The shards take the place of the shapes: new parameters, which need the marks of the old.
-        marks = {name: p.sequence_parallel for name, p in self.named_parameters()}
-        self.load_state_dict(shards, assign=True)
-        for name, p in self.named_parameters():
-            mark([p], marks[name])
+        self.load_state_dict(shards)  # copies: the marks stay
 
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        S = tokens_BS.shape[1]
-        if S > self.config.seq_length:
-            raise ValueError(f"{S} tokens, but the model has {self.config.seq_length} positions")
+    def embed(self, tokens_SB: Tensor) -> Tensor:
         V = self.config.vocab_size
-        x_sBH = vocab_parallel_embedding(tokens_BS.T, self.embedding.weight, V, self.group)
+        x_sBH = vocab_parallel_embedding(tokens_SB, self.embedding.weight, V, self.group)
         s = x_sBH.shape[0]
         first = group_rank(self.group) * s
-        positions_s1H = self.positions.weight[first : first + s, None]
-        x_sBH = self.dropout(x_sBH + positions_s1H)
-        for layer in self.layers:
-            x_sBH = layer(x_sBH)
-        x_sBH = self.final_norm(x_sBH)
+        return x_sBH + self.positions.weight[first : first + s, None]
+
+    def output(self, x_sBH: Tensor) -> Tensor:
         return column_parallel(x_sBH, self.embedding.weight, group=self.group)
 
     def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
         """Cross entropy per token in nats, loss_BS, replicated; 0 where the target is −100."""
         V = self.config.vocab_size
-        loss_SB = vocab_parallel_cross_entropy(self(tokens_BS), targets_BS.T, self.group, V)
-        return loss_SB.T
+        is_id_BS = _is_id(targets_BS, V, ignore_index=-100)
+        logits_SBv = self(tokens_BS)
+        loss_SB = _VocabParallelCrossEntropy.apply(logits_SBv, targets_BS.T, V, self.group)
+        loss_BS = torch.where(targets_BS != -100, loss_SB.T, 0)
+        return torch.where(is_id_BS, loss_BS, torch.nan)
 
     def sharded_parameters(self) -> list[nn.Parameter]:
         """The parameters of which this rank holds a shard; all others are replicated."""
@@ -744,26 +804,25 @@ class SequenceParallelGPT(nn.Module):
 
 # ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
 #
-# Sequence parallelism shards activations and no weight, so `shard_state_dict` and
-# `merge_state_dicts` are chapter 2's.
+# Sequence parallelism shards activations and no weight. So the shards are chapter 2's: `SHARD_DIM`
+# (among the carried blocks) says along which dimension, and its `merge_state_dicts` joins them.
 
 
-def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None) -> StateDict:
-    """Every rank's shards (by parameter name) to full tensors, on the CPU of every rank.
+def shard_state_dict(full: StateDict, config: GPTConfig, group: Group = None) -> StateDict:
+    """The plain model's weights or gradients, by name, to this rank's shards; copies.
 
-    Collective over `group`. Raises: what `merge_state_dicts` does.
+    Raises: ValueError where heads or features do not divide over the ranks.
     """
-    shards = [{name: x.cpu() for name, x in tensors.items()}] * group_size(group)
-    if group_size(group) > 1:
-        dist.all_gather_object(shards, shards[0], group)
-    return merge_state_dicts(shards, config)
+    tp = group_size(group)
+    check_tp(config, tp)
+    rank = group_rank(group)
+    return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 #
 # The ranks of the group share each sequence, so all of them get the same batch, and every rank has
-# the loss of all tokens. Replicas with other batches are chapter 2's: their gradients are summed
-# over a second group.
+# the loss of all tokens. (Replicas with other batches are chapter 2's.)
 #
 # Next to `train_alone` three lines are new: the seeds of dropout, the sum of partial gradients,
 # and the norm of shards. The sum comes before the norm. Clipped first, the norm would be that of
@@ -800,11 +859,10 @@ def train(
 
 # ── What remains ──────────────────────────────────────────────────────────────────────────────────
 #
-# A layer's memory now grows with s and not with s², and all of it is sharded. Its arithmetic is not
-# smaller: attention multiplies every token with every token, 4·s²·h operations per layer and
-# sequence, and a model that generates text keeps the keys and values of all tokens. For long
-# sequences both outgrow everything else. Chapter 5 replaces most attention layers by a state of
-# fixed size.
+# A layer's memory now grows with s and not with s², and all of it is sharded. Its arithmetic still
+# has 4·s²·h operations per sequence, each token with every other, and a model that generates text
+# keeps the keys and values of all tokens. For long sequences both outgrow everything else. Chapter
+# 5 replaces most attention layers by a state of fixed size.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 #
@@ -839,10 +897,7 @@ def saved_tensors(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> 
 
 
 def saved_bytes(run: Callable[[], Any], parameters: Iterable[Tensor] = ()) -> int:
-    """Bytes of the storages that autograd keeps of run() for backward, a scalar.
-
-    Args: parameters (...) do not count. Source: ours.
-    """
+    """Bytes of the storages of `saved_tensors`(run, parameters), a scalar. Source: ours."""
     return sum(x.untyped_storage().nbytes() for x in saved_tensors(run, parameters))
 
 
@@ -892,7 +947,7 @@ def equivalence(
 ) -> dict[str, float]:
     """Five AdamW steps of a small model in each mode of recomputation, and on a single device.
 
-    Returns: the relative error of every tensor by name.
+    Returns: the relative error of every tensor by name, the largest of all ranks.
     """
     tp = group_size()
     # Vocabulary and batch do not divide over the ranks; the sequence is shorter than seq_length.
@@ -915,32 +970,37 @@ def equivalence(
             errors[f"norm before clipping {step}, {mode}"] = abs(norm / norm_alone - 1).item()
             if step == 0:
                 grads = {name: p.grad for name, p in parallel.named_parameters()}
-                full = gather_state_dict(grads, config)
-                reference = {name: p.grad for name, p in plain.named_parameters()}
-                errors |= relative_errors(f"gradient, {mode}:", full, reference)
+                full = {name: p.grad for name, p in plain.named_parameters()}
+                reference = shard_state_dict(full, config)
+                errors |= relative_errors(f"gradient, {mode}:", grads, reference, floor=1e-9)
         if dtype == torch.float64:
             # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the
             # weights of a right program differ too.
             kind = f"weight after AdamW, {mode}:"
-            full = gather_state_dict(parallel.state_dict(), config)
-            errors |= relative_errors(kind, full, plain.state_dict(), floor=5 * 1e-3)
+            reference = shard_state_dict(plain.state_dict(), config)
+            errors |= relative_errors(kind, parallel.state_dict(), reference, floor=5 * 1e-3)
     return over_all_ranks(errors)
 
 
 # ── 5.3 What `main` runs ────────────────────────────────────────────────────────────────────────
 
 
+def text_batches(args: argparse.Namespace, device: torch.device, steps: int) -> Batches:
+    """Windows of the text of this file, one token per byte; the same batches on every rank."""
+    ids = torch.tensor(list(Path(__file__).read_bytes()))
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(steps):
+        start_B1 = torch.randint(len(ids), (args.batch, 1), generator=generator)
+        place_BS = start_B1 + torch.arange(args.seq_length + 1)
+        window_BS = ids[place_BS % len(ids)]  # after the last byte comes the first
+        yield window_BS[:, :-1].to(device), window_BS[:, 1:].to(device)
+
+
 def demonstrate(args: argparse.Namespace, device: torch.device) -> list[float]:
     """Trains on text; returns how far the first losses are from the single device's."""
     dtype, autocast = dtypes(args)
     config = config_from(args, GPTConfig, seed=args.seed)
-    data = TextData(args.data, config.seq_length)
-
-    def batches(steps: int) -> Batches:
-        for step in range(steps):
-            tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
-            yield tokens_BS.to(device), targets_BS.to(device)
-
+    batches = partial(text_batches, args, device)
     # Every rank trains the plain model for some steps, so that no rank waits for another. With
     # dropout a single device draws other masks, and there is nothing to compare.
     alone = []
@@ -950,7 +1010,7 @@ def demonstrate(args: argparse.Namespace, device: torch.device) -> list[float]:
         steps = train_alone(plain, optimizer, batches(min(5, args.steps)), autocast=autocast)
         alone = [loss.item() for loss, _ in steps]
     model = SequenceParallelGPT(config, recompute=args.recompute).to(device, dtype)
-    say(f"training on {args.data or 'the sources of Python'}, recompute {args.recompute}\n")
+    say(f"training on this file, recompute {args.recompute}\n")
     say("step      loss  single device    norm  tokens/s  peak GB")
     differences = []
     optimizer = make_optimizer(model, args.lr)
@@ -1014,7 +1074,6 @@ class Options(GPTConfig):  # the chapter's own flags; None: what fits the ranks
     recompute: str = flag("selective", "what backward computes again", choices=list(RECOMPUTE))
     batch: int = flag(8, "sequences per step", least=1)
     lr: float = flag(1e-3, "learning rate", least=1e-9)
-    data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
 
 
 def multiple_above(least: int, divisor: int) -> int:
@@ -1023,7 +1082,7 @@ def multiple_above(least: int, divisor: int) -> int:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Replaces every None. Raises ValueError or OSError where flags, ranks and text do not fit."""
+    """Replaces every None. Raises ValueError where flags and ranks do not fit."""
     tp = args.world_size
     args.num_heads = args.num_heads or multiple_above(4, tp)
     args.hidden_size = args.hidden_size or multiple_above(128, args.num_heads)
@@ -1032,7 +1091,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.seq_length % tp:
         remedy = f"over {tp} ranks: try {multiple_above(args.seq_length, tp)}"
         raise ValueError(f"--seq-length {args.seq_length} does not divide {remedy}")
-    TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
@@ -1042,7 +1100,7 @@ def flags() -> argparse.Namespace:
 # ── Carried blocks ──────────────────────────────────────────────────────────────────────────────
 
 
-# region carried: tensor-parallel operators (home: 02_megatron_tp)
+# region carried: conjugate operators (home: 02_megatron_tp)
 class _Conjugate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, op, conjugate_op):
@@ -1055,23 +1113,6 @@ class _Conjugate(torch.autograd.Function):
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
-def _identity(x: Tensor, group: Group) -> Tensor:
-    return x
-
-
-def _sum(partial_x: Tensor, group: Group) -> Tensor:
-    # all_reduce works in place, and the caller may still need its partial sum.
-    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
-
-
-def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
-    ]
-    dist.all_gather(shards, x.contiguous(), group)
-    return torch.cat(shards, dim=-1)
-
-
 def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
     tp = group_size(group)
     if x.shape[dim] % tp:
@@ -1081,47 +1122,7 @@ def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last di
     return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
-def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """Enters a tensor-parallel region: identity in forward, all-reduce of the gradient.
-
-    Args: x (...), replicated. group: the tensor-parallel group; None is all ranks.
-    Source: f of Megatron-LM (Shoeybi et al., 2019), figure 3.
-    """
-    return _Conjugate.apply(x, group, _identity, _sum) if group_size(group) > 1 else x
-
-
-def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
-    """Leaves a tensor-parallel region: all-reduce in forward, identity for the gradient.
-
-    Args: partial_x (...), of one shape on every rank; not modified.
-    Returns: the sum over `group` (...), replicated.
-    Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
-    """
-    return (
-        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
-    )
-
-
-def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
-
-    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
-
-    Right only where every rank computes the same from the result: its gradient is then replicated,
-    and a sum over the ranks would count it tp times.
-    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
-
-
-# endregion copy 0abe4e
+# endregion copy 7a6c69
 # region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
@@ -1180,44 +1181,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return grad_BSv, None, None, None
 
 
-def vocab_parallel_cross_entropy(
-    logits_BSv: Tensor,
-    targets_BS: Tensor,
-    group: Group = None,
-    vocab_size: int | None = None,
-    ignore_index: int = -100,
-) -> Tensor:
-    """Per-token cross entropy from logits whose vocabulary is sharded over `group`.
-
-    Args:
-        logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
-        targets_BS: int64 token ids in [0, vocab_size), or `ignore_index`; replicated.
-        group: the tensor-parallel group; None is all ranks.
-        vocab_size: number of vocabulary entries; columns from there on are padding. None: no
-            column is padding.
-
-    Returns: loss_BS in nats, replicated, at least fp32; 0 where the target is `ignore_index`.
-    Memory: backward keeps the softmax, 4 bytes per logit, also for bf16 logits.
-    Raises: ValueError where the shapes disagree, vocab_size does not fit, or a target is out of
-        range; on a GPU the loss of such a target is NaN.
-    Source: Megatron-LM (Shoeybi et al., 2019), section 3.
-    """
-    columns = logits_BSv.shape[-1] * group_size(group)
-    if vocab_size is None:
-        vocab_size = columns
-    if logits_BSv.shape[:-1] != targets_BS.shape:
-        shapes = f"logits {tuple(logits_BSv.shape)} and targets {tuple(targets_BS.shape)}"
-        raise ValueError(f"{shapes}: all dimensions but the last must agree")
-    if not 0 < vocab_size <= columns:
-        raise ValueError(f"vocab_size={vocab_size}, but the group holds {columns} columns")
-    is_id_BS = _is_id(targets_BS, vocab_size, ignore_index)
-    loss_BS = _VocabParallelCrossEntropy.apply(logits_BSv, targets_BS, vocab_size, group)
-    # where(), and not a product: 0 · ∞ would be NaN at an ignored position.
-    loss_BS = torch.where(targets_BS != ignore_index, loss_BS, 0)
-    return torch.where(is_id_BS, loss_BS, torch.nan)
-
-
-# endregion copy 3ddf6e
+# endregion copy c5b7c6
 # region carried: dropout (home: 02_megatron_tp)
 class Dropout(nn.Module):
     """Zeroes elements with probability p and scales the others by 1 / (1 − p); x (...) to (...).
@@ -1265,142 +1229,7 @@ def seed_dropout(
 
 
 # endregion copy a6c3f0
-# region carried: plain GPT (home: 02_megatron_tp)
-def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Dropout) -> Tensor:
-    """Causal attention, each head by itself: q, k, v (B, n, S, D) to y_BnSD; drops weights."""
-    if not dropout.p or not dropout.training:
-        # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
-        return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
-    scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
-    is_future_SS = q_BnSD.new_ones(scores_BnSS.shape[-2:], dtype=torch.bool).triu(1)
-    weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
-    return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, x_BSH to (B, S, H).
-
-    Args: column and row are called with (inputs, outputs) and make the two matrices.
-    """
-
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
-        super().__init__()
-        self.head_size = config.hidden_size // config.num_heads
-        self.qkv = column(config.hidden_size, 3 * config.hidden_size)
-        self.out = row(config.hidden_size, config.hidden_size)
-        self.dropout = Dropout(config.dropout, sharded=True)
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        qkv_3BnSD = rearrange(
-            self.qkv(x_BSH), "B S (n three D) -> three B n S D", three=3, D=self.head_size
-        )
-        y_BnSD = core_attention(*qkv_3BnSD, self.dropout)
-        return self.out(rearrange(y_BnSD, "B n S D -> B S (n D)"))
-
-
-class MLP(nn.Module):
-    """The feed-forward sublayer, x_BSH to (B, S, H). Args: as `Attention`'s."""
-
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
-        super().__init__()
-        self.up = column(config.hidden_size, config.ffn_hidden_size)
-        self.down = row(config.ffn_hidden_size, config.hidden_size)
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        y_BSf = F.gelu(self.up(x_BSH), approximate="tanh")
-        return self.down(y_BSf)
-
-
-class Block(nn.Module):
-    """One layer, x_BSH to (B, S, H): two sublayers with LayerNorm, dropout and residual connection.
-
-    Args: as `Attention`'s.
-    """
-
-    def __init__(self, config: GPTConfig, column: Callable = nn.Linear, row: Callable = nn.Linear):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.hidden_size)
-        self.attention = Attention(config, column, row)
-        self.dropout1 = Dropout(config.dropout)
-        self.norm2 = nn.LayerNorm(config.hidden_size)
-        self.mlp = MLP(config, column, row)
-        self.dropout2 = Dropout(config.dropout)
-
-    def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSH = x_BSH + self.dropout1(self.attention(self.norm1(x_BSH)))
-        return x_BSH + self.dropout2(self.mlp(self.norm2(x_BSH)))
-
-
-class GPT(nn.Module):
-    """The single-device model: tokens_BS (int64) to logits_BSV.
-
-    Args: embedding is called with (V, H), column and row as in `Attention`.
-    Raises: ValueError for a sequence longer than seq_length.
-    """
-
-    def __init__(
-        self,
-        config: GPTConfig,
-        embedding: Callable = nn.Embedding,
-        column: Callable = nn.Linear,
-        row: Callable = nn.Linear,
-    ):
-        super().__init__()
-        self.config = config
-        self.embedding = embedding(config.vocab_size, config.hidden_size)
-        self.positions = nn.Embedding(config.seq_length, config.hidden_size)
-        self.dropout = Dropout(config.dropout)
-        layers = [Block(config, column, row) for _ in range(config.num_layers)]
-        self.layers = nn.ModuleList(layers)
-        self.final_norm = nn.LayerNorm(config.hidden_size)
-        if not self.final_norm.weight.is_meta:  # on "meta" there are shapes without memory
-            self.load_state_dict(dict(initial_weights(config)))
-
-    def embed(self, tokens_BS: Tensor) -> Tensor:
-        S = tokens_BS.shape[1]
-        if S > self.config.seq_length:
-            raise ValueError(f"{S} tokens, but the model has {self.config.seq_length} positions")
-        return self.dropout(self.embedding(tokens_BS) + self.positions.weight[:S])
-
-    def forward(self, tokens_BS: Tensor) -> Tensor:
-        x_BSH = self.embed(tokens_BS)
-        for layer in self.layers:
-            x_BSH = layer(x_BSH)
-        return F.linear(self.final_norm(x_BSH), self.embedding.weight)
-
-    def loss(self, tokens_BS: Tensor, targets_BS: Tensor) -> Tensor:
-        """Cross entropy per token in nats, loss_BS, at least fp32; 0 where the target is −100."""
-        logits_BVS = rearrange(at_least_fp32(self(tokens_BS)), "B S V -> B V S")
-        return F.cross_entropy(logits_BVS, targets_BS, ignore_index=-100, reduction="none")
-
-
-def parameter_shapes(config: GPTConfig) -> dict[str, torch.Size]:
-    """Name to shape of every parameter of the plain model, without memory."""
-    with torch.device("meta"):
-        return {name: p.shape for name, p in GPT(config).named_parameters()}
-
-
-def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """The full initial weights, a function of `config` alone, one tensor at a time.
-
-    They are drawn on the CPU: a GPU's generator gives other values.
-    Source: Megatron-LM (Shoeybi et al., 2019), section 4.2.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    for name, shape in parameter_shapes(config).items():
-        if name.endswith("bias"):
-            yield name, torch.zeros(shape, device="cpu")
-        elif len(shape) == 1:  # the weights of LayerNorm
-            yield name, torch.ones(shape, device="cpu")
-        else:
-            std = config.init_std
-            if name.endswith(("out.weight", "down.weight")):
-                std /= math.sqrt(2 * config.num_layers)
-            yield name, torch.randn(shape, generator=generator, device="cpu") * std
-
-
-# endregion copy c3cfd4
-# region carried: tensor-parallel weights (home: 02_megatron_tp)
+# region carried: tensor-parallel shards (home: 02_megatron_tp)
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
     "qkv.weight": 0,  # by heads: the outputs of the column-parallel matrix
@@ -1436,42 +1265,7 @@ def shard_tensor(name: str, full: Tensor, config: GPTConfig, rank: int, tp: int)
     return full.chunk(tp, dim)[rank].clone(memory_format=torch.contiguous_format)
 
 
-def shard_state_dict(full: StateDict, config: GPTConfig, rank: int, tp: int) -> StateDict:
-    """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
-
-    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
-    """
-    check_tp(config, tp)
-    expected = {name: tuple(shape) for name, shape in parameter_shapes(config).items()}
-    wrong = expected.items() ^ {name: tuple(x.shape) for name, x in full.items()}.items()
-    if wrong:
-        raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
-    return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
-
-
-def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
-    """All ranks' state dicts, in order of rank, to the plain model's: undoes `shard_state_dict`.
-
-    Args: shards have the same names; some of the model's are enough; gradients work as well.
-    Raises: ValueError where replicated tensors differ between ranks.
-    """
-    full = {}
-    for name, first in shards[0].items():
-        tensors = [shard[name] for shard in shards]
-        if shard_dim(name) is None:
-            full[name] = first.clone()
-            for rank, x in enumerate(tensors):
-                if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
-                    gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
-                    raise ValueError(f"{name} should be replicated, but {gap}")
-        else:
-            full[name] = torch.cat(tensors, shard_dim(name))
-        if name.endswith("embedding.weight"):
-            full[name] = full[name][: config.vocab_size].clone()
-    return full
-
-
-# endregion copy e653eb
+# endregion copy 6283a8
 # region carried: clipping (home: 02_megatron_tp)
 @torch.no_grad()
 def clip_grad_norm_(
@@ -1535,50 +1329,6 @@ def train_alone(
 
 
 # endregion copy e51540
-# region carried: text data (home: 02_megatron_tp)
-class TextData:
-    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
-
-    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
-    """
-
-    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
-        self.seq_length = seq_length
-        self.encoding = encoding or byte_encoding()
-        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        if not paths[0].is_file():
-            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
-        try:
-            text = "".join(path.read_text("utf-8") for path in paths[:40])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
-        cut = len(self.tokens) * 9 // 10
-        self.train_split = self.tokens[:cut]
-        self.eval_split = self.tokens[cut:]
-        if len(self.eval_split) <= seq_length:
-            need = f"a tenth of it must be longer than {seq_length}"
-            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
-
-    def batch(
-        self, step: int, rows: int, seed: int, evaluation: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
-        split = self.eval_split if evaluation else self.train_split
-        key = f"{seed} {step} {evaluation}"
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
-        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
-        return window_BS[:, :-1], window_BS[:, 1:]
-
-
-def byte_encoding() -> tiktoken.Encoding:
-    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-
-
-# endregion copy aaa995
 # region carried: process groups (home: 01_deepspeech)
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.

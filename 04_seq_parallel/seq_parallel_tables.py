@@ -39,12 +39,12 @@ from seq_parallel import (
     SequenceParallelLayer,
     SPColumnParallelLinear,
     SPRowParallelLinear,
+    _all_reduce,
+    _Conjugate,
     activation_bytes,
-    copy_to_tp,
     group_rank,
     group_size,
     mark,
-    reduce_from_tp,
     saved_tensors,
     seed_dropout,
     unfused_attention,
@@ -222,8 +222,34 @@ BOTH = Mode(True, "selective")
 
 # ── 3 Tensor parallelism alone, the comparison ──────────────────────────────────────────────────
 #
-# Chapter 2's layer, with the core attention and the layout of chapter 4: `copy_to_tp` before a
-# column-parallel GEMM and `reduce_from_tp` after a row-parallel one, in place of g and ḡ.
+# Chapter 2's layer, with the core attention and the layout of chapter 4: f, `copy_to_tp`, before a
+# column-parallel GEMM and f̄, `reduce_from_tp`, after a row-parallel one, in place of g and ḡ.
+
+
+def _identity(x: Tensor, group: Group) -> Tensor:
+    return x
+
+
+def _sum(partial_x: Tensor, group: Group) -> Tensor:
+    return _all_reduce(partial_x.clone(memory_format=torch.contiguous_format), group)
+
+
+def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
+    """f: identity in forward, all-reduce of the gradient.
+
+    Args: x (...), replicated. Source: Megatron-LM (Shoeybi et al., 2019), figure 3.
+    """
+    return x if group_size(group) == 1 else _Conjugate.apply(x, group, _identity, _sum)
+
+
+def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
+    """f̄: all-reduce in forward, identity for the gradient.
+
+    Args: partial_x (...), of one shape on every rank. Source: as `copy_to_tp`'s.
+    """
+    if group_size(group) == 1:
+        return partial_x
+    return _Conjugate.apply(partial_x, group, _sum, _identity)
 
 
 class TPColumnParallelLinear(SPColumnParallelLinear):

@@ -1826,7 +1826,7 @@ def flags() -> argparse.Namespace:
 # text).
 
 
-# region carried: tensor-parallel operators (home: 02_megatron_tp)
+# region carried: conjugate operators (home: 02_megatron_tp)
 class _Conjugate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group, op, conjugate_op):
@@ -1839,6 +1839,17 @@ class _Conjugate(torch.autograd.Function):
         return _Conjugate.apply(grad, *ctx.reversed), None, None, None
 
 
+def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
+    tp = group_size(group)
+    if x.shape[dim] % tp:
+        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
+        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
+    # A copy: a view would keep the memory of the full tensor alive.
+    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
+
+
+# endregion copy 7a6c69
+# region carried: tensor-parallel operators (home: 02_megatron_tp)
 def _identity(x: Tensor, group: Group) -> Tensor:
     return x
 
@@ -1849,20 +1860,10 @@ def _sum(partial_x: Tensor, group: Group) -> Tensor:
 
 
 def _all_gather(x: Tensor, group: Group) -> Tensor:
-    shards = [
-        torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(group_size(group))
-    ]
-    dist.all_gather(shards, x.contiguous(), group)
+    x = x.contiguous()
+    shards = [torch.empty_like(x) for _ in range(group_size(group))]
+    dist.all_gather(shards, x, group)
     return torch.cat(shards, dim=-1)
-
-
-def _take_shard(x: Tensor, group: Group, dim: int = -1, name: str = "the last dimension") -> Tensor:
-    tp = group_size(group)
-    if x.shape[dim] % tp:
-        size = f"{name}={x.shape[dim]} does not divide over {tp} ranks"
-        raise ValueError(f"{size}: choose a multiple of {tp}, or fewer ranks")
-    # A copy: a view would keep the memory of the full tensor alive.
-    return x.chunk(tp, dim)[group_rank(group)].clone(memory_format=torch.contiguous_format)
 
 
 def copy_to_tp(x: Tensor, group: Group = None) -> Tensor:
@@ -1905,7 +1906,7 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
     return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
 
-# endregion copy 0abe4e
+# endregion copy 47700e
 # region carried: text data (home: 02_megatron_tp)
 class TextData:
     """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 6. Mixture of experts sharded over ranks, and GEMMs in FP8.
+"""Chapter 6. Mixture of experts sharded over ranks; and, in fp8.py, GEMMs in FP8.
 
 Papers: Nemotron 3 Nano and the Nemotron 3 white paper, NVIDIA, 2025, arXiv 2512.20848, 2512.20856;
-        the FP8 recipes of Nemotron-H and Nemotron Nano 2, 2025, arXiv 2504.03624 and 2508.14444;
         the balancing bias: Wang et al., 2024, arXiv 2408.15664
 
 The problem. In chapters 1 to 5 every token is multiplied with every parameter, so a larger model
-costs more for each token. And each of these GEMMs costs as many bits as its operands have.
+costs more for each token.
 
-The idea. First, parameters that most tokens do not use: 128 small feed-forward layers, the
-experts, of which a router chooses 6 for each token. Nemotron 3 Nano has 31.6 billion parameters
-and uses 3.6 billion of them for a token. Each rank holds some experts, and the tokens are sent to
-them. Two ranks, four experts, two experts per token:
+The idea. Parameters that most tokens do not use: 128 small feed-forward layers, the experts, of
+which a router chooses 6 for each token. Nemotron 3 Nano has 31.6 billion parameters and uses 3.6
+billion of them for a token. Each rank holds some experts, and the tokens are sent to them. Two
+ranks, four experts, two experts per token:
 
         rank 0: tokens a b            rank 1: tokens c d
         router: a→0,2  b→0,1          router: c→2,3  d→0,3
@@ -22,26 +21,25 @@ them. Two ranks, four experts, two experts per token:
         experts 0: a b d · 1: b       experts 2: a c · 3: c d          uneven
         all-to-all back, un-sort, weighted sum             y_a = w_a0·E0(a) + w_a2·E2(a)
 
-Second, GEMMs in FP8. An FP8 value has 8 bits, of which 2 or 3 are the mantissa, and the tensor
-cores multiply twice as many of them per second as in bf16. The range of the format is small, so
-each tensor is scaled to fill it before it is rounded. Weights, activations and gradients are
-rounded for the GEMMs alone. Norms, the router, sums and the optimizer keep their precision.
+These GEMMs still cost as many bits as their operands have. The second half of the chapter rounds
+the operands to 8 bits: fp8.py, next to this file, on top of this model.
 
 Run it (no flag is needed; --help lists them):
 
     python 06_moe_fp8/moe_fp8.py               4 local ranks, expert parallel 2 × data parallel 2
     python 06_moe_fp8/moe_fp8.py --ranks 1     one process, for a debugger
     python 06_moe_fp8/moe_fp8.py --check       equivalence alone, the error of each tensor
-    torchrun --nproc-per-node=8 06_moe_fp8/moe_fp8.py --ep 8 --fp8 hardware
+    python 06_moe_fp8/fp8.py                   the same model in FP8
+    torchrun --nproc-per-node=8 06_moe_fp8/moe_fp8.py --ep 8
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         06_moe_fp8/moe_fp8.py --ep 8
 
 It proves in float64 that every gradient equals the single device's, also where ranks and experts
-get no token. It trains a small model from a start that overloads two experts, then its copy in
-FP8, and prints the claims that it has measured.
+get no token. It trains a small model from a start that overloads two experts, and prints the
+claims that it has measured.
 
 Left out: published weights (load_nemotron3.py); the papers' figures (moe_fp8_tables.py); Mamba
-layers (chapter 5); expert capacity (no token is dropped here); delayed scaling (the notebook).
+layers (chapter 5); expert capacity (no token is dropped here).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -96,13 +94,12 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Group = dist.ProcessGroup | None  # None: all ranks
 Parameters = Iterable[nn.Parameter]
 StateDict = dict[str, Tensor]
 Batches = Iterable[tuple[Tensor, Tensor]]  # tokens_BS and targets_BS; target −100 does not count
+Splits = list[int]  # rows for each rank, or from each
 Autocast = torch.dtype | None  # the dtype of GEMMs under autocast; None: no autocast
 
 
@@ -119,7 +116,7 @@ def flag(default: Any, text: str, **keywords: Any) -> Any:
 class MoEConfig:
     """Sizes of a model of attention and experts. Raises: ValueError for impossible sizes."""
 
-    vocab_size: int = 256
+    vocab_size: int = 256  # V
     hidden_size: int = flag(64, "hidden size, H", least=1)
     pattern: str = flag("*E*E", "layers: * attention, E experts")
     num_heads: int = flag(4, "query heads, N", least=1)
@@ -131,8 +128,8 @@ class MoEConfig:
     shared_size: int = flag(128, "hidden size of the expert for every token; 0: none")
     gate: str = flag("sigmoid", "the router's scores", choices=["sigmoid", "softmax"])
     gate_scale: float = 2.5  # the weights of a token's experts add up to this
-    norm_eps: float = 1e-5
-    init_std: float = 0.02
+    norm_eps: float = 1e-5  # of each RMSNorm
+    init_std: float = 0.02  # of the initial weights
     seed: int = 0  # the initial weights are a function of this configuration alone
 
     def __post_init__(self):
@@ -208,8 +205,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         E = config.num_experts
-        self.weight = nn.Parameter(torch.randn(E, config.hidden_size) * config.init_std)
-        self.register_buffer("bias", torch.zeros(E))
+        weight_EH = torch.randn(E, config.hidden_size)
+        self.weight = nn.Parameter(weight_EH * config.init_std)
+        self.register_buffer("bias", torch.zeros(E))  # β
         self.register_buffer("counts", torch.zeros(E, dtype=torch.int64), persistent=False)
 
     def forward(self, x_TH: Tensor) -> Routing:
@@ -220,13 +218,14 @@ class Router(nn.Module):
                 log_scores_TE = F.logsigmoid(logits_TE)
             else:
                 log_scores_TE = logits_TE.log_softmax(-1)
-            scores_TE = log_scores_TE.detach().exp()
+            scores_TE = log_scores_TE.detach().exp()  # the choice has no gradient
             experts_TK = (scores_TE + self.bias).topk(self.config.top_k, -1).indices
-            chosen_TK = log_scores_TE.gather(-1, experts_TK)
+            chosen_TK = log_scores_TE.gather(-1, experts_TK)  # without β
             weights_TK = chosen_TK.softmax(-1) if self.config.top_k > 1 else chosen_TK.exp()
+            weights_TK = weights_TK * self.config.gate_scale
         if self.training:
             self.counts += count_rows(experts_TK, self.config.num_experts)
-        return Routing(experts_TK, weights_TK * self.config.gate_scale, log_scores_TE)
+        return Routing(experts_TK, weights_TK, log_scores_TE)
 
 
 # ── 1.2 Load balancing ──────────────────────────────────────────────────────────────────────────
@@ -269,9 +268,9 @@ def load_balancing_loss(log_scores_BSE: Tensor, top_k: int) -> Tensor:
     """
     E = log_scores_BSE.shape[-1]
     chosen_BSK = log_scores_BSE.detach().topk(top_k, -1).indices
-    f_BE = torch.zeros_like(log_scores_BSE).scatter_(-1, chosen_BSK, E / top_k).mean(1)
+    f_BSE = torch.zeros_like(log_scores_BSE).scatter_(-1, chosen_BSK, E / top_k)
     p_BE = log_scores_BSE.softmax(-1).mean(1)  # s / Σ s, in the log domain
-    return (f_BE * p_BE).sum(-1)
+    return (f_BSE.mean(1) * p_BE).sum(-1)
 
 
 @torch.no_grad()
@@ -286,7 +285,8 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
         if router.bias.dtype.itemsize < 4:
             raise ValueError(f"{router.bias.dtype} bias: steps of {gamma} vanish; keep it in fp32")
         # In integers, sign(E · count − sum): a mean would be rounded, and an even load would move.
-        router.bias -= gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
+        excess_E = counts_E * len(counts_E) - counts_E.sum()
+        router.bias -= gamma * excess_E.sign()
         router.counts.zero_()
 
 
@@ -306,14 +306,18 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
 # loop over tokens.
 
 
+CPU_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+GROUPED_MM_DTYPES = {"cuda": [torch.bfloat16], "cpu": CPU_DTYPES}
+
+
 def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     """Whether F.grouped_mm (PyTorch 2.10 and newer) takes these tensors."""
-    dtypes = [torch.bfloat16] if x_RH.is_cuda else [torch.bfloat16, torch.float16, torch.float32]
-    aligned = all(size * x_RH.element_size() % 16 == 0 for size in weight_EFH.shape[1:])
     if x_RH.is_cuda and torch.cuda.get_device_capability(x_RH.device) < (8, 0):
         return False
-    known = x_RH.is_cuda or x_RH.is_cpu
-    return known and aligned and x_RH.dtype in dtypes and hasattr(F, "grouped_mm")
+    _, F_, H = weight_EFH.shape
+    row_bytes = math.gcd(F_, H) * x_RH.element_size()
+    dtypes = GROUPED_MM_DTYPES.get(x_RH.device.type, [])
+    return row_bytes % 16 == 0 and x_RH.dtype in dtypes and hasattr(F, "grouped_mm")
 
 
 def gemm_dtype(x: Tensor) -> torch.dtype:
@@ -334,26 +338,27 @@ def grouped_gemm(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
     x_RH = x_RH.to(dtype)
     weight_EFH = weight_EFH.to(dtype)
     if _has_grouped_mm(x_RH, weight_EFH):
-        ends_E = torch.tensor(list(itertools.accumulate(counts)), dtype=torch.int32)
+        ends_E = torch.tensor(counts).cumsum(0).to(torch.int32)
         # A blocking copy would wait for all work in flight on the GPU, the all-to-all included.
         ends_E = ends_E.to(x_RH.device, non_blocking=True)
         return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E)
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
+    pairs = zip(x_RH.split(counts), weight_EFH)
     return torch.cat([rows @ weight_FH.mT for rows, weight_FH in pairs])
 
 
 class Experts(nn.Module):
     """E feed-forward layers: rows_RH, sorted by expert, and the rows of each, to (R, H).
 
-    Args: num_experts: E, or this rank's e. counts: on the host, which GEMMs need their sizes on.
-    Source: Nemotron 3 Nano.
+    Args: counts: on the host, which GEMMs need their sizes on. Source: Nemotron 3 Nano.
     """
 
-    def __init__(self, num_experts: int, hidden: int, expert_size: int, init_std: float = 0.02):
+    def __init__(self, config: MoEConfig):
         super().__init__()
-        self.up = nn.Parameter(torch.randn(num_experts, expert_size, hidden) * init_std)  # E F H
-        self.down = nn.Parameter(torch.randn(num_experts, hidden, expert_size) * init_std)  # E H F
-        self.gemm = grouped_gemm  # `to_fp8` sets another one
+        std = config.init_std
+        up_EFH = torch.randn(config.num_experts, config.expert_size, config.hidden_size)
+        self.up = nn.Parameter(up_EFH * std)
+        self.down = nn.Parameter(torch.randn_like(up_EFH.mT) * std)  # E H F
+        self.gemm = grouped_gemm  # fp8.py sets another one
 
     def forward(self, rows_RH: Tensor, counts: list[int]) -> Tensor:
         hidden_RF = self.gemm(rows_RH, self.up, counts).relu().square()
@@ -366,10 +371,10 @@ class MLP(nn.Module):
     Source: Nemotron 3 Nano.
     """
 
-    def __init__(self, hidden: int, ffn_size: int):
+    def __init__(self, config: MoEConfig):
         super().__init__()
-        self.up = nn.Linear(hidden, ffn_size, bias=False)
-        self.down = nn.Linear(ffn_size, hidden, bias=False)
+        self.up = nn.Linear(config.hidden_size, config.shared_size, bias=False)
+        self.down = nn.Linear(config.shared_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x).relu().square())
@@ -384,10 +389,9 @@ class MoELayer(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         self.config = config
-        H = config.hidden_size
         self.router = Router(config)
-        self.experts = Experts(config.num_experts, H, config.expert_size, config.init_std)
-        self.shared = MLP(H, config.shared_size) if config.shared_size else None
+        self.experts = Experts(config)
+        self.shared = MLP(config) if config.shared_size else None
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
         x_TH = rearrange(x_BSH, "B S H -> (B S) H")
@@ -403,9 +407,10 @@ class MoELayer(nn.Module):
         token_R = order_R // self.config.top_k
         counts = count_rows(routing.experts_TK, self.config.num_experts).tolist()
         rows_RH = self.experts(x_TH[token_R], counts)
-        weighted_RH = rows_RH * routing.weights_TK.flatten()[order_R, None]
-        y_TH = weighted_RH.new_zeros(x_TH.shape).index_add(0, token_R, weighted_RH)
-        y_TH = y_TH.to(rows_RH.dtype)
+        weight_R = routing.weights_TK.flatten()[order_R]
+        weighted_RH = rows_RH * weight_R[:, None]
+        y_TH = weighted_RH.new_zeros(x_TH.shape)
+        y_TH = y_TH.index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
         return y_TH if self.shared is None else y_TH + self.shared(x_TH)
 
 
@@ -430,12 +435,18 @@ class MoELayer(nn.Module):
 # sends they do fit, and gradients go to the wrong tokens without an error.
 
 
+def _exchange(rows, send, receive, group, async_op=False):
+    """The received rows and, where async_op, what waits for them."""
+    received = rows.new_empty(sum(receive), *rows.shape[1:])
+    work = dist.all_to_all_single(received, rows.contiguous(), receive, send, group, async_op)
+    return received, work
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RH, send, receive, group):
         ctx.exchanged = (receive, send, group)
-        rows_rH = rows_RH.new_empty(sum(receive), *rows_RH.shape[1:])
-        dist.all_to_all_single(rows_rH, rows_RH.contiguous(), receive, send, group=group)
+        rows_rH, _ = _exchange(rows_RH, send, receive, group)
         return rows_rH
 
     @staticmethod
@@ -443,14 +454,14 @@ class _AllToAll(torch.autograd.Function):
         return _AllToAll.apply(grad_rH, *ctx.exchanged), None, None, None
 
 
-def _check_splits(rows_RH: Tensor, send: list[int], receive: list[int], group: Group) -> None:
+def _check_splits(rows_RH: Tensor, send: Splits, receive: Splits, group: Group) -> None:
     ranks = group_size(group)
-    if len(send) != ranks or len(receive) != ranks or sum(send) != len(rows_RH):
-        sizes = f"send {send}, receive {receive}, {len(rows_RH)} rows, {ranks} ranks"
-        raise ValueError(f"{sizes}: both lists need an entry per rank, and all rows must be sent")
+    if not (len(send) == len(receive) == ranks and sum(send) == len(rows_RH)):
+        found = f"send {send}, receive {receive}, {len(rows_RH)} rows"
+        raise ValueError(f"{found}: both lists need an entry per rank, and all rows must be sent")
 
 
-def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None) -> Tensor:
+def all_to_all(rows_RH: Tensor, send: Splits, receive: Splits, group: Group = None) -> Tensor:
     """Sends the first send[0] rows to rank 0, the next send[1] to rank 1, ...: (r, H), by sender.
 
     Collective over `group`, also without rows. Differentiable.
@@ -477,17 +488,14 @@ def all_to_all(rows_RH: Tensor, send: list[int], receive: list[int], group: Grou
 class _Transfer:
     """An all-to-all and its gradient's."""
 
-    send: list[int]
-    receive: list[int]
+    send: Splits  # in forward; in backward it receives so many
+    receive: Splits
     group: Group
     received: Tensor | None = None  # the buffer of the message in flight
-    work: dist.Work | None = None
+    work: dist.Work | None = None  # that message
 
-    def start(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        self.received = rows.new_empty(sum(receive), *rows.shape[1:])
-        self.work = dist.all_to_all_single(
-            self.received, rows.contiguous(), receive, send, self.group, async_op=True
-        )
+    def start(self, rows: Tensor, send: Splits, receive: Splits) -> Tensor:
+        self.received, self.work = _exchange(rows, send, receive, self.group, async_op=True)
         return self.received  # filled after wait()
 
     def wait(self) -> Tensor:
@@ -524,7 +532,7 @@ class _AllToAllWait(torch.autograd.Function):
 
 
 def start_all_to_all(
-    rows_RH: Tensor, send: list[int], receive: list[int], group: Group = None
+    rows_RH: Tensor, send: Splits, receive: Splits, group: Group = None
 ) -> Callable[[], Tensor]:
     """`all_to_all` that returns at once: call what it returns, once, to wait for the rows (r, H).
 
@@ -571,10 +579,6 @@ def start_all_to_all(
 # to their places, and adds nothing.
 
 
-def _sorted_by(order_R: Tensor, rows_RH: Tensor) -> Tensor:
-    return rows_RH.index_select(0, order_R)
-
-
 def _unsorted_by(order_R: Tensor, rows_RH: Tensor) -> Tensor:
     return torch.empty_like(rows_RH).index_copy(0, order_R, rows_RH)
 
@@ -585,11 +589,11 @@ class Plan:
 
     order_R: Tensor  # sorts this rank's rows by expert
     order_r: Tensor  # sorts the received rows by expert
-    send: list[int]  # rows for each rank
-    receive: list[int]  # rows from each rank
+    send: Splits  # rows for each rank
+    receive: Splits  # rows from each rank
     counts: list[int]  # rows of each of this rank's experts
-    top_k: int
-    group: Group
+    top_k: int  # K
+    group: Group  # the ranks that exchange rows
 
 
 def plan_dispatch(experts_TK: Tensor, num_experts: int, group: Group = None) -> Plan:
@@ -601,13 +605,15 @@ def plan_dispatch(experts_TK: Tensor, num_experts: int, group: Group = None) -> 
     ep = group_size(group)
     check_ep(num_experts, ep)
     order_R = experts_TK.flatten().argsort(stable=True)
-    to_Pe = count_rows(experts_TK, num_experts).view(ep, -1)
-    from_Pe = to_Pe.clone()
+    to_Pe = count_rows(experts_TK, num_experts).view(ep, -1)  # row j: for rank j's experts
+    from_Pe = to_Pe.clone()  # row j: from rank j
     if ep > 1:
         dist.all_to_all_single(from_Pe, to_Pe, group=group)
-    on_host = torch.cat([to_Pe.sum(1), from_Pe.sum(1), from_Pe.sum(0)]).tolist()
+    rows = [to_Pe.sum(1), from_Pe.sum(1), from_Pe.sum(0)]
+    on_host = torch.cat(rows).tolist()
     receive = on_host[ep : 2 * ep]
-    expert_Pe = torch.arange(num_experts // ep, device=order_R.device).repeat(ep)
+    expert_e = torch.arange(num_experts // ep, device=order_R.device)
+    expert_Pe = expert_e.repeat(ep)
     expert_r = expert_Pe.repeat_interleave(from_Pe.flatten(), output_size=sum(receive))
     order_r = expert_r.argsort(stable=True)
     send = on_host[:ep]
@@ -623,11 +629,11 @@ def dispatch(x_TH: Tensor, plan: Plan) -> Callable[[], Tensor]:
     Collective. Args: x_TH: rows of any size. Source: ours.
     """
     copies_RH = repeat(x_TH, "T ... -> (T K) ...", K=plan.top_k)
-    rows_RH = _sorted_by(plan.order_R, copies_RH)
+    rows_RH = copies_RH.index_select(0, plan.order_R)
     wait = start_all_to_all(rows_RH, plan.send, plan.receive, plan.group)
     if group_size(plan.group) == 1:  # the rows of one sender are sorted already
         return wait
-    return lambda: _sorted_by(plan.order_r, wait())
+    return lambda: wait().index_select(0, plan.order_r)
 
 
 def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
@@ -640,8 +646,9 @@ def combine(rows_rH: Tensor, weights_TK: Tensor, plan: Plan) -> Tensor:
         rows_rH = _unsorted_by(plan.order_r, rows_rH)
     rows_RH = all_to_all(rows_rH, plan.receive, plan.send, plan.group)
     rows_TKH = _unsorted_by(plan.order_R, rows_RH).unflatten(0, weights_TK.shape)
+    rows_TKH = rows_TKH.to(weights_TK.dtype)
     with torch.autocast(rows_rH.device.type, enabled=False):
-        y_TH = einsum(weights_TK, rows_TKH.to(weights_TK.dtype), "T K, T K H -> T H")
+        y_TH = einsum(weights_TK, rows_TKH, "T K, T K H -> T H")
     return y_TH.to(rows_rH.dtype)
 
 
@@ -683,333 +690,16 @@ class ExpertParallelMoELayer(MoELayer):
         super().__init__(config)
         self.group = group
         for p in self.experts.parameters():
-            # A copy: a view would keep the memory of the full tensor alive.
-            p.data = p.data.chunk(group_size(group))[group_rank(group)].clone()
+            shards = p.data.chunk(group_size(group))
+            p.data = shards[group_rank(group)].clone()  # a view would keep the full tensor alive
 
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
-        # Under autocast in its dtype: half the bytes, and the same GEMMs.
-        wait = dispatch(x_TH.to(gemm_dtype(x_TH)), plan)
+        dtype = gemm_dtype(x_TH)  # autocast's: half the bytes, and the same GEMMs
+        wait = dispatch(x_TH.to(dtype), plan)
         shared_TH = 0 if self.shared is None else self.shared(x_TH)  # while rows are in flight
         rows_rH = self.experts(wait(), plan.counts)
         return combine(rows_rH, routing.weights_TK, plan) + shared_TH
-
-
-# ── 1.8 FP8 and scaling ─────────────────────────────────────────────────────────────────────────
-#
-# A floating-point value is sign · 2^exponent · 1.mantissa. FP8 has two ways to spend its bits:
-#
-#     E4M3   4 bits exponent, 3 mantissa   ±448     relative error ≤ 1/16   weights, activations
-#     E5M2   5 bits exponent, 2 mantissa   ±57344   relative error ≤ 1/8    gradients: more range
-#
-# The value 20 in both, and its neighbours:
-#
-#     E4M3   0 1011 010     + 2^(11 − 7) · (1 + 2/8)
-#            16 · 18 · 20 · 22 · 24 · 26 · 28 · 30 · 32 · · · 36 · · · 40      8 steps per octave
-#     E5M2   0 10011 01     + 2^(19 − 15) · (1 + 1/4)
-#            16 · · · 20 · · · 24 · · · 28 · · · 32 · · · · · · · 40           4 steps
-#
-# The step grows with the value, so the relative error is the same at 20 and at 0.02. Below 2^−6
-# (E5M2: 2^−14) the exponent has its smallest value, and the step stays as large as it is there:
-#
-#     E4M3   0 · 2^−9 · 2·2^−9 · … · 7·2^−9 · 2^−6 · …        less than half a step becomes zero:
-#     E5M2   0 · 2^−16 · 2·2^−16 · 3·2^−16 · 2^−14 · …        0.0009, or any gradient of 1e-6
-#
-# So a tensor is scaled to the format's range before it is rounded. Current scaling takes the amax,
-# the largest |x|, of this very tensor:
-#
-#     scale = largest value of the format / amax
-#     codes = round(clip(x · scale))               8 bits each
-#     x ≈ codes · (1 / scale)                      GEMMs take the inverse: easily confused
-#
-#     x              0.02       −0.5      0.00035         amax 0.5, so scale = 448 / 0.5 = 896
-#     x · scale     17.92     −448.0      0.3136
-#     codes         18        −448        0.3125          steps here: 2, 32 and 1/32
-#     codes / scale  0.0201     −0.5      0.000349        without a scale the last would be 0
-#
-# Three cases need care. amax = 0 would give an infinite scale, and then 0 · ∞ = NaN. x · scale may
-# round above the largest value, and E4M3 has no infinity, so it is clipped. And for a tiny amax the
-# scale would overflow. A value that is not finite is left visible: everything with the same scale
-# becomes NaN, and the gradient norm shows it. Scaling is computed in fp32, whatever x is.
-#
-# One outlier makes all other values relatively small. Blockwise scaling gives each tile its own
-# scale: 1 × 128 elements of an activation or gradient, 128 × 128 of a weight [Nano 2, after
-# DeepSeek-V3]. Then E4M3 has enough range for gradients too. Scales may be powers of two, which
-# change the exponent alone and round nothing.
-
-FP8_FORMATS = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-# x ≈ codes · inverse_scale. codes: FP8, of x's shape. inverse_scale: fp32, one, or one per tile of
-# the last two dimensions. block: rows and columns of a tile, or None.
-Quantized = namedtuple("Quantized", "codes inverse_scale block")
-
-
-def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
-    """The largest |x|, or one per tile, of which the last ones may be smaller."""
-    if block is None:
-        return x.abs().amax() if x.numel() else x.new_zeros(())
-    return F.max_pool2d(x.abs()[None], block, ceil_mode=True)[0]
-
-
-def _per_element(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
-    """Each tile's scale, at each of its elements."""
-    if scale.ndim == 0:
-        return scale
-    scale = scale.repeat_interleave(block[0], -2).repeat_interleave(block[1], -1)
-    return scale[..., : shape[-2], : shape[-1]]
-
-
-@torch.no_grad()
-def quantize_fp8(
-    x: Tensor,
-    format: str = "e4m3",
-    block: tuple[int, int] | None = None,
-    power_of_two: bool = False,
-    amax_group: Group = None,
-) -> Quantized:
-    """x rounded to FP8, to nearest, ties to even, with one scale or one per tile.
-
-    Args:
-        x: any shape; with tiles two or three dimensions.
-        format: "e4m3" or "e5m2".
-        block: rows and columns of a tile of the last two dimensions; None: one scale.
-        power_of_two: round the scale down to a power of two.
-        amax_group: ranks that hold shards of one tensor, which then has one scale on all of them.
-            Collective, also with an empty shard. None: x is not sharded. Ignored with tiles, which
-            must not cross ranks.
-
-    A finite value has a finite code. Raises: ValueError for an unknown format.
-    Source: current scaling, Nemotron-H; tiles, Nemotron Nano 2.
-    """
-    if format not in FP8_FORMATS:
-        raise ValueError(f"format {format!r}: one of {list(FP8_FORMATS)}")
-    dtype = FP8_FORMATS[format]
-    largest = torch.finfo(dtype).max
-    x = x.to(torch.float32)
-    block = block if x.numel() else None
-    amax = _amax(x, block).nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop NaN
-    if amax_group is not None and block is None:
-        _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
-    # largest / amax would be computed as largest · (1 / amax), which rounds twice.
-    scale = torch.full_like(amax, largest) / amax
-    # The limit keeps the inverse a normal number.
-    scale = torch.where(amax == 0, 1.0, scale).clamp(max=2.0**126)
-    if power_of_two:
-        # sign() is 0 where x is not finite, and there the scale stays 0.
-        scale = torch.ldexp(scale.sign(), torch.frexp(scale).exponent - 1)
-    scaled = (x * _per_element(scale, block, x.shape)).clamp(-largest, largest)
-    return Quantized(scaled.to(dtype).contiguous(), 1 / scale, block)
-
-
-def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """codes · inverse scale, (...), in `dtype`, fp32 or higher. Source: Nemotron-H."""
-    codes, inverse_scale, block = quantized
-    return codes.to(dtype) * _per_element(inverse_scale, block, codes.shape).to(dtype)
-
-
-# ── 1.9 FP8 GEMMs ───────────────────────────────────────────────────────────────────────────────
-#
-# A linear layer is three GEMMs. Each is a · bᵀ of two matrices with the reduction dimension last,
-# the only layout that the FP8 tensor cores of Hopper (H100) take:
-#
-#     fprop    y_RF  =  x_RH · w_FH            sum over H        E4M3 · E4M3
-#     dgrad    dx_RH =  dy_RF · w_HF           sum over F        E5M2 · E4M3       w transposed
-#     wgrad    dw_FH =  dy_FR · x_HR           sum over rows     E5M2 · E4M3       both transposed
-#
-# So x, w and dy are each needed twice, as they are and transposed: six operands. With one scale
-# per tensor the transposed copy has the same codes. Tiles lie along the reduction dimension, so a
-# transposed operand has other tiles and is rounded anew, from the unrounded tensor. For wgrad x is
-# kept as codes: 1 byte per element and not 4.
-#
-# A scale may be taken out of a GEMM where it is the same for all terms of the sum: Σ_h (q_rh / s)
-# (p_fh / z) = (Σ_h q_rh · p_fh) / (s · z). The tensor cores add codes, and multiply once.
-#
-# A recipe is data: the format of each operand of each GEMM, and the number of layers at both ends
-# that keep their precision. The router, norms, embedding and output layer always do.
-#
-# torch._scaled_mm is that GEMM on FP8 tensor cores. Elsewhere it is emulated: the same codes,
-# upcast, in an ordinary GEMM. The rounding is the same to the bit. Sums differ, since Hopper adds
-# with fewer bits than fp32 (`use_fast_accum=False` promotes partial sums to fp32 regularly). Tensor
-# cores need multiples of 16, so each GEMM is padded with zero rows, which do not count.
-
-Operand = namedtuple("Operand", "format block power_of_two", defaults=[None, False])
-E4M3 = Operand("e4m3")
-E5M2 = Operand("e5m2")
-TILE = Operand("e4m3", (1, 128), True)
-SQUARE = Operand("e4m3", (128, 128), True)
-
-
-@dataclass(frozen=True)
-class FP8Recipe:
-    """How each operand of each GEMM is rounded, and where. Source: Nemotron-H, section 2.4."""
-
-    fprop: tuple[Operand, Operand] = (E4M3, E4M3)  # x, w
-    dgrad: tuple[Operand, Operand] = (E5M2, E4M3)  # dy, w transposed
-    wgrad: tuple[Operand, Operand] = (E5M2, E4M3)  # dy and x, both transposed
-    first: int = 1  # layers at the beginning that keep their precision; Nemotron-H 56B: 4
-    last: int = 1  # layers at the end
-    hardware: bool = False  # on FP8 tensor cores, or emulated
-
-    def covered(self, num_layers: int) -> range:
-        """The layers in FP8. Raises: ValueError where there is none."""
-        covered = range(self.first, num_layers - self.last)
-        if not covered:
-            outside = f"the first {self.first} and the last {self.last} of {num_layers} layers"
-            raise ValueError(f"the FP8 recipe leaves out {outside}: it covers none; add layers")
-        return covered
-
-
-HYBRID = FP8Recipe()
-BLOCKWISE = FP8Recipe((TILE, SQUARE), (TILE, SQUARE), (TILE, TILE))  # Nemotron Nano 2
-
-
-def fp8_hardware(mode: str, device: torch.device, recipe: FP8Recipe) -> bool:
-    """Whether GEMMs run on FP8 tensor cores. Args: mode: "hardware", "emulate", or "auto".
-
-    Raises: ValueError with the reason where "hardware" is not possible. Source: ours.
-    """
-    tiles = any(operand.block for operand in recipe.fprop + recipe.dgrad + recipe.wgrad)
-    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
-    if mode == "hardware" and (tiles or not able):
-        reason = "none for a recipe with tiles here" if able else f"this {device.type} has none"
-        raise ValueError(f"FP8 tensor cores: {reason}; use --fp8 emulate or auto")
-    return mode != "emulate" and able and not tiles
-
-
-def fp8_gemm(a: Quantized, b: Quantized, dtype: torch.dtype, hardware: bool = False) -> Tensor:
-    """a · bᵀ, (m, k) and (n, k) to (m, n) in `dtype`, on FP8 tensor cores or emulated.
-
-    Emulated sums are in at least fp32. On Hopper an error of 2^−13 · Σ|a_i b_i| is to be expected
-    on top of dtype's own rounding. Raises: ValueError on hardware where k or n is no multiple of
-    16. Source: Nemotron-H.
-    """
-    if hardware and a.codes.numel():
-        if a.codes.shape[1] % 16 or b.codes.shape[0] % 16:
-            sizes = f"{tuple(a.codes.shape)} and {tuple(b.codes.shape)}"
-            raise ValueError(f"FP8 tensor cores need multiples of 16, not {sizes}")
-        scales = {"scale_a": a.inverse_scale, "scale_b": b.inverse_scale}
-        b_kn = b.codes.mT
-        return torch._scaled_mm(a.codes, b_kn, **scales, out_dtype=dtype, use_fast_accum=False)
-    with torch.autocast(a.codes.device.type, enabled=False):
-        precision = torch.promote_types(dtype, torch.float32)
-        return (dequantize_fp8(a, precision) @ dequantize_fp8(b, precision).mT).to(dtype)
-
-
-def _quantize_both(
-    x_RH: Tensor, operand: Operand, transposed: Operand, amax_group: Group
-) -> tuple[Quantized, Quantized]:
-    """x_RH and its transpose, padded to 16 rows. With one scale, one rounding serves both."""
-    x_RH = F.pad(x_RH, (0, 0, 0, -len(x_RH) % 16))
-    x = quantize_fp8(x_RH, *operand, amax_group=amax_group)
-    if operand == transposed and operand.block is None:
-        return x, x._replace(codes=x.codes.mT.contiguous())
-    return x, quantize_fp8(x_RH.mT, *transposed, amax_group=amax_group)
-
-
-class _FP8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_RH, weight_FH, recipe, amax_group, dtype):
-        x_fprop, x_wgrad = _quantize_both(x_RH, recipe.fprop[0], recipe.wgrad[1], amax_group)
-        w_fprop = quantize_fp8(weight_FH, *recipe.fprop[1])
-        kept = x_wgrad[:2] if ctx.needs_input_grad[1] else (None, None)
-        ctx.save_for_backward(weight_FH, *kept)
-        ctx.settings = recipe, amax_group, x_RH.dtype
-        return fp8_gemm(x_fprop, w_fprop, dtype, recipe.hardware)[: len(x_RH)]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy_RF):
-        weight_FH, x_codes, x_inverse_scale = ctx.saved_tensors
-        recipe, amax_group, x_dtype = ctx.settings
-        dx_RH = dweight_FH = None
-        dy_dgrad, dy_wgrad = _quantize_both(dy_RF, recipe.dgrad[0], recipe.wgrad[0], amax_group)
-        if ctx.needs_input_grad[0]:
-            w_dgrad = quantize_fp8(weight_FH.mT, *recipe.dgrad[1])
-            dx_RH = fp8_gemm(dy_dgrad, w_dgrad, x_dtype, recipe.hardware)[: len(dy_RF)]
-        if ctx.needs_input_grad[1]:
-            x_wgrad = Quantized(x_codes, x_inverse_scale, recipe.wgrad[1].block)
-            dweight_FH = fp8_gemm(dy_wgrad, x_wgrad, weight_FH.dtype, recipe.hardware)
-        return dx_RH, dweight_FH, None, None, None
-
-
-def fp8_linear(x: Tensor, weight_FH: Tensor, recipe: FP8Recipe, amax_group: Group = None) -> Tensor:
-    """x · weightᵀ with all three GEMMs in FP8, (..., H) to (..., F). Differentiable once.
-
-    Args: amax_group: ranks that hold shards of the rows: collective then; see `quantize_fp8`.
-    Returns: x's dtype, or autocast's. Raises: ValueError on hardware for sizes that are no
-    multiples of 16. Source: Nemotron-H; with tiles, Nemotron Nano 2.
-    """
-    x_RH = x.reshape(-1, x.shape[-1])
-    y_RF = _FP8Linear.apply(x_RH, weight_FH, recipe, amax_group, gemm_dtype(x))
-    return y_RF.view(*x.shape[:-1], len(weight_FH))
-
-
-class FP8Linear(nn.Module):
-    """Replaces an nn.Linear without bias: x (..., H) to (..., F), with three GEMMs in FP8.
-
-    It shares the weight of `linear`, which keeps its precision: each GEMM rounds it anew, and the
-    optimizer never sees that. Args: linear: an nn.Linear, or another FP8Linear. Others: as
-    `fp8_linear`'s. Raises: ValueError for a layer with a bias. Source: Nemotron-H.
-    """
-
-    def __init__(self, linear: nn.Module, recipe: FP8Recipe = HYBRID, amax_group: Group = None):
-        super().__init__()
-        if linear.bias is not None:
-            raise ValueError("FP8Linear has no bias: build the layer with bias=False")
-        self.weight = linear.weight
-        self.bias = None
-        self.recipe = recipe
-        self.amax_group = amax_group
-
-    def forward(self, x: Tensor) -> Tensor:
-        return fp8_linear(x, self.weight, self.recipe, self.amax_group)
-
-
-# ── 1.10 FP8 experts, and one scale for a sharded tensor ────────────────────────────────────────
-#
-# An expert's rows have a scale of their own, and so has its weight. Its GEMMs are those of a linear
-# layer, called for one expert after the other.
-#
-# The shards of a tensor have another amax on each rank, so other scales and other roundings than
-# on a single device: the result would depend on the mesh. So the ranks that hold shards of one
-# tensor agree on one amax, by an all-reduce of one value. Activations of replicated layers: all
-# ranks. An expert's rows: the edp group, the ranks that hold this expert. (The other ranks of its
-# ep group have sent all their rows of it.) Weights: none. The codes then equal the single device's
-# to the bit. An empty shard has amax 0 and takes part.
-
-
-def fp8_grouped_gemm(
-    x_RH: Tensor, weight_EFH: Tensor, counts: list[int], recipe: FP8Recipe, amax_group: Group = None
-) -> Tensor:
-    """`grouped_gemm` in FP8, (R, F): each expert's rows and weight with their own scales.
-
-    Args: amax_group: the ranks that hold the same experts; collective. Source: ours.
-    """
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
-
-
-def to_fp8(model: MoELM, recipe: FP8Recipe, mesh: Mesh | None = None) -> MoELM:
-    """Replaces the linear layers that `recipe` covers, in place, and returns the model.
-
-    Parameters stay the same objects. A second call replaces the first one's recipe everywhere.
-    Args: mesh: its ranks share the amax of sharded tensors; None: each rank scales what it has.
-    Raises: ValueError where the recipe covers no layer, or leaves out one that is in FP8 already;
-    the model is then as it was. Source: Nemotron-H, section 2.4.
-    """
-    covered = recipe.covered(len(model.layers))
-    for i, layer in enumerate(model.layers):
-        if i not in covered and any(isinstance(module, FP8Linear) for module in layer.modules()):
-            raise ValueError(f"layer {i} is in FP8, and the recipe leaves it out: build it again")
-    several = mesh is not None and dist.is_initialized()
-    tokens_group = dist.group.WORLD if several else None
-    experts_group = mesh.edp_group if several else None
-    for module in list(model.layers[covered.start : covered.stop].modules()):
-        if isinstance(module, Experts):
-            module.gemm = partial(fp8_grouped_gemm, recipe=recipe, amax_group=experts_group)
-        for name, child in module.named_children():
-            if isinstance(child, (nn.Linear, FP8Linear)):
-                setattr(module, name, FP8Linear(child, recipe, tokens_group))
-    return model
 
 
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
@@ -1027,16 +717,13 @@ class Attention(nn.Module):
 
     def __init__(self, config: MoEConfig):
         super().__init__()
-        self.config = config
-        heads = config.num_heads + 2 * config.num_kv_heads  # all q, all k, all v
-        self.qkv = nn.Linear(config.hidden_size, heads * config.head_size, bias=False)
+        self.heads = [config.num_heads, config.num_kv_heads, config.num_kv_heads]  # of q, k, v
+        self.qkv = nn.Linear(config.hidden_size, sum(self.heads) * config.head_size, bias=False)
         self.out = nn.Linear(config.num_heads * config.head_size, config.hidden_size, bias=False)
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
-        N = self.config.num_heads
-        G = self.config.num_kv_heads
-        heads = rearrange(self.qkv(x_BSH), "B S (heads D) -> B heads S D", heads=N + 2 * G)
-        qkv = heads.split([N, G, G], dim=1)
+        heads = rearrange(self.qkv(x_BSH), "B S (heads D) -> B heads S D", heads=sum(self.heads))
+        qkv = heads.split(self.heads, dim=1)  # (B, N, S, D) and twice (B, G, S, D)
         y_BNSD = F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
         y_BSH = self.out(rearrange(y_BNSD, "B N S D -> B S (N D)"))
         return y_BSH, x_BSH.new_zeros(len(x_BSH))
@@ -1154,15 +841,15 @@ def shard_dim(name: str) -> int | None:
 def check_ep(num_experts: int, ep: int) -> None:
     """Raises ValueError where the experts do not divide over `ep` ranks."""
     if num_experts % ep:
-        fits = [n for n in range(1, ep + 1) if num_experts % n == 0]
-        have = f"num_experts={num_experts} does not divide over {ep} ranks"
-        raise ValueError(f"{have}: choose ep from {fits}")
+        found = f"num_experts={num_experts} does not divide over {ep} ranks"
+        raise ValueError(f"{found}: ep must divide the number of experts")
 
 
 def shard_tensor(name: str, full: Tensor, rank: int, ep: int) -> Tensor:
     """Rank `rank`'s shard of `full`, the plain model's tensor `name`: (e, ...) or (...); a copy."""
     dim = shard_dim(name)
-    return full.clone() if dim is None else full.chunk(ep, dim)[rank].clone()
+    shard = full if dim is None else full.chunk(ep, dim)[rank]
+    return shard.clone()
 
 
 def shard_state_dict(full: StateDict, config: MoEConfig, rank: int, ep: int) -> StateDict:
@@ -1177,8 +864,8 @@ def shard_state_dict(full: StateDict, config: MoEConfig, rank: int, ep: int) -> 
 
 def check_state(full: StateDict, config: MoEConfig) -> None:
     """Raises ValueError that names what is missing in `full`, unknown or of another shape."""
-    expected = {name: tuple(shape) for name, shape in state_shapes(config).items()}
-    wrong = expected.items() ^ {name: tuple(x.shape) for name, x in full.items()}.items()
+    shapes = {name: x.shape for name, x in full.items()}
+    wrong = state_shapes(config).items() ^ shapes.items()
     if wrong:
         raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
 
@@ -1197,8 +884,9 @@ def merge_state_dicts(shards: list[StateDict]) -> StateDict:
         full[name] = first.clone()
         for rank, x in enumerate(tensors):
             if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
-                gap = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
-                raise ValueError(f"{name} should be replicated, but {gap}")
+                gap = (x - first).abs().max()
+                found = f"rank {rank} differs from rank 0 by {gap:.1e}"
+                raise ValueError(f"{name} should be replicated, but {found}")
     return full
 
 
@@ -1207,9 +895,10 @@ def gather_state_dict(tensors: StateDict, group: Group = None) -> StateDict:
 
     Collective over `group`. Raises: what `merge_state_dicts` does.
     """
-    shards = [{name: x.detach().cpu() for name, x in tensors.items()}] * group_size(group)
+    own = {name: x.detach().cpu() for name, x in tensors.items()}
+    shards = [own] * group_size(group)
     if group_size(group) > 1:
-        dist.all_gather_object(shards, shards[0], group)
+        dist.all_gather_object(shards, own, group)
     return merge_state_dicts(shards)
 
 
@@ -1233,9 +922,9 @@ class Mesh:
 
     ep: int = 1  # ranks that share one set of experts
     dp: int = 1  # sets of experts
-    ep_rank: int = 0
-    ep_group: Group = None
-    edp_group: Group = None
+    ep_rank: int = 0  # its index in the ep group
+    ep_group: Group = None  # exchanges rows
+    edp_group: Group = None  # holds the same experts
 
 
 def make_mesh(ep: int, device: torch.device, timeout: float = 60.0) -> Mesh:
@@ -1245,12 +934,11 @@ def make_mesh(ep: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     """
     world = dist.get_world_size()
     if ep < 1 or world % ep:
-        fits = [n for n in range(1, world + 1) if world % n == 0]
-        raise ValueError(f"ep={ep} does not divide the {world} ranks: choose ep from {fits}")
-    ep_lists = [list(range(first, first + ep)) for first in range(0, world, ep)]
-    edp_lists = [list(range(first, world, ep)) for first in range(ep)]
-    groups = [make_group(lists, device, timeout) for lists in (ep_lists, edp_lists)]
-    return Mesh(ep, world // ep, dist.get_rank() % ep, *groups)
+        raise ValueError(f"ep={ep} does not divide the {world} ranks")
+    ranks = torch.arange(world).view(-1, ep)  # a row per set of experts
+    ep_group = make_group(ranks.tolist(), device, timeout)
+    edp_group = make_group(ranks.T.tolist(), device, timeout)
+    return Mesh(ep, len(ranks), dist.get_rank() % ep, ep_group, edp_group)
 
 
 def sum_gradients(parameters: Parameters, group: Group = None) -> None:
@@ -1259,8 +947,9 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
     if not parameters or group_size(group) == 1:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = _all_reduce(torch.cat([grad.flatten() for grad in grads]), group)
-    for p, total in zip(parameters, flat.split([p.numel() for p in parameters])):
+    flat = torch.cat([grad.flatten() for grad in grads])
+    sizes = [p.numel() for p in parameters]
+    for p, total in zip(parameters, _all_reduce(flat, group).split(sizes)):
         p.grad = total.view_as(p).to(p.dtype)
 
 
@@ -1268,7 +957,7 @@ def reduce_gradients(model: ParallelMoELM, mesh: Mesh) -> None:
     """Sums gradients over the ranks that section 1.7 names, in two messages."""
     experts = model.sharded_parameters()
     ids = {id(p) for p in experts}  # by identity: == compares elements
-    sum_gradients(experts, mesh.edp_group)
+    sum_gradients(experts, mesh.edp_group)  # the ranks that hold the same experts
     sum_gradients([p for p in model.parameters() if id(p) not in ids])
 
 
@@ -1337,7 +1026,8 @@ def train_alone(
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
             loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
         loss = loss_BS.sum() / count
-        (loss + alpha * balance_B.mean()).backward()
+        balance = balance_B.mean()
+        (loss + alpha * balance).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         optimizer.step()
         counts_LE = model.counts()
@@ -1373,17 +1063,19 @@ def train(
         tokens_BS, targets_BS = map(rank_rows, batch)
         # torch.full is filled on the device; torch.tensor would be copied there, and wait.
         sequences = torch.full((), len(tokens_BS), device=tokens_BS.device)
-        counts = _all_reduce(torch.stack([(targets_BS != -100).sum(), sequences]))
-        count, sequences = counts.clamp(min=1)
+        count = (targets_BS != -100).sum()
+        counts = _all_reduce(torch.stack([count, sequences]))
+        count, sequences = counts.clamp(min=1)  # in a batch no target may count
         with torch.autocast(tokens_BS.device.type, autocast, enabled=autocast is not None):
             loss_BS, balance_B = model.loss(tokens_BS, targets_BS)
         loss = loss_BS.sum() / count  # a partial sum of the mean
-        (loss + alpha * balance_B.sum() / sequences).backward()
+        balance = balance_B.sum() / sequences
+        (loss + alpha * balance).backward()
         reduce_gradients(model, mesh)
         sharded = model.sharded_parameters()
         norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=mesh.ep_group)
         optimizer.step()
-        counts_LE = _all_reduce(model.counts())
+        counts_LE = _all_reduce(model.counts())  # else replicas of a router drift apart
         update_expert_bias(model.routers(), counts_LE, gamma)
         yield Step(_all_reduce(loss.detach()), norm, counts_LE)
 
@@ -1401,7 +1093,6 @@ def train(
 
 # fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
-RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
 
 
 @dataclass
@@ -1412,8 +1103,6 @@ class Options:  # the chapter's own flags
     lr: float = flag(3e-3, "learning rate", least=1e-9)
     alpha: float = flag(1e-4, "weight of the balancing loss")
     gamma: float = flag(0.01, "step of the routers' biases; the paper's is 0.001")
-    fp8: str = flag("auto", "auto: tensor cores if any", choices=["auto", "hardware", "emulate"])
-    recipe: str = flag("hybrid", "one scale per tensor, or tiles", choices=list(RECIPES))
     data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
 
 
@@ -1423,23 +1112,43 @@ def model_config(args: argparse.Namespace) -> MoEConfig:
     return config_from(args, MoEConfig, vocab_size=vocab_size, seed=args.seed, init_std=0.06)
 
 
-def fp8_recipe(args: argparse.Namespace, device: torch.device) -> FP8Recipe:
-    recipe = RECIPES[args.recipe]
-    return replace(recipe, hardware=fp8_hardware(args.fp8, device, recipe))
+def is_default(args: argparse.Namespace) -> bool:
+    """Whether model and training are those of the default run, on whatever ranks."""
+    options = replace(config_from(args, Options), ep=None)
+    config = config_from(args, MoEConfig)
+    return args.steps >= 80 and options == Options() and config == MoEConfig()
 
 
 def largest_load(counts_LE: Tensor) -> float:
     """Rows of the busiest expert over the mean, in the worst layer: 1 is balanced."""
-    return (counts_LE.amax(1) / counts_LE.to(torch.float64).mean(1)).max().item()
+    mean_L = counts_LE.to(torch.float64).mean(1)
+    return (counts_LE.amax(1) / mean_L).max().item()
 
 
 @torch.no_grad()
-def overload(model: MoELM, strength: float = 0.5) -> MoELM:
+def overload(model: MoELM) -> MoELM:
     """A bad start: all embeddings share a direction for which every router prefers experts 0, 1."""
     model.embedding.weight[:, 0] += 0.3
     for router in model.routers():
-        router.weight[:2, 0] += strength
+        router.weight[:2, 0] += 0.5
     return model
+
+
+def uneven_batches(vocab_size: int, device: torch.device) -> Batches:
+    """Five global batches. Ranks have unequally many rows, or the last rank has none."""
+    for step in range(5):
+        rows = group_size() + 1  # rank 0 has two, the others one
+        if step % 2:
+            rows = max(1, group_size() - 1)  # the last rank has none
+        generator = torch.Generator().manual_seed(step)
+        ids_2BS = torch.randint(vocab_size, (2, rows, 13), generator=generator)
+        tokens_BS, targets_BS = ids_2BS.to(device)
+        targets_BS[0, 3:] = -100  # does not count
+        yield tokens_BS, targets_BS
+
+
+def gradients(model: nn.Module) -> StateDict:
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
 def equivalence(
@@ -1447,66 +1156,73 @@ def equivalence(
 ) -> dict[str, float]:
     """Five AdamW steps of a small model on this mesh and on a single device: name to error.
 
-    Two experts get no token. In every second step the last rank has none; in the others, ranks have
-    unequally many.
+    Two experts get no token, and in every second step the last rank has none.
     """
-    sizes = {"num_experts": 4 * mesh.ep, "expert_size": 12, "shared_size": 20, "init_std": 0.05}
-    config = MoEConfig(vocab_size=61, hidden_size=16, **sizes)
+    config = MoEConfig(61, 16, num_experts=4 * mesh.ep, expert_size=12, init_std=0.05)
     plain = MoELM(config).to(device, dtype)
     parallel = ParallelMoELM(config, mesh.ep_group).to(device, dtype)
-    for router in [*plain.routers(), *parallel.routers()]:
-        router.bias[:2] = -10
-    batches = []
-    for step in range(5):
-        rows = group_size() + 1 if step % 2 == 0 else max(1, group_size() - 1)
-        generator = torch.Generator().manual_seed(step)
-        ids_2BS = torch.randint(61, (2, rows, 13), generator=generator).to(device)
-        ids_2BS[1, 0, 3:] = -100
-        batches.append(tuple(ids_2BS))
+    for model in (plain, parallel):
+        for router in model.routers():
+            router.bias[:2] = -10
+    batches = list(uneven_batches(61, device))
     lr = 1e-3
     options = {"alpha": 0.01, "gamma": 0.01, "max_norm": 0.1, "autocast": autocast}
     alone = train_alone(plain, make_optimizer(plain, lr), batches, **options)
     steps = train(parallel, make_optimizer(parallel, lr), batches, mesh, **options)
     errors = {}
     for step, (there, here) in enumerate(zip(alone, steps)):
-        errors[f"loss {step}"] = abs(here.loss / there.loss - 1).item()
-        errors[f"norm before clipping {step}"] = abs(here.norm / there.norm - 1).item()
+        loss_gap = here.loss / there.loss - 1
+        norm_gap = here.norm / there.norm - 1
+        errors[f"loss {step}"] = loss_gap.abs().item()
+        errors[f"norm before clipping {step}"] = norm_gap.abs().item()
         if dtype == torch.float64:  # elsewhere rounding may decide between nearly equal experts
-            errors[f"rows {step}"] = float((here.counts_LE - there.counts_LE).abs().max())
+            gap_LE = here.counts_LE - there.counts_LE
+            errors[f"count of rows {step}"] = gap_LE.abs().max().item()
         if step == 0:
-            grads = {name: p.grad for name, p in parallel.named_parameters()}
-            reference = {name: p.grad for name, p in plain.named_parameters()}
-            full = gather_state_dict(grads, mesh.ep_group)
-            errors |= relative_errors("gradient", full, reference)
-    if (
-        dtype == torch.float64
-    ):  # Adam divides rounding errors by each other where a gradient is zero
+            full = gather_state_dict(gradients(parallel), mesh.ep_group)
+            errors |= relative_errors("gradient", full, gradients(plain))
+    # In float64 alone: Adam divides rounding errors by each other where a gradient is zero.
+    if dtype == torch.float64:
         full = gather_state_dict(parallel.state_dict(), mesh.ep_group)
-        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
+        moved = len(batches) * lr
+        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), moved)
     return over_all_ranks(errors)
 
 
-def demonstrate(
-    args: argparse.Namespace,
-    mesh: Mesh,
-    device: torch.device,
-    title: str = "single device",
-    reference: Sequence[float] = (),
-) -> tuple[list[float], list[float]]:
-    """Trains from a bad start and prints four columns, next to the `reference` losses.
+def text_batches(args: argparse.Namespace, device: torch.device) -> Batches:
+    data = TextData(args.data, args.seq_length)
+    for step in range(args.steps):
+        tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
+        yield tokens_BS.to(device), targets_BS.to(device)
 
-    In FP8 where the title is "without FP8". Returns: each step's loss and largest load.
-    """
-    dtype, autocast = dtypes(args)
-    model = overload(ParallelMoELM(model_config(args), mesh.ep_group)).to(device, dtype)
-    if title == "without FP8":
-        recipe = fp8_recipe(args, device)
-        model = to_fp8(model, recipe, mesh)
-        where = "on tensor cores" if recipe.hardware else "emulated"
-        say(f"In FP8, {where}: all but the first {recipe.first} and the last {recipe.last} layers")
-    options = {"alpha": args.alpha, "gamma": args.gamma, "autocast": autocast}
+
+def parallel_model(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> ParallelMoELM:
+    """The demonstration's model, from its bad start."""
+    dtype, _ = dtypes(args)
+    model = ParallelMoELM(model_config(args), mesh.ep_group)
+    return overload(model).to(device, dtype)
+
+
+def training(
+    args: argparse.Namespace, model: MoELM, device: torch.device, mesh: Mesh | None = None
+) -> Iterator[Step]:
+    """Trains as the flags say: on a mesh, or the plain model."""
+    _, autocast = dtypes(args)
     optimizer = make_optimizer(model, args.lr)
-    steps = train(model, optimizer, text_batches(args, device, args.steps), mesh, **options)
+    batches = text_batches(args, device)
+    options = {"alpha": args.alpha, "gamma": args.gamma, "autocast": autocast}
+    if mesh is None:
+        return train_alone(model, optimizer, batches, **options)
+    return train(model, optimizer, batches, mesh, **options)
+
+
+def demonstrate(
+    steps: Iterable[Step], title: str = "single device", reference: Sequence[float] = ()
+) -> tuple[list[float], list[float]]:
+    """Prints four columns of a training, of which one has the losses of the `reference`.
+
+    Returns: each step's loss and largest load.
+    """
     say(f"step      loss  {title:>13}    norm  largest load")
     losses = []
     counts = []  # stay on the device: reading them would wait for it
@@ -1516,69 +1232,60 @@ def demonstrate(
         counts.append(counts_LE)
         if step < 5 or step % 10 == 9:
             text = f"{reference[step]:.6f}" if step < len(reference) else ""
-            say(f"{step:4}  {loss:.6f}  {text:>13}  {norm:6.3f}  {largest_load(counts_LE):10.2f} ×")
+            load = f"{largest_load(counts_LE):10.2f} ×"
+            say(f"{step:4}  {loss:.6f}  {text:>13}  {norm:6.3f}  {load}")
     say()
-    return losses, [largest_load(counts_LE) for counts_LE in counts]
+    loads = [largest_load(counts_LE) for counts_LE in counts]
+    return losses, loads
 
 
 def single_device_losses(args: argparse.Namespace, device: torch.device) -> list[float]:
     """The plain model's first losses, on every rank: no rank waits for another."""
-    dtype, autocast = dtypes(args)
-    plain = overload(MoELM(model_config(args))).to(device, dtype)
-    options = {"alpha": args.alpha, "gamma": args.gamma, "autocast": autocast}
-    batches = text_batches(args, device, min(5, args.steps))
-    steps = train_alone(plain, make_optimizer(plain, args.lr), batches, **options)
-    return [step.loss.item() for step in steps]
+    dtype, _ = dtypes(args)
+    plain = MoELM(model_config(args))
+    plain = overload(plain).to(device, dtype)
+    first = itertools.islice(training(args, plain, device), 5)
+    return [step.loss.item() for step in first]
 
 
-def text_batches(args: argparse.Namespace, device: torch.device, steps: int) -> Batches:
-    data = TextData(args.data, args.seq_length)
-    for step in range(steps):
-        tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
-        yield tokens_BS.to(device), targets_BS.to(device)
-
-
-def is_default(args: argparse.Namespace) -> bool:
-    """Whether model and training are those of the default run, on whatever ranks."""
-    layout = ("ep", "fp8", "recipe")
-    flags_of_run = [f for f in [*fields(MoEConfig), *fields(Options)] if f.metadata]
-    changed = [f.name for f in flags_of_run if getattr(args, f.name) != f.default]
-    return args.steps >= 80 and set(changed) <= set(layout)
+def claims(
+    args: argparse.Namespace, errors: dict[str, float], alone: list[float], losses: list[float]
+) -> list[tuple]:
+    """What this run has measured of equality: (claim, paper, here, verdict)."""
+    rows = []
+    for kind in ("gradient", "norm before clipping", "weight after AdamW", "count of rows"):
+        error = worst(errors, kind)
+        here = f"worst {error:.1e} relative"
+        claim = f"every {kind} equals the single device's, float64"
+        rows.append((claim, "exact", here, error <= BOUNDS["fp64"]))
+    if alone:
+        within = max(abs(x - y) for x, y in zip(losses, alone))
+        claim = f"the first {len(alone)} losses equal the single device's, {args.dtype}"
+        rows.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
+    return rows
 
 
 def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[tuple]:
-    """The claims that this run has measured: (claim, paper, here, verdict)."""
+    """Proves the equivalence, trains, and returns the claims that this run has measured."""
     errors = equivalence(mesh, device, torch.float64)
-    claims = []
-    for kind in ("gradient", "norm before clipping", "weight after AdamW"):
-        error = worst(errors, kind)
-        claim = f"every {kind} equals the single device's, float64"
-        claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
-    error = worst(errors, "rows")
-    claims.append(("rows of every expert, in every step", "exact", f"off by {error:g}", not error))
     alone = single_device_losses(args, device)
-    if not alone:
-        return claims
-    losses, loads = demonstrate(args, mesh, device, reference=alone)
-    losses_fp8, _ = demonstrate(args, mesh, device, "without FP8", losses)
-    within = max(abs(x - y) for x, y in zip(losses, alone))
-    claim = f"the first {len(alone)} losses equal the single device's, {args.dtype}"
-    claims.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
-    last = statistics.median(loads[-10:])
-    here = f"{loads[0]:.2f} × the mean, then {last:.2f} ×"
-    verdict = last < 1.5 if is_default(args) else "needs the default run"
-    claims.append((f"largest load, γ = {args.gamma:g}", "balanced", here, verdict))
-    gap = sum(losses_fp8[-10:]) / sum(losses[-10:]) - 1
-    claim = "loss in FP8 over the loss without, last 10 steps"
-    claims.append((claim, "< 0.1 %, 56B", f"{gap:+.2%}", "a small model, a short run"))
-    return claims
+    model = parallel_model(args, mesh, device)
+    losses, loads = demonstrate(training(args, model, device, mesh), reference=alone)
+    rows = claims(args, errors, alone, losses)
+    if loads:
+        last = statistics.median(loads[-10:])
+        here = f"{loads[0]:.2f} × the mean, then {last:.2f} ×"
+        verdict = last < 1.5 if is_default(args) else "needs the default run"
+        rows.append((f"largest load, γ = {args.gamma:g}", "balanced", here, verdict))
+    return rows
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
     mesh = make_mesh(args.ep, device, args.timeout)
     say_setting(args, f": ep {mesh.ep} × dp {mesh.dp}")
     if args.check:
-        good = print_errors(equivalence(mesh, device, *dtypes(args)), BOUNDS[args.dtype])
+        errors = equivalence(mesh, device, *dtypes(args))
+        good = print_errors(errors, BOUNDS[args.dtype])
     else:
         good = print_claims(measure(args, mesh, device))
     if not good:
@@ -1593,9 +1300,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.world_size % args.ep:
         raise ValueError(f"--ep {args.ep} must divide the {args.world_size} ranks")
     check_ep(config.num_experts, args.ep)
-    recipe = fp8_recipe(args, torch.device(args.device))
-    if not args.check:
-        recipe.covered(len(config.pattern))
     TextData(args.data, args.seq_length)
 
 
@@ -1806,30 +1510,6 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # endregion copy 7f35e3
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
-
-
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
-
-    def __enter__(self) -> Counter:
-        self.messages: list[Message] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
-        if function.namespace == "c10d" and name != "barrier":
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            size = max(sum(x.nbytes for x in xs) for xs in tensors)
-            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
-            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
-            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
-
-
-# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 6's tables: published parameter counts, bytes on the network, FP8 formats, schedule.
+"""Chapter 6's tables: published parameter counts, bytes on the network, learning rate.
 
 Sources: Nano: Nemotron 3 Nano, 2025, arXiv 2512.20848. Super: Nemotron 3 Super, 2026, arXiv
          2604.12374. Ultra: its published configuration and its name, 550B-A55B; no report is cited.
@@ -23,18 +23,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from moe_fp8 import (
-    E4M3,
-    E5M2,
-    SQUARE,
-    TILE,
-    MoEConfig,
-    Operand,
-    dequantize_fp8,
-    quantize_fp8,
-    state_shapes,
-)
+from moe_fp8 import MoEConfig, state_shapes
 
 # ── 1 Parameters ────────────────────────────────────────────────────────────────────────────────
 #
@@ -179,17 +168,7 @@ def all_to_all_bytes(model: Published, ep: int, itemsize: int = 2) -> float:
     return 4 * model.top_k * width * itemsize * (1 - 1 / ep)
 
 
-# ── 2 FP8 and the schedule ──────────────────────────────────────────────────────────────────────
-
-
-def quantization_error(x: torch.Tensor, operand: Operand) -> float:
-    """‖x in FP8 − x‖ / ‖x‖, of x of any shape. Source: ours."""
-    return ((dequantize_fp8(quantize_fp8(x, *operand)) - x).norm() / x.norm()).item()
-
-
-def lost_to_zero(x: torch.Tensor, operand: Operand) -> float:
-    """The fraction of x that FP8 rounds to zero. Source: ours."""
-    return (dequantize_fp8(quantize_fp8(x, *operand)) == 0).double().mean().item()
+# ── 2 The schedule ──────────────────────────────────────────────────────────────────────────────
 
 
 def learning_rate(
@@ -266,21 +245,6 @@ def network() -> Iterator[Row]:
     yield Row(claim, "equal cost", f"{rows[0]} / {rows[1]}", note="24 by the paper's rule")
 
 
-def formats() -> Iterator[Row]:
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, 512, generator=generator)
-    heavy = x * torch.exp(2 * torch.randn(512, 512, generator=generator))
-    operands = {"E4M3": E4M3, "E5M2": E5M2, "1 × 128": TILE, "128 × 128": SQUARE}
-    for name, operand in operands.items():
-        errors = quantization_error(x, operand), quantization_error(heavy, operand)
-        here = f"{errors[0]:.1%} / {errors[1]:.1%} / {lost_to_zero(heavy, operand):.1%}"
-        yield Row(f"{name}: error Gaussian / heavy tails / lost to 0", "–", here=here, note="ours")
-    for name, operand in {"E4M3": E4M3, "E5M2": E5M2}.items():
-        largest = {"E4M3": "448", "E5M2": "57344"}[name]
-        found = quantize_fp8(torch.ones(1), *operand)
-        yield Row(f"{name}: largest value", largest, here=f"{1 / found.inverse_scale.item():.0f}")
-
-
 def schedule() -> Iterator[Row]:
     steps = 25_000  # a step for each billion tokens
     rates = [learning_rate(step, steps, warmup=8) for step in (7, 19_999, 25_000)]
@@ -288,12 +252,7 @@ def schedule() -> Iterator[Row]:
     yield Row("Nano: rate after warm-up / at 20T / at 25T tokens", "0.001 / 0.001 / 1e-05", here)
 
 
-TABLES = {
-    "Parameters": parameters,
-    "All-to-all": network,
-    "FP8": formats,
-    "Learning rate": schedule,
-}
+TABLES = {"Parameters": parameters, "All-to-all": network, "Learning rate": schedule}
 
 
 def print_table(title: str, rows: list[Row]) -> bool:

@@ -2,9 +2,14 @@
 """Runs every test marked `ranks` on the ranks of a pool: its body is what each rank executes.
 
 @pytest.mark.ranks(1, 2, 4)
-def test_something(...): ...        runs three times, in worlds of 1, 2 and 4 ranks; dist is ready there
+def test_something(...): ...
+    runs three times, in worlds of 1, 2 and 4 ranks; dist is ready there
 
-pytest --device cuda --backend nccl --ranks 8        the same tests on GPUs; tests that need more ranks are skipped
+@pytest.mark.ranks(2, detail=True)
+    as under TORCH_DISTRIBUTED_DEBUG=DETAIL: torch compares the ranks' calls of every collective
+
+pytest --device cuda --backend nccl --ranks 8
+    the same tests on GPUs; tests that need more ranks are skipped
 """
 
 import os
@@ -16,7 +21,7 @@ import torch
 from proof import Shows
 
 ROOT = Path(__file__).resolve().parent.parent
-POOLS: dict[int, ranks.Pool] = {}
+POOLS: dict[tuple[int, bool], ranks.Pool] = {}  # by world and detail
 
 
 def pytest_addoption(parser):
@@ -42,9 +47,7 @@ def pytest_configure(config):
         raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
     for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PY", "CHAPTER", "ARGS"):
         os.environ.pop(name, None)  # what `make test PY=...` hands on is not for a test's own make
-    torch.set_num_threads(
-        1
-    )  # as in the ranks: two threads on a busy machine are many times slower than one
+    torch.set_num_threads(1)  # as in the ranks: two threads on a busy machine are far slower
     ranks.PATHS[:] = [str(ROOT / path) for path in config.getini("pythonpath")]
 
 
@@ -69,14 +72,11 @@ def pytest_pyfunc_call(pyfuncitem):
     world, option = pyfuncitem.callspec.params["world"], pyfuncitem.config.getoption
     if world > option("--ranks"):
         pytest.skip(f"needs {world} ranks; --ranks is {option('--ranks')}")
-    pool = POOLS.setdefault(world, ranks.Pool(world, option("--device"), option("--backend")))
+    key = world, marker.kwargs.get("detail", False)
+    pool = POOLS.setdefault(key, ranks.Pool(world, option("--device"), option("--backend"), key[1]))
+    names = pyfuncitem.module.__name__, pyfuncitem.originalname
     try:
-        (seen, *_) = pool.run(
-            pyfuncitem.module.__name__,
-            pyfuncitem.originalname,
-            kwargs,
-            marker.kwargs.get("timeout", 60.0),
-        )
+        (seen, *_) = pool.run(*names, kwargs, marker.kwargs.get("timeout", 60.0))
     except ranks.RankSkipped as skipped:
         pytest.skip(str(skipped))
     except (ranks.RankFailed, TimeoutError) as error:
@@ -98,7 +98,8 @@ def keep(item, seen) -> None:
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    """`make bugs` ends in a table: what was planted, what the loss and what a check of gradients shows, who had it."""
+    """`make bugs` ends in a table: what was planted, what the loss and what a check of gradients
+    shows, who had it."""
     if config.option.markexpr != "planted_bug":
         return
     rows = {}  # one for each bug, however many worlds it ran in: the largest speaks

@@ -17,13 +17,17 @@ def assert_equal(
     floor: float = 0.0,
     zeros: dict[str, float] | None = None,
 ) -> float:
-    """Every tensor of `reference` is in `here`, with max|Δ| ≤ bound · max(max|reference|, floor); returns the worst.
+    """Every tensor of `reference` is in `here`, with max|Δ| ≤ bound · max(max|reference|, floor);
+    returns the worst.
 
-    Tensors are compared as wholes and not element by element, because rounding is relative to the largest summand.
+    Tensors are compared as wholes and not element by element, because rounding is relative to the
+    largest summand.
 
     Args:
-        bound: 1e-10 for float64, whose correct results lie near 1e-15. A looser one needs a comment that says why.
-        floor: after AdamW, steps · lr: where a gradient is zero Adam divides rounding noise by itself.
+        bound: 1e-10 for float64, whose correct results lie near 1e-15. A looser one needs a comment
+            that says why.
+        floor: after AdamW, steps · lr: where a gradient is zero Adam divides rounding noise by
+            itself.
         zeros: tensors that are zero in truth, each with its absolute bound.
 
     A reference that is hardly larger than the bound proves nothing: that fails too.
@@ -44,7 +48,8 @@ def assert_equal(
         if name in zeros:
             if not (gap <= zeros[name] and size <= zeros[name]):
                 complaints.append(
-                    f"{name}: {gap:.1e} from a reference of {size:.1e}, both should be below {zeros[name]:.0e}"
+                    f"{name}: {gap:.1e} from a reference of {size:.1e}"
+                    f", both should be below {zeros[name]:.0e}"
                 )
             continue
         if not size > 1e-6:
@@ -62,7 +67,8 @@ def assert_equal(
 def assert_differs(
     here: dict[str, Tensor], reference: dict[str, Tensor], at_least: float = 1e-3
 ) -> list[str]:
-    """For planted bugs: the tensors that are off by at least that share of their maximum; there must be one."""
+    """For planted bugs: the tensors that are off by at least that share of their maximum; there
+    must be one."""
     gaps = {
         name: ((here[name] - y).abs().max() / y.abs().max()).item() for name, y in reference.items()
     }
@@ -73,7 +79,8 @@ def assert_differs(
 
 @contextlib.contextmanager
 def plant(target, name: str, replacement):
-    """Replaces target.name for the length of a with statement, and puts it back whatever happens."""
+    """Replaces target.name for the length of a with statement, and puts it back whatever
+    happens."""
     original = target.__dict__[name]
     setattr(target, name, replacement)
     try:
@@ -84,10 +91,12 @@ def plant(target, name: str, replacement):
 
 @dataclass
 class Shows:
-    """What a planted bug's test returns: what a user sees of the bug in the loss, and in a check of gradients.
+    """What a planted bug's test returns: what a user sees of the bug in the loss, and in a check of
+    gradients.
 
-    Each is a relative error measured in that test (max|Δ| over max|reference|; `assert_differs` and `worst_of` give
-    it), or a few words where a number would say less ("never comes: hangs"); None: it is not asked there.
+    Each is a relative error measured in that test (max|Δ| over max|reference|; `assert_differs` and
+    `worst_of` give it), or a few words where a number would say less ("never comes: hangs"); None:
+    it is not asked there.
     """
 
     loss: float | str | None
@@ -107,7 +116,8 @@ class Shows:
 
 
 def worst_of(here: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
-    """The largest max|Δ| / max|reference| of all tensors; infinite where the reference is zero and `here` is not."""
+    """The largest max|Δ| / max|reference| of all tensors; infinite where the reference is zero and
+    `here` is not."""
     pairs = [
         ((here[name] - y).abs().max().item(), y.abs().max().item()) for name, y in reference.items()
     ]
@@ -115,7 +125,8 @@ def worst_of(here: dict[str, Tensor], reference: dict[str, Tensor]) -> float:
 
 
 class SavedStorages:
-    """`with SavedStorages(model) as saved:` adds up in saved.bytes what autograd keeps for backward, but parameters.
+    """`with SavedStorages(model) as saved:` adds up in saved.bytes what autograd keeps for
+    backward, but parameters.
 
     Every storage counts once, however many views of it are kept.
     """
@@ -144,7 +155,8 @@ class SavedStorages:
 
 
 class Events(TorchDispatchMode):
-    """`with Events() as events:` lists in events.order what happens in time: "product", "wait", "all_reduce" ..."""
+    """`with Events() as events:` lists in events.order what happens in time: "product", "wait",
+    "all_reduce" ..."""
 
     COLLECTIVES = {  # torch 2.13 renamed two of them
         "all_reduce": "all_reduce",
@@ -190,7 +202,8 @@ class Events(TorchDispatchMode):
 
 
 class Shapes(TorchDispatchMode):
-    """`with Shapes() as shapes:` collects in shapes.seen the shape of every tensor that an operator makes."""
+    """`with Shapes() as shapes:` collects in shapes.seen the shape of every tensor that an operator
+    makes."""
 
     def __enter__(self):
         self.seen = set()

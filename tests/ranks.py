@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: MIT-0
 """A pool of ranks that tests run on, so that a distributed test costs milliseconds.
 
-The ranks are forked from a server that has imported torch already, make their process group once, and then take one
-test after the other. After a failure, or a test that takes too long, they are killed and started anew: a test fails
-alone. A rank ends by itself when the process that started it is gone.
+The ranks are forked from a server that has imported torch already, make their process group once,
+and then take one test after the other. After a failure, or a test that takes too long, they are
+killed and started anew: a test fails alone. A rank ends by itself when the process that started it
+is gone.
 """
 
 import importlib
@@ -32,7 +33,18 @@ class RankSkipped(Exception):
     """A rank called pytest.skip; the message is its reason."""
 
 
-def _serve(rank: int, world: int, store: str, device_type: str, backend: str, connection) -> None:
+def context() -> multiprocessing.context.BaseContext:
+    """Starts processes as forks of a server that has imported torch."""
+    paths = [*PATHS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))  # the server's
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"])
+    return forks
+
+
+def _serve(
+    rank: int, world: int, store: str, device_type: str, backend: str, detail: bool, connection
+) -> None:
     """What a rank does: wait for a function, run it, send back what it returned or raised."""
     global device
     parent = multiprocessing.parent_process()
@@ -43,6 +55,8 @@ def _serve(rank: int, world: int, store: str, device_type: str, backend: str, co
         torch.cuda.set_device(device)
     device_id = device if backend == "nccl" else None
     options = dict(rank=rank, world_size=world, timeout=timedelta(seconds=60), device_id=device_id)
+    if detail:  # what TORCH_DISTRIBUTED_DEBUG=DETAIL sets
+        dist.set_debug_level(dist.DebugLevel.DETAIL)
     dist.init_process_group(backend, init_method=f"file://{store}", **options)
     while True:
         try:
@@ -59,31 +73,22 @@ def _serve(rank: int, world: int, store: str, device_type: str, backend: str, co
 
 
 class Pool:
-    """`world` ranks. run("module", "function", kwargs) calls the function on each and returns what each returned."""
+    """`world` ranks. run("module", "function", kwargs) calls the function on each and returns what
+    each returned. detail: torch compares the ranks' calls of every collective, which is slow."""
 
-    def __init__(self, world: int, device_type: str = "cpu", backend: str = "gloo"):
-        self.world, self.device_type, self.backend, self.processes = world, device_type, backend, []
+    def __init__(
+        self, world: int, device_type: str = "cpu", backend: str = "gloo", detail: bool = False
+    ):
+        self.world, self.settings, self.processes = world, (device_type, backend, detail), []
 
     def _start(self) -> None:
-        paths = [*PATHS, os.environ.get("PYTHONPATH", "")]
-        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))  # for the fork server
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"]
-        )
+        forks = context()
         self.folder = tempfile.TemporaryDirectory()
         self.connections = []
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            args = (
-                rank,
-                self.world,
-                f"{self.folder.name}/store",
-                self.device_type,
-                self.backend,
-                theirs,
-            )
-            self.processes.append(context.Process(target=_serve, args=args, daemon=True))
+            ours, theirs = forks.Pipe()
+            args = rank, self.world, f"{self.folder.name}/store", *self.settings, theirs
+            self.processes.append(forks.Process(target=_serve, args=args, daemon=True))
             self.processes[-1].start()
             theirs.close()
             self.connections.append(ours)
@@ -97,13 +102,12 @@ class Pool:
     def run(
         self, module: str, name: str, kwargs: dict | None = None, timeout: float = 60.0
     ) -> list:
-        """Raises RankFailed with the first failing rank's traceback, TimeoutError naming silent ranks, RankSkipped."""
+        """Raises RankFailed with the first failing rank's traceback, TimeoutError naming silent
+        ranks, RankSkipped."""
         if not self.processes:
             self._start()
-        waiting, replies = (
-            {connection: rank for rank, connection in enumerate(self.connections)},
-            [None] * self.world,
-        )
+        waiting = {connection: rank for rank, connection in enumerate(self.connections)}
+        replies = [None] * self.world
         deadline = time.monotonic() + timeout
         try:
             for connection in self.connections:
@@ -111,9 +115,9 @@ class Pool:
             while waiting:
                 ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
                 if not ready:
-                    raise TimeoutError(
-                        f"{module}.{name}: ranks {sorted(waiting.values())} silent after {timeout:g} s"
-                    )
+                    silent = sorted(waiting.values())
+                    message = f"{module}.{name}: ranks {silent} silent after {timeout:g} s"
+                    raise TimeoutError(message)
                 for connection in ready:
                     rank = waiting.pop(connection)
                     try:

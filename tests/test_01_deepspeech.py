@@ -170,7 +170,8 @@ def five_steps(plain, parallel, kind: str, batches: list) -> None:
         plain, parallel, batches, adamw_or_nesterov(kind), max_norm=0.5
     ):
         assert norm > 0.5, "nothing was clipped"
-        assert not loss.requires_grad and not norm_here.requires_grad
+        yielded = (expected, norm, loss, norm_here)
+        assert not any(x.requires_grad for x in yielded)
         assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
         assert_equal(grads_of(parallel), grads_of(plain))
         steps += 1
@@ -404,8 +405,8 @@ def test_messages_of_a_step():
 
 @EVERY_WORLD
 def test_sequence_batch_norm():
-    """Beside nn.BatchNorm1d on all valid frames of all ranks: outputs, every gradient, running
-    averages, then eval."""
+    """Compared with nn.BatchNorm1d on all valid frames of all ranks: outputs, every gradient,
+    running averages, then eval."""
     N, r = dist.get_world_size(), dist.get_rank()
     torch.manual_seed(3)
     plain, ours = nn.BatchNorm1d(5).double(), ds.SequenceBatchNorm(5).double()
@@ -469,7 +470,7 @@ def loss_over_all_paths(
 @pytest.mark.parametrize("labels", [(), (1,), (1, 1), (1, 2, 1), (2, 2, 2), (3, 1, 1, 2)], ids=str)
 @pytest.mark.parametrize("blank", [0, 3])
 def test_ctc_is_the_sum_over_all_paths(labels, blank):
-    """Value, and gradient at the log-probabilities, beside all 4⁵ paths; T = 5 is exactly enough
+    """Value, and gradient at the log-probabilities, against all 4⁵ paths; T = 5 is exactly enough
     for (3, 1, 1, 2)."""
     labels = tuple((symbol + blank) % 4 if blank else symbol for symbol in labels)
     x = random(5, 4).log_softmax(-1)
@@ -579,7 +580,7 @@ def test_ctc_of_no_utterance_no_frame_and_no_probability():
 
 
 def test_ctc_of_long_and_narrow_input():
-    """1,500 frames, where (1/29)^T is zero in any format; half precision is widened."""
+    """1,500 frames, where (1/29)^T is zero in any format; half precision is upcast."""
     x = (random(1500, 2, 29) * 3).log_softmax(-1)
     labels, lengths = torch.arange(1, 29).repeat(2, 4), ([1500, 1200], [112, 90])
     for y, bound in ((x, 1e-12), (x.float(), 1e-5)):  # fp32 adds up 1,500 roundings
@@ -643,7 +644,7 @@ def test_second_derivatives_are_refused():
 @pytest.mark.parametrize("T", [1, 13])
 @pytest.mark.parametrize("B", [0, 3])
 def test_clipped_recurrence(D, T, B):
-    """Beside the loop that autograd differentiates, with states that reach both ends of the
+    """Compared with the loop that autograd differentiates, with states that reach both ends of the
     clip."""
     x, weight = random(T, D, B, 6) * 8, random(D, 6, 6, seed=2)
     a, b = ([t.clone().requires_grad_() for t in (x, weight)] for _ in range(2))
@@ -1083,7 +1084,7 @@ def test_statistics_that_are_reduced_forward_only():
     seen_in="https://github.com/huggingface/transformers/issues/34191",
 )
 def test_the_average_of_unequal_shares():
-    for utterances in (6, 7):  # with equal shares nobody would notice
+    for utterances in (6, 7):  # with as many on each rank it would not show
         plain, parallel = models_without_norm()
         batch = batch_of(7).rows(range(utterances))
         expected, loss = loss_of(plain, batch, F.ctc_loss), loss_of(parallel, mine(batch))
@@ -1102,7 +1103,7 @@ def test_the_average_of_unequal_shares():
     seen_in=None,
 )
 def test_a_backward_direction_that_starts_in_the_padding():
-    """Padding that is not zero behind the norm wakes the backward direction before the utterance's
+    """Padding that is not zero after the norm wakes the backward direction before the utterance's
     true end."""
     model, batch = models()[1].eval(), batch_of(6)
     for module in model.modules():
@@ -1321,7 +1322,7 @@ def test_ctc_refuses_what_does_not_fit():
             ds.ctc_loss(x, *args, **options)
     assert (
         ds.ctc_loss(x, torch.tensor([[1, 0], [3, 9]]), [5, 5], [1, 1]) > 0
-    )  # behind the end anything goes
+    )  # after the end any symbol is allowed
 
 
 @pytest.mark.ranks(1, 2)
@@ -1339,7 +1340,7 @@ def test_the_network_and_the_ring_refuse_on_every_rank():
 
 
 def refused(flags: list[str], capsys, monkeypatch) -> str:
-    """The one line with which flags are refused, behind the usage."""
+    """The one line with which flags are refused, after the usage."""
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags])
     with pytest.raises(SystemExit, match="2"):
         ds.flags()
@@ -1428,7 +1429,7 @@ def test_the_check_fails_where_a_gradient_is_wrong():
     ids=str,
 )
 def test_claims_about_training_are_judged_in_the_default_run_alone(flags, monkeypatch):
-    """Of another run nobody knows what to expect; the default one fails where texts are wrong."""
+    """What to expect is known of the default run alone; it fails where texts are wrong."""
     args = arguments(monkeypatch, *flags)
     with (
         plant(ds, "equivalence", lambda *_: dict.fromkeys(KINDS_OF_ERRORS, 0.0)),

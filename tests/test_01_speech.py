@@ -315,6 +315,50 @@ def test_the_end_of_the_sentence_can_change_the_best_text():
     assert found == ["a a", "a"]
 
 
+class Toolkit(types.ModuleType):
+    """What the README's adapter uses of the package kenlm, on our counts: log10, states of words,
+    and answers in the state that the caller has made."""
+
+    def __init__(self, counted: speech.NGram):
+        super().__init__("kenlm")
+        self.counted = counted
+        self.paths = []
+
+    class State:
+        words = None
+
+    def Model(self, path):
+        self.paths.append(path)
+        return self
+
+    def BeginSentenceWrite(self, state):
+        state.words = ()
+
+    def BaseScore(self, before, word, after):
+        after.words = (*before.words, word)
+        return self.counted.score(before.words, word) / math.log(10)
+
+
+def test_the_adapter_of_the_readme_scores_as_the_model_that_it_adapts():
+    """Its code, executed: every word, an unknown one and the end, and the beam's Q."""
+    page = (SCRIPT.parent / "README.md").read_text("utf-8")
+    (code,) = re.findall(r"```python\n(class KenLM.*?)```", page, re.DOTALL)
+    counted = speech.NGram(["a a' a", "a' a", "a"])
+    names = {"kenlm": Toolkit(counted)}
+    exec(code, names)
+    lm = names["KenLM"]("words.arpa")
+    assert names["kenlm"].paths == ["words.arpa"] and lm.end == counted.end
+    for history in [(), ("a",), ("a", "a'"), ("a'", "a", "a", "b")]:
+        for word in ("a", "a'", "never said", lm.end):
+            expected = counted.score(history, word)
+            assert math.isclose(lm.score(history, word), expected, rel_tol=1e-6), (history, word)
+    x = (random(6, 4, seed=5) * 2).log_softmax(-1)
+    expected = dict(speech.beam_search(x, lm=counted))
+    found = dict(speech.beam_search(x, lm=lm))
+    assert found.keys() == expected.keys()
+    assert all(math.isclose(found[text], q, rel_tol=1e-6) for text, q in expected.items())
+
+
 def test_a_narrow_beam_prunes_with_the_language_model():
     """Four prefixes for a beam of two: "a", "a ", "d", "d ". The network alone would drop both d's,
     and the language model knows no other word."""
@@ -727,7 +771,8 @@ def test_a_model_that_does_not_fit_is_one_line_before_any_rank_starts(
 def test_texts_without_a_word_are_found_before_training(tmp_path, capsys, monkeypatch):
     """The language model could not be counted, hours later."""
     path = write(tmp_path, entry(text=""), entry(text=" "))
-    assert "there is no word in it" in refused(["--data", path], capsys, monkeypatch)
+    line = refused(["--data", path], capsys, monkeypatch)
+    assert f"{path}: a language model needs text, but there is no word in it" in line
 
 
 @pytest.mark.parametrize(
@@ -816,7 +861,7 @@ def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_the_default_run():
-    """Synthetic speakers whom the network has not heard: below 5 % of the words are wrong."""
+    """Synthetic speakers of the eval split: below 5 % of the words are wrong."""
     result = scripts.run(SCRIPT, timeout=180)
     assert result.returncode == 0, result.stdout + result.stderr
     rates = re.search(r"word error rate ([\d.]+)% greedy, ([\d.]+)% with beam", result.stdout)

@@ -8,6 +8,7 @@ import deepspeech_tables as tables
 import front_door
 import pytest
 import scripts
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import plant
@@ -42,6 +43,18 @@ def test_the_ring_sends_what_the_formula_says(ranks):
     assert tables.sent_by_one(ranks) == pytest.approx(tables.ring_share(ranks), rel=1e-12)
     assert 1 <= tables.ring_share(ranks) < 2
     assert tables.ring_share(2) == 1 and tables.ring_share(1024) == pytest.approx(1.998, abs=1e-3)
+
+
+def test_messages_are_counted_under_torchs_debugging():
+    """The fake group has no operation for it; the setting is afterwards as it was."""
+    level = dist.get_debug_level()
+    dist.set_debug_level(dist.DebugLevel.DETAIL)
+    try:
+        assert tables.sent_by_one(4) == 1.5
+        assert dist.get_debug_level() == dist.DebugLevel.DETAIL
+    finally:
+        dist.set_debug_level(level)
+    assert not dist.is_initialized()
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import types
@@ -675,10 +676,13 @@ def run(*flags, script=SCRIPT, **options):
     return scripts.run(script, *map(str, flags), **options)
 
 
+TEXT_NAME = "größe x.txt"
+
+
 def small_text(folder: Path) -> list:
     """A text that is read in no time."""
-    (folder / "text").write_text(TEXT * 30, "utf-8")
-    return ["--data", folder / "text"]
+    (folder / TEXT_NAME).write_text(TEXT * 30, "utf-8")
+    return ["--data", folder / TEXT_NAME]
 
 
 def losses(text: str) -> list[str]:
@@ -691,10 +695,42 @@ def written(text: str) -> list[str]:
     return text[text.index("loss on the eval split") :].splitlines()
 
 
+def on_these_ranks(*flags) -> tuple[int, str]:
+    """`pretrain` with these flags on the ranks of a test: exit code, and what rank 0 printed."""
+    return scripts.on_ranks(pretrain, *flags, main=pretrain.pretrain)
+
+
+def on_ranks_of_its_own(flags: list) -> str:
+    """What rank 0 prints of a run on two ranks, for a test that is none of their bodies."""
+    pool = ranks.Pool(2)
+    try:
+        ((code, printed), _) = pool.run(__name__, "on_these_ranks_of", dict(flags=flags))
+    finally:
+        pool.close()
+    assert code == 0
+    return printed
+
+
+def on_these_ranks_of(flags: list) -> tuple[int, str]:
+    return on_these_ranks(*flags)
+
+
+def text_of_all(folder: Path) -> list:
+    """`small_text`, written by rank 0 for all of them."""
+    if dist.get_rank() == 0:
+        small_text(folder)
+    dist.barrier()
+    return ["--data", folder / TEXT_NAME]
+
+
 @pytest.mark.slow
-def test_ctrl_c_and_the_same_command_again(tmp_path):
-    """One line and exit code 130; then the file is that of an uninterrupted run, to the bit."""
-    flags = [*TINY, *small_text(tmp_path), "--steps", "150", "--save-every", "3"]
+def test_ctrl_c_and_the_same_command_again(tmp_path, monkeypatch):
+    """One line and exit code 130; then the file is that of an uninterrupted run, to the bit.
+
+    Where Python does not import from the script's folder.
+    """
+    monkeypatch.setenv("PYTHONSAFEPATH", "1")
+    flags = [*TINY, *small_text(tmp_path), "--steps", "60", "--save-every", "3"]
     flags += ["--dropout", "0.1", "--ranks", "2"]
     file = tmp_path / "run"
     command = [str(SCRIPT), *map(str, flags), "--checkpoint", str(file)]
@@ -712,11 +748,11 @@ def test_ctrl_c_and_the_same_command_again(tmp_path):
     assert pretrain.read_run(file)["step"] == then
     resumed = run(*flags, "--checkpoint", file)
     assert f"{file} goes on from step {then}, written on tp 2 × dp 1 in fp32" in resumed.stdout
-    expected = run(*flags, "--checkpoint", tmp_path / "whole")
-    assert resumed.returncode == expected.returncode == 0, resumed.stderr + expected.stderr
-    assert written(resumed.stdout) == written(expected.stdout)
+    assert resumed.returncode == 0, resumed.stderr
+    expected = on_ranks_of_its_own([*flags[:-2], "--checkpoint", tmp_path / "whole"])
+    assert written(resumed.stdout) == written(expected)
     assert file.read_bytes() == (tmp_path / "whole").read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "text", "whole"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([TEXT_NAME, "run", "whole"])
 
 
 @pytest.mark.slow
@@ -734,64 +770,54 @@ def test_ctrl_c_without_a_checkpoint():
     assert line.endswith("; nothing is kept: give --checkpoint FILE")
 
 
-@pytest.mark.slow
-def test_every_mesh_gives_the_same_losses(tmp_path, monkeypatch):
-    """float64 at tp 1, 2 and 4, recomputed or not; under the checks that DETAIL adds; resumed."""
-    monkeypatch.setenv("TORCH_DISTRIBUTED_DEBUG", "DETAIL")
-    monkeypatch.setenv("PYTHONSAFEPATH", "1")
-    monkeypatch.chdir(tmp_path)
-    Path("größe x.txt").write_text("To be, or not to be, that is the question. " * 100, "utf-8")
-    flags = [
-        *TINY,
-        "--dtype",
-        "fp64",
-        "--data",
-        "größe x.txt",
-        "--prompt",
-        "To be",
-        "--decay-steps",
-        "9",
-    ]
-    first = run(*flags, "--ranks", "4", "--tp", "4", "--steps", "3", "--checkpoint", "run")
-    second = run(*flags, "--ranks", "4", "--tp", "2", "--steps", "6", "--checkpoint", "run")
-    third = run(*flags, "--ranks", "1", "--steps", "6", "--recompute")
-    for result in (first, second, third):
-        assert result.returncode == 0, result.stderr
-    assert "run goes on from step 3, written on tp 4 × dp 1 in fp64" in second.stdout
-    expected = losses(third.stdout)
-    assert len(expected) == 6 and losses(first.stdout) + losses(second.stdout) == expected
-    assert written(second.stdout) == written(third.stdout)
-    assert "after 'To be' the model writes" in third.stdout
+MESHES = [*TINY, "--dtype", "fp64", "--decay-steps", "9", "--prompt", "To be"]
 
 
-@pytest.mark.slow
+@pytest.mark.ranks(4)
+def test_every_mesh_gives_the_same_losses(tmp_path):
+    """float64 at tp 1, 2 and 4, recomputed or not; resumed."""
+    flags = [*MESHES, *text_of_all(tmp_path)]
+    run = ["--checkpoint", tmp_path / "run"]
+    _, first = on_these_ranks(*flags, *run, "--tp", "4", "--steps", "3")
+    _, second = on_these_ranks(*flags, *run, "--tp", "2", "--steps", "6")
+    _, third = on_these_ranks(*flags, "--tp", "1", "--steps", "6", "--recompute")
+    assert "run goes on from step 3, written on tp 4 × dp 1 in fp64" in second
+    expected = losses(third)
+    assert len(expected) == 6 and losses(first) + losses(second) == expected
+    assert written(second) == written(third)
+    assert "after 'To be' the model writes" in third
+
+
+@pytest.mark.ranks(2, detail=True)
+def test_a_run_under_torchs_checks_of_every_collective(tmp_path):
+    flags = [*MESHES, *text_of_all(tmp_path), "--steps", "3", "--checkpoint", tmp_path / "run"]
+    code, printed = on_these_ranks(*flags)
+    assert code == 0 and len(losses(printed)) == 3
+    assert "after 'To be' the model writes" in printed
+
+
+@pytest.mark.ranks(2)
 def test_a_finished_run_only_writes(tmp_path):
-    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--checkpoint", tmp_path / "run"]
-    first = run(*flags, "--ranks", "2")
-    again = run(*flags, "--ranks", "1")
-    assert first.returncode == again.returncode == 0, first.stderr + again.stderr
-    assert len(losses(first.stdout)) == 3 and not losses(again.stdout)
+    flags = [*TINY, *text_of_all(tmp_path), "--steps", "3", "--checkpoint", tmp_path / "run"]
+    (first_code, first), (code, again) = on_these_ranks(*flags), on_these_ranks(*flags)
+    assert first_code == code == 0
+    assert len(losses(first)) == 3 and not losses(again)
+    assert written(first) == written(again)
 
 
-@pytest.mark.slow
-def test_published_weights_train_and_write(trained_encoding, tmp_path):
+@pytest.fixture
+def published_folder(trained_encoding, tmp_path):
     published(tmp_path, vocab_size=300, n_positions=32)
     trained_encoding.save_model(str(tmp_path))
-    flags = [
-        "--gpt2",
-        tmp_path,
-        "--steps",
-        "2",
-        "--lr",
-        "1e-4",
-        "--prompt",
-        "It was",
-        "--temperature",
-        "0",
-    ]
-    result = run(*flags, "--ranks", "2")
-    assert result.returncode == 0 and len(losses(result.stdout)) == 2, result.stderr
-    assert "after 'It was' the model writes" in result.stdout
+    return tmp_path
+
+
+@pytest.mark.ranks(2)
+def test_published_weights_train_and_write(published_folder):
+    flags = ["--gpt2", published_folder, "--steps", "2", "--lr", "1e-4"]
+    code, printed = on_these_ranks(*flags, "--prompt", "It was", "--temperature", "0")
+    assert code == 0 and len(losses(printed)) == 2
+    assert "after 'It was' the model writes" in printed
 
 
 def changed(tmp_path: Path, lines: str) -> Path:
@@ -804,63 +830,44 @@ def changed(tmp_path: Path, lines: str) -> Path:
 
 @pytest.mark.slow
 def test_a_disk_that_is_slower_than_the_timeout(tmp_path):
-    """fsync takes 12 s, --timeout is 8: the other rank's wait is no message that was lost."""
-    script = changed(
-        tmp_path, "fsync = os.fsync\nos.fsync = lambda f: (time.sleep(12), fsync(f))\n"
-    )
-    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--timeout", "8", "--ranks", "2"]
+    """fsync takes 7 s, --timeout is 5: the other rank's wait is no message that was lost."""
+    script = changed(tmp_path, "fsync = os.fsync\nos.fsync = lambda f: (time.sleep(7), fsync(f))\n")
+    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--timeout", "5", "--ranks", "2"]
     (tmp_path / "out").mkdir()
     result = run(*flags, "--checkpoint", tmp_path / "out/run", script=script)
     assert result.returncode == 0, result.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
 
 
-POISON = """
-seed_dropout = pretrain.mtp.seed_dropout
-def poisoned(model, seed, step, *place):
-    if step == 7 and os.environ["RANK"] == "1":
-        model.final_norm.weight.data[0] = float("nan")
-    seed_dropout(model, seed, step, *place)
-pretrain.mtp.seed_dropout = poisoned
-"""
-
-
-@pytest.mark.slow
+@pytest.mark.ranks(2)
 def test_a_step_that_is_not_finite_ends_the_run_and_is_not_saved(tmp_path):
-    """NaN on rank 1 of 2 in step 7; the checkpoint after step 5 stays."""
-    script, file = changed(tmp_path, POISON), tmp_path / "run"
-    flags = [
-        *TINY,
-        *small_text(tmp_path),
-        "--steps",
-        "20",
-        "--save-every",
-        "2",
-        "--ranks",
-        "2",
-        "--checkpoint",
-        file,
-    ]
-    result = run(*flags, script=script)
-    assert result.returncode == 1 and "FloatingPointError: step 7: loss nan" in result.stderr
+    """NaN on rank 1 of 2 in step 7: both ranks end there; the checkpoint after step 5 stays."""
+    flags, file = [*TINY, *text_of_all(tmp_path), "--steps", "20"], tmp_path / "run"
+    right = pretrain.mtp.seed_dropout
+
+    def poisoned(model, seed, step, *place):
+        if step == 7 and dist.get_rank() == 1:
+            model.final_norm.weight.data[0] = math.nan
+        right(model, seed, step, *place)
+
+    with plant(pretrain.mtp, "seed_dropout", poisoned):
+        with pytest.raises(FloatingPointError, match="step 7: loss nan"):
+            on_these_ranks(*flags, "--save-every", "2", "--checkpoint", file)
     assert pretrain.read_run(file)["step"] == 6
-    assert "Timeout" not in result.stderr and "timed out" not in result.stderr
-    tensors = load_file(file)
-    assert all(x.isfinite().all() for x in tensors.values())
+    assert all(x.isfinite().all() for x in load_file(file).values())
 
 
-@pytest.mark.slow
+@pytest.mark.ranks(2)
 def test_ranks_on_unshared_disks_are_refused(tmp_path):
     """Two ranks whose --checkpoint is another file: rank 1's run stands elsewhere."""
-    lines = f"folder = {str(tmp_path)!r} + '/' + os.environ.get('RANK', '0')\n"
-    lines += "os.makedirs(folder, exist_ok=True)\nos.chdir(folder)"
-    script = changed(tmp_path, lines)
-    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--checkpoint", "run"]
-    first = run(*flags, "--ranks", "1", script=script)  # writes 0/run only
-    assert first.returncode == 0, first.stderr
-    result = run(*flags, "--ranks", "2", script=script)
-    assert result.returncode == 1 and not losses(result.stdout)
-    assert "put data and checkpoints on a disk that all nodes share" in result.stderr
+    flags = [*TINY, *text_of_all(tmp_path), "--steps", "3"]
+    on_these_ranks(*flags, "--checkpoint", tmp_path / "run")
+    own = tmp_path / str(dist.get_rank())
+    own.mkdir()
+    if dist.get_rank() == 0:
+        shutil.copy(tmp_path / "run", own)
+    with pytest.raises(ValueError, match="put data and checkpoints on a disk that all nodes share"):
+        on_these_ranks(*flags, "--checkpoint", own / "run")
 
 
 # ── 7 Lifted functions ──────────────────────────────────────────────────────────────────────────

@@ -86,9 +86,19 @@ def test_a_group_of_other_ranks_is_refused(name):
 
 @pytest.mark.slow
 def test_the_command():
-    done = scripts.run(wire_cut.__file__)
+    done = scripts.run(wire_cut.__file__, "--ranks", "2")
     assert done.returncode == 0, done.stderr
     assert "equal  True  ok" in done.stdout
-    wrong = scripts.run(wire_cut.__file__, "--ranks", "3")
-    assert wrong.returncode == 2
-    assert "two stages need an even number" in wrong.stderr.splitlines()[-1]
+
+
+@pytest.mark.ranks(4)
+def test_the_command_on_four_ranks():
+    code, printed = scripts.on_ranks(wire_cut)
+    assert code == 0 and "equal  True  ok" in printed
+
+
+def test_a_wrong_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [wire_cut.__file__, "--ranks", "3"])
+    with pytest.raises(SystemExit, match="2"):
+        wire_cut.flags()
+    assert "two stages need an even number" in capsys.readouterr().err.splitlines()[-1]

@@ -76,11 +76,10 @@ WRONG_ANSWERS = [
 
 
 @pytest.mark.slow
-def test_wrong_answers_are_not_accepted(tmp_path):
+def test_wrong_answers_are_not_accepted(notebook_session):
     """Each in turn on one set of ranks: its check says so; the solutions, before, are ok."""
-    notebook = nbformat.read(notebooks.ROOT / "notebooks/04_seq_parallel.ipynb", as_version=4)
-    notebooks.solve(notebook)
-    cells = notebooks.needed(notebook)
+    notebook = notebooks.solved(notebooks.ROOT / "notebooks/04_seq_parallel.ipynb")
+    cells = notebook.cells
     tasks = notebooks.exercises(notebook)
     place = {number: cells.index(task) for number, task in tasks.items()}
     check = {number: cells[place[number] + 1] for number in tasks}
@@ -92,9 +91,7 @@ def test_wrong_answers_are_not_accepted(tmp_path):
             nbformat.v4.new_code_cell(magic + answer),
             nbformat.v4.new_code_cell(check[number].source),
         ]
-    notebook.cells = [*cells[:-1], *wrong, cells[-1]]  # the last cell stops the ranks
-    nbformat.write(notebook, tmp_path / "wrong.ipynb")
-    text = notebooks.printed(notebooks.execute(tmp_path / "wrong.ipynb"))
+    text = notebook_session.run([*cells[:-1], *wrong, cells[-1]])  # the last cell stops the ranks
     solved, *answers = text.split(WRONG_ANSWERS[0][1] + "\n", 1)
     assert all(f"exercise {number}: ok" in solved for number in tasks)
     assert ": ok" not in answers[0], answers[0]

@@ -16,13 +16,13 @@ from pathlib import Path
 import mamba_hybrid as mh
 import pytest
 import ranks
+import scripts
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import SavedStorages, Shows, assert_differs, assert_equal, plant, worst_of
-from scripts import run
 from torch import nn
 
 SCRIPT = Path(mh.__file__)
@@ -1732,14 +1732,6 @@ def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
     assert left.value.code == 0 and terminal.buffer.getvalue().endswith(b"tp 2 ? cp 1\n")
 
 
-def test_a_wrong_flag_ends_the_script_before_any_rank_starts():
-    flags, message = WRONG_FLAGS[0]
-    result = run(SCRIPT, *flags)
-    assert (
-        result.returncode == 2 and message in result.stderr.splitlines()[-1] and not result.stdout
-    )
-
-
 SMALL = (
     "--hidden-size",
     "32",
@@ -1787,32 +1779,35 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
 
 
 @pytest.mark.slow
-def test_the_script_in_unusual_surroundings(monkeypatch):
-    """No docstrings, a terminal without ×, and what people set when something hangs."""
-    for name, value in dict(
-        PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL"
-    ).items():
-        monkeypatch.setenv(name, str(value))
-    result = run(SCRIPT, "--ranks", "2", "--steps", "2", *SMALL, timeout=120)
-    assert (
-        result.returncode == 0 and ": tp 2 ? cp 1" in result.stdout and "claim " in result.stdout
-    ), result.stderr
+def test_a_whole_script():
+    """A short run ends in its claims, none of them failed."""
+    result = scripts.run(SCRIPT, "--ranks", "2", "--steps", "6", timeout=200)
+    assert result.returncode == 0 and "the first 5 losses equal" in result.stdout, result.stderr
+    assert "FAILED" not in result.stdout and "claim " in result.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (["--ranks", "2", "--steps", "6"], "the first 5 losses equal"),
-        (["--ranks", "3", "--check", "--dtype", "fp64"], "tp 1 × cp 3, G 1: worst"),
-        (["--ranks", "2", "--cp", "2", "--steps", "3", *SMALL], ": tp 1 × cp 2"),
-        (["--ranks", "1", "--steps", "2", *SMALL], "the first 2 losses equal"),
-    ],
-)
-def test_the_script_and_its_flags(flags, expected):
-    """A short run ends in its claims, none of them failed; --check proves each layout; cp trains; one rank does too."""
-    result = run(SCRIPT, *flags, timeout=200)
-    assert result.returncode == 0 and expected in result.stdout and "FAILED" not in result.stdout, (
-        result.stderr
-    )
-    assert "--check" in flags or "claim " in result.stdout
+@pytest.mark.ranks(2, detail=True, timeout=120)
+def test_the_script_with_torchs_checks_of_every_collective():
+    code, printed = scripts.on_ranks(mh, "--steps", "2", *SMALL)
+    assert code == 0 and ": tp 2 × cp 1" in printed
+    assert "claim " in printed and "FAILED" not in printed
+
+
+@pytest.mark.ranks(3)
+def test_the_check_of_an_odd_number_of_ranks():
+    code, printed = scripts.on_ranks(mh, "--check", "--dtype", "fp64")
+    assert code == 0 and "tp 1 × cp 3, G 1: worst" in printed
+
+
+@pytest.mark.ranks(2)
+def test_a_run_with_context_parallelism_alone():
+    code, printed = scripts.on_ranks(mh, "--cp", "2", "--steps", "3", *SMALL)
+    assert code == 0 and ": tp 1 × cp 2" in printed
+    assert "claim " in printed and "FAILED" not in printed
+
+
+@pytest.mark.ranks(1)
+def test_a_run_of_one_rank():
+    code, printed = scripts.on_ranks(mh, "--steps", "2", *SMALL)
+    assert code == 0 and "the first 2 losses equal" in printed
+    assert "claim " in printed and "FAILED" not in printed

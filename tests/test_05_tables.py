@@ -172,4 +172,10 @@ def test_the_page_is_read_again(quick, capsys):
 def test_the_script():
     result = scripts.run(SCRIPT, timeout=120)
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stderr
-    assert scripts.run(SCRIPT, "--what").returncode == 2
+
+
+def test_a_wrong_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [SCRIPT, "--what"])
+    with pytest.raises(SystemExit, match="2"):
+        tables.flags()
+    assert "unrecognized arguments" in capsys.readouterr().err.splitlines()[-1]

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 6 equals the single device: routing, experts on many ranks, eight-bit numbers, and the model after training.
+"""Chapter 6 equals the single device: routing, experts on many ranks, the model after training.
 
-A test marked `ranks` is what every rank of that world executes. References are part 1 of the chapter, sums over all
-experts written out, fractions for the eight-bit numbers, or transformers.
+A test marked `ranks` is what every rank of that world executes. The references are the plain model
+and sums over all experts, written out. FP8 has its own file, test_06_fp8.py.
 """
 
 import contextlib
 import io
-import itertools
 import math
 import sys
 import time
-from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -24,8 +22,7 @@ import scripts
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from megatron_tp import Counter
 from proof import Events, Shows, assert_differs, assert_equal, plant, worst_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,7 +33,7 @@ EVERY_WORLD = pytest.mark.ranks(1, 2, 4)
 LAYOUTS = {1: (1,), 2: (1, 2), 4: (1, 2, 4)}  # world to ep
 STEP = dict(alpha=0.05, gamma=0.02)  # large enough to be seen in five steps
 
-# ── Small helpers ───────────────────────────────────────────────────────────────────────────────────────
+# ── Small helpers ─────────────────────────────────────────────────────────────────────────────────
 
 
 def config(**changes) -> moe.MoEConfig:
@@ -56,10 +53,6 @@ def random(*shape, seed=1):
     return torch.randn(
         shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
     ).to(ranks.device)
-
-
-def fp8_layer(inputs: int, outputs: int, recipe=moe.HYBRID, amax_group=None) -> moe.FP8Linear:
-    return moe.FP8Linear(nn.Linear(inputs, outputs, bias=False), recipe, amax_group)
 
 
 def grads_of(module: nn.Module) -> dict:
@@ -119,7 +112,7 @@ def share_of(whole: torch.Tensor, how: str) -> torch.Tensor:
     return whole[cuts[rank] : cuts[rank + 1]]
 
 
-# ── What the chapter works through on the blackboard ────────────────────────────────────────────────────
+# ── What the chapter works through on the blackboard ──────────────────────────────────────────────
 
 
 def test_the_token_of_section_1_1():
@@ -137,7 +130,7 @@ def test_the_token_of_section_1_1():
 
 
 @pytest.mark.ranks(2)
-def test_the_journey_of_section_2_2():
+def test_the_rows_of_section_1_6():
     """Tokens a b on rank 0, c d on rank 1: every line of the table."""
     rank = dist.get_rank()
     experts = torch.tensor([[[0, 2], [0, 1]], [[2, 3], [0, 3]]][rank], device=ranks.device)
@@ -154,27 +147,7 @@ def test_the_journey_of_section_2_2():
     )
 
 
-def test_the_numbers_of_section_2_4():
-    code = {"e4m3": 0b0_1011_010, "e5m2": 0b0_10011_01}
-    assert {format: numbers_of(format)[c] for format, c in code.items()} == {"e4m3": 20, "e5m2": 20}
-    between = {f: [int(x) for x in sorted(numbers_of(f).values()) if 16 <= x <= 40] for f in code}
-    assert between == {"e4m3": [*range(16, 32, 2), 32, 36, 40], "e5m2": [16, 20, 24, 28, 32, 40]}
-    smallest = {f: sorted(x for x in numbers_of(f).values() if x > 0) for f in code}
-    assert smallest["e4m3"][:8] == [Fraction(i, 2**9) for i in range(1, 9)]
-    assert smallest["e5m2"][:4] == [Fraction(i, 2**16) for i in range(1, 5)]
-    quantized = moe.quantize_fp8(torch.tensor([0.02, -0.5, 0.00035]))
-    assert quantized.codes.to(torch.float32).tolist() == [18, -448, 0.3125]
-    assert [f"{x:.3g}" for x in moe.dequantize_fp8(quantized).tolist()] == [
-        "0.0201",
-        "-0.5",
-        "0.000349",
-    ]
-    assert (
-        not torch.tensor([0.0009, 0.00035]).to(torch.float8_e4m3fn).to(torch.float32).any()
-    )  # unscaled
-
-
-# ── 1.1 The router ──────────────────────────────────────────────────────────────────────────────────────
+# ── 1.1 The router ────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
@@ -203,7 +176,9 @@ def test_the_router_token_by_token(gate, top_k):
 
 
 def test_the_routers_gradient_is_the_formula():
-    """dw_i/du_j = λ (δ_ij S − s_i)/S² · s_j (1 − s_j) for chosen i and j, and nothing for the others."""
+    """dw_i/du_j = λ (δ_ij S − s_i)/S² · s_j (1 − s_j) for chosen i and j, and nothing for the
+    others.
+    """
     cfg = config(top_k=3)
     router, x = layer_of(cfg).router, random(1, 16)
     experts, weights, scores = router(x)
@@ -225,7 +200,7 @@ def test_one_expert_a_token_still_teaches_the_router():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_router_is_wide_whatever_the_model_is(dtype):
-    """In bf16 and under autocast: the choice and the weights of an fp32 router on the same numbers."""
+    """In bf16 and under autocast: the choice and the weights of an fp32 router on the same x."""
     cfg = config(num_experts=64, top_k=6, hidden_size=64)
     torch.manual_seed(0)
     narrow, x = moe.Router(cfg).to(dtype), torch.randn(50, 64).to(dtype)
@@ -239,7 +214,7 @@ def test_the_router_is_wide_whatever_the_model_is(dtype):
         assert all(torch.equal(a, b) for a, b in zip(wide(x.to(torch.float32)), expected))
 
 
-# ── 1.2 An even load ────────────────────────────────────────────────────────────────────────────────────
+# ── 1.2 An even load ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_the_balancing_loss_written_out():
@@ -256,19 +231,20 @@ def test_the_balancing_loss_written_out():
 
 
 def test_the_balancing_loss_of_balanced_and_of_lopsided_scores():
-    balanced = (
-        torch.full((1, 8, 8), 0.1, dtype=torch.float64) + torch.eye(8, dtype=torch.float64) * 1e-9
-    )
-    assert abs(moe.load_balancing_loss(balanced.log(), 1).item() - 1) < 1e-6
-    lopsided = torch.full((2, 8, 8), 1e-9, dtype=torch.float64)
+    """1 where each token prefers another expert; E / K times their scores where all prefer two."""
+    balanced = 0.1 + torch.eye(8, dtype=torch.float64)[None]
+    one = torch.ones(1, dtype=torch.float64)
+    assert_equal({"": moe.load_balancing_loss(balanced.log(), 1)}, {"": one})
+    lopsided = torch.full((1, 8, 8), 1e-9, dtype=torch.float64)
     lopsided[..., :2] = 0.9
-    assert torch.allclose(
-        moe.load_balancing_loss(lopsided.log(), 2), torch.tensor(4.0, dtype=torch.float64)
-    )  # E / K
+    expected = 4 * 1.8 / (1.8 + 6e-9) * one
+    assert_equal({"": moe.load_balancing_loss(lopsided.log(), 2)}, {"": expected})
 
 
 def test_the_balancing_losss_gradient_goes_through_the_shares_alone():
-    """The counts are constants: the gradient is f_i · d share_i, by differences that leave the counts as they are."""
+    """The counts are constants: the gradient is f_i · d share_i, by differences that leave the
+    counts as they are.
+    """
     scores = random(2, 5, 8).sigmoid().requires_grad_()
     assert torch.autograd.gradcheck(lambda s: moe.load_balancing_loss(s.log(), 2), scores)
 
@@ -285,7 +261,9 @@ def test_the_bias_moves_against_the_load():
 
 
 def test_every_bias_moves_by_the_sign_of_mean_minus_count():
-    """In fractions, layer by layer, also where the mean is no whole number; an even load moves nothing."""
+    """In fractions, layer by layer, also where the mean is no whole number; an even load moves
+    nothing.
+    """
     counts = torch.randint(0, 9, (20, 7), generator=torch.Generator().manual_seed(0))
     counts[3:5] = 4
     routers = [moe.Router(config(num_experts=7)).double() for _ in counts]
@@ -305,7 +283,7 @@ def test_a_bias_in_which_steps_vanish_is_refused():
         moe.update_expert_bias([router], router.counts[None])
 
 
-# ── 1.3 Experts ─────────────────────────────────────────────────────────────────────────────────────────
+# ── 1.3 Experts ───────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -313,7 +291,9 @@ def test_a_bias_in_which_steps_vanish_is_refused():
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_grouped_gemm(dtype, counts):
-    """One kernel where there is one, one product for each expert where not: the same, with empty experts and none."""
+    """One kernel where there is one, one product for each expert where not: the same, with empty
+    experts and none.
+    """
     torch.manual_seed(0)
     x, w = (
         torch.randn(sum(counts), 16, dtype=dtype, requires_grad=True),
@@ -347,7 +327,9 @@ def test_sizes_that_the_kernel_does_not_take():
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("top_k", [1, 2, 6, 8])
 def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
-    """Against the formula with every expert on every token, and a weight of 0 where it was not chosen."""
+    """Against the formula with every expert on every token, and a weight of 0 where it was not
+    chosen.
+    """
     layer, x = layer_of(config(top_k=top_k, gate=gate)), random(3, 5, 16).requires_grad_()
     upstream = random(3, 5, 16, seed=2)
     y, _ = layer(x)
@@ -364,7 +346,7 @@ def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
     assert_equal(here, {"y": y.detach(), "x": again.grad, **grads_of(layer)})
 
 
-# ── 1.4 The model ───────────────────────────────────────────────────────────────────────────────────────
+# ── 1.4 The model ─────────────────────────────────────────────────────────────────────────────────
 
 
 def test_attention_with_groups_is_attention_with_repeated_keys():
@@ -408,13 +390,15 @@ def test_weights_are_a_function_of_the_configuration():
     assert not torch.equal(a["head.weight"], moe.MoELM(config(seed=4)).state_dict()["head.weight"])
 
 
-# ── 2.1 Rows that change ranks ──────────────────────────────────────────────────────────────────────────
+# ── 2.1 Rows that change ranks ────────────────────────────────────────────────────────────────────
 
 
 @EVERY_WORLD
 @pytest.mark.parametrize("width", [(), (3,), (2, 3)], ids=str)
 def test_all_to_all_against_what_everybody_sent(width):
-    """Uneven pieces, empty ones among them, rank 0 sending nothing at all: every row and every gradient by name."""
+    """Uneven pieces, empty ones among them, rank 0 sending nothing at all: every row and every
+    gradient by name.
+    """
     world, rank = dist.get_world_size(), dist.get_rank()
     pieces = [
         [(3 * i + 2 * j) % 4 * (i > 0 or world == 1) for j in range(world)] for i in range(world)
@@ -440,22 +424,22 @@ def test_all_to_all_against_what_everybody_sent(width):
 @pytest.mark.ranks(2)
 def test_all_to_all_refuses_lists_that_do_not_fit():
     for send, receive in (([1], [1, 2]), ([2, 2], [1, 2]), ([1, 2], [3])):
-        with pytest.raises(
-            ValueError, match=r"both lists need an entry per rank, and all rows must be sent"
-        ):
+        with pytest.raises(ValueError, match="both lists need an entry per rank, and all rows"):
             moe.all_to_all(torch.ones(3, 2), send, receive)
         with pytest.raises(ValueError, match="both lists need an entry per rank"):
             moe.start_all_to_all(torch.ones(3, 2), send, receive)
 
 
-# ── 2.2 Dispatch and combine ────────────────────────────────────────────────────────────────────────────
+# ── 2.2 Dispatch and combine ──────────────────────────────────────────────────────────────────────
 
 
 @EVERY_WORLD
 @pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
-    """Each expert finds the rows that it has on one device, in the same order, to the bit; and all come home."""
+    """Each expert finds the rows that it has on one device, in the same order, to the bit; and all
+    come home.
+    """
     x = random(13, 5)
     orders = (torch.randperm(8, generator=torch.Generator().manual_seed(t)) for t in range(13))
     experts = torch.stack([order[order != 3][:top_k] for order in orders])  # nobody wants expert 3
@@ -481,13 +465,11 @@ def assert_equal_or_empty(here, expected):
 
 
 def test_sorting_and_its_gradient():
-    """Rows by expert and back, with K copies of each token: values, and gradients by differences."""
+    """Rows by expert and back, K copies of each token: values, and gradients by differences."""
     x, order = random(6, 2).requires_grad_(), torch.tensor([3, 1, 5, 0, 2, 4])
     plan = moe.Plan(order, order, [6], [6], [6], 3, None)
-    assert torch.equal(moe._sorted_by(order, x), x[order])
     assert torch.equal(moe._unsorted_by(order, x[order]), x)
     assert torch.equal(moe.dispatch(x[:2], plan)(), x[order // 3])
-    assert torch.autograd.gradcheck(lambda x: moe._sorted_by(order, x), x)
     assert torch.autograd.gradcheck(lambda x: moe._unsorted_by(order, x), x)
     assert torch.autograd.gradcheck(lambda x: moe.dispatch(x[:2], plan)(), x)
 
@@ -524,7 +506,7 @@ def test_no_second_derivative_by_mistake():
     assert_equal({"": rows.grad}, {"": 6 * rows})
 
 
-# ── 2.3 The layer ───────────────────────────────────────────────────────────────────────────────────────
+# ── 2.3 The layer ─────────────────────────────────────────────────────────────────────────────────
 
 
 def lopsided(layer: nn.Module, router: str) -> None:
@@ -543,7 +525,9 @@ def lopsided(layer: nn.Module, router: str) -> None:
 )
 @pytest.mark.parametrize("top_k", [1, 2, 6])
 def test_the_layer(top_k, router, how):
-    """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and whoever works."""
+    """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and
+    whoever works.
+    """
     cfg = config(top_k=top_k)
     plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
     for layer in (plain, parallel):
@@ -577,7 +561,9 @@ def test_the_layer(top_k, router, how):
 
 @pytest.mark.ranks(2, 4)
 def test_the_shared_expert_works_while_rows_travel():
-    """Forward: rows leave, two products of the shared expert, then the wait. Backward: the same, from behind."""
+    """Forward: rows leave, two products of the shared expert, then the wait. Backward: the same,
+    from behind.
+    """
     layer, x = layer_of(config(), moe.ExpertParallelMoELayer), random(1, 5, 16).requires_grad_()
     with plant(Events, "COLLECTIVES", {"all_to_all_single": "all_to_all"}), Events() as events:
         y, _ = layer(x)
@@ -602,13 +588,15 @@ def test_the_shared_expert_works_while_rows_travel():
 
 @pytest.mark.ranks(2, 4)
 def test_the_bytes_of_a_layer():
-    """Every row travels there and back, forward and backward, and nothing else but one message of counts."""
+    """Every row travels there and back, forward and backward, and nothing else but one message of
+    counts.
+    """
     cfg = config()
     layer, x = (
         layer_of(cfg, moe.ExpertParallelMoELayer),
         random(3, 5, 16, seed=dist.get_rank()).requires_grad_(),
     )
-    with moe.Counter() as counter:
+    with Counter() as counter:
         layer(x)[0].sum().backward()
     sizes = [m.bytes for m in counter.messages if m.op.startswith("alltoall")]
     assert len(counter.messages) == len(sizes) == 5
@@ -619,7 +607,7 @@ def test_the_bytes_of_a_layer():
 
 
 def test_without_a_process_group_there_is_one_rank():
-    """Every public function works in a process that knows no other; the layer equals the plain one."""
+    """Every public function works in a process by itself; the layer equals the plain one."""
     assert not dist.is_initialized()
     cfg = config()
     plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
@@ -666,7 +654,9 @@ def test_the_layer_under_autocast_and_compiled():
 
 @pytest.mark.ranks(2)
 def test_a_layer_that_is_recomputed_moves_the_bias_the_same_way():
-    """It counts its tokens twice, all of them, and computes the same gradients, with a second journey in backward."""
+    """It counts its tokens twice, all of them, and computes the same gradients, with a second
+    journey in backward.
+    """
     layers, x = (
         [layer_of(config(), moe.ExpertParallelMoELayer) for _ in range(2)],
         random(2, 5, 16, seed=dist.get_rank()),
@@ -680,384 +670,7 @@ def test_a_layer_that_is_recomputed_moves_the_bias_the_same_way():
     assert torch.equal(layers[0].router.bias, layers[1].router.bias)
 
 
-# ── 2.4 Numbers of eight bits ───────────────────────────────────────────────────────────────────────────
-#
-# The reference knows no torch dtype: all numbers of a format, from its definition, as fractions.
-
-
-@lru_cache
-def numbers_of(format: str) -> dict[int, Fraction]:
-    """Code to number, for every code that is a number: sign, exponent, fraction, from the definition of the format."""
-    exponent_bits, fraction_bits, bias = {"e4m3": (4, 3, 7), "e5m2": (5, 2, 15)}[format]
-    found = {}
-    for code in range(256):
-        sign, exponent, fraction = (
-            code >> 7,
-            (code >> fraction_bits) % 2**exponent_bits,
-            code % 2**fraction_bits,
-        )
-        top = 2**exponent_bits - 1
-        if exponent == top and (format == "e5m2" or fraction == 2**fraction_bits - 1):
-            continue  # infinity and NaN; E4M3 spends one code a sign on NaN, and the rest of that exponent on numbers
-        part = Fraction(fraction, 2**fraction_bits)
-        value = (
-            part * Fraction(2) ** (1 - bias)
-            if exponent == 0
-            else (1 + part) * Fraction(2) ** (exponent - bias)
-        )
-        found[code] = -value if sign else value
-    return found
-
-
-def rounded(value: Fraction, format: str, negative: bool) -> int:
-    """The code nearest to value, of two equally near the even one, by looking at them all; too large: the largest."""
-    side = {code: number for code, number in numbers_of(format).items() if (code >> 7) == negative}
-    return min(side, key=lambda code: (abs(side[code] - value), code % 2))
-
-
-def codes_of(quantized: moe.Quantized) -> list[int]:
-    return quantized.codes.view(torch.uint8).flatten().tolist()
-
-
-@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
-def test_all_codes(format):
-    """Every number of the format survives a round trip to the bit, under a scale of 1; and the largest is published."""
-    numbers = numbers_of(format)
-    assert max(numbers.values()) == {"e4m3": 448, "e5m2": 57344}[format]
-    x = torch.tensor([float(number) for number in numbers.values()])
-    x[list(numbers).index(0x80)] = -0.0
-    quantized = moe.quantize_fp8(x, format)
-    assert quantized.inverse_scale == 1 and codes_of(quantized) == list(numbers)
-    assert torch.equal(moe.dequantize_fp8(quantized), x)
-
-
-@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
-def test_ties_and_their_neighbours(format):
-    """Between each two neighbours: the middle goes to the even code, the next fp32 number on either side does not."""
-    positive = sorted(number for number in numbers_of(format).values() if number >= 0)
-    middles = [float((a + b) / 2) for a, b in itertools.pairwise(positive)]
-    x = torch.tensor([max(positive).__float__(), *middles])
-    near = torch.cat(
-        [
-            x,
-            torch.nextafter(x[1:], torch.tensor(0.0)),
-            torch.nextafter(x[1:], torch.tensor(math.inf)),
-        ]
-    )
-    near = torch.cat([near, -near])
-    quantized = moe.quantize_fp8(near, format)
-    assert quantized.inverse_scale == 1
-    assert codes_of(quantized) == [
-        rounded(Fraction(v.item()), format, math.copysign(1, v.item()) < 0) for v in near
-    ]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(-(2.0**100), 2.0**100, width=32), min_size=1, max_size=8),
-    st.sampled_from(["e4m3", "e5m2"]),
-    st.booleans(),
-)
-def test_any_numbers_against_fractions(values, format, power_of_two):
-    """Scale and rounding: every step of the definition in fractions, rounded to fp32 where the definition says so."""
-    x = torch.tensor(values)
-    quantized = moe.quantize_fp8(x, format, power_of_two=power_of_two)
-    fp32 = lambda value: Fraction(torch.tensor(float(value), dtype=torch.float32).item())  # noqa: E731
-    most, amax = max(numbers_of(format).values()), max(abs(Fraction(v.item())) for v in x)
-    scale = Fraction(1) if amax == 0 else fp32(min(most / amax, Fraction(2) ** 126))
-    if power_of_two:
-        scale = Fraction(2) ** math.floor(math.log2(scale))
-    assert Fraction(quantized.inverse_scale.item()) == fp32(1 / scale)
-    expected = [
-        rounded(fp32(Fraction(v.item()) * scale), format, math.copysign(1, v.item()) < 0) for v in x
-    ]
-    assert codes_of(quantized) == expected
-
-
-@pytest.mark.parametrize("block", [(1, 128), (128, 128), (2, 3)], ids=str)
-@pytest.mark.parametrize("shape", [(5, 130), (130, 257), (2, 3, 7), (0, 128), (1, 1)], ids=str)
-def test_tiles_are_quantised_each_by_itself(shape, block):
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(
-        1, shape[-1] + 1
-    )
-    quantized = moe.quantize_fp8(x, "e4m3", block)
-    back = moe.dequantize_fp8(quantized)
-    assert quantized.codes.shape == back.shape == x.shape
-    for rows in range(0, shape[-2], block[0]):
-        for columns in range(0, shape[-1], block[1]):
-            here = (slice(rows, rows + block[0]), slice(columns, columns + block[1]))
-            for lead in itertools.product(*(range(n) for n in shape[:-2])):
-                tile = moe.quantize_fp8(x[lead][here])
-                assert torch.equal(
-                    quantized.codes[lead][here].view(torch.uint8), tile.codes.view(torch.uint8)
-                )
-                place = (*lead, rows // block[0], columns // block[1])
-                assert quantized.inverse_scale[place] == tile.inverse_scale
-                assert torch.equal(back[lead][here], moe.dequantize_fp8(tile))
-
-
-def test_numbers_at_the_edge():
-    """Zeros, the smallest and the largest numbers of fp32 and float64: finite in, finite out."""
-    for values in ([0.0, -0.0], [1e-45, 0.0], [3e38, -3e38], [1e-30, 3e38], [1e-38]):
-        for format, power in itertools.product(moe.FP8_FORMATS, (False, True)):
-            for dtype in (torch.float32, torch.float64):
-                quantized = moe.quantize_fp8(
-                    torch.tensor(values, dtype=dtype), format, power_of_two=power
-                )
-                assert moe.dequantize_fp8(quantized).isfinite().all(), values
-                assert quantized.inverse_scale > 0
-    empty = moe.quantize_fp8(torch.zeros(0, 4))
-    assert empty.inverse_scale == 1 and moe.dequantize_fp8(empty).shape == (0, 4)
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("format", moe.FP8_FORMATS)
-def test_what_is_not_finite_stays_visible(bad, power_of_two, format):
-    """A whole tile becomes NaN, so that a norm sees it, and no other tile does."""
-    x = torch.ones(2, 4)
-    x[1, 2] = bad
-    assert moe.dequantize_fp8(moe.quantize_fp8(x, format, None, power_of_two)).isnan().all()
-    back = moe.dequantize_fp8(moe.quantize_fp8(x, format, (1, 4), power_of_two))
-    assert back[1].isnan().all() and torch.equal(back[0], x[0])
-
-
-@pytest.mark.ranks(2)
-def test_what_is_not_finite_on_one_rank_is_seen_on_all():
-    """Also NaN, which gloo's maximum over ranks would drop."""
-    for bad in (math.nan, math.inf, -math.inf):
-        x = torch.ones(3, 4, device=ranks.device)
-        if dist.get_rank() == 1:
-            x[1, 2] = bad
-        assert moe.dequantize_fp8(moe.quantize_fp8(x, amax_group=dist.group.WORLD)).isnan().all()
-
-
-def test_an_unknown_format():
-    with pytest.raises(ValueError, match=r"format 'e3m4': one of \['e4m3', 'e5m2'\]"):
-        moe.quantize_fp8(torch.ones(1), "e3m4")
-
-
-# ── 2.5 Products of eight-bit numbers ───────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("recipe", [moe.HYBRID, moe.BLOCKWISE], ids=["hybrid", "blockwise"])
-@pytest.mark.parametrize("rows", [0, 1, 16, 37])
-def test_fp8_linear_is_three_products_of_rounded_operands(rows, recipe):
-    """Forward and both gradients against float64 products of the six operands, each rounded as the recipe says."""
-    torch.manual_seed(0)
-    layer = fp8_layer(32, 48, recipe).double()
-    x, upstream = random(rows, 32).requires_grad_(), random(rows, 48, seed=2)
-    y = layer(x)
-    y.backward(upstream)
-
-    def q(tensor, operand):
-        return moe.dequantize_fp8(moe.quantize_fp8(tensor, *operand), torch.float64)
-
-    w, dy, x_ = layer.weight.detach(), upstream, x.detach()
-    there = {
-        "fprop": q(x_, recipe.fprop[0]) @ q(w, recipe.fprop[1]).T,
-        "dgrad": q(dy, recipe.dgrad[0]) @ q(w.T, recipe.dgrad[1]).T,
-        "wgrad": q(dy.T, recipe.wgrad[0]) @ q(x_.T, recipe.wgrad[1]).T,
-    }
-    here = {"fprop": y, "dgrad": x.grad, "wgrad": layer.weight.grad}
-    if rows:
-        assert_equal(here, there)
-    else:
-        assert all(here[name].shape == there[name].shape and not here[name].any() for name in here)
-
-
-@pytest.mark.parametrize("leading", [(), (3,), (2, 3)], ids=str)
-def test_fp8_linear_beside_nn_linear(leading):
-    """Near the wide layer: a few percent, as E4M3's three bits of fraction give; and any leading dimensions."""
-    torch.manual_seed(0)
-    layer, x = fp8_layer(64, 64), torch.randn(*leading, 64)
-    expected = F.linear(x, layer.weight)
-    error = (layer(x) - expected).norm() / expected.norm()
-    assert layer(x).shape == expected.shape and 0.005 < error < 0.06
-
-
-def test_fp8_linear_under_autocast():
-    layer, x = fp8_layer(32, 32), torch.randn(4, 32, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        y = layer(x)
-        assert y.dtype == torch.bfloat16
-    y.sum().backward()
-    assert layer.weight.grad.dtype == x.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("formats", [("e4m3", "e4m3"), ("e5m2", "e4m3")], ids=str)
-def test_torchs_scaled_product_within_the_stated_bound(formats):
-    """The line that FP8 units run, here in PyTorch's CPU version: layout and inverse scales are right."""
-    a, b = (moe.quantize_fp8(random(*shape), f) for shape, f in zip([(32, 64), (48, 64)], formats))
-    exact = moe.fp8_gemm(a, b, torch.float64)
-    here = moe.fp8_gemm(a, b, torch.float32, hardware=True)
-    sizes = (
-        moe.dequantize_fp8(a, torch.float64).abs() @ moe.dequantize_fp8(b, torch.float64).abs().T
-    )
-    assert (
-        (here - exact).abs() <= 2.0**-13 * sizes + 2.0**-23 * exact.abs()
-    ).all() and exact.abs().max() > 1
-
-
-def test_fp8_linear_takes_the_hardwares_line():
-    """Forward and backward through torch._scaled_mm, rows that are no multiple of 16: the emulation's numbers."""
-    torch.manual_seed(0)
-    recipe = replace(moe.HYBRID, hardware=True)
-    hard, x = fp8_layer(32, 48, recipe), torch.randn(37, 32, requires_grad=True)
-    soft = fp8_layer(32, 48)
-    soft.load_state_dict(hard.state_dict())
-    upstream = torch.randn(37, 48)
-    here = torch.autograd.grad(hard(x), [x, hard.weight], upstream)
-    there = torch.autograd.grad(soft(x), [x, soft.weight], upstream)
-    assert_equal(
-        dict(enumerate(here)), dict(enumerate(there)), bound=1e-5
-    )  # fp32 sums in another order
-    with pytest.raises(
-        ValueError, match=r"tensor cores need multiples of 16, not \(48, 32\) and \(8, 32\)"
-    ):
-        fp8_layer(32, 8, recipe)(x)
-
-
-@pytest.mark.parametrize("hardware", [False, True])
-def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
-    """Each expert's rows by themselves, experts without rows among them: the numbers of one FP8Linear each."""
-    torch.manual_seed(0)
-    counts, x, w = (
-        [5, 0, 16, 1],
-        torch.randn(22, 32, requires_grad=True),
-        torch.randn(4, 48, 32, requires_grad=True),
-    )
-    y = moe.fp8_grouped_gemm(x, w, counts, replace(moe.HYBRID, hardware=hardware))
-    upstream = torch.randn(22, 48)
-    grad_x, grad_w = torch.autograd.grad(y, [x, w], upstream)
-    assert y.shape == (22, 48) and not grad_w[1].any()
-    for i, (rows, dy, here, dx) in enumerate(
-        zip(*(t.split(counts) for t in (x.detach(), upstream, y, grad_x)))
-    ):
-        if not len(rows):
-            continue
-        layer, leaf = fp8_layer(32, 48), rows.clone().requires_grad_()
-        layer.weight.data = w[i].detach()
-        there = layer(leaf)
-        there.backward(dy)
-        expected = {"y": there, "x": leaf.grad, "w": layer.weight.grad}
-        assert_equal(
-            {"y": here, "x": dx, "w": grad_w[i]}, expected, bound=1e-5
-        )  # fp32 sums in another order
-
-
-def test_fp8_hardware_is_refused_where_there_is_none():
-    cpu = torch.device("cpu")
-    assert not moe.fp8_hardware("auto", cpu, moe.HYBRID) and not moe.fp8_hardware(
-        "emulate", cpu, moe.HYBRID
-    )
-    with pytest.raises(
-        ValueError, match="FP8 tensor cores: this cpu has none; use --fp8 emulate or auto"
-    ):
-        moe.fp8_hardware("hardware", cpu, moe.HYBRID)
-
-
-# ── 2.6 Experts in FP8, and one scale for all shares ────────────────────────────────────────────────────
-
-
-class Codes:
-    """`with Codes() as seen:` keeps what `quantize_fp8` makes, in order."""
-
-    def __enter__(self):
-        self.made, original = [], moe.quantize_fp8
-
-        def watched(x, *args, **kwargs):
-            self.made.append(original(x, *args, **kwargs))
-            return self.made[-1]
-
-        self.plant = plant(moe, "quantize_fp8", watched)
-        self.plant.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        self.plant.__exit__(*error)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
-
-
-@EVERY_WORLD
-@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
-@pytest.mark.parametrize("format", ["e4m3", "e5m2"])
-def test_shares_of_a_tensor_have_the_whole_tensors_codes(format, how):
-    """One outlier on one rank: with a shared amax the codes of every share equal the single device's, to the bit."""
-    x = random(37, 8)
-    x[36, 3] = 300.0
-    whole = moe.quantize_fp8(x, format)
-    here = moe.quantize_fp8(share_of(x, how), format, amax_group=dist.group.WORLD)
-    assert same_bits(
-        here.codes, share_of(whole.codes.view(torch.uint8), how).view(whole.codes.dtype)
-    )
-    assert torch.equal(here.inverse_scale, whole.inverse_scale)
-
-
-@EVERY_WORLD
-@pytest.mark.parametrize("how", ["even", "uneven", "one rank has all"])
-def test_fp8_of_a_dense_layer_does_not_depend_on_the_layout(how):
-    """Given the same input and gradient: output, input gradient and the summed weight gradient of the whole batch."""
-    torch.manual_seed(0)
-    plain = fp8_layer(16, 32).double().to(ranks.device)
-    parallel = fp8_layer(16, 32, amax_group=dist.group.WORLD).double().to(ranks.device)
-    parallel.load_state_dict(plain.state_dict())
-    x, upstream = random(32, 16).requires_grad_(), random(32, 32, seed=2)
-    y = plain(x)
-    y.backward(upstream)
-    here = share_of(x.detach(), how).clone().requires_grad_()
-    y_here = parallel(here)
-    y_here.backward(share_of(upstream, how))
-    assert_equal_or_empty(y_here, share_of(y.detach(), how))
-    assert_equal_or_empty(here.grad, share_of(x.grad, how))
-    assert_equal({"w": summed(parallel.weight.grad)}, {"w": plain.weight.grad})
-
-
-@EVERY_WORLD
-@pytest.mark.parametrize(
-    "router", ["as it is", "two experts get nothing", "only the first experts work"]
-)
-def test_experts_in_fp8_have_the_single_devices_codes(router):
-    """The rows of each expert and its weights, at every ep: codes and scales to the bit; then the layer's output."""
-    for ep in LAYOUTS[dist.get_world_size()]:
-        cfg, mesh = config(top_k=2), mesh_of(ep)
-        model = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)
-        plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer, mesh.ep_group)
-        fake = torch.nn.Module()
-        fake.layers = nn.ModuleList([nn.Identity(), plain, nn.Identity()])
-        moe.to_fp8(fake, moe.HYBRID)
-        fake.layers = nn.ModuleList([nn.Identity(), parallel, nn.Identity()])
-        moe.to_fp8(fake, moe.HYBRID, mesh=mesh)
-        assert (
-            isinstance(plain.shared.up, moe.FP8Linear)
-            and type(model.layers[0].mixer.qkv) is nn.Linear
-        )
-        for layer in (plain, parallel):
-            lopsided(layer, router)
-        x = random(6, 5, 16)
-        with Codes() as whole:
-            y, _ = plain(x)
-        with Codes() as here:
-            y_here, _ = parallel(share_of(x, "even"))
-        # `whole` has first the rows and weights of all experts, `up` before `down`; `here` has the shared expert first.
-        e = 8 // ep
-        mine = here.made[4 : 4 + 2 * e]
-        for j in range(e):
-            expert = mesh.ep_rank * e + j
-            rows, weights = whole.made[2 * expert], whole.made[2 * expert + 1]
-            assert torch.equal(mine[2 * j].inverse_scale, rows.inverse_scale)
-            assert same_bits(mine[2 * j + 1].codes, weights.codes)
-            if mesh.dp == 1:  # all rows of this expert are here, in the same order
-                assert same_bits(mine[2 * j].codes, rows.codes)
-        assert_equal_or_empty(y_here, share_of(y.detach(), "even"))
-
-
-# ── 3 Moving weights ────────────────────────────────────────────────────────────────────────────────────
+# ── 3 Moving weights ──────────────────────────────────────────────────────────────────────────────
 
 
 def test_weights_move_from_any_ep_to_any_other_to_the_bit():
@@ -1089,9 +702,9 @@ def test_bad_state_dicts():
     cfg = config()
     full = moe.MoELM(cfg).state_dict()
     for change, message in (
-        (lambda d: d.pop("head.weight"), r"missing.*\('head.weight', \(61, 16\)\)"),
-        (lambda d: d.update(other=torch.ones(1)), r"unknown.*\('other', \(1,\)\)"),
-        (lambda d: d.update({"head.weight": torch.ones(2, 2)}), r"'head.weight', \(2, 2\)"),
+        (lambda d: d.pop("head.weight"), r"missing.*\('head.weight', .*61, 16"),
+        (lambda d: d.update(other=torch.ones(1)), r"unknown.*\('other', .*\[1\]"),
+        (lambda d: d.update({"head.weight": torch.ones(2, 2)}), r"'head.weight', .*2, 2"),
     ):
         bad = dict(full)
         change(bad)
@@ -1106,7 +719,7 @@ def test_bad_state_dicts():
         moe.merge_state_dicts(shards)
 
 
-# ── 4 Training ──────────────────────────────────────────────────────────────────────────────────────────
+# ── 4 Training ────────────────────────────────────────────────────────────────────────────────────
 
 
 def one_step(model, optimizer, batch, mesh=None, how="even", **options) -> moe.Step:
@@ -1156,7 +769,9 @@ def test_every_gradient_of_the_model(top_k, how):
 @pytest.mark.parametrize("how", ["even", "uneven"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_five_steps(optimizer, how):
-    """SGD with momentum, and AdamW with clipping: losses, norms before clipping, weights and biases after each step."""
+    """SGD with momentum, and AdamW with clipping: losses, norms before clipping, weights and biases
+    after each step.
+    """
     for ep in LAYOUTS[dist.get_world_size()]:
         max_norm, floor = (1e9, 0.0) if optimizer == "sgd" else (0.05, 5 * 1e-3)
         run = compared(config(), mesh_of(ep), how, 5, optimizer, max_norm)
@@ -1191,27 +806,16 @@ def test_copies_stay_equal_to_the_bit():
         assert all(torch.equal(state[n], states[0][n]) for state in states for n in names)
 
 
-@pytest.mark.ranks(4)
-def test_fp8_training_on_every_layout_starts_with_the_same_loss():
-    """The whole model in FP8 with shared amaxes: the loss of one device. (Later, one rounding may tip over.)"""
-    cfg = config(pattern="*E*E*E")
-    batch = batch_of(8)
-    loss_BS, _ = moe.to_fp8(moe.MoELM(cfg).double(), moe.HYBRID)(batch[0])
-    for ep in LAYOUTS[4]:
-        model = moe.to_fp8(
-            moe.ParallelMoELM(cfg, mesh_of(ep).ep_group).double(), moe.HYBRID, mesh=mesh_of(ep)
-        )
-        here, _ = model(share_of(batch[0], "even"))
-        assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")})
-
-
-# ── Planted bugs ────────────────────────────────────────────────────────────────────────────────────────
+# ── Planted bugs ──────────────────────────────────────────────────────────────────────────────────
 #
-# Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and wrong gradients.
+# Each takes one safeguard away and shows what a user would see: mostly a loss as good as ever, and
+# wrong gradients.
 
 
 def gradients(mesh, prepare=lambda model: model, steps=1, **options):
-    """Steps from the same weights: the last one's Step, full gradients, and the model; for planted bugs to change."""
+    """Steps from the same weights: the last one's Step, full gradients, and the model; for planted
+    bugs to change.
+    """
     model = prepare(moe.ParallelMoELM(config(), mesh.ep_group)).to(ranks.device, torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
@@ -1222,7 +826,9 @@ def gradients(mesh, prepare=lambda model: model, steps=1, **options):
 
 
 def alone(prepare=lambda model: None):
-    """The same on one device, from large weights, so that what experts say shows in the loss: loss and gradients."""
+    """The same on one device, from large weights, so that what experts say shows in the loss: loss
+    and gradients.
+    """
     model = moe.MoELM(config(init_std=0.3)).double()
     for router in model.routers():
         router.bias.copy_(torch.linspace(-0.1, 0.1, 8))
@@ -1240,15 +846,6 @@ def shown(wrong, right) -> Shows:
     )
 
 
-def through_fp8(x, upstream, recipe=moe.HYBRID):
-    """The loss Σ upstream · y of one FP8 layer, and the gradients of its input and its weight."""
-    torch.manual_seed(0)
-    layer, leaf = fp8_layer(x.shape[1], upstream.shape[1], recipe), x.clone().requires_grad_()
-    loss = (layer(leaf) * upstream).sum()
-    loss.backward()
-    return SimpleNamespace(loss=loss.detach()), {"x": leaf.grad, "weight": layer.weight.grad}
-
-
 def test_the_bias_decides_who_works_and_not_what_they_say():
     """Moving β without changing the choice changes no output: what the planted bug below breaks."""
     layer, x = layer_of(config()), random(2, 5, 16)
@@ -1258,7 +855,8 @@ def test_the_bias_decides_who_works_and_not_what_they_say():
 
 
 @pytest.mark.planted_bug(
-    symptom="what balances the load also changes what experts say: every step of γ moves the loss a little",
+    symptom="what balances the load also changes what experts say: every step of γ moves the "
+    "loss a little",
     seen_in=None,
 )
 def test_bias_used_in_the_weights():
@@ -1279,7 +877,8 @@ def test_bias_used_in_the_weights():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="the copies of one router drift apart and choose other experts for the same token; nothing fails",
+    symptom="the copies of one router drift apart and choose other experts for the same token; "
+    "nothing fails",
     seen_in=None,
 )
 def test_bias_updated_from_local_counts():
@@ -1305,7 +904,8 @@ def test_bias_updated_from_local_counts():
 
 
 @pytest.mark.planted_bug(
-    symptom="with 3 micro-batches the bias moves by up to 3γ a step, so the layout of memory changes the training",
+    symptom="with 3 micro-batches the bias moves by up to 3γ a step, so the layout of memory "
+    "changes the training",
     seen_in=None,
 )
 def test_bias_updated_per_micro_batch():
@@ -1338,7 +938,8 @@ def test_bias_updated_per_micro_batch():
 
 
 @pytest.mark.planted_bug(
-    symptom="the balancing loss has the right value and pulls the scores of the chosen the wrong way as well",
+    symptom="the balancing loss has the right value and pulls the scores of the chosen the wrong "
+    "way as well",
     seen_in=None,
 )
 def test_gradient_through_the_balancing_counts():
@@ -1367,7 +968,8 @@ def test_gradient_through_the_balancing_counts():
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the balancing loss is printed and added, and no router learns from it: the load is as with α = 0",
+    symptom="the balancing loss is printed and added, and no router learns from it: the load is "
+    "as with α = 0",
     seen_in="https://github.com/NVIDIA-NeMo/Automodel/issues/1408",
 )
 def test_an_auxiliary_gradient_that_never_flows():
@@ -1384,11 +986,14 @@ def test_an_auxiliary_gradient_that_never_flows():
 
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="experts' gradients are ep times too large; the loss of the step is the same, and Adam hides it",
+    symptom="experts' gradients are ep times too large; the loss of the step is the same, and "
+    "Adam hides it",
     seen_in="https://github.com/microsoft/DeepSpeed/pull/5259",
 )
 def test_expert_gradients_that_grow_with_ep():
-    """Means in place of sums: dense gradients over all ranks, experts' over the ranks that hold the same."""
+    """Means in place of sums: dense gradients over all ranks, experts' over the ranks that hold the
+    same.
+    """
 
     def buggy(model, mesh):
         experts = {id(p) for p in model.sharded_parameters()}
@@ -1403,24 +1008,22 @@ def test_expert_gradients_that_grow_with_ep():
         with plant(moe, "reduce_gradients", buggy):
             wrong = gradients(mesh_of(ep))
         assert_equal({"loss": wrong[0].loss}, {"loss": right[0].loss})
-        factors = {
-            name: (wrong[1][name].norm() / right[1][name].norm()).item() for name in right[1]
-        }
-        for name, factor in factors.items():
-            assert abs(factor - (ep if moe.shard_dim(name) is not None else 1)) < 1e-9, (
-                name,
-                factor,
-            )
+        for name, grad in right[1].items():
+            factor = 1 if moe.shard_dim(name) is None else ep
+            assert_equal({name: wrong[1][name]}, {name: factor * grad})
     return shown(wrong, right)  # at ep = 4, three times too much on top
 
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="each expert learns from what its neighbour on the other rank was asked; the load looks healthy",
+    symptom="each expert learns from what its neighbour on the other rank was asked; the load "
+    "looks healthy",
     seen_in=None,
 )
 def test_experts_gradients_summed_over_all_ranks():
-    """One group for everything, as data parallelism has it: the sum is of different experts' gradients."""
+    """One group for everything, as data parallelism has it: the sum is of different experts'
+    gradients.
+    """
     mesh = mesh_of(2)
 
     def buggy(model, mesh):
@@ -1436,7 +1039,8 @@ def test_experts_gradients_summed_over_all_ranks():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="tokens of ranks with short texts count more; with equal shares, as in most tests, nothing is wrong",
+    symptom="tokens of ranks with short texts count more; with equal shares, as in most tests, "
+    "nothing is wrong",
     seen_in="https://github.com/huggingface/transformers/issues/34191",
 )
 def test_a_mean_of_the_ranks_means():
@@ -1457,7 +1061,8 @@ def test_a_mean_of_the_ranks_means():
 
 
 @pytest.mark.planted_bug(
-    symptom="nearly equal experts tie, so other ones are chosen; the loss moves in its fourth digit",
+    symptom="nearly equal experts tie, so other ones are chosen; the loss moves in its fourth "
+    "digit",
     seen_in=None,
 )
 def test_a_router_in_bf16():
@@ -1481,7 +1086,8 @@ def test_a_router_in_bf16():
 
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="an error about sizes; or, with as many rows in as out, gradients that go to other tokens in silence",
+    symptom="an error about sizes; or, with as many rows in as out, gradients that go to other "
+    "tokens in silence",
     seen_in=None,
 )
 def test_splits_not_swapped_in_backward():
@@ -1540,7 +1146,9 @@ def skips_where_there_are_no_rows(transfer, rows, send, receive):
 
 
 def one_rank_has_nothing(bug: bool) -> None:
-    """All rows go from rank 0 to itself and to rank 1: rank 2, last of three in a world of four, stays out."""
+    """All rows go from rank 0 to itself and to rank 1: rank 2, last of three in a world of four,
+    stays out.
+    """
     rank = dist.get_rank()
     send = [2, 1, 0, 0] if rank == 0 else [0] * 4
     receive = [[2, 1, 0, 0][rank], 0, 0, 0]
@@ -1551,7 +1159,8 @@ def one_rank_has_nothing(bug: bool) -> None:
 
 
 @pytest.mark.planted_bug(
-    symptom="a hang: ranks with rows wait for one that has none and went on, until the timeout names them",
+    symptom="a hang: ranks with rows wait for one that has none and went on, until the timeout "
+    "names them",
     seen_in="https://github.com/NVIDIA/Megatron-LM/issues/1877",
 )
 def test_a_rank_without_tokens_that_skips_the_collective():
@@ -1567,181 +1176,7 @@ def test_a_rank_without_tokens_that_skips_the_collective():
     return Shows("never comes: a hang", "never comes: a hang")
 
 
-@pytest.mark.ranks(2, 4)
-@pytest.mark.planted_bug(
-    symptom="another result for each number of ranks; the rank without the outlier is finer than the single device",
-    seen_in="https://github.com/NVIDIA/TransformerEngine/issues/656",
-)
-def test_an_amax_for_each_share():
-    x = random(16, 8)
-    x[15, 3] = 300.0
-    whole = moe.quantize_fp8(x)
-    wrong = moe.quantize_fp8(share_of(x, "even"))  # without amax_group
-    mine = share_of(whole.codes.view(torch.uint8), "even")
-    different = (wrong.codes.view(torch.uint8) != mine).double().mean().item()
-    assert different > 0.9 or dist.get_rank() == dist.get_world_size() - 1
-    mesh = mesh_of(2)
-    whole = gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID, mesh))
-    return shown(gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID)), whole)
-
-
-@pytest.mark.ranks(4)
-@pytest.mark.planted_bug(
-    symptom="experts that have nothing in common share a scale: nothing fails, and each layout has its own result",
-    seen_in="https://github.com/NVIDIA/Megatron-LM/issues/442",
-)
-def test_an_amax_over_the_wrong_group():
-    """Over the ranks among which tokens travel, in place of those that hold the same experts."""
-    mesh = mesh_of(2)
-    right = gradients(mesh, lambda model: moe.to_fp8(model, moe.HYBRID, mesh))
-    wrong = gradients(
-        mesh, lambda model: moe.to_fp8(model, moe.HYBRID, replace(mesh, edp_group=mesh.ep_group))
-    )
-    assert_differs(wrong[1], right[1], at_least=1e-2)
-    return shown(wrong, right)
-
-
-@pytest.mark.planted_bug(
-    symptom="the step of a spike saturates at the old scale's limit; the step after it loses small values",
-    seen_in=None,
-)
-def test_a_stale_scale_after_a_spike():
-    """The scale of the last step, as delayed scaling takes it with a history of one."""
-    quiet, upstream = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0)).unbind()
-    spike = 1e5 * quiet
-    right, wrong = (
-        through_fp8(spike, upstream),
-        with_the_scales_of(quiet, spike, upstream, saturated),
-    )
-    assert_differs(wrong[1], right[1], at_least=0.9)
-    codes = moe.quantize_fp8(spike)
-    after = saturated(quiet / codes.inverse_scale)
-    assert (after.to(torch.float32) == 0).double().mean() > 0.2
-    assert (moe.dequantize_fp8(moe.quantize_fp8(quiet)) == 0).double().mean() < 0.01
-    return shown(wrong, right)
-
-
-def saturated(x: torch.Tensor) -> torch.Tensor:
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def with_the_scales_of(before, x, upstream, cast):
-    """`through_fp8` of x with the E4M3 scales that it found for `before`, rounded by `cast`."""
-    with Codes() as seen:
-        through_fp8(before, upstream)
-    found, fresh = iter(seen.made), moe.quantize_fp8
-
-    def stale(x, format="e4m3", *args, **options):
-        old = next(found)
-        if format != "e4m3":
-            return fresh(x, format, *args, **options)
-        return moe.Quantized(cast(x / old.inverse_scale), old.inverse_scale, None)
-
-    with plant(moe, "quantize_fp8", stale):
-        return through_fp8(x, upstream)
-
-
-@pytest.mark.planted_bug(
-    symptom="NaN from a finite tensor, where a cast does not saturate (emulated here: this machine's cast does)",
-    seen_in=None,
-)
-def test_a_cast_that_does_not_saturate():
-    """Rounding alone stays below the next step; a scale of another tensor, shared or delayed, does not."""
-
-    def cast(
-        x,
-    ):  # of a device that does not saturate: beyond the middle between 448 and what would follow, 480
-        return torch.where(x.abs() > 464, math.nan, x).to(torch.float8_e4m3fn)
-
-    amaxes = torch.rand(10_000, generator=torch.Generator().manual_seed(0)) * 1000
-    stretched = amaxes * (448 / amaxes)
-    assert (stretched > 448).any() and (stretched <= 464).all()
-    stale = torch.tensor([1.0, 500.0])
-    assert cast(stale).to(torch.float32).isnan().any()
-    assert cast(stale.clamp(-448, 448)).to(torch.float32).isfinite().all()
-    assert moe.dequantize_fp8(moe.quantize_fp8(stale * 1e30)).isfinite().all()
-    x, upstream = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
-    loss, grads = with_the_scales_of(x, 2 * x, upstream, cast)
-    assert loss.loss.isnan() and grads["weight"].isnan().any()
-    loss, grads = with_the_scales_of(x, 2 * x, upstream, saturated)
-    assert loss.loss.isfinite() and grads["weight"].isfinite().all()
-    return Shows("NaN", "NaN")
-
-
-@pytest.mark.planted_bug(
-    symptom="a micro-batch without targets has gradients of zero, and zero over zero turns all weights into NaN",
-    seen_in=None,
-)
-def test_the_scale_of_a_tensor_of_zeros():
-    """What one writes first: 448 / amax, with nothing said about an amax of 0."""
-
-    def careless(x, format="e4m3", *args, **options):
-        most = torch.finfo(moe.FP8_FORMATS[format]).max
-        scale = most / x.abs().amax()
-        return moe.Quantized(
-            (x * scale).clamp(-most, most).to(moe.FP8_FORMATS[format]), 1 / scale, None
-        )
-
-    x, upstream = (
-        torch.randn(16, 32, generator=torch.Generator().manual_seed(0)),
-        torch.zeros(16, 32),
-    )
-    _, right = through_fp8(x, upstream)
-    with plant(moe, "quantize_fp8", careless):
-        loss, wrong = through_fp8(x, upstream)
-    assert not any(grad.any() for grad in right.values()) and all(
-        grad.isnan().all() for grad in wrong.values()
-    )
-    return Shows(loss.loss.item(), "NaN")
-
-
-@pytest.mark.planted_bug(
-    symptom="outputs too small or too large by scale²: the loss starts at log V and never moves, or is NaN at once",
-    seen_in=None,
-)
-def test_scale_and_inverse_exchanged():
-    a, b = moe.quantize_fp8(random(16, 32)), moe.quantize_fp8(random(16, 32, seed=2))
-    right = moe.fp8_gemm(a, b, torch.float64)
-    wrong = moe.fp8_gemm(
-        *(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), torch.float64
-    )
-    assert wrong.norm() / right.norm() > 1e6
-    original = moe.fp8_gemm
-    x, upstream = torch.randn(2, 32, 32, generator=torch.Generator().manual_seed(0)).unbind()
-    layer = through_fp8(x, upstream)
-
-    def buggy(a, b, *args):
-        return original(*(q._replace(inverse_scale=1 / q.inverse_scale) for q in (a, b)), *args)
-
-    with plant(moe, "fp8_gemm", buggy):
-        return shown(through_fp8(x, upstream), layer)
-
-
-@pytest.mark.planted_bug(
-    symptom="gradients of rare large values and many small ones: in E4M3 most become zero, and training slows",
-    seen_in=None,
-)
-def test_e4m3_for_a_gradient_that_needs_e5m2s_range():
-    generator = torch.Generator().manual_seed(0)
-    grad = torch.randn(64, 64, generator=generator) * 1e-6
-    grad[0] *= 1e6  # one token that the model got very wrong
-    lost = {
-        f: (moe.dequantize_fp8(moe.quantize_fp8(grad, f))[1:] == 0).double().mean().item()
-        for f in moe.FP8_FORMATS
-    }
-    assert lost["e4m3"] == 1.0 and lost["e5m2"] < 0.6
-    tiles = moe.dequantize_fp8(moe.quantize_fp8(grad, *moe.TILE))
-    assert (tiles[1:] == 0).double().mean() < 0.01  # a scale for each token: E4M3 is enough
-    x, narrow = (
-        torch.randn(64, 64, generator=generator),
-        moe.FP8Recipe(dgrad=(moe.E4M3,) * 2, wgrad=(moe.E4M3,) * 2),
-    )
-    (loss, right), (same, wrong) = through_fp8(x, grad), through_fp8(x, grad, narrow)
-    others = [{"x": grads["x"][1:]} for grads in (wrong, right)]  # all tokens but the one
-    return Shows(worst_of({"": same.loss}, {"": loss.loss}), worst_of(*others))
-
-
-# ── Bad input ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Bad input ─────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize(
@@ -1776,15 +1211,14 @@ def test_a_model_with_layers_of_other_chapters_is_refused():
 def test_bad_groups():
     world = dist.get_world_size()
     with pytest.raises(
-        ValueError, match=rf"num_experts=7 does not divide over {world} ranks: choose ep from \[1\]"
+        ValueError, match=rf"num_experts=7 does not divide over {world} ranks: ep must divide"
     ):
         moe.ExpertParallelMoELayer(config(num_experts=7))
     with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
         moe.ParallelMoELM(config(num_experts=7))
-    with pytest.raises(
-        ValueError, match=rf"ep=3 does not divide the {world} ranks: choose ep from \[1, 2"
-    ):
-        moe.make_mesh(3, ranks.device)
+    for ep in (3, 0, -1):
+        with pytest.raises(ValueError, match=rf"ep={ep} does not divide the {world} ranks"):
+            moe.make_mesh(ep, ranks.device)
     with pytest.raises(ValueError, match=rf"num_experts=7 does not divide over {world} ranks"):
         moe.plan_dispatch(torch.zeros(2, 1, dtype=torch.int64), 7)
 
@@ -1801,17 +1235,6 @@ GROUP_USERS = {
     "combine": lambda group: moe.combine(random(2, 4), torch.ones(2, 1), foreign_plan(group)),
     "ExpertParallelMoELayer": lambda group: moe.ExpertParallelMoELayer(config(), group),
     "ParallelMoELM": lambda group: moe.ParallelMoELM(config(), group),
-    "quantize_fp8": lambda group: moe.quantize_fp8(random(2, 4), amax_group=group),
-    "fp8_linear": lambda group: moe.fp8_linear(random(3, 16), random(16, 16), moe.HYBRID, group),
-    "FP8Linear": lambda group: fp8_layer(16, 16, amax_group=group)(torch.ones(3, 16)),
-    "fp8_grouped_gemm": lambda group: moe.fp8_grouped_gemm(
-        random(3, 16), random(1, 16, 16), [3], moe.HYBRID, group
-    ),
-    "to_fp8": lambda group: moe.to_fp8(
-        moe.MoELM(config(pattern="E", shared_size=0)),
-        replace(moe.HYBRID, first=0, last=0),
-        moe.Mesh(2, 1, 1, group, group),
-    )(batch_of(1)[0]),
     "reduce_gradients": lambda group: moe.reduce_gradients(
         with_gradients(), moe.Mesh(2, 1, 1, group, group)
     ),
@@ -1819,7 +1242,9 @@ GROUP_USERS = {
 
 
 def foreign_plan(group) -> moe.Plan:
-    """What `plan_dispatch` would make for two tokens and one expert, if it let such a group through."""
+    """What `plan_dispatch` would make for two tokens and one expert, if it let such a group
+    through.
+    """
     order = torch.arange(2)
     return moe.Plan(order, order, [2], [2], [2], 1, group)
 
@@ -1847,7 +1272,7 @@ def test_a_group_without_this_rank_is_refused(name):
             GROUP_USERS[name](group)
 
 
-# ── The script ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The script ────────────────────────────────────────────────────────────────────────────────────
 
 
 def run(*flags: str, timeout: float = 240):
@@ -1861,14 +1286,11 @@ def test_the_script():
     assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 6
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "flags", [("--ranks", "1"), ("--ranks", "2", "--ep", "1", "--dtype", "fp64")], ids=str
-)
-def test_check(flags):
-    done = run("--check", *flags)
-    assert done.returncode == 0, done.stderr
-    assert "worst" in done.stdout and "gradient layers.1.mixer.router.weight" in done.stdout
+@pytest.mark.ranks(1, 2)
+def test_check():
+    code, printed = scripts.on_ranks(moe, "--check", "--ep", "1", "--dtype", "fp64")
+    assert code == 0
+    assert "worst" in printed and "gradient layers.1.mixer.router.weight" in printed
 
 
 @pytest.mark.ranks(4)
@@ -1881,10 +1303,6 @@ def test_check_on_other_layouts(dtype, ep):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (
-            ("--fp8", "hardware", "--device", "cpu"),
-            "FP8 tensor cores: this cpu has none; use --fp8 emulate or auto",
-        ),
         (("--ep", "3"), "--ep 3 must divide the 4 ranks"),
         (("--ranks", "1", "--ep", "2"), "--ep 2 must divide the 1 ranks"),
         (("--ep", "0"), "argument --ep: '0' must be of type int, from 1"),
@@ -1899,10 +1317,9 @@ def test_check_on_other_layouts(dtype, ep):
         (("--gate", "tanh"), "argument --gate: invalid choice: 'tanh'"),
         (
             ("--num-experts", "7", "--ep", "2"),
-            "num_experts=7 does not divide over 2 ranks: choose ep from [1]",
+            "num_experts=7 does not divide over 2 ranks: ep must divide the number of experts",
         ),
         (("--top-k", "9"), "top_k=9: choose at most num_experts=8"),
-        (("--pattern", "*E"), "the FP8 recipe leaves out the first 1 and the last 1 of 2 layers"),
         (("--pattern", "M*E"), "Mamba is chapter 5's"),
         (("--data", "/nowhere"), "No such file"),
     ],
@@ -1945,7 +1362,9 @@ def test_the_flags_are_the_configurations_fields():
 
 
 def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
-    """python -OO strips docstrings; an encoding without × would end a run of hours in its last line."""
+    """python -OO strips docstrings; an encoding without × would end a run of hours in its last
+    line.
+    """
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr(moe, "__doc__", None)
     monkeypatch.setattr(sys, "stdout", terminal)
@@ -1960,7 +1379,7 @@ def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
     "flags, verdict",
     [
         ("", False),
-        ("--ep 1 --recipe blockwise --fp8 emulate", False),
+        ("--ep 1", False),
         ("--lr 1e-6", "needs the default run"),
         ("--gamma 0.02", "needs the default run"),
         ("--num-experts 16", "needs the default run"),
@@ -1972,14 +1391,14 @@ def test_the_load_is_judged_in_the_default_run_alone(flags, verdict):
     """Loads that stay uneven: a failed claim of the default run, and none of another."""
     errors = {
         f"{kind} x": 0.0
-        for kind in ("gradient", "norm before clipping", "weight after AdamW", "rows")
+        for kind in ("gradient", "norm before clipping", "weight after AdamW", "count of rows")
     }
     with (
         plant(moe, "equivalence", lambda *args: errors),
         plant(moe, "single_device_losses", lambda *args: [1.0]),
         plant(moe, "demonstrate", lambda *args, **options: ([1.0] * 80, [4.0] * 80)),
     ):
-        rows = moe.measure(flags_of(*flags.split()), None, torch.device("cpu"))
+        rows = moe.measure(flags_of(*flags.split()), moe.Mesh(), torch.device("cpu"))
     (found,) = [row[3] for row in rows if row[0].startswith("largest load, γ")]
     assert found == verdict
 
@@ -2032,26 +1451,10 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
         moe.worst(errors, "what nobody has")
 
 
-@pytest.mark.slow
-def test_the_script_in_unusual_surroundings(monkeypatch):
-    """No docstrings, a terminal without ×, and what people set when something hangs."""
-    for name, value in dict(
-        PYTHONOPTIMIZE=2, PYTHONIOENCODING="ascii", TORCH_DISTRIBUTED_DEBUG="DETAIL"
-    ).items():
-        monkeypatch.setenv(name, str(value))
-    done = run("--ranks", "3", "--steps", "2", *SMALL)
-    assert (
-        done.returncode == 0 and "3 ranks: ep 1 ? dp 3" in done.stdout and "claim " in done.stdout
-    ), done.stderr
-
-
-@pytest.mark.slow
-def test_a_script_with_wrong_flags_ends_at_once():
-    done = run("--ep", "3", timeout=60)
-    lines = done.stderr.splitlines()
-    assert (
-        done.returncode == 2 and "--ep 3 must divide the 4 ranks" in lines[-1] and len(lines) <= 2
-    )
+@pytest.mark.ranks(3, detail=True, timeout=120)
+def test_the_script_with_torchs_checks_of_every_collective():
+    code, printed = scripts.on_ranks(moe, "--steps", "2", *SMALL)
+    assert code == 0 and "3 ranks: ep 1 × dp 3" in printed and "claim " in printed
 
 
 # ── Extreme values, choices of the user, and what comparisons cannot see ──────────────────────────
@@ -2060,7 +1463,9 @@ def test_a_script_with_wrong_flags_ends_at_once():
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("logit", [-40.0, -50.0, -80.0, -100.0, 40.0])
 def test_the_weights_of_extreme_logits_add_up(gate, logit):
-    """In fp32 an epsilon of 1e-20 would outweigh the scores; weights, loss and gradients stay finite."""
+    """In fp32 an epsilon of 1e-20 would outweigh the scores; weights, loss and gradients stay
+    finite.
+    """
     router = moe.Router(config(gate=gate, hidden_size=8, num_experts=8, top_k=3))
     router.weight.data = torch.diag(logit - torch.arange(8.0))
     _, weights_TK, log_scores_TE = router(torch.ones(5, 8))
@@ -2087,80 +1492,31 @@ FROZEN = {
 }
 
 
-@pytest.mark.ranks(1, 2, 4, timeout=120)
-@pytest.mark.parametrize("frozen", FROZEN)
-@pytest.mark.parametrize("fp8", [False, True])
-def test_frozen_parameters(frozen, fp8):
-    """Any of them: the other gradients and the norm equal the single device's; frozen ones have none."""
-    cfg = config(pattern="*E*E*E") if fp8 else config()
+def frozen_step(frozen, cfg, convert=lambda model, mesh=None: None):
+    """One step of both models with the same parameters frozen: their Steps and their gradients."""
     mesh = mesh_of(LAYOUTS[dist.get_world_size()][-1])
     plain, parallel = moe.MoELM(cfg).double(), moe.ParallelMoELM(cfg, mesh.ep_group).double()
-    if fp8:
-        moe.to_fp8(plain, moe.HYBRID)
-        moe.to_fp8(parallel, moe.HYBRID, mesh)
-    for model in (plain, parallel):
-        for name, p in model.named_parameters():
-            p.requires_grad_(not any(part in name for part in FROZEN[frozen]))
+    convert(plain)
+    convert(parallel, mesh)
     steps = []
     for model, place in ((plain, None), (parallel, mesh)):
+        for name, p in model.named_parameters():
+            p.requires_grad_(not any(part in name for part in FROZEN[frozen]))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         steps.append(one_step(model, optimizer, batch_of(9), place, "uneven", **STEP))
     grads = {n: g for n, g in grads_of(parallel).items() if g is not None}
     expected = {n: g for n, g in grads_of(plain).items() if g is not None}
     assert expected and len(expected) < len(grads_of(plain)) and grads.keys() == expected.keys()
-    assert_equal(joined(grads, mesh.ep_group), expected)
-    if not fp8:
-        assert_equal({"norm": steps[1].norm}, {"norm": steps[0].norm})
+    return steps, joined(grads, mesh.ep_group), expected
 
 
-def test_a_second_conversion_replaces_the_first_everywhere():
-    model, cfg = moe.MoELM(config(pattern="*E*E*")), config(pattern="*E*E*")
-    weights = dict(model.named_parameters())
-    for recipe in (moe.HYBRID, moe.BLOCKWISE):
-        assert moe.to_fp8(model, recipe) is model
-        assert all(p is weights[name] for name, p in model.named_parameters())
-        assert model.state_dict().keys() == moe.state_shapes(cfg).keys()
-        found = [m.recipe for m in model.modules() if isinstance(m, moe.FP8Linear)]
-        found += [m.gemm.keywords["recipe"] for m in model.modules() if isinstance(m, moe.Experts)]
-        assert len(found) == 4 + 2 + 2 and all(used is recipe for used in found)
-    here = model(torch.zeros(1, 5, dtype=torch.int64))[0]
-    once = moe.to_fp8(moe.MoELM(cfg), moe.BLOCKWISE)
-    assert torch.equal(here, once(torch.zeros(1, 5, dtype=torch.int64))[0])
-
-
-def test_a_conversion_that_covers_nothing_is_refused():
-    """Also one that would leave an earlier recipe in place; the model is then as it was."""
-    model = moe.MoELM(config(pattern="*E"))
-    with pytest.raises(ValueError, match="first 1 and the last 1 of 2 layers: it covers none"):
-        moe.to_fp8(model, moe.HYBRID)
-    assert not any(isinstance(m, moe.FP8Linear) for m in model.modules())
-    model = moe.to_fp8(moe.MoELM(config()), moe.HYBRID)
-    with pytest.raises(ValueError, match="layer 1 is in FP8, and the recipe leaves it out"):
-        moe.to_fp8(model, replace(moe.BLOCKWISE, first=2))
-    used = [m.recipe for m in model.modules() if isinstance(m, moe.FP8Linear)]
-    assert used and all(recipe is moe.HYBRID for recipe in used)
-    with pytest.raises(ValueError, match="FP8Linear has no bias"):
-        moe.FP8Linear(nn.Linear(16, 16))
-
-
-def test_the_shared_weight_is_trained_and_the_layer_can_be_copied():
-    linear = nn.Linear(32, 48, bias=False)
-    layer = moe.FP8Linear(linear)
-    assert layer.weight is linear.weight and list(layer.state_dict()) == ["weight"]
-    optimizer = torch.optim.SGD(linear.parameters(), lr=0.1)
-    before = linear.weight.detach().clone()
-    layer(torch.ones(3, 32)).sum().backward()
-    optimizer.step()
-    assert not torch.equal(before, layer.weight)
-
-
-def test_the_default_of_fp8_gemm_is_emulation():
-    a, b = (
-        moe.quantize_fp8(random(5, 8)),
-        moe.quantize_fp8(random(3, 8, seed=2)),
-    )  # not multiples of 16
-    expected = moe.dequantize_fp8(a, torch.float64) @ moe.dequantize_fp8(b, torch.float64).T
-    assert torch.equal(moe.fp8_gemm(a, b, torch.float64), expected)
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+@pytest.mark.parametrize("frozen", FROZEN)
+def test_frozen_parameters(frozen):
+    """Any of them: the other gradients and the norm equal the single device's; they have none."""
+    (there, here), grads, expected = frozen_step(frozen, config())
+    assert_equal(grads, expected)
+    assert_equal({"norm": here.norm}, {"norm": there.norm})
 
 
 @pytest.mark.ranks(2)

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 6's tables: counts, bytes, FP8 errors, the schedule, verdicts."""
+"""Chapter 6's tables: counts, bytes, the schedule, verdicts."""
 
 import math
 
 import moe_fp8 as moe
 import moe_fp8_tables as tables
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import plant
@@ -76,26 +75,6 @@ def test_all_to_all_bytes():
     assert tables.all_to_all_bytes(tables.published_of(moe.MoEConfig()), 1) == 0
 
 
-def test_quantization_errors():
-    """Gaussian: 2.6 % in E4M3, twice that in E5M2. Heavy tails: tiles help; E5M2 has the range."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(512, 512, generator=generator)
-    heavy = x * torch.exp(3 * torch.randn(512, 512, generator=generator))
-    error = {name: tables.quantization_error(x, operand) for name, operand in OPERANDS.items()}
-    assert round(error["e4m3"], 3) == 0.026 and 1.9 < error["e5m2"] / error["e4m3"] < 2.1
-    assert error["tile"] <= error["e4m3"] <= error["power"] * 1.02
-    lost = {name: tables.lost_to_zero(heavy, operand) for name, operand in OPERANDS.items()}
-    assert lost["e4m3"] > 0.5 and lost["tile"] < 0.1 and lost["e5m2"] < lost["e4m3"] / 2
-
-
-OPERANDS = {
-    "e4m3": moe.E4M3,
-    "e5m2": moe.E5M2,
-    "tile": moe.Operand("e4m3", (1, 128)),
-    "power": moe.Operand("e4m3", None, True),
-}
-
-
 def test_the_schedules_floor_is_never_above_its_peak():
     small = [tables.learning_rate(step, 60, 1e-6) for step in range(60)]
     assert max(small) == small[-1] == 1e-6 and small[0] == pytest.approx(1e-7)
@@ -115,7 +94,7 @@ def test_the_page_and_its_exit_code(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["moe_fp8_tables.py"])
     tables.main()
     page = capsys.readouterr().out
-    assert page.count(" ok\n") == 5 and "FAILED" not in page
+    assert page.count(" ok\n") == 3 and "FAILED" not in page
     with plant(tables, "TABLES", {"x": lambda: [tables.Row("c", "1", "2")]}):
         with pytest.raises(SystemExit) as end:
             tables.main()

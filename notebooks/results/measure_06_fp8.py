@@ -17,20 +17,21 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "06_moe_fp8"))
+import fp8  # noqa: E402
 import moe_fp8 as mf  # noqa: E402
 
-UNSCALED = mf.Operand("e4m3, unscaled")  # a format that `Broken` knows and the chapter does not
-STALE = mf.Operand("e4m3, stale")
-STALE_GRADIENT = mf.Operand("e5m2, stale")
+UNSCALED = fp8.Operand("e4m3, unscaled")  # a format that `Broken` knows and the chapter does not
+STALE = fp8.Operand("e4m3, stale")
+STALE_GRADIENT = fp8.Operand("e5m2, stale")
 RECIPES = {
     "fp32": None,
     "fp32, weights moved by 1e-6": None,
-    "one scale a tensor": mf.HYBRID,
-    "blockwise": mf.BLOCKWISE,
-    "broken: gradients in E4M3, not scaled": mf.FP8Recipe(
-        dgrad=(UNSCALED, mf.E4M3), wgrad=(UNSCALED, mf.E4M3)
+    "one scale a tensor": fp8.HYBRID,
+    "blockwise": fp8.BLOCKWISE,
+    "broken: gradients in E4M3, not scaled": fp8.FP8Recipe(
+        dgrad=(UNSCALED, fp8.E4M3), wgrad=(UNSCALED, fp8.E4M3)
     ),
-    "broken: the first step's scales for ever": mf.FP8Recipe(
+    "broken: the first step's scales for ever": fp8.FP8Recipe(
         (STALE, STALE), (STALE_GRADIENT, STALE), (STALE_GRADIENT, STALE)
     ),
 }
@@ -58,7 +59,7 @@ class Broken:
     """In place of `quantize_fp8`: "…, unscaled" has a scale of 1, "…, stale" that of step 0."""
 
     def __init__(self):
-        self.scales, self.call, self.right = {}, 0, mf.quantize_fp8
+        self.scales, self.call, self.right = {}, 0, fp8.quantize_fp8
 
     def __call__(self, x, format="e4m3", *args, **options):
         format, _, broken = format.partition(", ")
@@ -69,21 +70,21 @@ class Broken:
             found = self.right(x, format)
             self.scales[self.call] = 1 / found.inverse_scale
             return found
-        dtype = mf.FP8_FORMATS[format]
+        dtype = fp8.FP8_FORMATS[format]
         most, scale = torch.finfo(dtype).max, self.scales.get(self.call, torch.ones(()))
-        return mf.Quantized((x * scale).clamp(-most, most).to(dtype), 1 / scale, None)
+        return fp8.Quantized((x * scale).clamp(-most, most).to(dtype), 1 / scale, None)
 
 
 @contextlib.contextmanager
 def breakable():
-    mf.quantize_fp8 = broken = Broken()
+    fp8.quantize_fp8 = broken = Broken()
     try:
         yield broken
     finally:
-        mf.quantize_fp8 = broken.right
+        fp8.quantize_fp8 = broken.right
 
 
-def run(recipe: mf.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[float]:
+def run(recipe: fp8.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[float]:
     config = mf.MoEConfig(
         pattern="*E*E*E", num_experts=4, seed=seed
     )  # the recipes leave first and last layer in fp32
@@ -92,7 +93,7 @@ def run(recipe: mf.FP8Recipe | None, seed: int, nudge: float = 0.0) -> list[floa
         for p in model.parameters():
             p *= 1 + nudge * torch.randn_like(p)
     if recipe is not None:
-        mf.to_fp8(model, recipe)
+        fp8.to_fp8(model, recipe)
     batches = (data.batch(step, SEQUENCES, seed) for step in range(STEPS))
     with breakable() as broken:
         for step in train(model, batches, gamma=0.01):

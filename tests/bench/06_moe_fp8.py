@@ -15,6 +15,7 @@ import statistics
 import time
 from dataclasses import replace
 
+import fp8
 import moe_fp8 as moe
 import torch
 import torch.nn.functional as F
@@ -123,7 +124,7 @@ def bench_layer(args) -> None:
 def bench_fp8(args) -> None:
     """Forward, forward + backward, and quantisation apart, of an n × n layer on n rows."""
     device = torch.device("cuda")
-    recipe = replace(moe.HYBRID, hardware=moe.fp8_hardware("auto", device, moe.HYBRID))
+    recipe = replace(fp8.HYBRID, hardware=fp8.fp8_hardware("auto", device, fp8.HYBRID))
     where = "tensor cores" if recipe.hardware else "emulated"
     print(
         f"\nFP8Linear, compiled, {where}, and nn.Linear in bf16, {torch.cuda.get_device_name()}\n"
@@ -135,11 +136,11 @@ def bench_fp8(args) -> None:
     for n in (1024, 2048, 4096, 8192, 16384):
         bf16 = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
         linear = nn.Linear(n, n, bias=False, device=device, dtype=torch.bfloat16)
-        fp8 = torch.compile(moe.FP8Linear(linear, recipe))
-        quantise = torch.compile(lambda x: tuple(moe.quantize_fp8(x)[:2]))
+        compiled = torch.compile(fp8.FP8Linear(linear, recipe))
+        quantise = torch.compile(lambda x: tuple(fp8.quantize_fp8(x)[:2]))
         x = torch.randn(n, n, device=device, dtype=torch.bfloat16, requires_grad=True)
         upstream = torch.randn(n, n, device=device, dtype=torch.bfloat16)
-        layers = {"bf16": bf16, "fp8": fp8}
+        layers = {"bf16": bf16, "fp8": compiled}
         ways = {name: lambda layer=layer, x=x: layer(x) for name, layer in layers.items()}
         ways |= {
             f"{name} both": lambda layer=layer, x=x, dy=upstream: layer(x).backward(dy)

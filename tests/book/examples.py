@@ -382,8 +382,15 @@ def sp_gpt():
 def sp_attention(m):
     from seq_parallel import unfused_attention
 
-    layer = m.SequenceParallelAttention(sp_config(), None, True, unfused_attention)
-    return through(layer, normal(5, 2, 16).requires_grad_())
+    layer = m.Attention(sp_config(), torch.nn.Linear, torch.nn.Linear, unfused_attention)
+    return through(layer, normal(5, 2, 16))
+
+
+def sp_recomputed(m):
+    from seq_parallel import unfused_attention
+
+    qkv = normal(3, 3, 4, 5, 2).requires_grad_()
+    return m.recomputed_core(unfused_attention, *qkv[0], no_dropout())
 
 
 def no_dropout():
@@ -396,11 +403,6 @@ def marked(m):
     layer = torch.nn.LayerNorm(3)
     m.mark(layer.parameters(), True)
     return [p.sequence_parallel for p in layer.parameters()]
-
-
-def sp_gathered(m):
-    with alone():
-        return m.gather_state_dict(sp_gpt().state_dict(), sp_config())
 
 
 def cost_of_layer(m):
@@ -510,13 +512,13 @@ def moe_weights():
 
 
 def hybrid():
-    from moe_fp8 import HYBRID
+    from fp8 import HYBRID
 
     return HYBRID
 
 
 def quantized(x):
-    from moe_fp8 import quantize_fp8
+    from fp8 import quantize_fp8
 
     return quantize_fp8(x)
 
@@ -816,7 +818,13 @@ EXAMPLES = {
         ),
         "fused_attention": lambda m, folder: m.fused_attention(*normal(3, 4, 5, 2), no_dropout()),
         "recompute": lambda m, folder: m.recompute(torch.sin, normal(3).requires_grad_()),
-        "SequenceParallelAttention": lambda m, folder: sp_attention(m),
+        "recomputed_core": lambda m, folder: sp_recomputed(m),
+        "Attention": lambda m, folder: sp_attention(m),
+        "MLP": lambda m, folder: through(
+            m.MLP(sp_config(), torch.nn.Linear, torch.nn.Linear), normal(5, 2, 16)
+        ),
+        "Layer": lambda m, folder: through(m.Layer(sp_config()), normal(5, 2, 16)),
+        "GPT": lambda m, folder: through(m.GPT(sp_config()), TOKENS),
         "SequenceParallelLayer": lambda m, folder: through(
             m.SequenceParallelLayer(sp_config(), recompute="selective"),
             normal(5, 2, 16).requires_grad_(),
@@ -827,7 +835,9 @@ EXAMPLES = {
         "SequenceParallelGPT": lambda m, folder: through(
             m.SequenceParallelGPT(sp_config()), TOKENS
         ),
-        "gather_state_dict": lambda m, folder: sp_gathered(m),
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(
+            sp_gpt().state_dict(), sp_config()
+        ),
         "train": lambda m, folder: losses(m.train(*with_optimizer(sp_gpt()), BATCHES)),
         "saved_tensors": lambda m, folder: m.saved_tensors(normal(3).requires_grad_().exp),
         "saved_bytes": lambda m, folder: [m.saved_bytes(normal(3).requires_grad_().exp)],
@@ -922,12 +932,13 @@ EXAMPLES = {
         "Layer": lambda m, folder: list(
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
-        "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
         "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
         "grouped_gemm": lambda m, folder: m.grouped_gemm(normal(5, 3), normal(2, 4, 3), [2, 3]),
-        "Experts": lambda m, folder: through(m.Experts(2, 3, 4), normal(5, 3), [2, 3]),
+        "Experts": lambda m, folder: through(
+            m.Experts(moe_config()), normal(5, 16), [2, 3] + [0] * (moe_config().num_experts - 2)
+        ),
         "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
         "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
         "MoELM": lambda m, folder: list(m.MoELM(moe_config()).double()(TOKENS)),
@@ -947,6 +958,23 @@ EXAMPLES = {
             m.ExpertParallelMoELayer(moe_config()).double()(normal(2, 5, 16))
         ),
         "ParallelMoELM": lambda m, folder: list(m.ParallelMoELM(moe_config()).double()(TOKENS)),
+        "shard_tensor": lambda m, folder: m.shard_tensor(
+            "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
+        ),
+        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
+        "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
+        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
+        "gather_state_dict": lambda m, folder: moe_gathered(m),
+        "Mesh": lambda m, folder: list(vars(m.Mesh()).values())[:3],
+        "Plan": lambda m, folder: vars(m.Plan(TOKENS, TOKENS, [1], [1], [1], 2, None))["order_R"],
+        "make_mesh": lambda m, folder: one_mesh(m),
+        "sum_gradients": lambda m, folder: m.sum_gradients(moe().parameters()) or "nothing to sum",
+        "reduce_gradients": lambda m, folder: moe_reduce(m),
+        "rank_rows": lambda m, folder: m.rank_rows(TOKENS),
+        "train": lambda m, folder: moe_run(m),
+    },
+    "fp8": {
+        "fp8_hardware": lambda m, folder: m.fp8_hardware("auto", torch.device("cpu"), hybrid()),
         "quantize_fp8": lambda m, folder: m.quantize_fp8(torch.randn(4, 4))[0].view(torch.uint8),
         "dequantize_fp8": lambda m, folder: m.dequantize_fp8(quantized(torch.randn(4, 4))),
         "fp8_gemm": lambda m, folder: m.fp8_gemm(
@@ -963,20 +991,6 @@ EXAMPLES = {
             torch.randn(5, 16), torch.randn(2, 16, 16), [2, 3], hybrid()
         ),
         "to_fp8": lambda m, folder: converted(m),
-        "shard_tensor": lambda m, folder: m.shard_tensor(
-            "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2
-        ),
-        "check_state": lambda m, folder: m.check_state(moe_weights(), moe_config()) or "it fits",
-        "shard_state_dict": lambda m, folder: m.shard_state_dict(moe_weights(), moe_config(), 1, 2),
-        "merge_state_dicts": lambda m, folder: m.merge_state_dicts([moe_weights()]),
-        "gather_state_dict": lambda m, folder: moe_gathered(m),
-        "Mesh": lambda m, folder: list(vars(m.Mesh()).values())[:3],
-        "Plan": lambda m, folder: vars(m.Plan(TOKENS, TOKENS, [1], [1], [1], 2, None))["order_R"],
-        "make_mesh": lambda m, folder: one_mesh(m),
-        "sum_gradients": lambda m, folder: m.sum_gradients(moe().parameters()) or "nothing to sum",
-        "reduce_gradients": lambda m, folder: moe_reduce(m),
-        "rank_rows": lambda m, folder: m.rank_rows(TOKENS),
-        "train": lambda m, folder: moe_run(m),
     },
 }
 
@@ -995,7 +1009,10 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_02_megatron_tp.py runs the script",
     },
     "pipeline": {"text_batches": "part of the demonstration; test_03_pipeline.py runs it"},
-    "seq_parallel": {"measure": "trains and prints; test_04_seq_parallel.py runs the script"},
+    "seq_parallel": {
+        "measure": "trains and prints; test_04_seq_parallel.py runs the script",
+        "text_batches": "part of the demonstration; test_04_seq_parallel.py runs it",
+    },
     "mamba_hybrid_tables": {
         "layers": "rows of a table; test_05_tables.py reads all",
         "sizes": "rows of a table; test_05_tables.py reads all",
@@ -1013,7 +1030,6 @@ WITHOUT_EXAMPLE = {
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",
-        "fp8_recipe": "takes the command line's arguments",
         "is_default": "takes the command line's arguments",
         "single_device_losses": "part of the demonstration; test_06_moe_fp8.py runs it",
         "text_batches": "part of the demonstration; test_06_moe_fp8.py runs it",

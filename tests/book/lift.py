@@ -173,11 +173,11 @@ def dependencies(path: Path, name: str) -> set[str]:
 
 
 def public(path: Path) -> list[str]:
-    """The functions and classes of a script without an underscore in front, `main` apart."""
+    """The functions and classes of a script without an underscore in front."""
     defined = [
         item.node.name for item in read(path).definitions if isinstance(item.node, Definable)
     ]
-    return [name for name in defined if not name.startswith("_") and name != "main"]
+    return [name for name in defined if not name.startswith("_")]
 
 
 def region_of(path: Path, name: str) -> shared_blocks.Region | None:

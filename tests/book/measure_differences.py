@@ -212,6 +212,7 @@ def pipeline(seed: int) -> Case:
 
 def sequence(seed: int) -> Case:
     """Chapter 4: tensor and sequence parallelism, attention computed once more in backward."""
+    import megatron_tp as tp
     import seq_parallel as sp
 
     sizes = dict(vocab_size=61, seq_length=32, hidden_size=64, num_layers=4, num_heads=8)
@@ -229,7 +230,7 @@ def sequence(seed: int) -> Case:
     return Case(
         sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), with_rate(sp.train_alone),
         lambda: sp.SequenceParallelGPT(config, recompute="selective"), with_rate(sp.train),
-        lambda shards: sp.merge_state_dicts(shards, config),
+        lambda shards: tp.merge_state_dicts(shards, config),
     )  # fmt: skip
 
 
@@ -264,6 +265,7 @@ def hybrid(seed: int, heads: bool) -> Case:
 def experts(seed: int, fp8: bool = False) -> Case:
     """Chapter 6: eight experts over the ranks, and each rank has its own rows."""
     import moe_fp8 as mf
+    from fp8 import HYBRID, to_fp8
 
     sizes = dict(num_experts=8, expert_size=32, shared_size=64, num_heads=8, init_std=0.05)
     config = mf.MoEConfig(61, 64, "*E*E*E", seed=seed, **sizes)
@@ -271,7 +273,7 @@ def experts(seed: int, fp8: bool = False) -> Case:
     def parallel():
         mesh = mesh_of(mf, world()[1])
         model = mf.ParallelMoELM(config, mesh.ep_group)
-        return mf.to_fp8(model, mf.HYBRID, mesh) if fp8 else model
+        return to_fp8(model, HYBRID, mesh) if fp8 else model
 
     def alone(model, batches, lr, **options):
         return mf.train_alone(model, optimizer_of(mf, model, lr), batches, **options)
@@ -282,7 +284,7 @@ def experts(seed: int, fp8: bool = False) -> Case:
 
     return Case(
         mf, rows_of_text(seed, 17, 16),
-        lambda: mf.to_fp8(mf.MoELM(config), mf.HYBRID) if fp8 else mf.MoELM(config),
+        lambda: to_fp8(mf.MoELM(config), HYBRID) if fp8 else mf.MoELM(config),
         alone, parallel, together, mf.merge_state_dicts,
     )  # fmt: skip
 

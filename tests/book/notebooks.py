@@ -24,22 +24,11 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(
-    path: Path, solutions: bool = False, timeout: int = 300, go_on: bool = False
-) -> nbformat.NotebookNode:
-    """The executed notebook, in memory. With `solutions` the exercises are solved first, and no cell runs that they can
-    do without. Raises where a cell fails, or goes on with the next. A copy elsewhere finds the chapters from the folder
-    of the notebooks."""
-    notebook, folder = (
-        nbformat.read(path, as_version=4),
-        {"metadata": {"path": str(ROOT / "notebooks")}},
-    )
-    if solutions:
-        solve(notebook)
-        notebook.cells = needed(notebook)
-    nbclient.NotebookClient(
-        notebook, timeout=timeout, resources=folder, allow_errors=go_on
-    ).execute()
+def execute(path: Path) -> nbformat.NotebookNode:
+    """The executed notebook, in memory. Raises where a cell fails."""
+    notebook = nbformat.read(path, as_version=4)
+    folder = {"metadata": {"path": str(ROOT / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
     return notebook
 
 
@@ -59,7 +48,7 @@ def checks(notebook) -> dict[str, dict]:
     found = {}
     for cell in notebook.cells:
         if cell.cell_type == "code" and (match := re.search(CHECK, cell.source)):
-            found[match[1]] = cell
+            found.setdefault(match[1], cell)
     return found
 
 
@@ -149,8 +138,8 @@ def made(source: str) -> set[str]:
 
 
 def _mentioned(source: str) -> tuple[set[str], set[str]]:
-    """The names that a cell needs from before, and the words in it, some of which may be fetched from the ranks:
-    engines[0]["losses"]."""
+    """The names that a cell needs from before, and the words in it, some of which may be fetched
+    from the ranks: engines[0]["losses"]."""
     mentioned, made = set(), set()
     for statement, table in _statements(source):
         if isinstance(statement, ast.For | ast.With):  # what they assign comes before what they use
@@ -179,7 +168,8 @@ def printed(notebook) -> str:
 
 
 def tidy(notebook) -> None:
-    """Takes out what differs from one execution to the next: versions, times, progress bars, the order of ranks."""
+    """Takes out what differs from one execution to the next: versions, times, progress bars, the
+    order of ranks."""
     notebook.metadata.get("language_info", {}).pop("version", None)
     notebook.metadata.pop("widgets", None)  # the state of progress bars
     for cell in notebook.cells:

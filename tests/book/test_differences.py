@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT-0
-"""Is this difference normal? The kept measurement is whole, says what the notebook says of it, and can be repeated."""
+"""Is this difference normal? The kept measurement is whole, says what the notebook says of it, and
+can be repeated."""
 
 import json
 import math
@@ -20,7 +21,8 @@ CELLS = [
 NARROW = [(name, width) for name, width in CELLS if width != "fp64"]
 NOTEBOOK = measure.ROOT / "notebooks" / "00_is_this_difference_normal.ipynb"
 
-FACTOR = 3  # how much further from float64 than one device the ranks may be, each the largest of its seeds
+# How much further from float64 than one device the ranks may be, each the largest of its seeds.
+FACTOR = 3
 
 
 def test_the_file_is_what_the_command_writes():
@@ -57,7 +59,8 @@ def test_float64_has_nothing_to_interpret(name, width):
 @pytest.mark.parametrize("quantity", ["loss", "norm", "gradient", "SGD"])
 @pytest.mark.parametrize("name, width", NARROW)
 def test_ranks_are_as_good_as_the_single_device(name, width, quantity):
-    """A loss and a norm are single numbers, right by chance at times: their own last digit is allowed."""
+    """A loss and a norm are single numbers, right by chance at times: their own last digit is
+    allowed."""
     single = measure.largest(RESULTS, name, width, quantity, "single")
     if quantity in ("loss", "norm"):
         single = max(
@@ -69,7 +72,8 @@ def test_ranks_are_as_good_as_the_single_device(name, width, quantity):
 
 @pytest.mark.parametrize("bug", measure.BUGS)
 def test_a_planted_bug_is_as_large_in_every_width(bug):
-    """In float64 and fp32 the bound on gradients finds all of them; and what is found is no rounding: it stays."""
+    """In float64 and fp32 the bound on gradients finds all of them; and what is found is no
+    rounding: it stays."""
     found = {width: cell["apart"]["gradient"] for width, cell in RESULTS["bugs"][bug].items()}
     assert min(found["fp64"]) > 1e-10 * 1e5
     assert min(found["fp32"]) > measure.threshold(RESULTS, measure.RESIDUAL, "fp32", "gradient")
@@ -78,7 +82,8 @@ def test_a_planted_bug_is_as_large_in_every_width(bug):
 
 
 def test_thresholds_of_the_notebook():
-    """The table in its text is what the measurement gives; so is what its picture of the margin says."""
+    """The table in its text is what the measurement gives; so is what its picture of the margin
+    says."""
     text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
     rows = {
         row[0]: row[1:]
@@ -122,7 +127,8 @@ def test_a_cell_measured_anew(width):
 
 @pytest.mark.ranks(1, 2, 4)
 def test_every_adapter_in_float64():
-    """All techniques, first step, on the ranks that there are: what is measured is a right program."""
+    """All techniques, first step, on the ranks that there are: what is measured is a right
+    program."""
     if ranks.device.type != "cpu":
         pytest.skip("the measurement runs on CPUs")
     for name, technique in measure.TECHNIQUES.items():

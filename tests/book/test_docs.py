@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: MIT-0
-"""Docs that hold: what a public docstring must say, links that lead somewhere, commands that run."""
+"""Docs that hold: what a public docstring must say, links that lead somewhere, commands that
+run."""
 
 import ast
 import contextlib
 import functools
 import importlib
 import json
+import math
 import re
 import shlex
 import socket
@@ -20,6 +22,7 @@ import pytest
 import scripts
 import shared_blocks
 import soundfile
+import test_02_megatron_tp
 import tiktoken
 import torch
 import torch.distributed as dist
@@ -54,7 +57,8 @@ def demonstrated(path: Path) -> int:
 
 
 def documented(path: Path) -> list[str]:
-    """What one would take from a chapter: all that is public before the demonstration, and what has an example."""
+    """What one would take from a chapter: all that is public before the demonstration, and what has
+    an example."""
     own = [name for name in lift.public(path) if lift.home(path, name) == path]
     last = demonstrated(path)
     return [
@@ -77,7 +81,8 @@ RETURNED = re.compile(
 
 
 def functions_of(node: ast.FunctionDef | ast.ClassDef) -> list[ast.FunctionDef]:
-    """What a user calls: the function itself, or a class's own public methods with its __init__ and forward."""
+    """What a user calls: the function itself, or a class's own public methods with its __init__ and
+    forward."""
     if isinstance(node, ast.FunctionDef):
         return [node]
     own = [item for item in node.body if isinstance(item, ast.FunctionDef)]
@@ -89,7 +94,8 @@ def functions_of(node: ast.FunctionDef | ast.ClassDef) -> list[ast.FunctionDef]:
 
 
 def raises(node: ast.AST) -> set[str]:
-    """The names of the exceptions that a definition raises by itself; a bare `raise` only passes one on."""
+    """The names of the exceptions that a definition raises by itself; a bare `raise` only passes
+    one on."""
     found = [
         item.exc for item in ast.walk(node) if isinstance(item, ast.Raise) and item.exc is not None
     ]
@@ -98,9 +104,11 @@ def raises(node: ast.AST) -> set[str]:
 
 @pytest.mark.parametrize("path, name", CASES)
 def test_a_public_docstring_says_what_a_copier_must_know(path, name):
-    """A sentence; each tensor's shape, by the suffix of its name or in words; every error; of the technique the source.
+    """A sentence; each tensor's shape, by the suffix of its name or in words; every error; of the
+    technique the source.
 
-    A parameter whose name carries its shape (`x_BSH`) has said it. One without a suffix is mentioned in the docstring.
+    A parameter whose name carries its shape (`x_BSH`) has said it. One without a suffix is
+    mentioned in the docstring.
     """
     node = lift.read(path).named(name)[0].node
     doc = ast.get_docstring(node) or ""
@@ -125,7 +133,7 @@ def test_a_public_docstring_says_what_a_copier_must_know(path, name):
     )
 
 
-# ── Links and references ─────────────────────────────────────────────────────────────────────────────────
+# ── Links and references ──────────────────────────────────────────────────────────────────────────
 
 ROOT = shared_blocks.ROOT
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("[0-9n]*/*.md"), *ROOT.glob("notebooks/*.ipynb")])
@@ -161,7 +169,8 @@ def anchors(page: Path) -> set[str]:
 
 @each_page
 def test_links_lead_somewhere(page):
-    """Every relative link names a file that is there, and a heading that it has; every arXiv link a number like one."""
+    """Every relative link names a file that is there, and a heading that it has; every arXiv link a
+    number like one."""
     for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
         if target.startswith("https://arxiv.org/abs/"):
             assert re.fullmatch(r"https://arxiv\.org/abs/\d{4}\.\d{4,5}", target), target
@@ -197,7 +206,7 @@ def test_what_the_text_refers_to_exists():
             assert known is None or (int(part), int(section or 0)) in known, missing
 
 
-# ── Commands ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Commands ──────────────────────────────────────────────────────────────────────────────────────
 
 COMMAND = re.compile(r"^ *((?:python|torchrun|make|srun) .*?)(?: {2,}.*|  *#.*)?$", re.MULTILINE)
 STAND_INS = {
@@ -208,7 +217,8 @@ STAND_INS = {
 
 
 def commands(path: Path) -> list[str]:
-    """The commands that a page or a chapter's docstring shows, without what is said of them; lines continued joined."""
+    """The commands that a page or a chapter's docstring shows, without what is said of them; lines
+    continued joined."""
     text = (
         prose(path)
         if path.suffix != ".py"
@@ -223,7 +233,8 @@ SHOWN = [(path, command) for path in [*PAGES, *CHAPTERS] for command in commands
 
 
 def put_files(folder: Path) -> None:
-    """What the commands speak of as the reader's own: a text, recordings, a trained model, published weights."""
+    """What the commands speak of as the reader's own: a text, recordings, a trained model,
+    published weights."""
     import speech
 
     (folder / "my.txt").write_text("It was a bright cold day in April. " * 500, "utf-8")
@@ -242,7 +253,8 @@ def put_published_weights(folder: Path) -> None:
 
 
 def pretend_gpus(monkeypatch, gpus: int, world_size: int | None) -> None:
-    """A server of so many GPUs; with a world size, one of several on which torchrun has started a rank for each."""
+    """A server of so many GPUs; with a world size, one of several on which torchrun has started a
+    rank for each."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
@@ -254,7 +266,8 @@ def pretend_gpus(monkeypatch, gpus: int, world_size: int | None) -> None:
 
 
 def published_encoding(name: str) -> tiktoken.Encoding:
-    """In the place of one that would be downloaded: as many words, but only those of one byte are ever used."""
+    """In the place of one that would be downloaded: as many words, but only those of one byte are
+    ever used."""
     ranks = {bytes([byte]): byte for byte in range(256)}
     return tiktoken.Encoding(
         name, pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50_256}
@@ -263,7 +276,8 @@ def published_encoding(name: str) -> tiktoken.Encoding:
 
 @pytest.mark.parametrize("path, command", SHOWN, ids=lambda x: x if isinstance(x, str) else x.stem)
 def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
-    """make knows the target, torchrun its own flags, and the chapter the files and flags that are left."""
+    """make knows the target, torchrun its own flags, and the chapter the files and flags that are
+    left."""
     for word, stand_in in STAND_INS.items():
         command = command.replace(word, stand_in)
     words = shlex.split(command, comments=True)
@@ -306,7 +320,8 @@ def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("gpus", [*range(1, 10), 12])
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
 def test_no_flag_is_needed_on_any_server(path, gpus, nodes, monkeypatch, capsys):
-    """Started plainly, or by torchrun on two servers, a chapter finds sizes that fit all of the GPUs."""
+    """Started plainly, or by torchrun on two servers, a chapter finds sizes that fit all of the
+    GPUs."""
     pretend_gpus(monkeypatch, gpus, gpus * nodes if nodes > 1 else None)
     monkeypatch.setattr(sys, "argv", [path.name])
     try:
@@ -322,10 +337,14 @@ FRONT = commands(ROOT / "README.md")
 @pytest.mark.slow
 @pytest.mark.parametrize("command", FRONT)
 def test_the_front_doors_commands_run(command, tmp_path):
-    """Each one, as a reader would type it, with few steps; servers are this machine, with a rank each."""
+    """Each one, as a reader would type it, with few steps; servers are this machine, with a rank
+    each."""
     words = shlex.split(command, comments=True)
     if words[:2] == ["make", "test"]:
         pytest.skip("that is this")
+    if "--check" in words:
+        assert words[1:] == ["02_megatron_tp/megatron_tp.py", *test_02_megatron_tp.CHECK[:-2]]
+        pytest.skip("test_02_megatron_tp.py starts that, with --ranks 2")
     if words[:2] == ["make", "lift"]:
         lifted = tmp_path / words.pop().removeprefix("TO=")
         subprocess.run([*words, f"TO={lifted}", f"PY={sys.executable}"], cwd=ROOT, check=True)
@@ -342,7 +361,7 @@ def test_the_front_doors_commands_run(command, tmp_path):
             f"script in {words[1]}" in printed and "python $script" in printed
         )  # it is what make run runs
         return
-    elif "--check" not in words:
+    else:
         words += ["--steps", "2"]
     servers, program = 1, words[0]
     if program == "torchrun":
@@ -368,17 +387,30 @@ def test_the_front_doors_commands_run(command, tmp_path):
         outputs = [process.communicate(timeout=200) for process in processes]
     assert [process.returncode for process in processes] == [0] * servers, outputs
     text = "".join(out for out, _ in outputs)
-    assert ("bound 1e-10" if "--check" in words else "verdict") in text and "FAILED" not in text
-    if program == "make":  # every claim
-        verdicts = [line.split()[-1] for line in text.split("\nclaim ")[1].splitlines()[1:] if line]
-        assert (
-            "4 ranks: tp 2 × dp 2" in text
-            and verdicts == ["ok"] * len(verdicts)
-            and len(verdicts) >= 5
-        )
+    assert "verdict" in text and "FAILED" not in text
+    if program == "make":
+        check_a_whole_run(text)
 
 
-# ── Numbers ──────────────────────────────────────────────────────────────────────────────────────────────
+def check_a_whole_run(text: str) -> None:
+    """The setting, a row a step with its six columns, and the claims, all of them ok."""
+    lines = text[text.index("torch ") :].splitlines()
+    assert "4 ranks: tp 2 × dp 2, fp32, seed 0" in lines[0]
+    header = next(line for line in lines if line.startswith("step"))
+    assert header.split() == "step loss single device norm tokens/s peak GB".split()
+    rows = test_02_megatron_tp.table_rows(text)
+    assert [row[0] for row in rows] == ["0", "1", "2"]
+    for _, loss, reference, norm, speed, memory in rows:
+        assert abs(float(loss) - float(reference)) < 1e-4
+        values = float(norm), float(speed.replace(",", "")), float(memory)
+        assert all(0 < value < math.inf for value in values)
+    begin = next(i for i, line in enumerate(lines) if line.startswith("claim"))
+    claims = [line for line in lines[begin + 1 :] if line]
+    assert len(claims) == 5
+    assert all(line.endswith(" ok") for line in claims), claims
+
+
+# ── Numbers ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @pytest.mark.parametrize("page", front_door.pages(), ids=lambda page: str(page.relative_to(ROOT)))

@@ -8,6 +8,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import exercises
 import grade
 import handout
 import hunt
+import nbclient
 import nbformat
 import psutil
 import pytest
@@ -44,30 +46,48 @@ def test_every_exercise_has_answers_of_both_kinds(name):
         assert len(wrong) >= (1 if name == "00_find_the_bug" else 2), f"exercise {number}"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NOTEBOOKS)
-def test_each_answer_gets_its_verdict(name):
-    """Solutions, then all answers in turn, on one set of ranks."""
+def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
+    """The executed notebook: the solutions, then every answer followed by its check; and the
+    answers: exercise, what it is, whether it is right, the cell of its check."""
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     notebooks.solve(notebook)
     cells = notebooks.needed(notebook)
     tasks, checks = notebooks.exercises(notebook), notebooks.checks(notebook)
     answers = answers_of(name)
-    tried = [(case, True) for case in answers.RIGHT] + [(case, False) for case in answers.WRONG]
-    added = []
-    for (number, _, code), _ in tried:
-        magic = notebooks.magic_of(tasks[number].source)
-        added.append(nbformat.v4.new_code_cell(magic + code))
-        added.append(nbformat.v4.new_code_cell(checks[number].source))
+    added, tries = [], []
+    for right, cases in ((True, answers.RIGHT), (False, answers.WRONG)):
+        for number, what, code in cases:
+            magic = notebooks.magic_of(tasks[number].source)
+            check = nbformat.v4.new_code_cell(checks[number].source)
+            added += [nbformat.v4.new_code_cell(magic + code), check]
+            tries.append((number, what, right, check))
     notebook.cells = [*cells[:-1], *added, cells[-1]]  # the last cell stops the ranks
-    assert not grade.execute(notebook, limit=120)
+    folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
+    client = nbclient.NotebookClient(notebook, timeout=120, resources=folder, allow_errors=True)
+    client.execute()
+    return notebook, tries
 
+
+@pytest.fixture(scope="module")
+def executed():
+    """All notebooks, two at a time: most of it waits for ranks."""
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(tried, name) for name in NOTEBOOKS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_each_answer_gets_its_verdict(name, executed):
+    """The solutions, the other right answers, and the wrong ones, on one set of ranks."""
+    notebook, tries = executed[name].result()
+    checks = notebooks.checks(notebook)
+    assert len(checks) >= 3
     for number, check in checks.items():
         verdict = grade.judged(check, number, grade.ranks_of(notebook, check), "", 0)
         assert verdict.solved, f"solution {number}: {verdict.reason}"
-    for ((number, what, _), expected), check in zip(tried, added[1::2]):
+    for number, what, right, check in tries:
         verdict = grade.judged(check, number, grade.ranks_of(notebook, check), "", 0)
-        assert verdict.solved == expected, f"exercise {number}, {what}: {verdict.reason}"
+        assert verdict.solved == right, f"exercise {number}, {what}: {verdict.reason}"
 
 
 # ── Copies ────────────────────────────────────────────────────────────────────────────────────────

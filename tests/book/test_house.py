@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import nbformat
 import pytest
 import ranks
 import shared_blocks
@@ -20,8 +18,6 @@ import torch
 import torch.distributed as dist
 from proof import assert_differs, assert_equal, plant
 
-import notebooks
-
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
@@ -29,9 +25,7 @@ NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this li
     "03_pipeline/pipeline.py",
     "03_pipeline/plan.py",
     "03_pipeline/wire_cut.py",
-    "04_seq_parallel/seq_parallel.py",
     "05_mamba_hybrid/mamba_hybrid.py",
-    "06_moe_fp8/moe_fp8.py",
 )
 OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]
 CONVERTED = [path for path in CHAPTERS if path not in OLD]
@@ -287,42 +281,3 @@ def test_the_ranks_marker(value):
     """The body runs on ranks, with its parameters; each time it starts from the same seed."""
     assert ready() == dist.get_world_size() and value in (3, 5)
     assert torch.initial_seed() == 0
-
-
-# ── Notebooks ─────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def solved():
-    """Every notebook with its exercises solved, two at a time: most of it waits for ranks."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {
-            path: pool.submit(notebooks.execute, path, solutions=True)
-            for path in notebooks.notebooks()
-        }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("path", notebooks.notebooks(), ids=lambda path: path.stem)
-def test_solutions_solve_their_exercises(path, solved):
-    """`make notebooks` demands "not solved yet" of an exercise; its solution prints "ok"."""
-    text = notebooks.printed(solved[path].result())
-    numbers = list(notebooks.exercises(notebooks.nbformat.read(path, as_version=4)))
-    assert len(numbers) >= 3
-    for number in numbers:
-        assert f"exercise {number}: ok" in text
-
-
-@pytest.mark.slow
-def test_a_students_copy_is_graded(tmp_path):
-    """One exercise solved, one left, one that raises: the grades say so, and all run."""
-    cell = nbformat.v4.new_code_cell
-    check = "print('exercise {0}: ok' if answer == {0} else 'exercise {0}: not solved yet')"
-    cells = [
-        cell("# exercise 1\nanswer = 1"),
-        cell(check.format(1)),
-        cell("# exercise 2\nanswer = 0"),
-    ]
-    cells += [cell(check.format(2)), cell("# exercise 3\nanswer = 1 / 0"), cell(check.format(3))]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "mine.ipynb")
-    assert notebooks.grade(tmp_path / "mine.ipynb") == {"1": True, "2": False, "3": False}

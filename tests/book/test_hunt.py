@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: MIT-0
-"""The hunt's bugs can be found: each shows in float64 beside the single device, and where its notebook says it does."""
+"""The hunt's bugs can be found: each shows in float64 beside the single device, and where its
+notebook says it does."""
 
 import hunt
 import pytest

@@ -558,6 +558,18 @@ def test_ranks_end_when_their_launcher_does(program):
 
 
 @real
+def test_a_run_that_is_asked_to_stop_leaves_no_rank_behind(program):
+    """As `kill` does it, and the tests' own `scripts.started` where they leave a run early."""
+    path = program("print('ready', flush=True)", "time.sleep(600)")
+    with robustness.started(path) as run:
+        run.until(lambda: "".join(run.out).count("ready") == 2, seconds=60)
+        assert len(run.ranks()) == 2
+        run.process.terminate()
+        _, code, left = run.end(30)
+    assert (code, left) == (128 + signal.SIGTERM, 0)
+
+
+@real
 def test_ctrl_c(tmp_path):
     """It reaches the process group: one line, no traceback, nobody left."""
     model = tmp_path / "model.safetensors"

@@ -107,19 +107,12 @@ def test_what_needs_something_has_an_example(path):
     )
 
 
-# They count messages by functions that they put into the chapter's module.
-PATCHES_ITS_CHAPTER = {
-    ("deepspeech_tables", name) for name in ("sent_by_one", "data_and_speed", "tables")
-}
-
-
 @pytest.mark.parametrize("path", SCRIPTS[len(CHAPTERS) :], ids=lambda path: path.stem)
 def test_tools_and_tables_can_be_lifted(path, lifted):
     names = lift.public(path)
     assert names
     for name in names:
-        if (path.stem, name) not in PATCHES_ITS_CHAPTER:
-            assert not lifted[1].get(f"{path.stem}-{name}.py"), lifted[1]
+        assert not lifted[1].get(f"{path.stem}-{name}.py"), lifted[1]
 
 
 # ── What is taken, and how it is written ──────────────────────────────────────────────────────────

@@ -7,6 +7,7 @@ model on one device. The right panel shows the error of `quantize_fp8` for value
 
 from pathlib import Path
 
+import fp8
 import moe_fp8 as moe
 import torch
 
@@ -29,7 +30,7 @@ def rounding_error(format: str, sizes: torch.Tensor) -> list[float]:
     found = []
     for size in sizes.tolist():
         x = torch.cat([torch.ones(1), size * torch.linspace(1, 2, 1001)[:-1]])
-        back = moe.dequantize_fp8(moe.quantize_fp8(x, format))
+        back = fp8.dequantize_fp8(fp8.quantize_fp8(x, format))
         found.append(((back - x).abs() / x)[1:].mean().item())
     return found
 

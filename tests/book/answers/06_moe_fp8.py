@@ -156,4 +156,225 @@ def move_bias(bias_E, experts_TK, gamma):
         DELAYED.format(amax=HISTORY, codes="(scaled % self.most)", finite="new < float('inf')"),
     ),
     ("3", "an infinity enters the history", DELAYED.format(amax=HISTORY, codes=CUT, finite="True")),
+    (
+        "1",
+        'local counts',
+        """
+def move_bias(bias_E, experts_TK, gamma):
+    counts_E = moe.count_rows(experts_TK, len(bias_E))
+    return bias_E - gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
+""",
+    ),
+    (
+        "1",
+        'the wrong direction',
+        """
+def move_bias(bias_E, experts_TK, gamma):
+    counts_E = moe.count_rows(experts_TK, len(bias_E))
+    dist.all_reduce(counts_E)
+    return bias_E + gamma * (counts_E * len(counts_E) - counts_E.sum()).sign()
+""",
+    ),
+    (
+        "1",
+        'no sign',
+        """
+def move_bias(bias_E, experts_TK, gamma):
+    counts_E = moe.count_rows(experts_TK, len(bias_E))
+    dist.all_reduce(counts_E)
+    return bias_E - gamma * (counts_E * len(counts_E) - counts_E.sum())
+""",
+    ),
+    (
+        "1",
+        "the mean of the ranks' steps",
+        """
+def move_bias(bias_E, experts_TK, gamma):
+    counts_E = moe.count_rows(experts_TK, len(bias_E))
+    step_E = (counts_E * len(counts_E) - counts_E.sum()).sign().double()
+    dist.all_reduce(step_E)
+    return bias_E - gamma * step_E / 4
+""",
+    ),
+    (
+        "1",
+        'the mean counts as overloaded',
+        """
+def move_bias(bias_E, experts_TK, gamma):
+    counts_E = moe.count_rows(experts_TK, len(bias_E))
+    dist.all_reduce(counts_E)
+    return bias_E - gamma * (2 * ((counts_E * len(counts_E) - counts_E.sum()) >= 0) - 1)
+""",
+    ),
+    (
+        "2",
+        'gradients stay',
+        """
+class AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, send, receive):
+        ctx.send, ctx.receive = send, receive
+        there_rH = rows_RH.new_empty(sum(receive), rows_RH.shape[1])
+        dist.all_to_all_single(there_rH, rows_RH, receive, send)
+        return there_rH
+
+    @staticmethod
+    def backward(ctx, grad_rH):
+        grad_RH = grad_rH.new_empty(sum(ctx.send), grad_rH.shape[1])
+        grad_RH.zero_()
+        return grad_RH, None, None
+""",
+    ),
+    (
+        "2",
+        'splits not exchanged',
+        """
+class AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, send, receive):
+        ctx.send, ctx.receive = send, receive
+        there_rH = rows_RH.new_empty(sum(receive), rows_RH.shape[1])
+        dist.all_to_all_single(there_rH, rows_RH, receive, send)
+        return there_rH
+
+    @staticmethod
+    def backward(ctx, grad_rH):
+        grad_RH = grad_rH.new_empty(sum(ctx.send), grad_rH.shape[1])
+        dist.all_to_all_single(grad_RH, grad_rH.contiguous(), ctx.receive, ctx.send)
+        return grad_RH, None, None
+""",
+    ),
+    (
+        "2",
+        'equal pieces',
+        """
+class AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, send, receive):
+        ctx.send, ctx.receive = send, receive
+        there_rH = rows_RH.new_empty(sum(receive), rows_RH.shape[1])
+        dist.all_to_all_single(there_rH, rows_RH, receive, send)
+        return there_rH
+
+    @staticmethod
+    def backward(ctx, grad_rH):
+        grad_RH = grad_rH.new_empty(sum(ctx.send), grad_rH.shape[1])
+        dist.all_to_all_single(grad_RH, grad_rH.contiguous())
+        return grad_RH, None, None
+""",
+    ),
+    (
+        "2",
+        'the mean over the ranks',
+        """
+class AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RH, send, receive):
+        ctx.send, ctx.receive = send, receive
+        there_rH = rows_RH.new_empty(sum(receive), rows_RH.shape[1])
+        dist.all_to_all_single(there_rH, rows_RH, receive, send)
+        return there_rH
+
+    @staticmethod
+    def backward(ctx, grad_rH):
+        grad_RH = grad_rH.new_empty(sum(ctx.send), grad_rH.shape[1])
+        dist.all_to_all_single(grad_RH, grad_rH.contiguous(), ctx.send, ctx.receive)
+        return grad_RH / 4, None, None
+""",
+    ),
+    (
+        "3",
+        'current scaling',
+        """
+class DelayedScaling:
+    def __init__(self, format="e4m3", length=4):
+        self.format, self.length, self.history = format, length, []
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
+
+    def quantize(self, x):
+        new = x.abs().max().item()
+        if new < float('inf'): self.history = [*self.history, new][-self.length :]
+        amax = max(self.history, default=0.0)
+        scale = torch.tensor(self.most / amax if amax else 1.0)
+        codes = (x * scale).clamp(-self.most, self.most)
+        
+        return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
+""",
+    ),
+    (
+        "3",
+        'the scale and its inverse exchanged',
+        """
+class DelayedScaling:
+    def __init__(self, format="e4m3", length=4):
+        self.format, self.length, self.history = format, length, []
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
+
+    def quantize(self, x):
+        new = x.abs().max().item()
+        pass
+        amax = max(self.history, default=0.0)
+        scale = torch.tensor(self.most / amax if amax else 1.0)
+        codes = (x / scale).clamp(-self.most, self.most)
+        if new < float('inf'): self.history = [*self.history, new][-self.length :]
+        return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
+""",
+    ),
+    (
+        "3",
+        'infinity enters the history',
+        """
+class DelayedScaling:
+    def __init__(self, format="e4m3", length=4):
+        self.format, self.length, self.history = format, length, []
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
+
+    def quantize(self, x):
+        new = x.abs().max().item()
+        pass
+        amax = max(self.history, default=0.0)
+        scale = torch.tensor(self.most / amax if amax else 1.0)
+        codes = (x * scale).clamp(-self.most, self.most)
+        self.history = [*self.history, new][-self.length :]
+        return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
+""",
+    ),
+    (
+        "3",
+        'the history never ends',
+        """
+class DelayedScaling:
+    def __init__(self, format="e4m3", length=4):
+        self.format, self.length, self.history = format, length, []
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
+
+    def quantize(self, x):
+        new = x.abs().max().item()
+        pass
+        amax = max(self.history, default=0.0)
+        scale = torch.tensor(self.most / amax if amax else 1.0)
+        codes = (x * scale).clamp(-self.most, self.most)
+        if new < float('inf'): self.history += [new]
+        return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
+""",
+    ),
+    (
+        "3",
+        'the last amax alone',
+        """
+class DelayedScaling:
+    def __init__(self, format="e4m3", length=4):
+        self.format, self.length, self.history = format, length, []
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
+
+    def quantize(self, x):
+        new = x.abs().max().item()
+        pass
+        amax = max(self.history, default=0.0)
+        scale = torch.tensor(self.most / amax if amax else 1.0)
+        codes = (x * scale).clamp(-self.most, self.most)
+        if new < float('inf'): self.history = [new]
+        return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
+""",
+    ),
 ]
