@@ -286,13 +286,15 @@ def ssd_quadratic(
 # chunk are kept, and backward computes the matrices again.
 #
 # That repeats GEMMs whose results backward does not need. fast_scan.py writes the chain rule out by
-# hand, and is faster for it.
+# hand: the same memory, and 0.6 times the time of this scan.
 
 
 def _chunks(chunk: int, state_BGRPN: Tensor, *inputs: Tensor) -> Scanned:
-    y = [inputs[0][..., :0, :]]  # no tokens: no chunks
-    for first in range(0, inputs[0].shape[-2], chunk):
-        of_chunk = [x[..., first : first + chunk, :] for x in inputs]
+    if not inputs[0].shape[-2]:
+        return inputs[0], state_BGRPN
+    y = []
+    # split, and not x[..., i : j, :]: the gradient of each such slice is a tensor of x's full size.
+    for of_chunk in zip(*(x.split(chunk, -2) for x in inputs)):
         y_BGRQP, state_BGRPN = checkpoint(
             _chunk, state_BGRPN, *of_chunk, use_reentrant=False, preserve_rng_state=False
         )
