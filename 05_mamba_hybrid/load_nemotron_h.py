@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: MIT-0
-"""Published Nemotron-H weights as chapter 5's model, and a text that it goes on with.
+"""Published Nemotron-H weights as chapter 5's model, and decoding: a text that it goes on with.
 
     python 05_mamba_hybrid/load_nemotron_h.py FOLDER                        checks the folder
     python 05_mamba_hybrid/load_nemotron_h.py FOLDER --prompt 1 17 4 --new-tokens 8
@@ -17,22 +17,209 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from mamba_hybrid import (
+    ALONE,
+    Documents,
     HybridConfig,
-    HybridLM,
+    Mesh,
+    ParallelAttention,
+    ParallelHybridLM,
+    ParallelMamba2Mixer,
+    Span,
     StateDict,
-    generate,
     local_config,
-    pad_prompts,
     parameter_shapes,
     shard_tensor,
+    ssd,
+    ssd_recurrent,
 )
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+# ── 1 Decoding ──────────────────────────────────────────────────────────────────────────────────
+#
+# Layers look back at earlier tokens. In decoding these have passed the model before, and a
+# `LayerState` has what is left of them: for a Mamba layer the state and the last inputs of the
+# convolution, of constant size; for attention all keys and values; for a feed-forward layer
+# nothing. A prompt goes through `ssd` (prefill), each further token is one step of `ssd_recurrent`.
+
+
+@dataclass
+class LayerState:
+    """What decoding keeps of earlier tokens in one layer; the layer fills in its own fields."""
+
+    capacity: int  # tokens that kv_2BGSP has room for
+    conv_BKC: Tensor | None = None  # last inputs of the convolution: K as published, K − 1 would do
+    ssm_BHPN: Tensor | None = None  # the state, at least fp32: it sums small terms for long
+    kv_2BGSP: Tensor | None = None  # keys and values
+
+
+@dataclass(frozen=True)
+class DecodingSpan(Span):
+    """A `Span` of tokens that others came before."""
+
+    first: int = 0  # tokens before them
+    state: LayerState | None = None  # what this layer has kept of those
+
+
+class DecodingMixer(ParallelMamba2Mixer):
+    """A Mamba-2 layer that goes on from `span.state`, and leaves its own there."""
+
+    def earlier_inputs(self, u_BTC: Tensor, span: DecodingSpan) -> Tensor:
+        K = self.config.conv_kernel
+        earlier_BKC = span.state.conv_BKC
+        if earlier_BKC is None:
+            earlier_BKC = u_BTC.new_zeros(len(u_BTC), K, u_BTC.shape[2])
+        span.state.conv_BKC = torch.cat([earlier_BKC, u_BTC[:, -K:]], 1)[:, -K:]
+        return earlier_BKC[:, 1:]
+
+    def scan(self, X: Tensor, a: Tensor, B: Tensor, C: Tensor, span: DecodingSpan) -> Tensor:
+        state = span.state
+        if X.shape[1] == 1:
+            y_BTHP, state.ssm_BHPN = ssd_recurrent(X, a, B, C, state.ssm_BHPN)
+        else:
+            y_BTHP, state.ssm_BHPN = ssd(X, a, B, C, self.config.chunk, state.ssm_BHPN)
+        return y_BTHP
+
+
+class DecodingAttention(ParallelAttention):
+    """An attention layer that sees the keys and values in `span.state`, and adds its own."""
+
+    def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: DecodingSpan) -> Tensor:
+        state = span.state
+        B, G, T, P = k_BGSP.shape
+        if state.kv_2BGSP is None:
+            state.kv_2BGSP = k_BGSP.new_zeros(2, B, G, state.capacity, P)
+        last = span.first + T
+        state.kv_2BGSP[..., span.first : last, :] = torch.stack([k_BGSP, v_BGSP])
+        k_BGSP, v_BGSP = state.kv_2BGSP[..., :last, :]
+        if T > 1 or span.document_BS is not None:
+            return super().attend(q_BHTP, k_BGSP, v_BGSP, span)
+        # One token sees all: the heads of a group are queries of one head.
+        q_BGRP = rearrange(q_BHTP, "B (G R) 1 P -> B G R P", G=G)
+        y_BGRP = F.scaled_dot_product_attention(q_BGRP, k_BGSP, v_BGSP)
+        return rearrange(y_BGRP, "B G R P -> B (G R) 1 P")
+
+
+@dataclass
+class Cache:
+    """What decoding needs of the tokens so far. Make it with `Decoder.new_cache`."""
+
+    capacity: int  # tokens of a sequence that it has room for
+    layers: list[LayerState]
+    tokens: int = 0  # of each sequence, so far
+    document_BS: Documents = None  # their document indices; None: one document
+
+    def admit(self, tokens_BT: Tensor, starts_BT: Documents) -> int:
+        """Counts these tokens in, and returns how many came before.
+
+        Raises: ValueError where they do not fit, and changes nothing.
+        """
+        first = self.tokens
+        last = first + tokens_BT.shape[1]
+        if last > self.capacity:
+            raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
+        self.tokens = last
+        if starts_BT is not None or self.document_BS is not None:
+            starts = torch.zeros_like(tokens_BT) if starts_BT is None else starts_BT
+            if self.document_BS is None:
+                self.document_BS = tokens_BT.new_zeros(len(tokens_BT), first)
+            before_B1 = self.document_BS[:, -1:] if first else 0
+            self.document_BS = torch.cat([self.document_BS, before_B1 + starts.cumsum(1)], 1)
+        return first
+
+
+class Decoder(ParallelHybridLM):
+    """`HybridLM` that goes on after the tokens of a cache, on one device or over tp.
+
+    Called with (tokens_BT, cache, starts_BT, last): starts_BT as `HybridLM`'s; last: logits of the
+    last token alone, (B, 1, V). Its weights are those of HybridLM(config); no gradients.
+    Raises: ValueError for cp > 1, and where the cache has no room.
+    """
+
+    def __init__(self, config: HybridConfig, mesh: Mesh = ALONE):
+        if mesh.cp > 1:
+            raise ValueError(f"cp={mesh.cp}: decode with tp alone")
+        super().__init__(config, mesh, {"M": DecodingMixer, "*": DecodingAttention})
+
+    def new_cache(self, capacity: int) -> Cache:
+        """An empty cache for sequences of up to `capacity` tokens."""
+        return Cache(capacity, [LayerState(capacity) for _ in self.layers])
+
+    @torch.no_grad()
+    def forward(
+        self, tokens_BT: Tensor, cache: Cache, starts_BT: Documents = None, last: bool = False
+    ) -> Tensor:
+        first = cache.admit(tokens_BT, starts_BT)
+        x_BTD = self.embedding(tokens_BT)
+        for layer, state in zip(self.layers, cache.layers):
+            span = DecodingSpan(cache.document_BS, None, first, state)
+            x_BTD = self.run(layer, x_BTD, span)
+        if last:
+            x_BTD = x_BTD[:, -1:]
+        return self.head(self.final_norm(x_BTD))
+
+
+def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Prompts of unequal length as one batch: tokens_BT and starts_BT for `generate`.
+
+    Each is padded on the *left*, so that all end together, and begins as a document: its tokens
+    do not see the padding. Args: prompts: token ids (int64), of shape (T) each. Raises: ValueError
+    for an empty one. Source: ours.
+    """
+    T = max(len(prompt) for prompt in prompts)
+    tokens_BT = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
+    starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompt {row} is empty: begin with at least one token")
+        starts_BT[row, T - len(prompt)] = True
+    return tokens_BT, starts_BT
+
+
+def generate(
+    model: Decoder,
+    tokens_BT: Tensor,
+    new_tokens: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    starts_BT: Documents = None,
+) -> Tensor:
+    """tokens_BT and `new_tokens` more, (B, T + new_tokens).
+
+    Args: temperature: 0 takes the most probable token; else tokens are drawn with `generator`.
+        starts_BT: as `HybridLM`'s, for prompts of `pad_prompts`.
+    Collective over a tensor-parallel group: equal generators give the same text on every rank.
+    Raises: ValueError for an empty prompt, or a temperature below 0.
+    """
+    if not tokens_BT.shape[1]:
+        shape = tuple(tokens_BT.shape)
+        raise ValueError(f"an empty prompt, {shape}: begin with at least one token")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: it must be at least 0, and finite")
+    cache = model.new_cache(tokens_BT.shape[1] + new_tokens)
+    new_BT = tokens_BT
+    for _ in range(new_tokens):
+        logits_BV = model(new_BT, cache, starts_BT, last=True)[:, 0]
+        starts_BT = None
+        new_BT = logits_BV.argmax(-1, keepdim=True)
+        if temperature:
+            p_BV = (logits_BV.double() / temperature).softmax(-1)
+            new_BT = torch.multinomial(p_BV, 1, generator=generator)
+        tokens_BT = torch.cat([tokens_BT, new_BT], 1)
+    return tokens_BT
+
+
+# ── 2 Published weights ─────────────────────────────────────────────────────────────────────────
 
 # Settings that change what the model computes, and the only value that this model has.
 FIXED = {
@@ -145,7 +332,7 @@ def read_config(file: Path) -> HybridConfig:
     theirs = read_json(file)
     limit = theirs.get("time_step_limit")
     bounds = [_bound(x) for x in limit] if isinstance(limit, list) else []
-    if limit is not None and bounds not in ([0.0, float("inf")], []):
+    if limit is not None and bounds != [0.0, float("inf")]:
         raise ValueError(f"{file} has time_step_limit={limit}, and this model does not clamp dt")
     known = {*FIXED, "rms_norm_eps", *SIZES.values(), *HEAD_SIZES, *PATTERNS, *HARMLESS.split()}
     known |= {"layer_norm_epsilon", "time_step_limit"}
@@ -153,7 +340,10 @@ def read_config(file: Path) -> HybridConfig:
     other = {key: x for key, x in theirs.items() if fixed.get(key, x) != x or key not in known}
     if other:
         raise ValueError(f"{file} has {other}, which this model does not compute")
-    head_key = next((key for key in HEAD_SIZES if theirs.get(key) is not None), HEAD_SIZES[0])
+    head_keys = [key for key in HEAD_SIZES if theirs.get(key) is not None]
+    if any(theirs[key] != theirs[head_keys[0]] for key in head_keys):
+        raise ValueError(f"{file} has two sizes of a head, {', '.join(head_keys)}: keep one")
+    head_key = (head_keys or HEAD_SIZES)[0]
     sizes = {**SIZES, "attention_head_size": head_key}
     bad = [key for key in sizes.values() if type(theirs.get(key)) is not int]
     if bad or type(theirs.get("layer_norm_epsilon")) not in (int, float):
@@ -193,9 +383,10 @@ def open_tensors(folder: Path) -> dict[str, tuple[Any, str, Path]]:
     files = ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise ValueError(f"{index} has no weight_map: copy it again")
-        files = sorted(set(weight_map.values()))
+        names = weight_map.values() if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"{index} has no weight_map of file names: copy it again")
+        files = sorted(set(names))
     found = {}
     for name in files:
         file = folder / name
@@ -229,7 +420,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.prompt:
         return
     with torch.device("meta"):
-        model = HybridLM(config)
+        model = Decoder(config)
     model.load_state_dict(weights, assign=True)
     tokens_BT, starts_BT = pad_prompts([torch.tensor(prompt) for prompt in args.prompt])
     if tokens_BT.min() < 0 or tokens_BT.max() >= config.vocab_size:
@@ -245,7 +436,10 @@ def flags() -> argparse.Namespace:
     parser.add_argument("folder", metavar="FOLDER")
     parser.add_argument("--prompt", type=int, nargs="+", action="append", help="token ids")
     parser.add_argument("--new-tokens", type=int, default=16)
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.new_tokens < 1:
+        parser.error(f"--new-tokens {args.new_tokens}: it must be at least 1")
+    return args
 
 
 if __name__ == "__main__":

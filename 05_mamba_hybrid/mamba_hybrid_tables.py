@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: MIT-0
-"""Chapter 5's tables: the papers' models, what decoding keeps of a sequence, and its time.
+"""Chapter 5's tables: the papers' models, and what decoding keeps of a sequence.
 
 Papers: An Empirical Study of Mamba-based Language Models, Waleffe et al., 2024, arXiv 2406.07887
         Nemotron-H, NVIDIA, 2025, arXiv 2504.03624;  Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444
 
-    python 05_mamba_hybrid/mamba_hybrid_tables.py        10 s on two CPU cores
+    python 05_mamba_hybrid/mamba_hybrid_tables.py        a few seconds
 
 Column "paper" has the printed figure (or the published configuration's), "formula" a computed one,
-and "here" is counted: parameters of `HybridLM` on tensors without memory, bytes in a `Cache`. The
-exit code is 1 where figures that should agree do not.
+and "here" is counted: parameters of `HybridLM` on tensors without memory. The exit code is 1 where
+figures that should agree do not.
 
 Left out: what needs GPUs (throughput) or weeks of training (accuracy).
 """
@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
-from mamba_hybrid import Cache, HybridConfig, HybridLM, parameter_shapes
+from mamba_hybrid import HybridConfig, parameter_shapes
 
 # ── 1 Which layer is which ──────────────────────────────────────────────────────────────────────
 #
@@ -103,10 +102,10 @@ class DecodeMemory:
 def decode_memory(
     config: HybridConfig, tokens: int, element_bytes: int = 2, state_bytes: int = 2
 ) -> DecodeMemory:
-    """Bytes that a sequence of `tokens` takes in a `Cache`.
+    """Bytes that a sequence of `tokens` takes in the `Cache` of load_nemotron_h.py.
 
-    Args: element_bytes: of keys, values and the convolution's inputs. state_bytes: of the states (a
-        `Cache` has at least 4). Source: ours.
+    Args: element_bytes: of keys, values and the convolution's inputs. state_bytes: of the states
+        (that cache has at least 4). Source: ours.
     """
     inner = config.mamba_heads * config.mamba_head_size
     channels = inner + 2 * config.mamba_groups * config.state_size
@@ -114,16 +113,6 @@ def decode_memory(
     state += channels * config.conv_kernel * element_bytes
     kv = 2 * config.attention_groups * config.attention_head_size * tokens * element_bytes
     return DecodeMemory(config.pattern.count("M") * state, config.pattern.count("*") * kv)
-
-
-def cache_bytes(cache: Cache) -> DecodeMemory:
-    """What a cache holds, counted."""
-    held = {"state": 0, "kv": 0}
-    for layer in cache.layers:
-        for name, x in vars(layer).items():
-            if isinstance(x, torch.Tensor):
-                held["kv" if name.startswith("kv") else "state"] += x.nbytes
-    return DecodeMemory(**held)
 
 
 # ── 3 The papers' models ────────────────────────────────────────────────────────────────────────
@@ -167,38 +156,7 @@ PUBLISHED = {
 # The study's 8B hybrid, printed in its section 3.
 STUDY_PRINTED = "M-M-M--M-M*-M-M-M-M--M*-M-M-M-M-M*--M-M-M-M-M*-M--M-M-M-"
 
-# ── 4 The time of a token ───────────────────────────────────────────────────────────────────────
-
-
-@torch.no_grad()
-def decode_times(
-    config: HybridConfig, contexts: list[int], device: torch.device, repeats: int = 15
-) -> list[float]:
-    """Median milliseconds of one more token on a single device, after so many others.
-
-    States, keys and values are random: their values do not change the time.
-    """
-    model = HybridLM(config).to(device).eval()
-    token_BT = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    medians = []
-    for context in contexts:
-        cache = model.new_cache(context + repeats + 3)
-        model(token_BT, cache=cache)  # makes the layers' tensors
-        for layer in cache.layers:
-            for x in vars(layer).values():
-                if isinstance(x, torch.Tensor):
-                    x.normal_()
-        cache.tokens = context
-        times = []
-        for _ in range(repeats + 3):
-            begin = time.perf_counter()
-            model(token_BT, cache=cache).argmax().item()  # .item() waits for a GPU
-            times.append(1e3 * (time.perf_counter() - begin))
-        medians.append(sorted(times[3:])[repeats // 2])
-    return medians
-
-
-# ── 5 The tables ────────────────────────────────────────────────────────────────────────────────
+# ── 4 The tables ────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass
@@ -250,14 +208,6 @@ def memory() -> Iterator[Row]:
     GEMMs and batch in it. Nemotron-H's "up to 3×" is a throughput of 56B compared with 70B-class
     models, 65,536 tokens in and 1,024 out, on H100s.
     """
-    config = HybridConfig()
-    model = HybridLM(config)
-    cache = model.new_cache(100)
-    with torch.no_grad():
-        model(torch.zeros(1, 9, dtype=torch.int64), cache=cache)
-    formula = decode_memory(config, 100, 4, 4)
-    claim = "bytes in a cache of 100 tokens, the default model, fp32"
-    yield Row(claim, formula=f"{formula.total:,}", here=f"{cache_bytes(cache).total:,}")
     hybrid = PUBLISHED["Nemotron-H-8B"]
     attention = replace(hybrid, pattern=32 * "*-")
     bytes_ = [decode_memory(c, 2**16).total for c in (hybrid, attention)]
@@ -270,27 +220,12 @@ def memory() -> Iterator[Row]:
     yield Row(claim, "up to 3×", note="needs 8 H100s")
 
 
-def decoding() -> Iterator[Row]:
-    config = HybridConfig()
-    patterns = {
-        "Mamba alone": replace(config, pattern=config.pattern.replace("*", "M")),
-        "hybrid": config,
-        "attention": replace(config, pattern=config.pattern.replace("M", "*"), rope=0.5),
-    }
-    for name, variant in patterns.items():
-        times = decode_times(variant, [2**10, 2**12, 2**14, 2**15], torch.device("cpu"))
-        words = " / ".join(f"{milliseconds:.2f}" for milliseconds in times)
-        claim = f"ms per token after 1K / 4K / 16K / 32K, {name}"
-        yield Row(claim, here=words, note="a time, not judged")
-
-
 def tables() -> dict[str, list[Row]]:
     """Title to rows."""
     return {
         "Layers": list(layers()),
         "Parameters": list(sizes()),
         "What decoding keeps of a sequence": list(memory()),
-        "Time of one more token, one thread": list(decoding()),
     }
 
 

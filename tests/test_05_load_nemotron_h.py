@@ -196,6 +196,10 @@ def changed(folder: Path, **changes) -> None:
         ({"use_bias": True}, "use_bias': True"),
         ({"time_step_limit": [0.0, 0.1]}, r"time_step_limit=\[0.0, 0.1\]"),
         ({"time_step_limit": [0.01, {"__float__": "Infinity"}]}, "does not clamp dt"),
+        ({"time_step_limit": 0.1}, "time_step_limit=0.1"),
+        ({"time_step_limit": "0.1"}, "time_step_limit=0.1"),
+        ({"time_step_limit": []}, r"time_step_limit=\[\]"),
+        ({"attention_head_dim": 8}, "two sizes of a head, head_dim, attention_head_dim"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"hidden_dropout": 0.1}, "hidden_dropout"),
         ({"rope_theta": 1e4}, "rope_theta"),
@@ -255,9 +259,10 @@ def test_an_index_without_its_map_or_a_file(tmp_path):
     published_folder(tmp_path, sharded=True)
     index = tmp_path / "model.safetensors.index.json"
     text = index.read_text()
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="has no weight_map: copy it again"):
-        load_nemotron_h(tmp_path)
+    for broken in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'):
+        index.write_text(broken)
+        with pytest.raises(ValueError, match="has no weight_map of file names: copy it again"):
+            load_nemotron_h(tmp_path)
     index.write_text(text)
     sorted(tmp_path.glob("*.safetensors"))[1].unlink()
     with pytest.raises(FileNotFoundError):
@@ -291,6 +296,10 @@ def test_prompts_of_unequal_length(tmp_path, flags_of, capsys):
     assert [line.partition(" → ")[0] for line in lines[0]] == prompts
     with pytest.raises(ValueError, match="token ids are 0 to 60"):
         tool.main(flags_of(tmp_path, "--prompt", 61))
+    for count in (0, -3):
+        with pytest.raises(SystemExit) as left:
+            flags_of(tmp_path, "--prompt", 1, "--new-tokens", count)
+        assert left.value.code == 2
 
 
 @pytest.mark.slow

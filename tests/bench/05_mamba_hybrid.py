@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: MIT-0
-"""The scan and the mixer beside transformers' pure-torch Mamba-2, and beside attention, on the same tensors.
+"""The scan and the mixer next to transformers' Mamba-2 in plain PyTorch, and next to attention.
 
     make bench CHAPTER=05                        one CPU thread, fp32
     make bench CHAPTER=05 ARGS="--device cuda"   to 128K tokens, also under torch.compile
 
-Both run in turn; a ratio is of two neighbouring rounds, and the median of the ratios is printed. Peak memory is what a
-forward and backward pass needs beyond its inputs: on a GPU the allocator's, on the CPU counted by a dispatch mode.
+All work on the same tensors. Two run in turn; a ratio is of two neighbouring rounds, and the median
+of the ratios is printed. Peak memory is what a forward and backward pass needs beyond its inputs:
+on a GPU the allocator's, on the CPU counted by a dispatch mode.
 """
 
 import argparse
 import statistics
 import time
 import weakref
+from collections.abc import Callable
+from functools import partial
 
+import fast_scan
 import mamba_hybrid as mh
 import torch
 import torch.nn.functional as F
@@ -21,10 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Peak(TorchDispatchMode):
-    """`with Peak() as peak:` keeps in peak.bytes the most that storages made inside hold at one time."""
+    """`with Peak() as peak:` keeps in peak.bytes the most that storages made inside hold."""
 
     def __enter__(self):
-        self.now, self.bytes, self.seen = 0, 0, {}
+        self.now = 0
+        self.bytes = 0
+        self.seen = {}
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -69,29 +75,97 @@ def peak(function, inputs, device) -> int:
     return found.bytes
 
 
-def beside(name: str, ours, theirs, inputs: list[torch.Tensor], device, rounds: int) -> None:
-    times, ratios = {"ours": [], "theirs": []}, []
-    for turn in range(rounds + 1):
-        here, there = once(ours, inputs, device), once(theirs, inputs, device)
-        if turn:  # the first round warms up
-            times["ours"].append(sum(here))
-            times["theirs"].append(sum(there))
-            ratios.append(sum(there) / sum(here))
-    memory = [peak(f, inputs, device) / 2**20 for f in (ours, theirs)]
-    middle = {who: 1e3 * statistics.median(found) for who, found in times.items()}
-    print(f"{name:34}{middle['ours']:9.0f} ms{middle['theirs']:11.0f} ms{statistics.median(ratios):9.2f}×"
-          f"{memory[0]:11.0f} MiB{memory[1]:9.0f} MiB{memory[0] / memory[1]:8.2f}", flush=True)  # fmt: skip
+def compare(
+    name: str,
+    ours: Callable,
+    theirs: Callable,
+    inputs: list[torch.Tensor],
+    device: torch.device,
+    rounds: int,
+) -> None:
+    """Prints a row: times, theirs / ours, peaks, ours / theirs."""
+    pairs = []
+    for _ in range(rounds + 1):
+        here = sum(once(ours, inputs, device))
+        there = sum(once(theirs, inputs, device))
+        pairs.append((1e3 * here, 1e3 * there))
+    pairs = pairs[1:]  # the first round warms up
+    here, there = (statistics.median(column) for column in zip(*pairs))
+    ratio = statistics.median(b / a for a, b in pairs)
+    memory = [peak(form, inputs, device) / 2**20 for form in (ours, theirs)]
+    row = f"{name:38}{here:8.0f} ms{there:9.0f} ms{ratio:13.2f}×"
+    row += f"{memory[0]:8.0f} MiB{memory[1]:8.0f} MiB{memory[0] / memory[1]:8.2f}"
+    print(row, flush=True)
 
 
-def scan_inputs(S, N, D, G, Z, device) -> list[torch.Tensor]:
+def scan_inputs(T: int, H: int, P: int, G: int, N: int, device: torch.device) -> list[torch.Tensor]:
+    """x, dt, A, B, C and D of one sequence."""
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(shape, generator=generator).to(device)  # noqa: E731
-    x, dt, A = (
-        random(1, S, N, D),
-        0.05 * random(1, S, N).sigmoid() + 0.002,
-        -1 - 15 * random(N).sigmoid(),
-    )
-    return [x, dt, A, random(1, S, G, Z), random(1, S, G, Z), random(N)]
+    of_random = partial(torch.randn, generator=generator)
+    x = of_random(1, T, H, P)
+    dt = 0.05 * of_random(1, T, H).sigmoid() + 0.002
+    A = -1 - 15 * of_random(H).sigmoid()
+    B = of_random(1, T, G, N)
+    C = of_random(1, T, G, N)
+    D = of_random(H)
+    return [tensor.to(device) for tensor in (x, dt, A, B, C, D)]
+
+
+def of_tokens(
+    scan: Callable,
+    chunk: int,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+) -> torch.Tensor:
+    """What `Mamba2Mixer` does around a scan."""
+    y, _ = scan(dt[..., None] * x, mh.log_decay(dt, A), B, C, chunk)
+    return y + D[:, None] * x
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def scans(their_scan: Callable, device: torch.device, rounds: int) -> None:
+    """Rows of the scan: next to transformers', and next to the one with a backward by hand."""
+    for H, P, G, N, chunk in ((8, 64, 1, 128, 256), (8, 64, 1, 128, 128), (16, 32, 2, 64, 128)):
+
+        def theirs(x, dt, A, B, C, D, chunk=chunk):
+            return their_scan(x, dt, A, B, C, chunk, D=D)
+
+        name = f"H {H} P {P} G {G} N {N} Q {chunk}"
+        inputs = scan_inputs(4096, H, P, G, N, device)
+        ours = partial(of_tokens, mh.ssd, chunk)
+        fast = partial(of_tokens, fast_scan.fast_ssd, chunk)
+        compare(f"scan, {name}", ours, theirs, inputs, device, rounds)
+        compare("      next to fast_scan.py", ours, fast, inputs, device, rounds)
+
+
+def attention(device: torch.device, all_rounds: int) -> None:
+    """Rows of lengths: the scan next to causal attention, on a GPU also compiled."""
+    cuda = device.type == "cuda"
+    scan = partial(of_tokens, mh.ssd, 256)
+    compiled = torch.compile(scan) if cuda else None
+    for T in [2**k for k in range(10, 18 if cuda else 15)]:
+        inputs = scan_inputs(T, 8, 64, 1, 64, device)
+        qkv = list(torch.randn(3, 1, 8, T, 64, device=device))
+        rounds = max(3, all_rounds // (1 if T < 8192 else 2))
+        pairs = []
+        for _ in range(rounds + 1):
+            pairs.append((sum(once(scan, inputs, device)), sum(once(attend, qkv, device))))
+        pairs = pairs[1:]
+        times = [1e3 * statistics.median(column) for column in zip(*pairs)]
+        ratio = statistics.median(b / a for a, b in pairs)
+        line = f"{T:6,}{times[0]:9.0f} ms{times[1]:9.0f} ms{ratio:16.2f}"
+        line += f"{peak(scan, inputs, device) / 2**20:19.0f}"
+        if cuda:
+            again = [sum(once(compiled, inputs, device)) for _ in range(rounds + 1)]
+            line += f"{1e3 * statistics.median(again):9.0f} ms"
+        print(line, flush=True)
 
 
 def main() -> None:
@@ -100,30 +174,18 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    device, cuda = torch.device(args.device), args.device == "cuda"
+    device = torch.device(args.device)
+    cuda = args.device == "cuda"
     import transformers
     from transformers.models.nemotron_h import modeling_nemotron_h as published
 
     transformers.logging.set_verbosity_error()
     where = torch.cuda.get_device_name() if cuda else "CPU, one thread"
-    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}; forward + backward, fp32, "
-          f"medians of {args.rounds} rounds; B 1, S 4,096\n")  # fmt: skip
-    print(
-        "                                         ours     theirs   theirs/ours       peak      theirs   ratio"
-    )
-    for N, D, G, Z, chunk in ((8, 64, 1, 128, 256), (8, 64, 1, 128, 128), (16, 32, 2, 64, 128)):
-        their_scan = published.mamba2_chunk_scan
-        theirs = lambda x, dt, A, B, C, skip, Q=chunk: their_scan(x, dt, A, B, C, Q, D=skip)  # noqa: B023, E731
-        ours = lambda x, dt, A, B, C, skip, Q=chunk: mh.ssd(x, dt, A, B, C, Q, skip)[0]  # noqa: E731
-        inputs = scan_inputs(4096, N, D, G, Z, device)
-        beside(
-            f"scan, N {N} D {D} G {G} Z {Z} chunk {chunk}",
-            ours,
-            theirs,
-            inputs,
-            device,
-            args.rounds,
-        )
+    print(f"{where}, torch {torch.__version__}, transformers {transformers.__version__}")
+    print(f"forward + backward, fp32, medians of {args.rounds} rounds; B 1, T 4,096\n")
+    header = f"{'':38}{'ours':>11}{'theirs':>12}{'theirs/ours':>14}"
+    print(f"{header}{'peak':>12}{'theirs':>12}{'ratio':>8}")
+    scans(published.mamba2_chunk_scan, device, args.rounds)
     config = mh.HybridConfig(
         hidden_size=256,
         mamba_heads=8,
@@ -133,41 +195,25 @@ def main() -> None:
         chunk=256,
     )
     theirs_config = transformers.NemotronHConfig(
-        hidden_size=256, mamba_num_heads=8, mamba_head_dim=64, n_groups=1, ssm_state_size=128, chunk_size=256,
-        layers_block_type=["linear_attention"], time_step_min=0.0,
-    )  # fmt: skip
+        hidden_size=256,
+        mamba_num_heads=8,
+        mamba_head_dim=64,
+        n_groups=1,
+        ssm_state_size=128,
+        chunk_size=256,
+        layers_block_type=["linear_attention"],
+        time_step_min=0.0,
+    )
     ours = mh.Mamba2Mixer(config).to(device)
     theirs = published.NemotronHMamba2Mixer(theirs_config, layer_idx=0).to(device)
     theirs.train()
     x = torch.randn(1, 4096, 256, device=device)
-    beside("whole mixer, H 256, the first scan", ours, theirs, [x], device, args.rounds)
+    compare("mixer, D 256, the first scan", ours, theirs, [x], device, args.rounds)
 
-    print(
-        "\nN 8, D 64, Z 64, chunk 256, beside causal attention of 8 heads of 64, forward + backward"
-    )
-    print(
-        "tokens        scan   attention   attention/scan   scan's peak, MiB"
-        + ("   compiled" if cuda else "")
-    )
-    compiled = torch.compile(lambda *t: mh.ssd(*t[:5], 256, t[5])[0]) if cuda else None
-    for S in [2**k for k in range(10, 18 if cuda else 15)]:
-        inputs = scan_inputs(S, 8, 64, 1, 64, device)
-        scan = lambda x, dt, A, B, C, skip: mh.ssd(x, dt, A, B, C, 256, skip)[0]  # noqa: E731
-        attend = lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True)  # noqa: E731
-        qkv = list(torch.randn(3, 1, 8, S, 64, device=device))
-        rounds, found = max(3, args.rounds // (1 if S < 8192 else 2)), []
-        for turn in range(rounds + 1):
-            pair = sum(once(scan, inputs, device)), sum(once(attend, qkv, device))
-            found += [pair] if turn else []
-        scans, attentions = (1e3 * statistics.median(column) for column in zip(*found))
-        ratio = statistics.median(b / a for a, b in found)
-        line = f"{S:6,}{scans:9.0f} ms{attentions:9.0f} ms{ratio:16.2f}{peak(scan, inputs, device) / 2**20:19.0f}"
-        if cuda:
-            again = statistics.median(
-                sum(once(compiled, inputs, device)) for _ in range(rounds + 1)
-            )
-            line += f"{1e3 * again:9.0f} ms"
-        print(line, flush=True)
+    print("\nH 8, P 64, N 64, Q 256, next to causal attention of 8 heads of 64")
+    header = "tokens        scan   attention   attention/scan   scan's peak, MiB"
+    print(header + ("   compiled" if cuda else ""))
+    attention(device, args.rounds)
 
 
 if __name__ == "__main__":

@@ -431,13 +431,8 @@ def hybrid_config(**changes):
 
 
 def scan_arguments():
-    """x, dt, A, B, C of seven tokens, four heads in two groups."""
-    return (
-        normal(2, 7, 4, 3),
-        torch.rand(2, 7, 4).double(),
-        -torch.rand(4).double(),
-        *normal(2, 2, 7, 2, 5),
-    )
+    """X, a, B, C of seven tokens, four heads in two groups."""
+    return normal(2, 7, 4, 3), -torch.rand(2, 7, 4).double(), *normal(2, 2, 7, 2, 5)
 
 
 def hybrid_model():
@@ -487,7 +482,7 @@ def one_hybrid_mesh(m):
 
 def admitted(m):
     """What a lifted Cache says of the tokens that it admits."""
-    return vars(m.Cache(8, []).admit(TOKENS, TOKENS > 3))
+    return [m.Cache(8, []).admit(TOKENS, TOKENS > 3)]
 
 
 # ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
@@ -717,13 +712,22 @@ EXAMPLES = {
         "read_pattern": lambda m, folder: m.read_pattern(folder, {"layer_types": ["mlp", "mamba"]}),
         "open_tensors": lambda m, folder: sorted(m.open_tensors(hybrid_folder(folder))),
         "read_json": lambda m, folder: m.read_json(hybrid_folder(folder) / "config.json"),
+        "LayerState": lambda m, folder: vars(m.LayerState(8)),
+        "Cache": lambda m, folder: admitted(m),
+        "pad_prompts": lambda m, folder: m.pad_prompts([TOKENS[0], TOKENS[1, :2]]),
+        "generate": lambda m, folder: m.generate(m.Decoder(hybrid_config()), TOKENS, 4),
+    },
+    "fast_scan": {
+        "fast_ssd": lambda m, folder: m.fast_ssd(*scan_arguments(), 3),
+        "FastMamba2Mixer": lambda m, folder: through(
+            m.FastMamba2Mixer(hybrid_config()), normal(2, 5, 16)
+        ),
     },
     "mamba_hybrid_tables": {
         "allocate_layers": lambda m, folder: m.allocate_layers(10, 0.2, 0.3),
         "parameters": lambda m, folder: m.parameters(hybrid_config()),
         "DecodeMemory": lambda m, folder: m.DecodeMemory(1, 2).total,
         "decode_memory": lambda m, folder: vars(m.decode_memory(hybrid_config(), 100)),
-        "cache_bytes": lambda m, folder: vars(m.cache_bytes(hybrid_model().new_cache(8))),
         "published": lambda m, folder: vars(m.published("M*-", 16, 8, 8, 8, 13)),
         "Row": lambda m, folder: m.Row("a claim", "1", "1").verdict,
         "print_table": lambda m, folder: m.print_table("title", []),
@@ -855,18 +859,15 @@ EXAMPLES = {
         "ssd_quadratic": lambda m, folder: m.ssd_quadratic(*scan_arguments()),
         "ssd": lambda m, folder: m.ssd(*scan_arguments(), 3),
         "causal_conv1d": lambda m, folder: m.causal_conv1d(
-            normal(2, 7, 3), normal(3, 4), normal(3)
+            normal(2, 10, 3), normal(3, 4), normal(3)
         ),
-        "LayerState": lambda m, folder: vars(m.LayerState(8)),
-        "Span": lambda m, folder: vars(m.Span(3, TOKENS)),
+        "Span": lambda m, folder: vars(m.Span(TOKENS)),
         "last_documents": lambda m, folder: m.last_documents(TOKENS, 3, 4),
-        "starts_of": lambda m, folder: m.starts_of(TOKENS, 3),
         "causal_mask": lambda m, folder: m.causal_mask(
             2, TOKENS.shape[1], TOKENS, torch.device("cpu")
         ),
         "RMSNorm": lambda m, folder: through(m.RMSNorm(8, groups=2), normal(2, 5, 8)),
         "Mamba2Mixer": lambda m, folder: through(m.Mamba2Mixer(hybrid_config()), normal(2, 5, 16)),
-        "rotate": lambda m, folder: m.rotate(normal(2, 4, 5, 8), 3, 0.5),
         "Attention": lambda m, folder: through(m.Attention(hybrid_config()), normal(2, 5, 16)),
         "SquaredReLUMLP": lambda m, folder: through(
             m.SquaredReLUMLP(hybrid_config()), normal(2, 5, 16)
@@ -877,12 +878,10 @@ EXAMPLES = {
         ),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
-        "Cache": lambda m, folder: admitted(m),
         "Mesh": lambda m, folder: [m.Mesh().tp, m.Mesh().cp],
         "Piece": lambda m, folder: vars(m.Piece(0, 4, 1)),
         "held": lambda m, folder: list(m.held(6, 1, 2)),
         "components": lambda m, folder: m.components(hybrid_config()),
-        "pad_prompts": lambda m, folder: m.pad_prompts([TOKENS[0], TOKENS[1, :2]]),
         "ParallelMamba2Mixer": lambda m, folder: through(
             m.ParallelMamba2Mixer(hybrid_config(), 2, hybrid_mesh()), normal(2, 5, 16)
         ),
@@ -891,6 +890,7 @@ EXAMPLES = {
         ),
         "keys_of_all_ranks": lambda m, folder: m.keys_of_all_ranks(normal(1, 2, 5, 6), [5]),
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
+        "shard_lengths": lambda m, folder: m.shard_lengths(11, 3, 4),
         "ParallelRMSNorm": lambda m, folder: through(
             m.ParallelRMSNorm(8, 1e-5, 2, hybrid_mesh()), normal(2, 5, 8)
         ),
@@ -924,7 +924,6 @@ EXAMPLES = {
             m.train_alone(*with_optimizer(hybrid_model()), BATCHES)
         ),
         "train": lambda m, folder: losses(m.train(*with_optimizer(hybrid_model()), BATCHES)),
-        "generate": lambda m, folder: m.generate(hybrid_model(), TOKENS, 4),
         "make_mesh": lambda m, folder: one_hybrid_mesh(m),
     },
     "moe_fp8": {
@@ -1017,16 +1016,13 @@ WITHOUT_EXAMPLE = {
         "layers": "rows of a table; test_05_tables.py reads all",
         "sizes": "rows of a table; test_05_tables.py reads all",
         "memory": "rows of a table; test_05_tables.py reads all",
-        "decoding": "rows of a table; test_05_tables.py reads all",
         "tables": "rows of tables; test_05_tables.py reads all",
-        "decode_times": "measures time",
     },
     "mamba_hybrid": {
         "largest_tp": "takes the command line's arguments",
         "check_case": "part of the demonstration; test_05_mamba_hybrid.py runs it",
         "measure": "trains and prints; test_05_mamba_hybrid.py runs the script",
         "measure_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
-        "count_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",

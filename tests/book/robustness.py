@@ -215,7 +215,7 @@ LAST_LINE = {
     "02": "^loss on the eval split",
     "03": "^   4 ",
     "04": "^   4 ",
-    "05": "^after ",
+    "05": "^claim ",
     "06": "^claim ",
 }
 SHORT = ["--steps", "5"]

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT-0
-"""Draws 05_mamba_hybrid/mask.png: the masked matrix of a head, how it is computed, and what a cache holds.
+"""Draws 05_mamba_hybrid/mask.png: the masked matrix of a head, how it is computed, and what a cache
+holds.
 
-`make pictures CHAPTER=05`, a few seconds. The mask is the chapter's, of decays drawn at random: mostly near 1, now
-and then far from it. The bytes are the chapter's formula.
+`make pictures CHAPTER=05`, a few seconds. The mask is the chapter's, of decays drawn at random:
+mostly near 1, now and then far from it. The bytes are the chapter's formula.
 """
 
 import dataclasses
