@@ -25,17 +25,6 @@ def statistics(frames):
 """,
     ),
     (
-        "1",
-        "sums, sums of squares and counts in one message",
-        """
-def statistics(frames):
-    sums = torch.stack([frames.sum(), frames.square().sum(), frames.new_tensor(len(frames))])
-    dist.all_reduce(sums)
-    mean = sums[0] / sums[2]
-    return mean, sums[1] / sums[2] - mean * mean
-""",
-    ),
-    (
         "2",
         "every path is tried",
         """
@@ -173,7 +162,7 @@ def ring_all_gather(mine):
     ),
     (
         "1",
-        'means of means, without the empty rank',
+        "means of means, without the empty rank",
         """
 def statistics(frames):
     mean = frames.mean() if len(frames) else torch.zeros((), dtype=frames.dtype)
@@ -191,23 +180,27 @@ def statistics(frames):
     sums = torch.stack([frames.sum(), torch.tensor(float(len(frames)), dtype=frames.dtype)])
     dist.all_reduce(sums)
     mean = sums[0] / sums[1]
-    squares = (frames - frames.mean()).square().sum() if len(frames) else torch.zeros_like(mean); dist.all_reduce(squares); return mean, squares / sums[1]
+    squares = (frames - frames.mean()).square().sum() if len(frames) else torch.zeros_like(mean)
+    dist.all_reduce(squares)
+    return mean, squares / sums[1]
 """,
     ),
     (
         "1",
-        'the mean of squares less the square of the mean',
+        "the mean of squares less the square of the mean",
         """
 def statistics(frames):
     sums = torch.stack([frames.sum(), torch.tensor(float(len(frames)), dtype=frames.dtype)])
     dist.all_reduce(sums)
     mean = sums[0] / sums[1]
-    squares = frames.square().sum(); dist.all_reduce(squares); return mean, squares / sums[1] - mean**2
+    squares = frames.square().sum()
+    dist.all_reduce(squares)
+    return mean, squares / sums[1] - mean**2
 """,
     ),
     (
         "1",
-        'the unbiased variance',
+        "the unbiased variance",
         """
 def statistics(frames):
     sums = torch.stack([frames.sum(), torch.tensor(float(len(frames)), dtype=frames.dtype)])
@@ -218,7 +211,7 @@ def statistics(frames):
     ),
     (
         "1",
-        'the squares of one rank',
+        "the squares of one rank",
         """
 def statistics(frames):
     sums = torch.stack([frames.sum(), torch.tensor(float(len(frames)), dtype=frames.dtype)])
@@ -229,7 +222,7 @@ def statistics(frames):
     ),
     (
         "1",
-        'no sum',
+        "no sum",
         """
 def statistics(frames):
     sums = torch.stack([frames.sum(), torch.tensor(float(len(frames)), dtype=frames.dtype)])
@@ -240,7 +233,7 @@ def statistics(frames):
     ),
     (
         "2",
-        'no start in a letter',
+        "no start in a letter",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -256,7 +249,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'blanks between all letters',
+        "blanks between all letters",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -272,7 +265,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'a skip between equal letters',
+        "a skip between equal letters",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -288,7 +281,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'a skip of letters',
+        "a skip of letters",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -304,7 +297,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'no end in a letter',
+        "no end in a letter",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -320,7 +313,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'one frame more',
+        "one frame more",
         """
 def paths(text, T):
     symbols = ["_", *(x for letter in text for x in (letter, "_"))]
@@ -336,7 +329,7 @@ def paths(text, T):
     ),
     (
         "2",
-        'a choice of frames',
+        "a choice of frames",
         """
 import math
 def paths(text, T): return math.comb(T, len(text))
@@ -344,7 +337,7 @@ def paths(text, T): return math.comb(T, len(text))
     ),
     (
         "3",
-        'two steps',
+        "two steps",
         """
 def ring_all_gather(mine):
     left, right = (rank - 1) % 4, (rank + 1) % 4
@@ -360,7 +353,7 @@ def ring_all_gather(mine):
     ),
     (
         "3",
-        'the other way',
+        "the other way",
         """
 def ring_all_gather(mine):
     left, right = (rank - 1) % 4, (rank + 1) % 4
@@ -376,7 +369,7 @@ def ring_all_gather(mine):
     ),
     (
         "3",
-        'always its own',
+        "always its own",
         """
 def ring_all_gather(mine):
     left, right = (rank - 1) % 4, (rank + 1) % 4
@@ -392,7 +385,7 @@ def ring_all_gather(mine):
     ),
     (
         "3",
-        'stored one place further',
+        "stored one place further",
         """
 def ring_all_gather(mine):
     left, right = (rank - 1) % 4, (rank + 1) % 4
@@ -408,7 +401,7 @@ def ring_all_gather(mine):
     ),
     (
         "3",
-        'to each rank directly',
+        "to each rank directly",
         """
 def ring_all_gather(mine):
     left, right = (rank - 1) % 4, (rank + 1) % 4
@@ -424,7 +417,7 @@ def ring_all_gather(mine):
     ),
     (
         "3",
-        'another collective',
+        "another collective",
         """
 def ring_all_gather(mine):
     pieces = [torch.empty_like(mine) for _ in range(4)]

@@ -145,4 +145,173 @@ def break_even(config):
     return config.pattern.count("M") * layer / (config.pattern.count("*") * token)
 """,
     ),
+    (
+        "1",
+        "sums in fp32",
+        """
+def my_segsum(a):
+    sums = a.cumsum(-1)
+    future = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).masked_fill(future, -torch.inf)
+""",
+    ),
+    (
+        "1",
+        "zeros above the diagonal",
+        """
+def my_segsum(a):
+    sums = a.double().cumsum(-1)
+    future = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype).tril()
+""",
+    ),
+    (
+        "1",
+        "no mask",
+        """
+def my_segsum(a):
+    sums = a.double().cumsum(-1)
+    future = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype)
+""",
+    ),
+    (
+        "1",
+        "the mask by multiplication",
+        """
+def my_segsum(a):
+    sums = a.double().cumsum(-1)
+    future = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+    return (sums[..., :, None] - sums[..., None, :]).to(a.dtype) - torch.inf * future
+""",
+    ),
+    (
+        "1",
+        "token j counts as well",
+        """
+def my_segsum(a):
+    sums = a.double().cumsum(-1)
+    future = torch.ones(2 * a.shape[-1:], dtype=torch.bool).triu(1)
+    sums = sums[..., :, None] - sums[..., None, :] + a[..., None, :]
+    return sums.to(a.dtype).masked_fill(future, -torch.inf)
+""",
+    ),
+    (
+        "2",
+        "no decay",
+        """
+def entering_state(decay, state):
+    decays, states = ([torch.empty_like(t) for _ in range(4)] for t in (decay, state))
+    dist.all_gather(decays, decay.contiguous())
+    dist.all_gather(states, state.contiguous())
+    entering = torch.zeros_like(state)
+    for earlier in range(rank):
+        entering = entering + states[earlier]
+    return entering
+""",
+    ),
+    (
+        "2",
+        "this rank's decay",
+        """
+def entering_state(decay, state):
+    decays, states = ([torch.empty_like(t) for _ in range(4)] for t in (decay, state))
+    dist.all_gather(decays, decay.contiguous())
+    dist.all_gather(states, state.contiguous())
+    entering = torch.zeros_like(state)
+    for earlier in range(rank):
+        entering = decay[:, None, None] * entering + states[earlier]
+    return entering
+""",
+    ),
+    (
+        "2",
+        "the older state does not fade",
+        """
+def entering_state(decay, state):
+    decays, states = ([torch.empty_like(t) for _ in range(4)] for t in (decay, state))
+    dist.all_gather(decays, decay.contiguous())
+    dist.all_gather(states, state.contiguous())
+    entering = torch.zeros_like(state)
+    for earlier in range(rank):
+        entering = entering + decays[earlier][:, None, None] * states[earlier]
+    return entering
+""",
+    ),
+    (
+        "2",
+        "this rank counts as well",
+        """
+def entering_state(decay, state):
+    decays, states = ([torch.empty_like(t) for _ in range(4)] for t in (decay, state))
+    dist.all_gather(decays, decay.contiguous())
+    dist.all_gather(states, state.contiguous())
+    entering = torch.zeros_like(state)
+    for earlier in range(rank + 1):
+        entering = decays[earlier][:, None, None] * entering + states[earlier]
+    return entering
+""",
+    ),
+    (
+        "2",
+        "the rank before alone",
+        """
+def entering_state(decay, state):
+    decays, states = ([torch.empty_like(t) for _ in range(4)] for t in (decay, state))
+    dist.all_gather(decays, decay.contiguous())
+    dist.all_gather(states, state.contiguous())
+    entering = torch.zeros_like(state)
+    for earlier in range(rank):
+        entering = states[earlier]
+    return entering
+""",
+    ),
+    (
+        "3",
+        "without the convolution",
+        """
+def break_even(config):
+    inner = config.mamba_heads * config.mamba_head_size
+    channels = inner + 2 * config.mamba_groups * config.state_size
+    key = config.attention_groups * config.attention_head_size
+    ratio = config.pattern.count('M') / config.pattern.count('*')
+    return ratio * inner * config.state_size / (2 * key)
+""",
+    ),
+    (
+        "3",
+        "keys without values",
+        """
+def break_even(config):
+    inner = config.mamba_heads * config.mamba_head_size
+    channels = inner + 2 * config.mamba_groups * config.state_size
+    key = config.attention_groups * config.attention_head_size
+    ratio = config.pattern.count('M') / config.pattern.count('*')
+    return ratio * (inner * config.state_size + config.conv_kernel * channels) / key
+""",
+    ),
+    (
+        "3",
+        "x alone is convolved",
+        """
+def break_even(config):
+    inner = config.mamba_heads * config.mamba_head_size
+    channels = inner + 2 * config.mamba_groups * config.state_size
+    key = config.attention_groups * config.attention_head_size
+    ratio = config.pattern.count('M') / config.pattern.count('*')
+    return ratio * (inner * config.state_size + config.conv_kernel * inner) / (2 * key)
+""",
+    ),
+    (
+        "3",
+        "one input less",
+        """
+def break_even(config):
+    inner = config.mamba_heads * config.mamba_head_size
+    channels = inner + 2 * config.mamba_groups * config.state_size
+    key = config.attention_groups * config.attention_head_size
+    ratio = config.pattern.count('M') / config.pattern.count('*')
+    return ratio * (inner * config.state_size + (config.conv_kernel - 1) * channels) / (2 * key)
+""",
+    ),
 ]

@@ -18,17 +18,17 @@ DELAYED = """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
         self.format, self.length, self.history = format, length, []
-        self.most = torch.finfo(moe.FP8_FORMATS[format]).max
+        self.most = torch.finfo(fp8.FP8_FORMATS[format]).max
 
     def quantize(self, x):
         new = x.abs().max().item()
         amax = {amax}
         scale = torch.tensor(self.most / amax if amax else 1.0)
         scaled = x * scale
-        codes = {codes}.to(moe.FP8_FORMATS[self.format])
+        codes = {codes}.to(fp8.FP8_FORMATS[self.format])
         if {finite}:
             self.history = [*self.history, new][-self.length :]
-        return moe.Quantized(codes, 1 / scale, None)
+        return fp8.Quantized(codes, 1 / scale, None)
 """
 CUT = "scaled.clamp(-self.most, self.most)"
 HISTORY = "max(self.history, default=0.0)"
@@ -158,7 +158,7 @@ def move_bias(bias_E, experts_TK, gamma):
     ("3", "an infinity enters the history", DELAYED.format(amax=HISTORY, codes=CUT, finite="True")),
     (
         "1",
-        'local counts',
+        "local counts",
         """
 def move_bias(bias_E, experts_TK, gamma):
     counts_E = moe.count_rows(experts_TK, len(bias_E))
@@ -167,7 +167,7 @@ def move_bias(bias_E, experts_TK, gamma):
     ),
     (
         "1",
-        'the wrong direction',
+        "the wrong direction",
         """
 def move_bias(bias_E, experts_TK, gamma):
     counts_E = moe.count_rows(experts_TK, len(bias_E))
@@ -177,7 +177,7 @@ def move_bias(bias_E, experts_TK, gamma):
     ),
     (
         "1",
-        'no sign',
+        "no sign",
         """
 def move_bias(bias_E, experts_TK, gamma):
     counts_E = moe.count_rows(experts_TK, len(bias_E))
@@ -198,7 +198,7 @@ def move_bias(bias_E, experts_TK, gamma):
     ),
     (
         "1",
-        'the mean counts as overloaded',
+        "the mean counts as overloaded",
         """
 def move_bias(bias_E, experts_TK, gamma):
     counts_E = moe.count_rows(experts_TK, len(bias_E))
@@ -208,7 +208,7 @@ def move_bias(bias_E, experts_TK, gamma):
     ),
     (
         "2",
-        'gradients stay',
+        "gradients stay",
         """
 class AllToAll(torch.autograd.Function):
     @staticmethod
@@ -227,7 +227,7 @@ class AllToAll(torch.autograd.Function):
     ),
     (
         "2",
-        'splits not exchanged',
+        "splits not exchanged",
         """
 class AllToAll(torch.autograd.Function):
     @staticmethod
@@ -246,7 +246,7 @@ class AllToAll(torch.autograd.Function):
     ),
     (
         "2",
-        'equal pieces',
+        "equal pieces",
         """
 class AllToAll(torch.autograd.Function):
     @staticmethod
@@ -265,7 +265,7 @@ class AllToAll(torch.autograd.Function):
     ),
     (
         "2",
-        'the mean over the ranks',
+        "the mean over the ranks",
         """
 class AllToAll(torch.autograd.Function):
     @staticmethod
@@ -284,7 +284,7 @@ class AllToAll(torch.autograd.Function):
     ),
     (
         "3",
-        'current scaling',
+        "current scaling",
         """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
@@ -297,13 +297,13 @@ class DelayedScaling:
         amax = max(self.history, default=0.0)
         scale = torch.tensor(self.most / amax if amax else 1.0)
         codes = (x * scale).clamp(-self.most, self.most)
-        
+
         return fp8.Quantized(codes.to(fp8.FP8_FORMATS[self.format]), 1 / scale, None)
 """,
     ),
     (
         "3",
-        'the scale and its inverse exchanged',
+        "the scale and its inverse exchanged",
         """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
@@ -322,7 +322,7 @@ class DelayedScaling:
     ),
     (
         "3",
-        'infinity enters the history',
+        "infinity enters the history",
         """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
@@ -341,7 +341,7 @@ class DelayedScaling:
     ),
     (
         "3",
-        'the history never ends',
+        "the history never ends",
         """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
@@ -360,7 +360,7 @@ class DelayedScaling:
     ),
     (
         "3",
-        'the last amax alone',
+        "the last amax alone",
         """
 class DelayedScaling:
     def __init__(self, format="e4m3", length=4):
