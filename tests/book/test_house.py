@@ -26,9 +26,6 @@ ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
 NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this list only gets shorter
-    "03_pipeline/pipeline.py",
-    "03_pipeline/plan.py",
-    "03_pipeline/wire_cut.py",
     "04_seq_parallel/seq_parallel.py",
     "05_mamba_hybrid/mamba_hybrid.py",
     "06_moe_fp8/moe_fp8.py",
