@@ -17,8 +17,7 @@ import argparse
 import math
 import os
 import sys
-from dataclasses import dataclass, fields
-from fractions import Fraction
+from dataclasses import astuple, dataclass, fields, replace
 
 from pipeline import flag, runs_ahead, schedule, simulate, verify
 
@@ -55,6 +54,9 @@ from pipeline import flag, runs_ahead, schedule, simulate, verify
 # on the fullest stage; the input of each layer for each micro-batch in flight; one layer's
 # activations while it is recomputed (chapter 4 counts them); the last stage's logits. A tenth stays
 # free.
+
+
+LARGEST = 16  # sequences of a micro-batch, as in the paper
 
 
 @dataclass(frozen=True)
@@ -109,63 +111,89 @@ class Layout:
     memory: float = 0.0  # GB on the fullest GPU
     tflops: float = 0.0  # per GPU
 
+    @property
+    def schedule(self) -> str:
+        return "interleaved" if self.v > 1 else "1f1b"
+
 
 def parameter_count(layers: int, hidden: int, vocab: int, seq: int) -> int:
     """Parameters of a GPT with a tied output layer. Source: the paper's section 5.1."""
-    return layers * (12 * hidden**2 + 13 * hidden) + (vocab + seq) * hidden
+    layer = 12 * hidden**2 + 13 * hidden
+    tables = (vocab + seq) * hidden
+    return layers * layer + tables
 
 
 def step_flops(model: Model, batch: int, output_layer: bool = True) -> int:
     """Operations of a step of `batch` sequences, recomputed. Source: the paper's section 5.1."""
+    H = model.hidden
     tokens = batch * model.seq
-    layer = 24 * tokens * model.hidden**2 + 4 * tokens * model.seq * model.hidden
-    output = 6 * tokens * model.hidden * model.vocab
-    return 4 * model.layers * layer + (output if output_layer else 0)
+    layer = 24 * tokens * H**2 + 4 * tokens * model.seq * H
+    total = 4 * model.layers * layer
+    if output_layer:
+        total += 6 * tokens * H * model.vocab
+    return total
+
+
+def compute_seconds(model: Model, x: Layout, machine: Machine) -> float:
+    """Of one micro-batch on the slowest rank, which has the output layer."""
+    layers = step_flops(model, x.b, output_layer=False)
+    output = step_flops(model, x.b) - layers
+    speed = x.t * machine.peak * machine.efficiency
+    fixed = machine.overhead * model.layers
+    return (layers / x.p + output) / speed + fixed / x.p
 
 
 def memory(model: Model, x: Layout, held: float) -> float:
     """GB on the fullest GPU; held: its parameters."""
-    kind = "interleaved" if x.v > 1 else "1f1b"
-    in_flight = min(runs_ahead(kind, x.p, x.m, x.v, rank=0) + 1, x.m * x.v)
-    boundary = x.b * model.seq * model.hidden  # elements
-    inputs = in_flight * (model.layers // x.p // x.v) * 2 * boundary
-    scores = 5 * model.heads * model.seq / (model.hidden * x.t)
-    working = boundary * (10 + 24 / x.t + scores)
-    logits = 6 * x.b * model.seq * model.vocab / x.t
-    return (18 * held + inputs + working + logits) / 1e9
+    ahead = runs_ahead(x.schedule, x.p, x.m, x.v, rank=0)
+    in_flight = min(ahead + 1, x.m * x.v)
+    layers = model.layers // x.p // x.v  # of a chunk
+    tokens = x.b * model.seq
+    boundary = tokens * model.hidden  # elements
+    inputs = 2 * in_flight * layers * boundary
+    scores = 5 * model.heads * model.seq / model.hidden
+    working = boundary * (10 + (24 + scores) / x.t)
+    logits = 6 * tokens * model.vocab / x.t
+    parameters = 18 * held
+    return (parameters + inputs + working + logits) / 1e9
 
 
 def predict(model: Model, x: Layout, machine: Machine) -> Layout:
     """`x` with its predicted step. Source: volumes: the paper's section 3; their sum: ours."""
-    boundary = x.b * model.seq * model.hidden  # elements of the tensor between two stages
-    gpus = x.t * x.p * x.d
-    between = machine.nvlink if gpus <= machine.gpus_per_node else machine.network
+    t = x.t
+    p = x.p
+    gpus = t * p * x.d
+    between = machine.network
+    if gpus <= machine.gpus_per_node:
+        between = machine.nvlink
 
-    # The fullest rank holds its layers and an embedding table. The slowest has the output layer.
-    held = parameter_count(model.layers // x.p, model.hidden, model.vocab, model.seq) / x.t
-    layers = step_flops(model, x.b, output_layer=False)
-    output = step_flops(model, x.b) - layers
-    speed = x.t * machine.peak * machine.efficiency
-    compute = (layers / x.p + output) / speed + machine.overhead * model.layers / x.p
+    # The fullest rank holds its layers and an embedding table. Two bytes per element.
+    layers = model.layers // p
+    held = parameter_count(layers, model.hidden, model.vocab, model.seq) / t
+    boundary = 2 * x.b * model.seq * model.hidden  # bytes of the tensor between two stages
+    others = boundary * (t - 1) / t  # what a rank lacks that has 1/t of it
 
-    # 2 bytes per element.
-    per_layer = 12 * boundary * (x.t - 1) / x.t * 2 / machine.nvlink
-    tensor = per_layer * model.layers / x.p
-    message = boundary / x.t * 2 / between + boundary * (x.t - 1) / x.t * 2 / machine.nvlink
-    messages = 2 * x.v * message if x.p > 1 else 0.0
-    sums = 2 * (x.d - 1) / x.d * held * 2 / between
+    compute = compute_seconds(model, x, machine)
+    tensor = 12 * layers * others / machine.nvlink
+    messages = 0.0
+    if p > 1:
+        message = boundary / t / between + others / machine.nvlink
+        messages = 2 * x.v * message
+    gradients = 2 * held
+    sums = 2 * (x.d - 1) / x.d * gradients / between
 
-    bubble = (x.p - 1) / (x.m * x.v)
+    bubble = (p - 1) / (x.m * x.v)
     rounds = x.m * (1 + bubble)
     seconds = rounds * (compute + tensor + messages) + sums
-    return Layout(
-        *(x.t, x.p, x.d, x.v, x.b, x.m),
+    flops = step_flops(model, model.batch)
+    return replace(
+        x,
         seconds=seconds,
         bubble=bubble,
         tensor=rounds * tensor,
         network=rounds * messages + sums,
         memory=memory(model, x, held),
-        tflops=step_flops(model, model.batch) / (gpus * seconds) / 1e12,
+        tflops=flops / gpus / seconds / 1e12,
     )
 
 
@@ -188,10 +216,13 @@ def layouts(model: Model, gpus: int, machine: Machine) -> list[Layout]:
             d = gpus // t // p
             if model.batch % d:
                 continue
-            for b in divisors(model.batch // d, most=16):
-                m = model.batch // d // b
-                interleaves = p > 1 and m % p == 0
-                for v in divisors(model.layers // p) if interleaves else [1]:
+            rows = model.batch // d
+            for b in divisors(rows, LARGEST):
+                m = rows // b
+                chunks = [1]
+                if p > 1 and m % p == 0:
+                    chunks = divisors(model.layers // p)
+                for v in chunks:
                     found.append(Layout(t, p, d, v, b, m))
     return found
 
@@ -202,10 +233,11 @@ def plan(model: Model, gpus: int, machine: Machine | None = None) -> list[Layout
     Raises: ValueError where none fits. Source: ours.
     """
     machine = machine or Machine()
-    best = {}
+    room = 0.9 * machine.gpu_memory
     every = [predict(model, x, machine) for x in layouts(model, gpus, machine)]
+    best = {}
     for x in sorted(every, key=lambda x: x.seconds):
-        if x.memory <= 0.9 * machine.gpu_memory:
+        if x.memory <= room:
             best.setdefault((x.t, x.p), x)
     if not best:
         what = f"{model.layers} layers of {model.hidden} with a batch of {model.batch}"
@@ -218,29 +250,50 @@ def plan(model: Model, gpus: int, machine: Machine | None = None) -> list[Layout
 # ── 3 The command ───────────────────────────────────────────────────────────────────────────────
 
 
+HEADER = "  t    p    d   v   b    m    s/step   bubble   tensor  network      GB   TFLOP/s"
+FORMATS = "3 4 4 3 3 4 9.2f 8.1% 8.1% 8.1% 7.0f 9.0f"  # of a layout's fields
+
+
+def row(x: Layout) -> str:
+    """A layout, with its communication as shares of its step."""
+    shares = replace(x, tensor=x.tensor / x.seconds, network=x.network / x.seconds)
+    cells = []
+    for value, form in zip(astuple(shares), FORMATS.split()):
+        cells.append(format(value, form))
+    return " ".join(cells)
+
+
+def proof(x: Layout) -> str:
+    """The layout's schedule, proven and timed: a chunk's forward takes 1, its backward 2."""
+    table = schedule(x.schedule, x.p, x.m, x.v)
+    held = max(verify(table))
+    operations = sum(map(len, table))
+    bubble = simulate(table).bubble
+    found = f"no deadlock, bubble {bubble}, {held} activations of a chunk held"
+    return f"{operations:,} operations: {found}"
+
+
 def report(model: Model, gpus: int, machine: Machine, rows: int) -> str:
     """The table of layouts, the first by the paper's rules, and its schedule, proven and timed."""
     found = plan(model, gpus, machine)
+    first = found[0]
     billions = parameter_count(model.layers, model.hidden, model.vocab, model.seq) / 1e9
-    lines = [f"{billions:.1f} B parameters, {gpus} GPUs, the best (v, b) of each (t, p)", ""]
-    lines += ["  t    p    d   v   b    m    s/step   bubble   tensor  network      GB   TFLOP/s"]
-    for x in found[:rows]:
-        sizes = f"{x.t:3} {x.p:4} {x.d:4} {x.v:3} {x.b:3} {x.m:4} {x.seconds:9.2f}"
-        shares = f"{x.bubble:8.1%} {x.tensor / x.seconds:8.1%} {x.network / x.seconds:8.1%}"
-        lines.append(f"{sizes} {shares} {x.memory:7.0f} {x.tflops:9.0f}")
-    x = found[0]
-    table = schedule("interleaved" if x.v > 1 else "1f1b", x.p, x.m, x.v)
-    held = max(verify(table))
-    chunk = {"F": Fraction(1, x.v), "B": Fraction(2, x.v)}
-    bubble = simulate(table, chunk).bubble
-    room = f"{x.memory:.0f} of {machine.gpu_memory:g} GB"
-    trade = f"b = {x.b}, m = {x.m}, bubble {x.bubble:.1%}"
-    lines += ["", "The first row by the paper's three rules:"]
-    lines += [f"1. tensor parallelism inside a server: t = {x.t} of {machine.gpus_per_node} GPUs"]
-    lines += [f"2. no more model parallelism than memory needs: {x.t * x.p} GPUs hold it in {room}"]
-    lines += [f"3. the micro-batch trades fast kernels against the bubble: {trade}"]
-    proof = f"no deadlock, bubble {bubble}, {held} activations of a chunk held"
-    lines += ["", f"Its schedule, {sum(map(len, table)):,} operations: {proof}"]
+    hold = first.t * first.p
+    room = f"{first.memory:.0f} of {machine.gpu_memory:g} GB"
+    trade = f"b = {first.b}, m = {first.m}, bubble {first.bubble:.1%}"
+    lines = [
+        f"{billions:.1f} B parameters, {gpus} GPUs, the best (v, b) of each (t, p)",
+        "",
+        HEADER,
+        *map(row, found[:rows]),
+        "",
+        "The first row by the paper's three rules:",
+        f"1. tensor parallelism inside a server: t = {first.t} of {machine.gpus_per_node} GPUs",
+        f"2. no more model parallelism than memory needs: {hold} GPUs hold it in {room}",
+        f"3. the micro-batch trades fast kernels against the bubble: {trade}",
+        "",
+        f"Its schedule, {proof(first)}",
+    ]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ import os
 import sys
 from fractions import Fraction
 
-from pipeline import Op, Schedule, Timeline, chunks_of, runs_ahead, schedule, simulate
+from pipeline import Op, Schedule, Timeline, runs_ahead, schedule, simulate, stages_of
 
 # ── 1 ZB-H1 ─────────────────────────────────────────────────────────────────────────────────────
 #
@@ -33,14 +33,14 @@ from pipeline import Op, Schedule, Timeline, chunks_of, runs_ahead, schedule, si
 # until its W, so every rank holds p of them.
 
 
-def zb_h1(stages: int, microbatches: int) -> Schedule:
+def zb_h1(p: int, m: int) -> Schedule:
     """The table of ZB-H1, with operations F, B and W. Source: ZB-H1's section 2."""
-    forwards = [Op("F", i) for i in range(microbatches)]
-    backwards = [Op("B", i) for i in range(microbatches)]
-    weights = [Op("W", i) for i in range(microbatches)]
     table = []
-    for rank in range(stages):
-        ahead = [None] * runs_ahead("1f1b", stages, microbatches, 1, rank)
+    for rank in range(p):
+        ahead = [None] * runs_ahead("1f1b", p, m, 1, rank)
+        forwards = [Op("F", i, rank) for i in range(m)]
+        backwards = [Op("B", i, rank) for i in range(m)]
+        weights = [Op("W", i, rank) for i in range(m)]
         columns = itertools.zip_longest(
             forwards, ahead + backwards, ahead + [None] * rank + weights
         )
@@ -60,7 +60,7 @@ def timed(table: Schedule) -> Timeline:
     whole = {"F": 1, "B": 2}
     if any(op.kind == "W" for op in table[0]):
         whole = {"F": 1, "B": 1, "W": 1}
-    v = chunks_of(table)
+    v = stages_of(table) // len(table)
     return simulate(table, {kind: Fraction(time, v) for kind, time in whole.items()})
 
 
@@ -78,14 +78,15 @@ def draw(timeline: Timeline, width: int = 84) -> str:
     bars = list(itertools.chain(*timeline.ranks))
     first = min(bar.start for bar in bars)
     scale = width / float(timeline.length)
-    several = any(bar.op.chunk for bar in bars)
+    p = len(timeline.ranks)
+    several = any(bar.op.stage >= p for bar in bars)
     lines = []
     for rank, own in enumerate(timeline.ranks):
         line = [" "] * width
         for op, start, end in own:
             begin = round(float(start - first) * scale)
             stop = round(float(end - first) * scale)
-            letter = "abcdefghij"[op.chunk % 10] if several else ""
+            letter = "abcdefghij"[op.stage // p % 10] if several else ""
             label = f"{op.microbatch}{letter}".ljust(stop - begin, STROKE[op.kind])
             line[begin:stop] = label[: stop - begin]
         lines.append(f"rank {rank:<2} {''.join(line).rstrip()}")

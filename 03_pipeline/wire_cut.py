@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,9 +41,10 @@ def cut_for_wire(x: Tensor, group: pl.Group = None) -> Tensor:
     Raises: ValueError on a rank that is not in `group`. Source: the paper's section 4.1.
     """
     t = pl.group_size(group)
-    flat = x.detach().reshape(-1)
-    padded = F.pad(flat, (0, -flat.numel() % t))
-    return padded.chunk(t)[pl.group_rank(group)].contiguous()
+    flat = x.detach().flatten()
+    missing = -len(flat) % t
+    parts = F.pad(flat, (0, missing)).view(t, -1)
+    return parts[pl.group_rank(group)]
 
 
 def join_from_wire(part: Tensor, shape: tuple[int, ...], group: pl.Group = None) -> Tensor:
@@ -51,12 +53,12 @@ def join_from_wire(part: Tensor, shape: tuple[int, ...], group: pl.Group = None)
     Args: part: (n,), as `cut_for_wire` returns it.
     Raises: ValueError on a rank that is not in `group`. Source: the paper's section 4.1.
     """
-    parts = [torch.empty_like(part) for _ in range(pl.group_size(group))]
-    if len(parts) == 1:
-        parts = [part]
-    else:
-        dist.all_gather(parts, part, group)
-    return torch.cat(parts)[: math.prod(shape)].view(shape)
+    t = pl.group_size(group)
+    full = part
+    if t > 1:
+        full = part.new_empty(t * len(part))
+        dist.all_gather_into_tensor(full, part, group)
+    return full[: math.prod(shape)].view(shape)
 
 
 class WireCutMailbox(pl.Mailbox):
@@ -78,30 +80,33 @@ class WireCutMailbox(pl.Mailbox):
 
 
 def make_meshes(device: torch.device, timeout: float = 60.0) -> tuple[pl.Mesh, pl.Group]:
-    """2 stages × t ranks that hold the same: this rank's mesh and its tensor-parallel group."""
-    t = dist.get_world_size() // 2
-    rank = dist.get_rank()
-    ranks = torch.arange(2 * t).view(2, t)
-    pp_group = pl.make_group(ranks.T.tolist(), device, timeout)
-    tp_group = pl.make_group(ranks.tolist(), device, timeout)
-    alone = pl.make_group([[r] for r in range(2 * t)], device, timeout)
-    mesh = pl.Mesh(2, 1, rank // t, 0, pp_group, dp_group=alone, tied_group=pp_group)
-    return mesh, tp_group
+    """2 stages × t ranks that hold the same: this rank's mesh and its tensor-parallel group.
+
+    What would be t replicas of a pipeline are one pipeline of tensor-parallel ranks.
+    """
+    replicas = pl.make_mesh(2, device, timeout)
+    alone = pl.make_group([[r] for r in range(dist.get_world_size())], device, timeout)
+    mesh = replace(replicas, dp=1, dp_rank=0, dp_group=alone)
+    return mesh, replicas.dp_group
+
+
+def gradients(mesh: pl.Mesh, batch: Tensor, make_mailbox: Any) -> pl.StateDict:
+    """Of one step under 1F1B; batch: tokens and targets, (2, B, S)."""
+    config = pl.GPTConfig(num_layers=3)
+    stage = pl.PipelineStage(config, mesh.pp_rank, 2).to(batch.device, torch.float64)
+    program = pl.programs(pl.schedule("1f1b", 2, 4))[mesh.pp_rank]
+    pl.run_step(stage, program, *batch, mesh, make_mailbox=make_mailbox)
+    return {name: p.grad for name, p in stage.named_parameters()}
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
     mesh, tp_group = make_meshes(device, args.timeout)
-    config = pl.GPTConfig(num_layers=3)
-    program = pl.programs(pl.schedule("1f1b", 2, 4))[mesh.pp_rank]
     generator = torch.Generator().manual_seed(args.seed)
-    ids_2BS = torch.randint(256, (2, 9, 63), generator=generator)
-    tokens_BS, targets_BS = ids_2BS.to(device)
-    grads = []
-    for make_mailbox in (pl.Mailbox, partial(WireCutMailbox, tp_group)):
-        stage = pl.PipelineStage(config, mesh.pp_rank, 2).to(device, torch.float64)
-        pl.run_step(stage, program, tokens_BS, targets_BS, mesh, make_mailbox=make_mailbox)
-        grads.append({name: p.grad for name, p in stage.named_parameters()})
-    equal = all(torch.equal(grads[0][name], x) for name, x in grads[1].items())
+    batch_2BS = torch.randint(256, (2, 9, 63), generator=generator).to(device)
+    full = gradients(mesh, batch_2BS, pl.Mailbox)
+    make_mailbox = partial(WireCutMailbox, tp_group)
+    cut = gradients(mesh, batch_2BS, make_mailbox)
+    equal = all(torch.equal(full[name], grad) for name, grad in cut.items())
     rows = [("gradients are those of full messages, to the bit", "equal", str(equal), equal)]
     if not pl.print_claims(rows):
         raise SystemExit(1)

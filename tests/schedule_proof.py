@@ -14,7 +14,7 @@ from collections.abc import Callable
 from itertools import zip_longest
 from typing import Any
 
-from pipeline import Program, Step, chunks_of, needs
+from pipeline import Program, Step, needs, stages_of
 
 
 def take_turns(lists: list[list], go: Callable[[int, Any], bool]) -> list[tuple[int, Any]]:
@@ -37,8 +37,7 @@ def verify_programs(all_programs: list[Program]) -> None:
     Raises: ValueError where two ends list messages in different orders, a rank uses or sends what
         it does not have, or some wait for each other.
     """
-    p = len(all_programs)
-    v = chunks_of([[step.op for step in program if step.op] for program in all_programs])
+    stages = stages_of([[step.op for step in program if step.op] for program in all_programs])
     # source and target to what the sender lists, and what the receiver
     channels = defaultdict(lambda: ([], []))
     for rank, program in enumerate(all_programs):
@@ -54,18 +53,16 @@ def verify_programs(all_programs: list[Program]) -> None:
 
     def go(rank: int, step: Step) -> bool:
         op, batch = step
-        if op and (rank, op) not in has[rank]:
-            if lacking := [key for key in needs(op, rank, p, v) if key not in has[rank]]:
+        if op and op not in has[rank]:
+            if lacking := [earlier for earlier in needs(op, stages) if earlier not in has[rank]]:
                 raise ValueError(f"rank {rank} does {op} without {lacking}")
-            has[rank].add((rank, op))
-        if unmade := [
-            hop for hop in batch if hop.source == rank and (rank, hop.op) not in has[rank]
-        ]:
+            has[rank].add(op)
+        if unmade := [hop for hop in batch if hop.source == rank and hop.op not in has[rank]]:
             raise ValueError(f"rank {rank} sends {unmade[0]} before it is made")
         posted[rank].update(batch)
-        if any(hop not in posted[hop.source + hop.target - rank] for hop in batch):
-            return False  # the other end, source + target − rank, is not there yet
-        has[rank].update((hop.source, hop.op) for hop in batch)
+        if any(hop not in posted[hop.peer(rank)] for hop in batch):
+            return False  # the other end is not there yet
+        has[rank].update(hop.op for hop in batch)
         return True
 
     if stuck := take_turns(all_programs, go):
@@ -77,8 +74,8 @@ def halves(program: Program, rank: int) -> Program:
     """Each batch cut in two: what is sent first, and only then what is received."""
     steps = []
     for op, batch in program:
-        sends = tuple(hop for hop in batch if hop.source == rank)
-        receives = tuple(hop for hop in batch if hop.source != rank)
+        sends = [hop for hop in batch if hop.source == rank]
+        receives = [hop for hop in batch if hop.source != rank]
         steps.append(Step(op, sends))
         if receives:
             steps.append(Step(None, receives))

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 def proven(table: pl.Schedule) -> list[int]:
     """Each operation once, no deadlock; the activations that each rank holds."""
     m = len(table[0]) // 3
-    every = {pl.Op(kind, i) for kind in "FBW" for i in range(m)}
-    assert all(set(ops) == every and len(ops) == 3 * m for ops in table)
+    for rank, ops in enumerate(table):
+        assert set(ops) == {pl.Op(kind, i, rank) for kind in "FBW" for i in range(m)}
+        assert len(ops) == 3 * m
     pl.programs(table)
     return [timeline.most_held(ops) for ops in table]
 

@@ -28,14 +28,15 @@ KINDS = {
 
 
 class Chunk(torch.nn.Module):
-    """One chunk of a stage as PyTorch wants it: a module that is called with a tensor alone."""
+    """One stage as PyTorch wants it: a module that is called with a tensor alone."""
 
-    def __init__(self, stage: pl.PipelineStage, chunk: int):
+    def __init__(self, stage: pl.PipelineStage, index: int):
         super().__init__()
-        self.stage, self.chunk = stage, chunk
+        self.stage = stage
+        self.index = index
 
     def forward(self, x):
-        return self.stage(self.chunk, x)
+        return self.stage(self.index, x)
 
 
 def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: int, m: int) -> dict:
@@ -54,8 +55,8 @@ def measure(kind: str, rounds: int, hidden: int, seq: int, layers: int, batch: i
     tokens_BS, targets_BS = torch.randint(256, (2, batch, seq), generator=generator).to(device)
     indices = range(rank, world * chunks, world)
     stages = [
-        pipelining.PipelineStage(Chunk(theirs, chunk), index, world * chunks, device)
-        for chunk, index in enumerate(indices)
+        pipelining.PipelineStage(Chunk(theirs, index), index, world * chunks, device)
+        for index in indices
     ]
 
     def loss_of(logits_BSV, targets_BS):
@@ -116,7 +117,7 @@ def sleep_through(kind: str, m: int, chunks: int, seconds: float) -> float:
     config = pl.GPTConfig(hidden_size=8, num_heads=1, seq_length=4, num_layers=mesh.pp * chunks)
     stage = pl.PipelineStage(config, mesh.pp_rank, mesh.pp, chunks)
     plain = pl.PipelineStage.forward
-    stage.forward = lambda chunk, x: Sleeper.apply(plain(stage, chunk, x), seconds / chunks)
+    stage.forward = lambda index, x: Sleeper.apply(plain(stage, index, x), seconds / chunks)
     program = pl.programs(pl.schedule(kind, mesh.pp, m, chunks))[mesh.pp_rank]
     tokens_BS = torch.zeros(m, 4, dtype=torch.int64)
     bubbles = []

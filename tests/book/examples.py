@@ -292,10 +292,10 @@ def text_of(m, folder):
 # ── Chapter 3 ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-def lists(kind="1f1b", stages=2, microbatches=4, chunks=1):
+def lists(kind="1f1b", p=2, m=4, v=1):
     import pipeline
 
-    return pipeline.schedule(kind, stages, microbatches, chunks)
+    return pipeline.schedule(kind, p, m, v)
 
 
 def one_device():
@@ -326,7 +326,7 @@ def pipeline_step(m):
     import pipeline
 
     stage = stage_of()
-    program = pipeline.programs(lists(stages=1, microbatches=2))[0]
+    program = pipeline.programs(lists(p=1, m=2))[0]
     loss = m.run_step(stage, program, *BATCHES[0], one_device())
     return loss, [p.grad for p in stage.parameters()]
 
@@ -339,8 +339,8 @@ def pipeline_executor(m):
     mailbox = pipeline.Mailbox(one_device(), [], torch.float64, "cpu")
     tokens_BS, targets_BS = BATCHES[0]
     executor = m.Executor(stage, mailbox, (tokens_BS,), (targets_BS,), torch.tensor(10))
-    executor.forward(pipeline.Op("F", 0), None)
-    executor.backward(pipeline.Op("B", 0), None)
+    executor.forward(pipeline.Op("F", 0, 0), None)
+    executor.backward(pipeline.Op("B", 0, 0), None)
     return executor.loss, [p.grad for p in stage.parameters()]
 
 
@@ -354,7 +354,7 @@ def with_ones():
 def pipeline_train(m):
     stage = stage_of()
     optimizer = torch.optim.SGD(stage.parameters(), 0.1)
-    table = lists(stages=1, microbatches=2)
+    table = lists(p=1, m=2)
     return losses(m.train(stage, optimizer, table, BATCHES, one_device()))
 
 
@@ -753,14 +753,14 @@ EXAMPLES = {
         "schedule": lambda m, folder: m.schedule("interleaved", 2, 4, 2),
         "runs_ahead": lambda m, folder: m.runs_ahead("1f1b", 4, 8, 1, rank=0),
         "check_schedule": lambda m, folder: m.check_schedule("1f1b", 4, 8, 1) or "fits",
-        "input_of": lambda m, folder: m.input_of(lists()[1][0], 1, 2, 1),
-        "needs": lambda m, folder: m.needs(lists()[1][0], 1, 2, 1),
-        "chunks_of": lambda m, folder: m.chunks_of(lists("interleaved", 2, 4, 2)),
+        "input_of": lambda m, folder: m.input_of(lists()[1][0], 2),
+        "needs": lambda m, folder: m.needs(lists()[1][0], 2),
+        "stages_of": lambda m, folder: m.stages_of(lists("interleaved", 2, 4, 2)),
         "Bar": lambda m, folder: m.Bar(lists()[0][0], 0, 1),
         "Timeline": lambda m, folder: m.Timeline(simulated().ranks).bubble,
         "simulate": lambda m, folder: m.simulate(lists()).bubble,
         "Hop": lambda m, folder: m.Hop(0, 1, lists()[0][0]),
-        "Step": lambda m, folder: m.Step(lists()[0][0], ()),
+        "Step": lambda m, folder: m.Step(lists()[0][0], []),
         "programs": lambda m, folder: m.programs(lists("interleaved", 2, 4, 2)),
         "microbatches_of": lambda m, folder: m.microbatches_of(
             __import__("pipeline").programs(lists())[0]
@@ -777,7 +777,7 @@ EXAMPLES = {
         "check_step": lambda m, folder: (
             m.check_step(
                 stage_of(),
-                __import__("pipeline").programs(lists(stages=1, microbatches=2))[0],
+                __import__("pipeline").programs(lists(p=1, m=2))[0],
                 TOKENS,
                 one_device(),
             )

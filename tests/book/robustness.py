@@ -615,6 +615,8 @@ def names(chapters: list[str], dice: random.Random) -> Iterator[Row]:
         folder = Path(outside, ODD)
         folder.mkdir()
         for chapter in chapters:
+            if chapter == "03":  # it reads no file but its own
+                continue
             yield attempt(f"chapter {chapter}: files of odd names", odd_files, chapter, folder)
         listed = subprocess.check_output(
             ["git", "-C", ROOT, "ls-files", "-z", "-co", "--exclude-standard"]

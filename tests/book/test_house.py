@@ -22,9 +22,6 @@ ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
 NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this list only gets shorter
-    "03_pipeline/pipeline.py",
-    "03_pipeline/plan.py",
-    "03_pipeline/wire_cut.py",
     "05_mamba_hybrid/mamba_hybrid.py",
 )
 OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]

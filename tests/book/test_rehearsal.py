@@ -102,7 +102,7 @@ def test_the_loop_of_the_demonstration_reads_once_a_step(folder):
     """Besides, a batch is copied to the device, one copy a tensor."""
     tensors = 4 if folder == "01_deepspeech" else 2
     steps = rehearsed(folder)["loop"]
-    assert len(steps) >= 2
+    assert len(steps) == 3
     for waits in steps:
         copies = [wait for wait in waits if wait["what"] == "copy to the device"]
         others = Counter(wait["part"] for wait in waits if wait not in copies)

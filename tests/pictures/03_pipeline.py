@@ -34,7 +34,7 @@ def draw() -> None:
                     width,
                     0.9,
                     begin,
-                    color=COLORS[op.kind][op.chunk],
+                    color=COLORS[op.kind][op.stage // 4],
                     edgecolor="white",
                     linewidth=0.8,
                 )
