@@ -69,10 +69,11 @@ def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
 
 
 @pytest.fixture(scope="module")
-def executed():
-    """All notebooks, two at a time: most of it waits for ranks."""
+def executed(request):
+    """The notebooks that are to be tested, two at a time: most of it waits for ranks."""
+    asked_for = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
     with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(tried, name) for name in NOTEBOOKS}
+        yield {name: pool.submit(tried, name) for name in NOTEBOOKS if name in asked_for}
 
 
 @pytest.mark.slow

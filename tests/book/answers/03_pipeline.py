@@ -1,22 +1,6 @@
 # SPDX-License-Identifier: MIT-0
 """Answers to the exercises of notebook 3: other right ones than its solutions, and wrong ones."""
 
-TABLE = """
-def zb_h2(p, m):
-    table = []
-    for rank in range(p):
-        ahead, may_wait = {ahead}, {may_wait}
-        ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
-        for i in range(m):
-            if ahead + i < m:
-                ops.append(pl.Op("F", ahead + i, rank))
-            ops.append(pl.Op("B", i, rank))
-            waiting.append(pl.Op("W", i, rank))
-            if len(waiting) > may_wait:
-                ops.append(waiting.pop({which}))
-        table.append(ops + {rest})
-    return table
-"""
 STEP = """
 def one_micro_batch(stage, tokens, targets):
     x = tokens
@@ -94,53 +78,11 @@ WRONG = [
     (
         "1",
         "the lead of zb-h1",
-        TABLE.format(ahead="p - rank - 1", may_wait="2 * rank", which=0, rest="waiting"),
-    ),
-    (
-        "1",
-        "no W may wait",
-        TABLE.format(ahead="2 * (p - rank - 1)", may_wait="0", which=0, rest="waiting"),
-    ),
-    ("1", "all forwards first", TABLE.format(ahead="m", may_wait="m", which=0, rest="waiting")),
-    (
-        "1",
-        "the W that wait are lost",
-        TABLE.format(ahead="2 * (p - rank - 1)", may_wait="2 * rank", which=0, rest="[]"),
-    ),
-    ("2", "x is no leaf", STEP.format(leaf="pass", backward="y.backward(grad)")),
-    (
-        "2",
-        "the gradient that arrives is not used",
-        STEP.format(leaf="x.requires_grad_()", backward="y.sum().backward()"),
-    ),
-    (
-        "2",
-        "the gradient is halved",
-        STEP.format(leaf="x.requires_grad_()", backward="y.backward(grad / 2)"),
-    ),
-    (
-        "3",
-        "p in place of p - 1",
-        "def best_b(n, p, fixed, each):\n    return math.sqrt(n * fixed / (p * each))\n",
-    ),
-    (
-        "3",
-        "upside down",
-        "def best_b(n, p, fixed, each):\n    return math.sqrt((p - 1) * each / (n * fixed))\n",
-    ),
-    (
-        "3",
-        "without the root",
-        "def best_b(n, p, fixed, each):\n    return n * fixed / ((p - 1) * each)\n",
-    ),
-    (
-        "1",
-        "more forwards alone",
         """
 def zb_h2(p, m):
     table = []
     for rank in range(p):
-        ahead, may_wait = 2 * (p - rank - 1), rank
+        ahead, may_wait = p - rank - 1, 2 * rank
         ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
         for i in range(m):
             if ahead + i < m:
@@ -155,12 +97,162 @@ def zb_h2(p, m):
     ),
     (
         "1",
-        "more W's alone",
+        "no W may wait",
         """
 def zb_h2(p, m):
     table = []
     for rank in range(p):
-        ahead, may_wait = p - rank - 1, 2 * rank
+        ahead, may_wait = 2 * (p - rank - 1), 0
+        ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
+        for i in range(m):
+            if ahead + i < m:
+                ops.append(pl.Op("F", ahead + i, rank))
+            ops.append(pl.Op("B", i, rank))
+            waiting.append(pl.Op("W", i, rank))
+            if len(waiting) > may_wait:
+                ops.append(waiting.pop(0))
+        table.append(ops + waiting)
+    return table
+""",
+    ),
+    (
+        "1",
+        "all forwards first",
+        """
+def zb_h2(p, m):
+    table = []
+    for rank in range(p):
+        ahead, may_wait = m, m
+        ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
+        for i in range(m):
+            if ahead + i < m:
+                ops.append(pl.Op("F", ahead + i, rank))
+            ops.append(pl.Op("B", i, rank))
+            waiting.append(pl.Op("W", i, rank))
+            if len(waiting) > may_wait:
+                ops.append(waiting.pop(0))
+        table.append(ops + waiting)
+    return table
+""",
+    ),
+    (
+        "1",
+        "the W that wait are lost",
+        """
+def zb_h2(p, m):
+    table = []
+    for rank in range(p):
+        ahead, may_wait = 2 * (p - rank - 1), 2 * rank
+        ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
+        for i in range(m):
+            if ahead + i < m:
+                ops.append(pl.Op("F", ahead + i, rank))
+            ops.append(pl.Op("B", i, rank))
+            waiting.append(pl.Op("W", i, rank))
+            if len(waiting) > may_wait:
+                ops.append(waiting.pop(0))
+        table.append(ops + [])
+    return table
+""",
+    ),
+    (
+        "2",
+        "x is no leaf",
+        """
+def one_micro_batch(stage, tokens, targets):
+    x = tokens
+    if rank > 0:
+        x = torch.empty(*tokens.shape, 16, dtype=torch.float64)
+        dist.recv(x, rank - 1)
+        pass
+    y = stage(rank, x)
+    if rank == 3:
+        pl.token_losses(y, targets).mean().backward()
+    else:
+        dist.send(y.detach(), rank + 1)
+        grad = torch.empty_like(y)
+        dist.recv(grad, rank + 1)
+        y.backward(grad)
+    if rank > 0:
+        dist.send(x.grad, rank - 1)
+""",
+    ),
+    (
+        "2",
+        "the gradient that arrives is not used",
+        """
+def one_micro_batch(stage, tokens, targets):
+    x = tokens
+    if rank > 0:
+        x = torch.empty(*tokens.shape, 16, dtype=torch.float64)
+        dist.recv(x, rank - 1)
+        x.requires_grad_()
+    y = stage(rank, x)
+    if rank == 3:
+        pl.token_losses(y, targets).mean().backward()
+    else:
+        dist.send(y.detach(), rank + 1)
+        grad = torch.empty_like(y)
+        dist.recv(grad, rank + 1)
+        y.sum().backward()
+    if rank > 0:
+        dist.send(x.grad, rank - 1)
+""",
+    ),
+    (
+        "2",
+        "the gradient is halved",
+        """
+def one_micro_batch(stage, tokens, targets):
+    x = tokens
+    if rank > 0:
+        x = torch.empty(*tokens.shape, 16, dtype=torch.float64)
+        dist.recv(x, rank - 1)
+        x.requires_grad_()
+    y = stage(rank, x)
+    if rank == 3:
+        pl.token_losses(y, targets).mean().backward()
+    else:
+        dist.send(y.detach(), rank + 1)
+        grad = torch.empty_like(y)
+        dist.recv(grad, rank + 1)
+        y.backward(grad / 2)
+    if rank > 0:
+        dist.send(x.grad, rank - 1)
+""",
+    ),
+    (
+        "3",
+        "p in place of p - 1",
+        """
+def best_b(n, p, fixed, each):
+    return math.sqrt(n * fixed / (p * each))
+""",
+    ),
+    (
+        "3",
+        "upside down",
+        """
+def best_b(n, p, fixed, each):
+    return math.sqrt((p - 1) * each / (n * fixed))
+""",
+    ),
+    (
+        "3",
+        "without the root",
+        """
+def best_b(n, p, fixed, each):
+    return n * fixed / ((p - 1) * each)
+""",
+    ),
+    (
+        "1",
+        "more forwards alone",
+        """
+def zb_h2(p, m):
+    table = []
+    for rank in range(p):
+        ahead, may_wait = 2 * (p - rank - 1), rank
         ops, waiting = [pl.Op("F", i, rank) for i in range(min(ahead, m))], []
         for i in range(m):
             if ahead + i < m:
