@@ -247,6 +247,9 @@ def make_mesh(
 # 256, 1 and 1. In fp32 their sum is 258. In bf16 the values after 256 are 258, 260, ...: 256 + 1
 # rounds back to 256, twice.
 #
+# Memory: a bucket's `data` takes 2 bytes a parameter and its `grad` 4, on every rank. Both are
+# allocated once, so a step allocates nothing as large as the model.
+#
 # A gradient is complete after the last micro-batch. `is_last_microbatch` says so, and only then do
 # buckets start. DDP calls the same thing no_sync, DeepSpeed the gradient accumulation boundary.
 
@@ -302,10 +305,12 @@ class Bucket:
         """This rank's part of `data` or `grad`: a view."""
         return flat.chunk(group_size(self.group))[group_rank(self.group)]
 
+    # Of `grad`, in place: only this rank's shard of it is valid afterwards.
     def start_reduce_scatter(self) -> None:
         if group_size(self.group) > 1:
             self.work = start_reduce_scatter(self.shard(self.grad), self.grad, self.group)
 
+    # Of `data` or `grad`, in place.
     def start_all_gather(self, flat: Tensor) -> None:
         if group_size(self.group) > 1:
             self.work = start_all_gather(flat, self.shard(flat), self.group)
@@ -356,6 +361,7 @@ class ParamAndGradBuffer:
                 p.register_post_accumulate_grad_hook(partial(self._accumulate, bucket, name))
         self.zero_grad()
 
+    # Before the first micro-batch of a step.
     def zero_grad(self) -> None:
         self.is_last_microbatch = False
         self.waiting = deque(self.buckets)  # those whose reduce-scatter has not started
@@ -444,6 +450,7 @@ class DistributedOptimizer:
         self.param_groups = self.optimizer.param_groups
 
     def step(self) -> None:
+        """Updates this rank's pieces, and gets the others'. Collective over the replicas."""
         self.optimizer.step()
         self.gather_parameters()
 
@@ -551,12 +558,13 @@ def clip_grad_norm_(optimizer: DistributedOptimizer, max_norm: float, mesh: Para
     """
     total = optimizer.buffer.buckets[0].grad.new_zeros(())  # where a shard is all padding
     for piece in optimizer.pieces:
+        # Each element counts on one rank of all.
         is_replica = mesh.tp_rank > 0 and shard_dim(piece.name) is None
         is_tied_copy = mesh.pp_rank > 0 and piece.name in optimizer.buffer.alone
         if not (is_replica or is_tied_copy):
             norm = torch.linalg.vector_norm(piece.master.grad)
             total += norm.square()
-    norm = _all_reduce(total).sqrt()  # over all ranks
+    norm = _all_reduce(total).sqrt()
     masters = [piece.master for piece in optimizer.pieces]
     nn.utils.clip_grads_with_norm_(masters, max_norm, norm)
     return norm
@@ -581,7 +589,7 @@ def clip_grad_norm_(optimizer: DistributedOptimizer, max_norm: float, mesh: Para
 # LayerNorm after the embedding keeps the start of training stable. The output layer is tied.
 
 
-def alibi_slopes(heads: int, device: torch.device | None = None) -> Tensor:
+def alibi_slopes(heads: int, device: Any = None) -> Tensor:
     """ALiBi's slopes, slope_N in float64. Source: Press et al., 2022, section 3, and their code."""
     power = 2 ** int(math.log2(heads))
     index = torch.arange(1, 2 * power + 1, device=device, dtype=torch.float64)
@@ -634,6 +642,7 @@ class Block(nn.Module):
         y_SBf = F.gelu(self.up(x_SBH), approximate="tanh")
         return x_sBH + self.row_parallel(y_SBf, self.down)
 
+    # The second matrix of a sublayer: y (S, B, f) to (s, B, H).
     def row_parallel(self, y_SBf: Tensor, linear: nn.Linear) -> Tensor:
         partial_z_SBH = F.linear(y_SBf, linear.weight)
         return leave_tp(partial_z_SBH, self.mesh) + linear.bias  # once, after the sum
@@ -668,6 +677,7 @@ class GPT(nn.Module):
             x_SBH = layer(x_SBH, bias_NSS)
         return F.linear(self.final_norm(x_SBH), self.output_weight())
 
+    # The output layer's, (V, H), or on a rank (v, H).
     def output_weight(self) -> Tensor:
         return self.head.weight if self.config.untied else self.embedding.weight
 
@@ -1244,7 +1254,7 @@ def demonstrate(
     found["without"] = ones(plain) / begin_plain
     state = state_bytes(optimizer)
     unsharded = 12 * sum(p.numel() for p in stage.parameters())
-    found["state"] = state * mesh.dp / unsharded
+    found["state"] = mesh.dp * state / unsharded
     say(f"optimizer state of rank 0: {state:,} bytes, unsharded {unsharded:,}\n")
     return found
 
