@@ -61,7 +61,8 @@ class RampupBatchSize:
         if consumed >= self.samples:
             return self.final
         increments = (self.final - self.start) // self.increment
-        return self.start + consumed * increments // self.samples * self.increment
+        reached = consumed * increments // self.samples
+        return self.start + reached * self.increment
 
     def check(self, micro_batch: int, dp: int) -> None:
         """Raises ValueError where a batch size on the way does not divide."""
@@ -80,8 +81,10 @@ def learning_rate(consumed: int, peak: float, least: float, warmup: int, decay: 
     """
     if consumed < warmup:
         return peak * consumed / warmup
-    progress = min(1.0, (consumed - warmup) / (decay - warmup))
-    return least + (peak - least) * (1 + math.cos(math.pi * progress)) / 2
+    progress = (consumed - warmup) / (decay - warmup)
+    angle = math.pi * min(1.0, progress)
+    share = (1 + math.cos(angle)) / 2
+    return least + share * (peak - least)
 
 
 # ── 2 Optimizer state, by name and offset ───────────────────────────────────────────────────────
@@ -96,21 +99,25 @@ def learning_rate(consumed: int, peak: float, least: float, warmup: int, decay: 
 # not show it, but small steps that had added up are gone, and the run is another run.
 
 RankState = dict[str, dict[str, Any]]  # name to {"start": offset, "master": (n,), ...}
+FullState = dict[str, z.StateDict]  # key to {name: tensor of the plain model's shape}
 
 
 def optimizer_state_dict(optimizer: z.DistributedOptimizer) -> RankState:
-    """This rank's state; copies, on the CPU: name to its offset, master and the optimizer's keys."""
+    """This rank's state, copied to the CPU: name to offset, master and the optimizer's keys."""
     state = {}
     for piece in optimizer.pieces:
-        tensors = {"master": piece.master, **optimizer.optimizer.state.get(piece.master, {})}
-        copies = {key: x.detach().cpu().clone() for key, x in tensors.items() if x is not None}
-        state[piece.name] = {"start": piece.start, **copies}
+        moments = optimizer.optimizer.state.get(piece.master, {})
+        found = {"start": piece.start, "master": piece.master.cpu().clone()}
+        for key, x in moments.items():
+            if x is not None:
+                found[key] = x.cpu().clone()
+        state[piece.name] = found
     return state
 
 
 def merge_optimizer_states(
     states: list[RankState], config: z.GPTConfig, mesh: z.ParallelMesh
-) -> dict[str, z.StateDict]:
+) -> FullState:
     """All ranks' states, in order of rank, to {key: {name: tensor of the plain model's shape}}.
 
     Raises: ValueError for a missing rank, and for an element that is in no piece or in two.
@@ -123,9 +130,10 @@ def merge_optimizer_states(
     for pp_rank, tp_rank in itertools.product(range(mesh.pp), range(mesh.tp)):
         ranks = [z.rank_of(mesh, tp_rank, pp_rank, dp_rank) for dp_rank in range(mesh.dp)]
         place = z.ParallelMesh(mesh.tp, mesh.pp, tp_rank=tp_rank, pp_rank=pp_rank)
-        joined: dict[str, z.StateDict] = {}
+        joined: FullState = {}
         for name, shape in shard_shapes(config, place).items():
-            pieces = [states[rank][name] for rank in ranks if name in states[rank]]
+            here = [states[rank] for rank in ranks]
+            pieces = [state[name] for state in here if name in state]
             for key, x in join_pieces(name, pieces, shape).items():
                 if x.ndim == 0:
                     steps[name] = x  # "step", one for each parameter
@@ -134,8 +142,12 @@ def merge_optimizer_states(
         for key, tensors in joined.items():
             shards.setdefault(key, []).append(tensors)
     one = z.ParallelMesh(mesh.tp, mesh.pp)
-    full = {key: z.merge_state_dicts(tensors, config, one) for key, tensors in shards.items()}
-    return full | ({"step": steps} if steps else {})
+    full = {}
+    for key, tensors in shards.items():
+        full[key] = z.merge_state_dicts(tensors, config, one)
+    if steps:
+        full["step"] = steps
+    return full
 
 
 def shard_shapes(config: z.GPTConfig, mesh: z.ParallelMesh) -> dict[str, torch.Size]:
@@ -143,7 +155,8 @@ def shard_shapes(config: z.GPTConfig, mesh: z.ParallelMesh) -> dict[str, torch.S
     full = {}
     for name, shape in z.parameter_shapes(config).items():
         full[name] = torch.empty(shape, device="meta")
-    return {name: x.shape for name, x in z.shard_state_dict(full, config, mesh).items()}
+    shards = z.shard_state_dict(full, config, mesh)
+    return {name: x.shape for name, x in shards.items()}
 
 
 def join_pieces(name: str, pieces: list[dict[str, Any]], shape: torch.Size) -> z.StateDict:
@@ -161,17 +174,16 @@ def join_pieces(name: str, pieces: list[dict[str, Any]], shape: torch.Size) -> z
     joined = {}
     for key, x in pieces[0].items():
         if key != "start":
-            parts = [piece[key] for piece in pieces]
-            joined[key] = torch.cat(parts).view(shape) if x.ndim else x
+            if x.ndim:
+                parts = [piece[key] for piece in pieces]
+                x = torch.cat(parts).view(shape)
+            joined[key] = x
     return joined
 
 
 @torch.no_grad()
 def load_optimizer_state(
-    optimizer: z.DistributedOptimizer,
-    full: dict[str, z.StateDict],
-    config: z.GPTConfig,
-    mesh: z.ParallelMesh,
+    optimizer: z.DistributedOptimizer, full: FullState, config: z.GPTConfig, mesh: z.ParallelMesh
 ) -> None:
     """Cuts this rank's pieces from a merged state; parameters follow from the masters. Collective.
 
@@ -184,8 +196,7 @@ def load_optimizer_state(
     for piece in optimizer.pieces:
         state = optimizer.optimizer.state[piece.master]
         for key, tensors in shards.items():
-            flat = tensors[piece.name].flatten()
-            x = flat[piece.start : piece.start + len(piece.master)]
+            x = piece.part(tensors[piece.name])
             if key == "master":
                 piece.master.copy_(x)
             else:
@@ -202,13 +213,14 @@ def load_optimizer_state(
 
 
 def save(folder: Path, step: int, optimizer: z.DistributedOptimizer, run: dict[str, Any]) -> None:
-    """Writes folder/step-N, replacing nothing. Collective. run: what else to keep, as JSON types."""
+    """Writes folder/step-N. Collective. run: what else to keep."""
     rank = z.group_rank()
     partial = folder / f"unfinished-{step}"
     if rank == 0:
         partial.mkdir(parents=True, exist_ok=True)
     _barrier()
-    torch.save({"state": optimizer_state_dict(optimizer), **run}, partial / f"rank-{rank}.pt")
+    kept = {"state": optimizer_state_dict(optimizer), **run}
+    torch.save(kept, partial / f"rank-{rank}.pt")
     _barrier()
     if rank == 0:
         os.replace(partial, folder / f"step-{step}")
@@ -222,11 +234,14 @@ def _barrier() -> None:
 
 def newest(folder: Path) -> int | None:
     """The last step that was saved completely; None: no such."""
-    names = [path.name for path in folder.glob("step-*")] if folder.is_dir() else []
-    return max((int(name.removeprefix("step-")) for name in names), default=None)
+    steps = []
+    for path in folder.glob("step-*"):
+        number = path.name.removeprefix("step-")
+        steps.append(int(number))
+    return max(steps, default=None)
 
 
-def load(folder: Path, step: int, config: z.GPTConfig) -> tuple[dict[str, z.StateDict], dict]:
+def load(folder: Path, step: int, config: z.GPTConfig) -> tuple[FullState, dict]:
     """The merged state of a step, and what else `save` kept.
 
     Raises: ValueError for a checkpoint of another model, or with a missing file.
@@ -234,15 +249,15 @@ def load(folder: Path, step: int, config: z.GPTConfig) -> tuple[dict[str, z.Stat
     path = folder / f"step-{step}"
     first = torch.load(path / "rank-0.pt", weights_only=True)
     if first["config"] != asdict(config):
-        theirs = dict(first["config"].items() - asdict(config).items())
-        raise ValueError(f"{path} is of another model: {theirs}")
+        raise ValueError(f"{path} is of another model: {first['config']}")
     mesh = z.ParallelMesh(*first["mesh"])
     states = []
     for rank in range(mesh.tp * mesh.pp * mesh.dp):
         file = path / f"rank-{rank}.pt"
         if not file.is_file():
             raise ValueError(f"{file} is missing: its shard is nowhere else")
-        states.append(torch.load(file, weights_only=True)["state"])
+        kept = torch.load(file, weights_only=True)
+        states.append(kept["state"])
     return merge_optimizer_states(states, config, mesh), first
 
 
@@ -250,13 +265,15 @@ def load(folder: Path, step: int, config: z.GPTConfig) -> tuple[dict[str, z.Stat
 
 
 def batch_at(consumed: int, rows: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """The global batch after so many samples, of zero_3d.py's own text: a function of the sample."""
+    """The global batch after so many samples, of zero_3d.py's own text."""
     text = torch.tensor(list(Path(z.__file__).read_bytes()))
     windows = text.unfold(0, args.seq_length + 1, 1)
     chosen = []
     for sample in range(consumed, consumed + rows):
-        generator = torch.Generator().manual_seed(1_000_003 * args.seed + sample)
-        chosen.append(int(torch.randint(len(windows), (), generator=generator)))
+        key = 1_000_003 * args.seed + sample
+        generator = torch.Generator().manual_seed(key)
+        row = torch.randint(len(windows), (), generator=generator)
+        chosen.append(int(row))
     window_BS = windows[chosen]
     return window_BS[:, :-1], window_BS[:, 1:]
 
@@ -278,17 +295,17 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     z.say("step  samples  batch        lr      loss    norm")
     while step < args.steps:
         rows = args.ramp(consumed)
+        lr = learning_rate(consumed, args.lr, args.lr / 10, args.warmup, args.decay)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(consumed, args.lr, args.lr / 10, args.warmup, args.decay)
+            group["lr"] = lr
         batch = [x_BS.to(device) for x_BS in batch_at(consumed, rows, args)]
         (results,) = z.train(stage, optimizer, [batch], args.micro_batch)
         loss, norm = z.read_step(step, *results)
-        lr = optimizer.param_groups[0]["lr"]
         z.say(f"{step:4} {consumed:8} {rows:6}  {lr:.2e}  {loss:.6f}  {norm:6.3f}")
         consumed += rows
         step += 1
         if step % args.save_every == 0 or step == args.steps:
-            keep = {"mesh": list(args.layout), "config": asdict(config), "consumed": consumed}
+            keep = {"mesh": args.layout, "config": asdict(config), "consumed": consumed}
             save(folder, step, optimizer, keep)
 
 
@@ -314,9 +331,9 @@ def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError where the flags do not fit each other or the checkpoint."""
     world = args.world_size
     given = (args.tp, args.pp, args.dp)
-    args.layout = tuple(size or 1 for size in given)
+    args.layout = [size or 1 for size in given]
     if not any(given):
-        args.layout = (2, 1, world // 2) if world % 2 == 0 else (1, 1, world)
+        args.layout = [2, 1, world // 2] if world % 2 == 0 else [1, 1, world]
     if math.prod(args.layout) != world:
         raise ValueError(f"a mesh of {args.layout} on {world} ranks: the product must be equal")
     if not args.checkpoint:
@@ -329,9 +346,8 @@ def check_args(args: argparse.Namespace) -> None:
     config = z.config_from(args, z.GPTConfig, seed=args.seed)
     z.check_heads(config, args.layout[0])
     z.place_layers(config.num_layers, args.layout[1])
-    z.check_batch(
-        (args.ramp_start, args.seq_length), args.micro_batch, z.ParallelMesh(*args.layout)
-    )
+    mesh = z.ParallelMesh(*args.layout)
+    z.check_batch((args.ramp_start, args.seq_length), args.micro_batch, mesh)
     folder = Path(args.checkpoint)
     if newest(folder):
         load(folder, newest(folder), config)

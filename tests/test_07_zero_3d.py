@@ -278,7 +278,7 @@ def test_blooms_stages():
         for stages in range(1, layers + 3):
             placed = [i for part in z.place_layers(layers, stages) for i in part]
             assert placed == list(range(layers))
-    with pytest.raises(ValueError, match="pp=6, but 3 layers, embedding and head are 5 units"):
+    with pytest.raises(ValueError, match="pp=6, but 3 layers, embedding and head are fewer units"):
         z.place_layers(3, 6)
 
 
@@ -591,7 +591,8 @@ def test_without_a_planted_bug(layout):
 )
 def test_tied_embedding_on_misaligned_shards():
     """All of main_grad is summed over the pair: right only if both own the same elements of it."""
-    cfg, mesh = config(), mesh_of(1, 2, 2)
+    cfg = config(vocab_size=600, hidden_size=8, num_heads=2)  # the shard boundary lies inside of it
+    mesh = mesh_of(1, 2, 2)
     expected, grads = reference(cfg, batch_of())
 
     def gradients(alone) -> tuple[Tensor, dict]:
@@ -624,13 +625,13 @@ def test_tied_embedding_on_misaligned_shards():
 
 @pytest.mark.ranks(2, 4)
 @pytest.mark.planted_bug(
-    symptom="the buffer is padded once at its end: a bucket whose length dp does not divide is refused",
+    symptom="the buffer is padded once at its end: a bucket that dp does not divide is refused",
     seen_in="https://github.com/NVIDIA/Megatron-LM/issues/561",
 )
 def test_the_whole_buffer_is_padded():
     with plant(z, "padded_length", lambda elements, dp: elements):
         buffer = z.ParamAndGradBuffer(toy(7, 5).items(), dist.group.WORLD, elements=1)
-    with pytest.raises((RuntimeError, ValueError)):
+    with pytest.raises((RuntimeError, ValueError, IndexError)):
         buffer.finish_reduce_scatter()
     dist.barrier()
     return Shows(loss="never comes: an error", gradients=None)
@@ -764,7 +765,7 @@ def clipped_norms(order: str) -> tuple[float, float]:
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="the norm is that of partial sums, or of a sum over tokens: every step is clipped wrongly",
+    symptom="the norm is that of partial sums, or of a sum over tokens: steps are clipped wrongly",
     seen_in=None,
 )
 def test_lines_that_may_not_be_swapped():
@@ -904,7 +905,7 @@ def test_the_bias_is_sharded_by_heads(tp):
 
 @pytest.mark.ranks(2)
 @pytest.mark.planted_bug(
-    symptom="slopes of n heads in place of the model's N: another model, whose loss falls as well",
+    symptom="slopes of n heads in place of the model's N: another model, whose loss falls too",
     seen_in="https://github.com/flashinfer-ai/flashinfer/issues/1606",
 )
 def test_slopes_from_the_local_head_count():
@@ -925,7 +926,7 @@ def test_slopes_from_the_local_head_count():
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.planted_bug(
-    symptom="LayerNorm of partial sums: rows that are zero become the bias, and are added tp times",
+    symptom="LayerNorm of partial sums: rows of zeros become the bias, which is added tp times",
     seen_in=None,
 )
 def test_embedding_norm_before_the_sum(sp):
@@ -947,14 +948,9 @@ def test_embedding_norm_before_the_sum(sp):
     assert_equal({"loss": right}, {"loss": expected})
     with plant(z.Stage, "embed", too_early):
         loss, _ = backward(stage, optimizer, batch_of())
-    name = "embedding.weight"
-    found = merged_grads(optimizer, cfg, mesh) if not sp else None
-    gradients = (
-        worst_of({name: found[name]}, {name: plain.embedding.weight.grad}) if found else None
-    )
     error = worst_of({"": loss}, {"": expected})
     assert error > 1e-3
-    return Shows(loss=error, gradients=gradients)
+    return Shows(loss=error, gradients=None)
 
 
 @pytest.mark.ranks(2)
@@ -966,7 +962,7 @@ def test_the_vocabulary_loss(sp):
     logits_SBV = 30 * torch.randn(5, 3, 61, generator=generator, dtype=torch.float64)
     targets_SB = torch.randint(61, (5, 3), generator=generator)
     targets_SB[0, 0] = -100
-    full = logits_SBV.to(ranks.device).requires_grad_()
+    full = logits_SBV.clone().to(ranks.device).requires_grad_()
     padded = nn.functional.pad(logits_SBV, (0, 1), value=50.0)
     shard = padded.chunk(2, -1)[mesh.tp_rank].clone().to(ranks.device).requires_grad_()
     targets_SB = targets_SB.to(ranks.device)
@@ -997,7 +993,7 @@ def test_a_stage_message_is_cut_over_tp():
 
 @pytest.mark.ranks(4)
 @pytest.mark.planted_bug(
-    symptom="messages are cut where sequence parallelism has sharded them: half the tokens are lost",
+    symptom="messages are cut where sequence parallelism has sharded them: tokens are lost",
     seen_in=None,
 )
 def test_a_message_that_is_cut_twice():
@@ -1153,7 +1149,7 @@ def test_the_default_run():
     done = scripts.run(SCRIPT, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("  ok") == 6 and "FAILED" not in done.stdout
-    for layout in ("tp 2 × pp 1 × dp 2", "tp 1 × pp 2 × dp 2", "tp 2 × pp 2 × dp 1"):
+    for layout in ("(2, 1, 2)", "(1, 2, 2)", "(2, 2, 1)"):
         assert layout in done.stdout
 
 
@@ -1168,7 +1164,7 @@ def test_the_check(flags):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--tp", "3"], "tp=3, pp=1, dp=1 do not multiply to the 4 ranks"),
+        (["--tp", "3"], "(tp, pp, dp) = (3, 1, 1): the product is not 4 ranks"),
         (["--tp", "4", "--num-heads", "2"], "num_heads=2, tp=4"),
         (["--pp", "4", "--num-layers", "1"], "pp=4, but 1 layers"),
         (["--dp", "4", "--batch", "6"], "a batch of 6: choose a multiple of micro_batch · dp = 8"),
@@ -1188,6 +1184,6 @@ def test_wrong_flags_are_one_line(flags, message, monkeypatch, capsys):
 def test_a_failed_claim_fails_the_run():
     rows = [("a", "b", "c", True), ("a", "b", "c", False)]
     with plant(z, "claims", lambda args, found: rows), pytest.raises(SystemExit) as stop:
-        with plant(z, "say_setting", lambda args: None):
+        with plant(z, "say_setting", print), plant(z, "over_all_ranks", dict):
             z.main(type("Args", (), {"check": False, "layouts": []})(), ranks.device)
     assert stop.value.code == 1
