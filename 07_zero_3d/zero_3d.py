@@ -262,7 +262,8 @@ def padded_length(elements: int, dp: int) -> int:
 def start_reduce_scatter(shard: Tensor, full: Tensor, group: Group) -> dist.Work:
     """Sums `full` over `group`; this rank's part of the sum goes to `shard`, once it is waited for.
 
-    Args: full: any shape, divisible along the first dimension. shard: may be a view of it.
+    Args: full: (S, ...), of which each rank gets S / ranks. shard: may be a view of it.
+    Source: torch.distributed.
     """
     # torch 2.13 has a new name for reduce_scatter_tensor, and one for all_gather_into_tensor.
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -270,7 +271,10 @@ def start_reduce_scatter(shard: Tensor, full: Tensor, group: Group) -> dist.Work
 
 
 def start_all_gather(full: Tensor, shard: Tensor, group: Group) -> dist.Work:
-    """Puts all ranks' shards into `full`, once it is waited for. Args: as above."""
+    """Puts all ranks' shards into `full`, once it is waited for. Args: full, shard: as above.
+
+    Source: torch.distributed.
+    """
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return all_gather(full, shard, group=group, async_op=True)
 
@@ -302,7 +306,7 @@ class Bucket:
             end = span.stop
 
     def shard(self, flat: Tensor) -> Tensor:
-        """This rank's part of `data` or `grad`: a view."""
+        """This rank's part of flat (n,), which is `data` or `grad`: a view."""
         return flat.chunk(group_size(self.group))[group_rank(self.group)]
 
     # Of `grad`, in place: only this rank's shard of it is valid afterwards.
@@ -420,7 +424,7 @@ class Piece:
     master: Tensor  # (n,), at least fp32; its .grad is a view of the bucket's
 
     def part(self, x: Tensor) -> Tensor:
-        """This piece of a tensor (...) of the parameter's shape."""
+        """This piece, (n,), of x (...), a tensor of the parameter's shape."""
         return x.flatten()[self.start : self.start + len(self.master)]
 
 
@@ -767,7 +771,7 @@ def _reduce_scatter(partial_x_SBH: Tensor, mesh: ParallelMesh) -> Tensor:
 
 
 def local_rows(ids_SB: Tensor, v: int, mesh: ParallelMesh) -> tuple[Tensor, Tensor]:
-    """Rows of token ids in this rank's vocabulary shard, and which ids are local; both SB."""
+    """Rows (S, B) of token ids in this rank's vocabulary shard, and which ids are local."""
     row_SB = ids_SB - mesh.tp_rank * v
     return row_SB.clamp(0, v - 1), (row_SB >= 0) & (row_SB < v)
 
@@ -917,7 +921,7 @@ def check_heads(config: GPTConfig, tp: int) -> None:
 
 
 def shard_tensor(name: str, full: Tensor, config: GPTConfig, mesh: ParallelMesh) -> Tensor:
-    """This tp rank's shard of the plain model's parameter `name` (...); a copy."""
+    """This tp rank's shard of full (...), the plain model's parameter `name`; a copy."""
     dim = shard_dim(name)
     if dim is None:
         return full.clone()
@@ -1003,7 +1007,8 @@ def exchange(
 ) -> Tensor | None:
     """Sends to the next stage (+1) or the one before (−1) and receives from it, as one batch.
 
-    Args: like: an empty tensor of the messages' shape (S / tp, B, H), dtype and device.
+    Args: like: an empty tensor of the messages' shape (S / tp, B, H), dtype and device. send: the
+        stage's output or its input's gradient (s, B, H). receives: whether the other one sends.
     Returns: what was received; None where there is no such stage, or nothing to receive.
     """
     peer = mesh.pp_rank + direction
@@ -1242,7 +1247,7 @@ def demonstrate(
     begin = ones(stage)
     begin_plain = ones(plain)
     found = {}
-    say(f"step      loss  single device    norm    {dtype}")
+    say("step      loss  single device    norm")
     for step, ((loss_alone, _), (loss, norm)) in enumerate(zip(alone, steps)):
         loss, norm = read_step(step, loss, norm)
         if step < 5 or step % 10 == 9:
@@ -1259,8 +1264,8 @@ def demonstrate(
     return found
 
 
+# What this run has measured: (claim, paper, here, verdict).
 def claims(args: argparse.Namespace, found: dict[str, float]) -> list[tuple]:
-    """What this run has measured: (claim, paper, here, verdict)."""
     rows = []
     for kind in ("gradient", "norm before clipping", "weight after AdamW"):
         error = worst(found, kind)
@@ -1272,7 +1277,8 @@ def claims(args: argparse.Namespace, found: dict[str, float]) -> list[tuple]:
     rows.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
     state = worst(found, "bf16 state")
     claim = "optimizer bytes of a rank / (12·P/dp)"
-    rows.append((claim, "1", f"{state:.3f}", state <= 1.02))
+    here = f"{state:.3f}"
+    rows.append((claim, "1", here, state <= 1.02))
     masters = worst(found, "bf16 with masters")
     without = worst(found, "bf16 without")
     here = f"{masters:.0%}, {without:.0%}"
@@ -1285,13 +1291,13 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     say_setting(args)
     found = {}
     for layout in args.layouts:
-        name = f"(tp, pp, dp) = {layout}"
+        name = f"mesh {layout}"
         mesh = make_mesh(*layout, device, args.timeout, not args.no_sp)
         dtype = args.dtype if args.check else "fp64"
         here = equivalence(mesh, device, DTYPES[dtype])
         if not args.check:
-            say(name)
             for how in (args.dtype, "bf16"):
+                say(f"{how}, (tp, pp, dp) = {layout}")
                 for kind, value in demonstrate(args, mesh, device, how).items():
                     here[f"{how} {kind}"] = value
         found |= {f"{kind}, {name}": value for kind, value in here.items()}

@@ -802,7 +802,7 @@ def test_sums_may_be_swapped():
     seen_in=None,
 )
 def test_padding_in_the_norm():
-    """The chapter's norm sees no padding; that of whole shards does. Padding is zero in training."""
+    """The chapter's norm sees no padding; that of whole shards does. In training it is zero."""
     mesh, cfg = mesh_of(1, 1, 2), config(vocab_size=61, hidden_size=20)
     stage, optimizer = build(cfg, mesh, elements=1)
     list(z.train(stage, optimizer, [batch_of()] * 2, 2))
