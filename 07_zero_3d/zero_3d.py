@@ -1291,13 +1291,13 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     say_setting(args)
     found = {}
     for layout in args.layouts:
-        name = f"mesh {layout}"
+        name = f"(tp, pp, dp) = {layout}"
         mesh = make_mesh(*layout, device, args.timeout, not args.no_sp)
         dtype = args.dtype if args.check else "fp64"
         here = equivalence(mesh, device, DTYPES[dtype])
         if not args.check:
             for how in (args.dtype, "bf16"):
-                say(f"{how}, (tp, pp, dp) = {layout}")
+                say(f"{how}, {name}")
                 for kind, value in demonstrate(args, mesh, device, how).items():
                     here[f"{how} {kind}"] = value
         found |= {f"{kind}, {name}": value for kind, value in here.items()}
@@ -1318,11 +1318,11 @@ class Options:  # the chapter's own flags
     batch: int | None = flag(None, "sequences per step; None: two micro-batches per rank", least=1)
     micro_batch: int = flag(2, "sequences that pass through the stages together", least=1)
     seq_length: int = flag(64, "tokens of a sequence, S", least=1)
-    lr: float = flag(1e-3, "learning rate", least=1e-9)
+    lr: float = flag(1e-3, "learning rate")
 
 
 def flags() -> argparse.Namespace:
-    def check_args(args: argparse.Namespace) -> None:
+    def check_args(args: argparse.Namespace):
         several = {4: [(2, 1, 2), (1, 2, 2), (2, 2, 1)], 8: [(2, 2, 2)]}
         args.layouts = several.get(args.world_size, [(1, 1, args.world_size)])
         if args.tp or args.pp or args.dp:

@@ -51,7 +51,7 @@ def test_throughput():
 @pytest.mark.parametrize("layout", tables.RUNS, ids=lambda layout: layout.name)
 def test_bytes_of_a_rank(layout):
     """On a simulated group: state within 2 % of 12·P/dp; gradients twice the parameters."""
-    found = tables.bytes_of(layout, layout.tp * layout.dp)  # the second stage
+    found = tables.bytes_of(layout, 5 * layout.tp * layout.dp)  # a stage in the middle
     assert found.ideal <= found.state * 1.0000001 <= 1.02 * found.ideal
     assert found.main_grad == 2 * found.parameters
     assert found.parameters >= 2 * layout.dp * found.ideal / 12
