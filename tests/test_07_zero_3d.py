@@ -126,7 +126,8 @@ def prove(layout, untied: bool = False, sp: bool = True, recompute: bool = False
         plain, optimizer_alone = plain_and_optimizer(cfg, make)
         stage, optimizer = build(cfg, mesh, make, recompute=recompute)
         alone = z.train_alone(plain, optimizer_alone, batches, max_norm=0.5)
-        steps = z.train(stage, optimizer, batches, 1, max_norm=0.5)
+        micro_batch = max(1, rows // mesh.dp // 4)
+        steps = z.train(stage, optimizer, batches, micro_batch, max_norm=0.5)
         for step, (expected, found) in enumerate(zip(alone, steps)):
             names = ("loss", "norm")
             assert_equal(dict(zip(names, found)), dict(zip(names, expected)))
@@ -776,7 +777,7 @@ def test_lines_that_may_not_be_swapped():
     norm_of_sum, clipped = clipped_norms("sum, norm, count")
     assert norm_of_sum / total > 10 and clipped < 0.1  # as many times as there are tokens
     norm_of_parts, _ = clipped_norms("norm, sum, count")
-    assert abs(norm_of_parts / norm_of_sum - 1) > 1e-3  # both of sums over tokens
+    assert abs(norm_of_parts / norm_of_sum - 1) > 1e-6  # both of sums over tokens
     return Shows(loss=0.0, gradients=norm_of_sum / total - 1)
 
 
@@ -926,7 +927,7 @@ def test_slopes_from_the_local_head_count():
 @pytest.mark.ranks(2)
 @pytest.mark.parametrize("sp", [True, False])
 @pytest.mark.planted_bug(
-    symptom="LayerNorm of partial sums: rows of zeros become the bias, which is added tp times",
+    symptom="nothing at the start, where the bias is zero; then it is added tp times to each token",
     seen_in=None,
 )
 def test_embedding_norm_before_the_sum(sp):
@@ -938,7 +939,9 @@ def test_embedding_norm_before_the_sum(sp):
 
     mesh, cfg = mesh_of(2, 1, 1, sp), config()
     plain = z.GPT(cfg).to(ranks.device, torch.float64)
-    weights = {name: p + 0.1 for name, p in plain.state_dict().items()}  # biases that are not 0
+    generator = torch.Generator().manual_seed(4)
+    weights = dict(plain.state_dict())
+    weights["embedding_norm.bias"] = torch.randn(32, generator=generator, dtype=torch.float64)
     plain.load_state_dict(weights)
     expected = plain.loss(*batch_of()).sum() / (batch_of()[1] != -100).sum()
     expected.backward()
