@@ -1036,6 +1036,40 @@ def test_collectives_get_contiguous_tensors():
     assert len(set(seen)) == 2
 
 
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("sp", [True, False])
+def test_the_two_operators_are_conjugate(sp):
+    """enter, then leave, is tp times the identity of replicated work; and so is its gradient."""
+    mesh = mesh_of(2, 1, 1, sp)
+    generator = torch.Generator().manual_seed(6)
+    full = torch.randn(6, 2, 3, generator=generator, dtype=torch.float64).to(ranks.device)
+    x = (full.chunk(2)[mesh.tp_rank] if sp else full).clone().requires_grad_()
+    inside = z.enter_tp(x, mesh)
+    assert torch.equal(inside, full)
+    factor = mesh.tp_rank + 1.0  # each rank does other work: partial sums
+    y = z.leave_tp(inside * factor, mesh)
+    assert_equal({"y": y}, {"y": 3 * x})
+    y.square().sum().backward()
+    assert_equal({"grad": x.grad}, {"grad": 2 * 9 * x})
+
+
+@pytest.mark.slow
+def test_a_block_compiles():
+    """Under aot_eager, in one graph: output and gradients are eager's."""
+    cfg = config()
+    block = z.Block(cfg, z.ParallelMesh()).double()
+    x_SBH = torch.randn(5, 3, 32, dtype=torch.float64)
+    bias_nSS = z.alibi_bias(cfg, z.ParallelMesh(), 5, x_SBH)
+    found = []
+    for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        block.zero_grad()
+        y_SBH = run(x_SBH, bias_nSS)
+        y_SBH.square().sum().backward()
+        grads = {name: p.grad.clone() for name, p in block.named_parameters()}
+        found.append({"y": y_SBH.detach()} | grads)
+    assert_equal(found[1], found[0])
+
+
 # ── Weights ─────────────────────────────────────────────────────────────────────────────────────
 
 

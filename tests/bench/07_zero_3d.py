@@ -14,7 +14,6 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import ranks
@@ -42,7 +41,12 @@ def ours(hidden: int, layers: int) -> tuple[nn.Module, Callable, Callable]:
     """The model, a step, and the bytes of its state."""
     model = network(hidden, layers)
     buffer = z.ParamAndGradBuffer(model.named_parameters(), dist.group.WORLD, 2_000_000)
-    optimizer = z.DistributedOptimizer(buffer, partial(torch.optim.AdamW, **SETTINGS))
+
+    def adamw(groups: list[dict]) -> torch.optim.Optimizer:  # as the others: all parameters decay
+        pieces = [piece for group in groups for piece in group["params"]]
+        return torch.optim.AdamW(pieces, **SETTINGS)
+
+    optimizer = z.DistributedOptimizer(buffer, adamw)
     # A mesh of replicas alone: no parameter is sharded over tp, and none is tied.
     mesh = z.ParallelMesh(dp=dist.get_world_size(), dp_group=dist.group.WORLD)
 
