@@ -1205,7 +1205,7 @@ def equivalence(mesh: ParallelMesh, device: torch.device, dtype: torch.dtype) ->
 
 
 def state_bytes(optimizer: DistributedOptimizer) -> int:
-    """Bytes of masters and moments on this rank, where the parameters are bf16."""
+    """Bytes of this rank's masters and moments; fp32 masters are the parameters' own memory."""
     total = 0
     for piece in optimizer.pieces:
         moments = optimizer.optimizer.state[piece.master]
@@ -1260,7 +1260,7 @@ def demonstrate(
     state = state_bytes(optimizer)
     unsharded = 12 * sum(p.numel() for p in stage.parameters())
     found["state"] = mesh.dp * state / unsharded
-    say(f"optimizer state of rank 0: {state:,} bytes, unsharded {unsharded:,}\n")
+    say(f"masters and moments of rank 0: {state:,} bytes, without ZeRO-1 {unsharded:,}\n")
     return found
 
 
