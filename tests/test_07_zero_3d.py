@@ -119,14 +119,15 @@ def reference(cfg, batch) -> tuple[Tensor, dict]:
 def prove(layout, untied: bool = False, sp: bool = True, recompute: bool = False) -> None:
     """Loss, norm and every gradient; weights after five steps of SGD and of AdamW."""
     mesh = mesh_of(*layout, sp)
-    cfg = config(untied=untied, num_heads=max(4, mesh.tp), num_layers=max(3, mesh.pp - 2))
+    layers = 2 if mesh.pp == 1 else max(3, mesh.pp - 2)
+    cfg = config(untied=untied, num_heads=max(4, mesh.tp), num_layers=layers)
     rows = 8 if mesh.dp < 8 else 16
     batches = [batch_of(rows, 8, seed) for seed in range(5)]
     for make in (sgd, adamw):
         plain, optimizer_alone = plain_and_optimizer(cfg, make)
         stage, optimizer = build(cfg, mesh, make, recompute=recompute)
         alone = z.train_alone(plain, optimizer_alone, batches, max_norm=0.5)
-        micro_batch = max(1, rows // mesh.dp // 4)
+        micro_batch = max(1, rows // mesh.dp // max(2, mesh.pp))
         steps = z.train(stage, optimizer, batches, micro_batch, max_norm=0.5)
         for step, (expected, found) in enumerate(zip(alone, steps)):
             names = ("loss", "norm")
