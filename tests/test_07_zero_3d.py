@@ -262,8 +262,10 @@ def test_groups_made_in_another_order():
     order = [first, second] if dist.get_rank() == 0 else [second, first]
     x = torch.full((1,), float(dist.get_rank() + 1), device=ranks.device)
     work = dist.all_reduce(x, group=order[0], async_op=True)
-    time.sleep(0.5)
+    dist.barrier()  # in a third group: both have started
+    time.sleep(0.2)
     assert not work.is_completed()  # neither meets the other
+    dist.barrier()
     y = torch.zeros(1, device=ranks.device)
     other = dist.all_reduce(y, group=order[1], async_op=True)
     for each in (work, other):
