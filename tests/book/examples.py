@@ -582,6 +582,138 @@ def mixer():
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
+
+
+# ── Chapter 7 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def zero_config():
+    from zero_3d import GPTConfig
+
+    return GPTConfig(13, num_layers=2, hidden_size=16, num_heads=2)
+
+
+def zero_gpt(name="GPT"):
+    """The plain model, or a stage that is all of it, in float64."""
+    import zero_3d
+
+    mesh = zero_3d.ParallelMesh()
+    model = zero_3d.GPT(zero_config()) if name == "GPT" else zero_3d.Stage(zero_config(), mesh)
+    return model.double()
+
+
+def zero_parameters():
+    return {"a": torch.nn.Parameter(normal(3)), "b": torch.nn.Parameter(normal(2, 2))}
+
+
+def zero_optimizer(stage=None):
+    """With gradients."""
+    import zero_3d
+
+    optimizer = zero_3d.make_training(stage or zero_gpt("Stage"), 1e-2, elements=100)
+    for bucket in optimizer.buffer.buckets:
+        bucket.grad.copy_(normal(len(bucket.grad)))
+    return optimizer
+
+
+def zero_grads(optimizer):
+    return [bucket.grad for bucket in optimizer.buffer.buckets]
+
+
+def zero_buffer(m):
+    """What a backward leaves in a buffer, m's or one that m's buckets make."""
+    import zero_3d
+
+    params = zero_parameters()
+    make = getattr(m, "ParamAndGradBuffer", None) or zero_3d.ParamAndGradBuffer
+    buffer = make(params.items(), elements=1)
+    (params["a"].sum() + params["b"].square().sum()).backward()
+    buffer.finish_reduce_scatter()
+    return [bucket.grad for bucket in buffer.buckets]
+
+
+def zero_update(m):
+    import zero_3d
+
+    params = zero_parameters()
+    buffer = zero_3d.ParamAndGradBuffer(params.items())
+    optimizer = m.DistributedOptimizer(buffer, lambda groups: torch.optim.SGD(groups, 0.1))
+    buffer.buckets[0].grad.fill_(1)
+    optimizer.step()
+    return list(params.values())
+
+
+def zero_pieces(m):
+    return [(piece.name, piece.start, piece.master) for piece in m.pieces_of(bucket_with_master())]
+
+
+def bucket_with_master():
+    import zero_3d
+
+    bucket = zero_3d.Bucket(zero_parameters())
+    bucket.master = bucket.data.clone()
+    return bucket
+
+
+def zero_finalized(m):
+    import zero_3d
+
+    optimizer = zero_optimizer()
+    count = m.finalize_model_grads(optimizer, zero_3d.ParallelMesh(), torch.tensor(3))
+    return count, zero_grads(optimizer)
+
+
+def zero_clipped(m):
+    import zero_3d
+
+    optimizer = zero_optimizer()
+    norm = m.clip_grad_norm_(optimizer, 0.5, zero_3d.ParallelMesh())
+    return norm, zero_grads(optimizer)
+
+
+def zero_step(m):
+    stage = zero_gpt("Stage")
+    optimizer = zero_optimizer(stage)
+    optimizer.buffer.zero_grad()
+    loss = m.run_1f1b(stage, optimizer.buffer, *BATCHES[0], 1)
+    return loss, zero_grads(optimizer)
+
+
+def zero_train(m):
+    stage = zero_gpt("Stage")
+    return losses(m.train(stage, zero_optimizer(stage), BATCHES, 1))
+
+
+def collective_alone(start, shard_first):
+    """A collective on a group of one."""
+    with alone():
+        shard = torch.zeros(4)
+        full = torch.arange(4.0)
+        start(*((shard, full) if shard_first else (full, shard)), dist.group.WORLD).wait()
+        return shard, full
+
+
+def one_zero_mesh(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, 1, 1, device)
+        return [mesh.tp, mesh.pp, mesh.dp, mesh.tp_rank, mesh.pp_rank, mesh.dp_rank]
+
+
+def zero_weights(m, name):
+    import zero_3d
+
+    full = dict(zero_gpt().state_dict())
+    return getattr(m, name)(
+        full if name[0] == "s" else [full], zero_config(), zero_3d.ParallelMesh()
+    )
+
+
+def zero_mesh():
+    from zero_3d import ParallelMesh
+
+    return ParallelMesh()
+
+
 EXAMPLES = {
     "deepspeech": {
         "group_size": lambda m, folder: m.group_size(),
@@ -702,7 +834,7 @@ EXAMPLES = {
         "sum_gradients": lambda m, folder: m.sum_gradients(gpt().parameters()) or "nothing to sum",
         "clip_grad_norm_": lambda m, folder: clipped(m),
         "train_alone": lambda m, folder: losses(m.train_alone(*with_optimizer(gpt()), BATCHES)),
-        "train": lambda m, folder: losses(m.train(*with_optimizer(gpt()), BATCHES, mesh_of_one())),
+        "train": lambda m, folder: losses(m.train(*with_optimizer(gpt()), BATCHES, zero_mesh())),
         "TextData": lambda m, folder: text_of(m, folder),
     },
     "load_nemotron_h": {
@@ -991,6 +1123,56 @@ EXAMPLES = {
         ),
         "to_fp8": lambda m, folder: converted(m),
     },
+    "zero_3d": {
+        "GPTConfig": lambda m, t: vars(m.GPTConfig(hidden_size=8)),
+        "ParallelMesh": lambda m, t: [m.ParallelMesh(2, 3, 4).dp, m.ParallelMesh().sp],
+        "rank_of": lambda m, t: m.rank_of(type("Mesh", (), {"tp": 4, "dp": 8}), 1, 2, 3),
+        "make_mesh": lambda m, t: one_zero_mesh(m),
+        "start_reduce_scatter": lambda m, t: collective_alone(m.start_reduce_scatter, True),
+        "start_all_gather": lambda m, t: collective_alone(m.start_all_gather, False),
+        "Bucket": lambda m, t: m.Bucket(zero_parameters()).data,
+        "split_into_buckets": lambda m, t: [
+            sorted(part) for part in m.split_into_buckets(zero_parameters(), 1)
+        ],
+        "ParamAndGradBuffer": lambda m, t: zero_buffer(m),
+        "DistributedOptimizer": lambda m, t: zero_update(m),
+        "pieces_of": lambda m, t: zero_pieces(m),
+        "finalize_model_grads": lambda m, t: zero_finalized(m),
+        "clip_grad_norm_": lambda m, t: zero_clipped(m),
+        "alibi_bias": lambda m, t: m.alibi_bias(zero_config(), zero_mesh(), 5, normal(1)),
+        "Block": lambda m, t: through(
+            m.Block(zero_config(), zero_mesh()), normal(5, 3, 16), torch.zeros(2, 5, 5).double()
+        ),
+        "GPT": lambda m, t: m.GPT(zero_config()).double()(BATCHES[0][0]),
+        "initial_weight": lambda m, t: m.initial_weight(
+            "a.weight", torch.Size([2, 3]), zero_config()
+        ),
+        "parameter_shapes": lambda m, t: list(m.parameter_shapes(zero_config()).items()),
+        "enter_tp": lambda m, t: m.enter_tp(normal(2, 3), zero_mesh()),
+        "leave_tp": lambda m, t: m.leave_tp(normal(2, 3), zero_mesh()),
+        "local_rows": lambda m, t: m.local_rows(torch.arange(6), 3, zero_mesh()),
+        "vocab_parallel_loss": lambda m, t: m.vocab_parallel_loss(
+            normal(5, 2, 13), torch.zeros(5, 2, dtype=torch.int64), 11, zero_mesh()
+        ),
+        "stages_of": lambda m, t: m.stages_of("layers.1.up.weight", zero_config(), 2),
+        "Stage": lambda m, t: m.Stage(zero_config(), zero_mesh()).double()(*BATCHES[0]),
+        "shard_dim": lambda m, t: [m.shard_dim("layers.0.out.weight"), m.shard_dim("a.bias")],
+        "check_heads": lambda m, t: [m.check_heads(zero_config(), 2)],
+        "shard_tensor": lambda m, t: m.shard_tensor(
+            "embedding.weight", normal(13, 4), zero_config(), zero_mesh()
+        ),
+        "shard_state_dict": lambda m, t: zero_weights(m, "shard_state_dict"),
+        "merge_state_dicts": lambda m, t: zero_weights(m, "merge_state_dicts"),
+        "exchange": lambda m, t: [m.exchange(zero_mesh(), normal(2, 2), 1, None, True)],
+        "run_1f1b": lambda m, t: zero_step(m),
+        "check_batch": lambda m, t: [m.check_batch((4, 8), 2, zero_mesh())],
+        "make_training": lambda m, t: [
+            piece.master for piece in m.make_training(zero_gpt("Stage"), 1e-2).pieces
+        ],
+        "train": lambda m, t: zero_train(m),
+        "state_bytes": lambda m, t: m.state_bytes(zero_optimizer()),
+        "ones": lambda m, t: m.ones(zero_gpt()),
+    },
 }
 
 # Why a function that needs others has no example.
@@ -1031,6 +1213,7 @@ WITHOUT_EXAMPLE = {
         "text_batches": "part of the demonstration; test_06_moe_fp8.py runs it",
         "measure": "trains and prints; test_06_moe_fp8.py runs the script",
     },
+    "zero_3d": {"text_batches": "part of the demonstration; test_07_zero_3d.py runs it"},
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}

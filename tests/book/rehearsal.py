@@ -425,6 +425,21 @@ def moe_fp8(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"ep {ep} × dp {WORLD // ep}" + ", fp8" * fp8, steps, rows // ep
 
 
+def zero_3d(chapter, device: torch.device) -> Iterator[Variant]:
+    for layout in ((4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2), (1, 1, 4)):
+        for sp in (True, False):
+            mesh = chapter.make_mesh(*layout, CPU, sp=sp)
+
+            def steps(mesh=mesh) -> Steps:
+                config = chapter.GPTConfig(61, 2, hidden_size=32, num_heads=4)
+                stage = move(chapter.Stage(config, mesh), device)
+                optimizer = chapter.make_training(stage, 1e-3, elements=1000)
+                return chapter.train(stage, optimizer, text(device, 61), 1)
+
+            if sp or mesh.tp > 1:
+                yield f"tp, pp, dp {layout}" + ", sp" * mesh.sp, steps, 1
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -432,6 +447,7 @@ CHAPTERS = {
     "04_seq_parallel": seq_parallel,
     "05_mamba_hybrid": mamba_hybrid,
     "06_moe_fp8": moe_fp8,
+    "07_zero_3d": zero_3d,
 }
 
 
@@ -485,6 +501,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "05_mamba_hybrid": (["--tp", "2"], 1),
     # The single device's model has the same counts where all ranks share one set of experts.
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
+    "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
 }
 
 
@@ -508,6 +525,8 @@ class Loop:
 
     def make_grid(self) -> list:
         """Arguments of `demonstrate` between args and device; made before the fake mode begins."""
+        if hasattr(self.args, "layouts"):  # chapter 7: a mesh of three axes
+            return [self.chapter.make_mesh(*self.args.layouts[0], CPU)]
         for size in ("pp", "ep", "tp"):
             if hasattr(self.chapter, self.makes) and hasattr(self.args, size):
                 return [getattr(self.chapter, self.makes)(getattr(self.args, size), CPU)]
