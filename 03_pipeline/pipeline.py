@@ -39,7 +39,7 @@ measured.
 
 Left out: the paper's tables (pipeline_tables.py); the plan for a cluster (plan.py); drawings, and
 the schedule that splits backward in two, planned and not executed (timeline.py); scatter/gather
-over the tensor-parallel group (wire_cut.py, until chapter 7 executes it); recomputation layer by
+over the tensor-parallel group (wire_cut.py; chapter 7 trains with it); recomputation layer by
 layer.
 """
 

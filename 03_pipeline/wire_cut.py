@@ -6,7 +6,8 @@ Paper: Efficient Large-Scale Language Model Training on GPU Clusters Using Megat
 
     python 03_pipeline/wire_cut.py        2 stages × 2 ranks that hold the same
 
-This file keeps the technique until chapter 7 executes tensor and pipeline parallelism together.
+Chapter 7 trains with it, where tensor and pipeline parallelism run together. Here it is proven by
+itself, for every schedule of chapter 3 and for sizes that do not divide.
 
 With tensor parallelism inside the stages, all t ranks of a stage hold the same x_BSH at its end.
 Sent as it is, the same tensor would pass t times over the slow network between servers. So each
