@@ -424,6 +424,24 @@ def moe_fp8(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"ep {ep} × dp {WORLD // ep}" + ", fp8" * fp8, steps, rows // ep
 
 
+def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
+    """The simulated device has no generators of its own: rounding draws from the default one."""
+    chapter._generator = lambda device, seed: None
+    groups = {4: dist.group.WORLD, 1: dist.new_group([RANK])}
+    for tp, group in groups.items():
+        for stochastic in (False, True):
+
+            def steps(group=group, stochastic=stochastic) -> Steps:
+                sizes = dict(hidden_size=64, num_layers=2, num_heads=4, seq_length=16)
+                model = move(chapter.GPT(chapter.GPTConfig(61, **sizes)), device)
+                recipe = chapter.NVFP4Recipe(stochastic=stochastic)
+                chapter.to_nvfp4(model, recipe, group)
+                optimizer = chapter.make_optimizer(model, lr=1e-3)
+                return chapter.train(model, optimizer, text(device, 61), group)
+
+            yield f"{tp} ranks" + ", stochastic" * stochastic, steps, 1
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -431,6 +449,7 @@ CHAPTERS = {
     "04_seq_parallel": seq_parallel,
     "05_mamba_hybrid": mamba_hybrid,
     "06_moe_fp8": moe_fp8,
+    "08_nvfp4": nvfp4,
 }
 
 
@@ -484,6 +503,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "05_mamba_hybrid": (["--tp", "2"], 1),
     # The single device's model has the same counts where all ranks share one set of experts.
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
+    "08_nvfp4": ([], 1),
 }
 
 

@@ -208,6 +208,7 @@ LAST_LINE = {
     "04": "^   4 ",
     "05": "^after ",
     "06": "^claim ",
+    "08": "^claim ",
 }
 SHORT = ["--steps", "5"]
 MOMENTS = ("before the group", "as they meet", "in a step", "at the end")
@@ -385,6 +386,7 @@ TINY = {
     "04": ["--steps", 2],
     "05": ["--steps", 2],
     "06": ["--steps", 2],
+    "08": ["--steps", 2],
 }
 WRITES = {"run.safetensors": ("--checkpoint", "02"), "model.safetensors": ("--save", "01")}
 
