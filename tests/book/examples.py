@@ -579,6 +579,42 @@ def mixer():
     return Attention(moe_config())
 
 
+# ── Chapter 8 ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def four_bit_config():
+    from nvfp4 import GPTConfig
+
+    return GPTConfig(vocab_size=13, num_layers=2, hidden_size=32, num_heads=2, seq_length=8)
+
+
+def four_bit_gpt():
+    """The plain model, which a lifted `to_nvfp4` may convert, too."""
+    from nvfp4 import GPT
+
+    return GPT(four_bit_config()).double()
+
+
+def in_four_bits(**changes):
+    import nvfp4
+
+    return nvfp4.to_nvfp4(four_bit_gpt(), nvfp4.NVFP4Recipe(**changes))
+
+
+def four_bits(*shape: int):
+    from nvfp4 import nvfp4_quantize
+
+    return nvfp4_quantize(torch.randn(shape))
+
+
+def seeded_layer(m):
+    """Its gradient, rounded with the random values of a place."""
+    layer = getattr(m, "NVFP4Linear", None) or __import__("nvfp4").NVFP4Linear
+    model = torch.nn.Sequential(layer(torch.nn.Linear(16, 32, bias=False)))
+    m.seed_rounding(model, seed=1, step=2)
+    return through(model, normal(16, 16).requires_grad_())
+
+
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
@@ -1175,6 +1211,41 @@ EXAMPLES = {
     },
 }
 
+EXAMPLES["nvfp4"] = {
+    "GPTConfig": lambda m, folder: vars(m.GPTConfig(hidden_size=16)),
+    "nvfp4_quantize": lambda m, folder: list(m.nvfp4_quantize(torch.randn(4, 32))[::2]),
+    "nvfp4_dequantize": lambda m, folder: m.nvfp4_dequantize(four_bits(4, 32)),
+    "random_hadamard": lambda m, folder: m.random_hadamard(normal(3, 32)),
+    "nvfp4_gemm": lambda m, folder: m.nvfp4_gemm(four_bits(4, 32), four_bits(3, 32), torch.float64),
+    "NVFP4Linear": lambda m, folder: through(
+        m.NVFP4Linear(torch.nn.Linear(16, 32, bias=False)), normal(2, 16, 16)
+    ),
+    "seed_rounding": lambda m, folder: seeded_layer(m),
+    "Block": lambda m, folder: through(m.Block(four_bit_config()), normal(2, 5, 32)),
+    "GPT": lambda m, folder: through(m.GPT(four_bit_config()), TOKENS),
+    "to_nvfp4": lambda m, folder: m.to_nvfp4(four_bit_gpt(), m.NVFP4Recipe()).state_dict(),
+    "check_tp": lambda m, folder: m.check_tp(four_bit_config(), 2) or "it fits",
+    "sharded_parameters": lambda m, folder: len(m.sharded_parameters(in_four_bits())),
+    "shard_dim": lambda m, folder: [m.shard_dim("layers.0.out.weight", range(1))],
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        four_bit_gpt().state_dict(), range(1), 1, 2
+    ),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+        [four_bit_gpt().state_dict()], range(1)
+    ),
+    "gather_state_dict": lambda m, folder: m.gather_state_dict(
+        four_bit_gpt().state_dict(), range(1)
+    ),
+    "seeded": lambda m, folder: list(m.seeded(in_four_bits(), FOUR_BIT_BATCHES)),
+    "sum_gradients": lambda m, folder: (
+        m.sum_gradients(four_bit_gpt().parameters()) or "nothing to sum"
+    ),
+    "train": lambda m, folder: losses(
+        m.train(*with_optimizer(in_four_bits(stochastic=False)), FOUR_BIT_BATCHES)
+    ),
+}
+FOUR_BIT_BATCHES = [(torch.arange(32).view(4, 8) % 13, torch.arange(32).view(4, 8) % 7)] * 2
+
 # Why a function that needs others has no example.
 LAUNCHED = "every chapter's tests start it as a script"
 WITHOUT_EXAMPLE = {
@@ -1205,6 +1276,18 @@ WITHOUT_EXAMPLE = {
         "check_case": "part of the demonstration; test_05_mamba_hybrid.py runs it",
         "measure": "trains and prints; test_05_mamba_hybrid.py runs the script",
         "measure_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
+    },
+    "nvfp4": {
+        "differing_values": "part of the demonstration; test_08_nvfp4.py runs it",
+        "error_of_dgrad": "part of the demonstration; test_08_nvfp4.py runs it",
+        "regression": "part of the demonstration; test_08_nvfp4.py runs it",
+        "FP8Linear": "chapter 6 has FP8; test_08_nvfp4.py compares this short form",
+        "to_fp8": "chapter 6 has FP8; test_08_nvfp4.py compares this short form",
+        "spread": "part of the demonstration; test_08_nvfp4.py runs it",
+        "text_batches": "part of the demonstration; test_08_nvfp4.py runs it",
+        "single_device": "part of the demonstration; test_08_nvfp4.py runs it",
+        "measure": "trains and prints; test_08_nvfp4.py runs the script",
+        "statements": "part of the demonstration; test_08_nvfp4.py runs the script",
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",

@@ -440,6 +440,24 @@ def zero_3d(chapter, device: torch.device) -> Iterator[Variant]:
                 yield f"tp, pp, dp {layout}" + ", sp" * mesh.sp, steps, 1
 
 
+def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
+    """The simulated device has no generators of its own: rounding draws from the default one."""
+    chapter._generator = lambda device, seed: None
+    groups = {4: dist.group.WORLD, 1: dist.new_group([RANK])}
+    for tp, group in groups.items():
+        for stochastic in (False, True):
+
+            def steps(group=group, stochastic=stochastic) -> Steps:
+                sizes = dict(hidden_size=64, num_layers=2, num_heads=4, seq_length=16)
+                model = move(chapter.GPT(chapter.GPTConfig(61, **sizes)), device)
+                recipe = chapter.NVFP4Recipe(stochastic=stochastic)
+                chapter.to_nvfp4(model, recipe, group)
+                optimizer = chapter.make_optimizer(model, lr=1e-3)
+                return chapter.train(model, optimizer, text(device, 61), group)
+
+            yield f"{tp} ranks" + ", stochastic" * stochastic, steps, 1
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -448,6 +466,7 @@ CHAPTERS = {
     "05_mamba_hybrid": mamba_hybrid,
     "06_moe_fp8": moe_fp8,
     "07_zero_3d": zero_3d,
+    "08_nvfp4": nvfp4,
 }
 
 
@@ -502,6 +521,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     # The single device's model has the same counts where all ranks share one set of experts.
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
+    "08_nvfp4": ([], 1),
 }
 
 
