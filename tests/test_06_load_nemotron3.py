@@ -104,7 +104,7 @@ REFUSED = {
     r"which this model does not know": dict(
         layers_block_type=["full_attention", "moe", "moe", "full_attention"], num_hidden_layers=4
     ),
-    r"another shape.*'embedding.weight', \(61, 32\)": dict(hidden_size=48),
+    r"another shape.*'embedding.weight', torch.Size\(\[61, 32\]\)": dict(hidden_size=48),
     r"top_k=9: choose at most num_experts=8": dict(num_experts_per_tok=9),
 }
 

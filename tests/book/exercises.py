@@ -62,8 +62,13 @@ def equal(what: str, got: object, expected: object, within: float = 0.0) -> None
     if found.shape != right.shape:
         raise reason
     limit = within * max(1.0, right.abs().max().item() if right.numel() else 0.0)
-    if not bool(((found - right).abs() <= limit).all()):
-        raise reason
+    close = (found - right).abs() <= limit
+    if not bool(close.all()):
+        if right.numel() <= 10:
+            raise reason
+        place = int((~close).flatten().nonzero()[0])
+        values = f"got {found.flatten()[place]:g}, expected {right.flatten()[place]:g}"
+        raise Wrong(f"{what}: element {place}: {values}")
 
 
 def true(what: str, condition: object) -> None:

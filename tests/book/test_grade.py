@@ -234,6 +234,11 @@ def test_values_that_differ_are_told(got, expected, within):
         exercises.equal("a value", got, expected, within)
 
 
+def test_of_many_values_the_first_wrong_one_is_told():
+    with pytest.raises(exercises.Wrong, match=r"^a value: element 7: got 9, expected 7$"):
+        exercises.equal("a value", [*range(7), 9.0, *range(8, 40)], torch.arange(40.0))
+
+
 def test_values_that_are_equal_pass():
     exercises.equal("a value", 1, 1.0)
     exercises.equal("a value", torch.ones(2, requires_grad=True), [1.0, 1.0])
