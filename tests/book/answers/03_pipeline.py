@@ -157,28 +157,6 @@ def zb_h2(p, m):
     ),
     (
         "2",
-        "x is no leaf",
-        """
-def one_micro_batch(stage, tokens, targets):
-    x = tokens
-    if rank > 0:
-        x = torch.empty(*tokens.shape, 16, dtype=torch.float64)
-        dist.recv(x, rank - 1)
-        pass
-    y = stage(rank, x)
-    if rank == 3:
-        pl.token_losses(y, targets).mean().backward()
-    else:
-        dist.send(y.detach(), rank + 1)
-        grad = torch.empty_like(y)
-        dist.recv(grad, rank + 1)
-        y.backward(grad)
-    if rank > 0:
-        dist.send(x.grad, rank - 1)
-""",
-    ),
-    (
-        "2",
         "the gradient that arrives is not used",
         """
 def one_micro_batch(stage, tokens, targets):
