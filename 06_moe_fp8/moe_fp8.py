@@ -1087,7 +1087,7 @@ def train(
 # pipeline, expert and data parallelism, and each rank belongs to several groups. Every replica
 # also keeps the same optimizer states, 8 bytes per parameter. Rows are sent K times per token and
 # direction, in bf16, H elements each: 4 · 6 · 2688 · 2 bytes · 7/8 = 113 kB per token and layer of
-# Nano at ep 8. LatentMoE makes them smaller, and NVFP4 has 4 bits per value: a later chapter.
+# Nano at ep 8. Chapter 7 shards all of it at once; chapter 8 has 4 bits per value (NVFP4).
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
