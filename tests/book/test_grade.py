@@ -36,6 +36,18 @@ def answers_of(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
+def test_a_notebook_can_be_read_on_a_page(name):
+    """No code line is over 100 columns, and each exercise has its heading."""
+    notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    long = [line for source in code for line in source.splitlines() if len(line) > 100]
+    assert not long
+    text = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    for number in notebooks.exercises(notebook):
+        assert re.search(rf"^### Exercise {number}\b", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_every_exercise_has_answers_of_both_kinds(name):
     """At least two wrong ones and, besides the solution, another right one; none twice."""
     answers = answers_of(name)
