@@ -391,7 +391,7 @@ RECIPES = {"hybrid": HYBRID, "blockwise": BLOCKWISE}
 
 
 @dataclass
-class Options:  # the flags that moe_fp8.py does not have
+class FP8Options:  # the flags that moe_fp8.py does not have
     fp8: str = moe.flag(
         "auto", "auto: tensor cores if any", choices=["auto", "hardware", "emulate"]
     )
@@ -502,7 +502,7 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
         raise SystemExit(1)
 
 
-def check_args(args: argparse.Namespace) -> None:
+def check_fp8_args(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where the flags, or the file that they name, do not fit."""
     moe.check_args(args)
     recipe = recipe_of(args, torch.device(args.device))
@@ -511,8 +511,8 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def flags() -> argparse.Namespace:
-    configs = [Options, moe.Options, moe.MoEConfig]
-    return moe.parse_flags(__doc__, configs, check_args, ranks=4, steps=80)
+    configs = [FP8Options, moe.Options, moe.MoEConfig]
+    return moe.parse_flags(__doc__, configs, check_fp8_args, ranks=4, steps=80)
 
 
 if __name__ == "__main__":

@@ -1248,7 +1248,7 @@ def demonstrate(
     begin_plain = ones(plain)
     found = {}
     say("step      loss  single device    norm")
-    for step, ((loss_alone, _), (loss, norm)) in enumerate(zip(alone, steps)):
+    for step, ((loss, norm), (loss_alone, _)) in enumerate(zip(steps, alone)):
         loss, norm = read_step(step, loss, norm)
         if step < 5 or step % 10 == 9:
             expected = loss_alone.item()

@@ -1099,6 +1099,7 @@ EXAMPLES = {
         "Layer": lambda m, folder: list(
             m.Layer(moe_config(), mixer()).double()(normal(2, 5, 16), normal(2))
         ),
+        "MLP": lambda m, folder: through(m.MLP(moe_config()), normal(2, 5, 16)),
         "overload": lambda m, folder: m.overload(moe("MoELM")).state_dict(),
         "Router": lambda m, folder: list(m.Router(moe_config()).double()(normal(5, 16))),
         "update_expert_bias": lambda m, folder: moe_update(m),
@@ -1295,6 +1296,10 @@ WITHOUT_EXAMPLE = {
         "single_device_losses": "part of the demonstration; test_06_moe_fp8.py runs it",
         "text_batches": "part of the demonstration; test_06_moe_fp8.py runs it",
         "measure": "trains and prints; test_06_moe_fp8.py runs the script",
+        "gradients": "part of the demonstration; test_06_moe_fp8.py runs it",
+        "parallel_model": "takes the command line's arguments",
+        "training": "takes the command line's arguments",
+        "uneven_batches": "part of the demonstration; test_06_moe_fp8.py runs it",
     },
     "zero_3d": {"text_batches": "part of the demonstration; test_07_zero_3d.py runs it"},
 }

@@ -141,7 +141,7 @@ def execute(notebook: nbformat.NotebookNode, limit: float) -> str:
         return limit if cell.metadata.get("role") else START_LIMIT
 
     client = nbclient.NotebookClient(
-        notebook, timeout_func=seconds, resources=folder, allow_errors=True
+        notebook, timeout_func=seconds, iopub_timeout=60, resources=folder, allow_errors=True
     )
     try:
         client.execute()

@@ -567,6 +567,11 @@ class Loop:
             for patch in self.patches(waits):
                 stack.enter_context(patch)
             with suppress(LoopEnded):
+                if "steps" in names:  # chapter 6: the steps of a training
+                    model = self.chapter.parallel_model(self.args, self.grid[0], self.device)
+                    arguments = {
+                        "steps": self.chapter.training(self.args, model, self.device, *self.grid)
+                    }
                 demonstrate(**arguments)
         return self.steps
 

@@ -75,7 +75,9 @@ def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
             tries.append((number, what, right, check))
     notebook.cells = [*cells[:-1], *added, cells[-1]]  # the last cell stops the ranks
     folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
-    client = nbclient.NotebookClient(notebook, timeout=120, resources=folder, allow_errors=True)
+    client = nbclient.NotebookClient(
+        notebook, timeout=120, iopub_timeout=60, resources=folder, allow_errors=True
+    )
     client.execute()
     return notebook, tries
 
