@@ -37,7 +37,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--ranks",
         type=int,
-        default=4,
+        default=8,
         help="the largest world; tests that need more ranks are skipped",
     )
 
