@@ -160,9 +160,11 @@ class Events(TorchDispatchMode):
 
     COLLECTIVES = {  # torch 2.13 renamed two of them
         "all_reduce": "all_reduce",
-        "all_gather_single": "all_gather", "all_gather_into_tensor": "all_gather",
-        "reduce_scatter_single": "reduce_scatter", "reduce_scatter_tensor": "reduce_scatter",
-    }  # fmt: skip
+        "all_gather_single": "all_gather",
+        "all_gather_into_tensor": "all_gather",
+        "reduce_scatter_single": "reduce_scatter",
+        "reduce_scatter_tensor": "reduce_scatter",
+    }
     PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::_scaled_mm")
 
     def __enter__(self):

@@ -44,9 +44,13 @@ def test_published_models():
         name: tuple(c.pattern.count(kind) for kind in "M*-") for name, c in tables.PUBLISHED.items()
     }
     assert counts == {
-        "study hybrid": (24, 4, 28), "Nemotron-H-8B": (24, 4, 24), "Nemotron-H-47B": (45, 5, 48),
-        "Nemotron-H-56B": (54, 10, 54), "Nano-12B-v2": (28, 6, 28), "Nano-9B-v2": (27, 4, 25),
-    }  # fmt: skip
+        "study hybrid": (24, 4, 28),
+        "Nemotron-H-8B": (24, 4, 24),
+        "Nemotron-H-47B": (45, 5, 48),
+        "Nemotron-H-56B": (54, 10, 54),
+        "Nano-12B-v2": (28, 6, 28),
+        "Nano-9B-v2": (27, 4, 25),
+    }
     at = [i for i, kind in enumerate(tables.PUBLISHED["Nemotron-H-8B"].pattern) if kind == "*"]
     assert at == [7, 18, 29, 40]
     assert [

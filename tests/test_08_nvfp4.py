@@ -1146,10 +1146,12 @@ def test_stochastic_rounding_that_falls_to_zeros():
 def test_a_division_in_the_place_of_the_capped_reciprocal():
     bug = edited(
         nf.nvfp4_quantize,
-        ("    scaled = tiles * encode[:, None, :, None]\n",
-         "    quotient = scales.to(torch.float32) / s_enc\n"
-         "    scaled = tiles / quotient[:, None, :, None]\n"),
-    )  # fmt: skip
+        (
+            "    scaled = tiles * encode[:, None, :, None]\n",
+            "    quotient = scales.to(torch.float32) / s_enc\n"
+            "    scaled = tiles / quotient[:, None, :, None]\n",
+        ),
+    )
     x = random(2048, 256, seed=2, dtype=torch.float32).bfloat16()
     differ = (parts(bug(x))[0] != parts(nf.nvfp4_quantize(x))[0]).mean()
     assert 1e-5 < differ < 1e-2

@@ -17,8 +17,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "01_deepspeech"))
-import deepspeech as ds  # noqa: E402
-import speech as sp  # noqa: E402
+import deepspeech as ds
+import speech as sp
 
 HEARD, UNHEARD = (
     sp.Speech.synthetic(count, sp.SpeechConfig(), seed) for count, seed in ((320, 0), (100, 1))

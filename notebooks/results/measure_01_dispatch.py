@@ -17,7 +17,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "01_deepspeech"))
-import speech as sp  # noqa: E402
+import speech as sp
 
 CONFIG = sp.SpeechConfig(num_layers=3, hidden_size=1024, bidirectional=False)
 FRAMES, STREAMS, ROUNDS = 20, (1, 2, 4, 8, 16, 32), 15  # 20 frames are 0.2 s of sound

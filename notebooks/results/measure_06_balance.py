@@ -18,7 +18,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "06_moe_fp8"))
-import moe_fp8 as mf  # noqa: E402
+import moe_fp8 as mf
 
 WAYS = {  # α of the auxiliary loss, γ of the bias
     "nothing": (0.0, 0.0),

@@ -17,8 +17,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "06_moe_fp8"))
-import fp8  # noqa: E402
-import moe_fp8 as mf  # noqa: E402
+import fp8
+import moe_fp8 as mf
 
 UNSCALED = fp8.Operand("e4m3, unscaled")  # a format that `Broken` knows and the chapter does not
 STALE = fp8.Operand("e4m3, stale")

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent.parent / "08_nvfp4"))
-import nvfp4 as nf  # noqa: E402
+import nvfp4 as nf
 
 FULL = nf.NVFP4Recipe()
 RECIPES = {

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT-0
-"""A small use of every function and class that needs others of its chapter, for test_lift.py: chapter, name, use.
+"""A small use of every function and class that needs others of its chapter, for test_lift.py:
+chapter, name, use.
 
-A use gets a module, which is the chapter or a lifted copy, and an empty folder; it returns what it computed. A shared
-block's functions stand under its home.
+A use gets a module, which is the chapter or a lifted copy, and an empty folder; it returns what it
+computed. A shared block's functions stand under its home.
 """
 
 import contextlib
@@ -34,7 +35,7 @@ def alone():
         dist.destroy_process_group()
 
 
-# ── Chapter 1 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 1 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def speech_config(**changes):
@@ -122,7 +123,7 @@ def counted(m):
     return [(message.op, message.bytes) for message in counter.messages]
 
 
-# ── Chapter 2 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 2 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 class Normless(torch.nn.Identity):
@@ -289,7 +290,7 @@ def text_of(m, folder):
     return m.TextData(str(folder / "mine.txt"), 8).batch(0, 2, seed=0)
 
 
-# ── Chapter 3 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 3 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def lists(kind="1f1b", p=2, m=4, v=1):
@@ -364,7 +365,7 @@ def simulated():
     return pipeline.simulate(lists())
 
 
-# ── Chapter 4 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 4 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def sp_config():
@@ -410,7 +411,7 @@ def cost_of_layer(m):
         return list(m.layer_cost("selective", device)[:2])
 
 
-# ── Chapter 5 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 5 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def hybrid_config(**changes):
@@ -485,7 +486,7 @@ def admitted(m):
     return [m.Cache(8, []).admit(TOKENS, TOKENS > 3)]
 
 
-# ── Chapter 6 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 6 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def moe_config():
@@ -579,7 +580,7 @@ def mixer():
     return Attention(moe_config())
 
 
-# ── Chapter 8 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 8 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def four_bit_config():
@@ -620,7 +621,7 @@ GPT_1T = dict(layers=128, hidden=25600, heads=160)
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 
 
-# ── Chapter 7 ───────────────────────────────────────────────────────────────────────────────────────────
+# ── Chapter 7 ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def zero_config():

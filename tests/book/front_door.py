@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT-0
-"""The numbers on the front door: `make numbers` runs every chapter, keeps what it saw in a file of results, and writes
-it into README.md, INSTALL.md, CLAIMS.md and the chapters' READMEs. A test holds that they say what is kept.
+"""The numbers on the front door: `make numbers` runs every chapter, keeps what it saw in a file of
+results, and writes it into README.md, INSTALL.md, CLAIMS.md and the chapters' READMEs. A test holds
+that they say what is kept.
 """
 
 import argparse
@@ -24,7 +25,8 @@ KEPT = ROOT / "notebooks/results/00_numbers.json"
 
 
 def claims(output: str) -> list[list[str]]:
-    """The rows of the claims table with which a chapter's output ends: claim, paper, here, verdict."""
+    """The rows of the claims table with which a chapter's output ends: claim, paper, here,
+    verdict."""
     return cells(output[output.rindex("\nclaim ") + 1 :])
 
 
@@ -37,7 +39,8 @@ def cells(table: str) -> list[list[str]]:
 
 
 def tables(output: str) -> list[dict]:
-    """What a table file printed: of each table the title and the rows, claim, paper, formula, here, verdict."""
+    """What a table file printed: of each table the title and the rows, claim, paper, formula, here,
+    verdict."""
     found = re.findall(
         r"^([^\n]+)\n\n(claim +paper +formula .+?)(?=\n\n|\Z)", output, flags=re.M | re.S
     )
@@ -58,7 +61,8 @@ SECOND_SCRIPTS = {"06_moe_fp8": "fp8.py"}  # a chapter's second half, with claim
 
 
 def measure_chapter(folder: Path) -> dict:
-    """A chapter's claims, which its script measured, and the paper's tables, where the chapter has a file of them."""
+    """A chapter's claims, which its script measured, and the paper's tables, where the chapter has
+    a file of them."""
     output, seconds = run(folder / f"{folder.name[3:]}.py")
     found = dict(seconds=seconds, claims=claims(output))
     if folder.name in SECOND_SCRIPTS:
@@ -93,10 +97,11 @@ def measure() -> dict:
     print("── tests", flush=True)
     begin = time.monotonic()
     subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, check=True)
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return dict(
         test_minutes=round((time.monotonic() - begin) / 60, 1),
         command="make numbers",
-        machine=f"{os.cpu_count()} cores, gloo, torch {torch.__version__}, Python {platform.python_version()}",
+        machine=f"{os.cpu_count()} cores, gloo, {versions}",
         tests=f"{len(collected()):,}",
         bugs=len({name.split("[")[0] for name in collected("-m", "planted_bug")}),
         chapters=chapters,
@@ -130,7 +135,8 @@ def columns(header: list[str], rows: list[list[str]]) -> str:
 
 
 def rendered(page: Path, kept: dict) -> str:
-    """A page with the kept numbers in it: claims, seconds, and what stands between <!-- name --> and <!-- -->."""
+    """A page with the kept numbers in it: claims, seconds, and what stands between <!-- name -->
+    and <!-- -->."""
     text, chapters = page.read_text("utf-8"), kept["chapters"]
     facts = {name: str(kept[name]) for name in ("command", "machine", "tests", "bugs")}
     measured = json.loads(measure_differences.RESULTS.read_text("utf-8"))

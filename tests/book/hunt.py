@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: MIT-0
-"""The bugs of notebooks/00_find_the_bug.ipynb, each in a chapter's own model, by number and without a name.
+"""The bugs of notebooks/00_find_the_bug.ipynb, each in a chapter's own model, by number and without
+a name.
 
-Students: what is below spoils the hunt. `on_ranks`, `report` and `right` are all that you need, and the notebook calls
-them.
+Students: what is below spoils the hunt. `on_ranks`, `report` and `right` are all that you need, and
+the notebook calls them.
 """
 
 import contextlib
@@ -20,14 +21,17 @@ RANKS, WIDTH, SAME = 4, "fp64", 1e-10  # float64: whatever is off by more than S
 
 
 def planted(number: int | None):
-    """`with planted(3): ...` has bug 3 in the chapter, for experiments of your own; None is no bug."""
+    """`with planted(3): ...` has bug 3 in the chapter, for experiments of your own; None is no
+    bug."""
     return BUGS[number].plant()
 
 
 def on_ranks(number: int | None) -> dict:
-    """Trains a model with bug `number` in it for five steps; every rank calls it. None: no bug, tensor parallelism.
+    """Trains a model with bug `number` in it for five steps; every rank calls it. None: no bug,
+    tensor parallelism.
 
-    Returns: this rank's share of losses, first gradients and last weights; `report` takes all ranks' shares.
+    Returns: this rank's share of losses, first gradients and last weights; `report` takes all
+    ranks' shares.
     """
     torch.set_num_threads(1)
     with planted(number):
@@ -35,9 +39,11 @@ def on_ranks(number: int | None) -> dict:
 
 
 def report(number: int | None, shares: list[dict]) -> dict[str, float]:
-    """Prints what `shares`, of all ranks in order, show beside the single device; returns every number's error.
+    """Prints what `shares`, of all ranks in order, show beside the single device; returns every
+    number's error.
 
-    Errors are max|Δ| / max|reference| of a tensor; of what every rank has whole, the first rank's is looked at.
+    Errors are max|Δ| / max|reference| of a tensor; of what every rank has whole, the first rank's
+    is looked at.
     """
     technique = BUGS[number].technique
     here, alone = (
@@ -59,11 +65,11 @@ def report(number: int | None, shares: list[dict]) -> dict[str, float]:
     print(f"{title}: {differences.TECHNIQUES[technique].title}, {len(shares)} ranks, {WIDTH}\n")
     print("step   loss on the ranks   on a single device   relative difference")
     for step, loss in alone["losses"].items():
-        print(
-            f"{step:4}   {here['losses'][step].item():17.12f}   {loss.item():18.12f}   {errors[f'loss {step}']:.0e}"
-        )
-    norms = f"{here['norm']['norm'].item():.9f} on the ranks, {alone['norm']['norm'].item():.9f} on a single device"
-    print(f"\nnorm of the first gradient: {norms}")
+        values = f"{here['losses'][step].item():17.12f}   {loss.item():18.12f}"
+        print(f"{step:4}   {values}   {errors[f'loss {step}']:.0e}")
+    norms = [found["norm"]["norm"].item() for found in (here, alone)]
+    text = f"{norms[0]:.9f} on the ranks, {norms[1]:.9f} on a single device"
+    print(f"\nnorm of the first gradient: {text}")
     for kind, title in (
         ("gradient", "gradients of the first step"),
         ("weight", "weights after five steps of SGD"),
@@ -98,7 +104,8 @@ def _borders(found: dict[str, float]) -> list[str]:
 def right(number: int, answer: object) -> bool:
     """Does bug `number` sit in `answer`: a function, class or method of the chapter, or its name?
 
-    A name may have its module or class before it and () after it; a method of a guilty class counts.
+    A name may have its module or class before it and () after it; a method of a guilty class
+    counts.
     """
     parts = name_of(answer).split(".")
     for guilty in BUGS[number].guilty:
@@ -126,7 +133,7 @@ def check(number: int, answer: object) -> None:
     exercises.check(number, solved)
 
 
-# ── Spoilers ─────────────────────────────────────────────────────────────────────────────────────────────
+# ── Spoilers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 def bug_0():

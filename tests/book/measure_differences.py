@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: MIT-0
-"""Is this difference normal? `make differences` measures how far right parallel runs lie from the single device.
+"""Is this difference normal? `make differences` measures how far right parallel runs lie from the
+single device.
 
-Each technique of the book, in each width of numbers, on 1, 2, 4 and 8 real ranks, from several seeds: the first step's
-loss, norm and gradients, and the weights after five steps, beside the same on one device. Two yardsticks say what the
-distance means: how far the single device itself is from float64, and how far it moves when the rows of its batch are
-only put in another order. Planted bugs are measured in the same way, for contrast.
+Each technique of the book, in each width of numbers, on 1, 2, 4 and 8 real ranks, from several
+seeds: the first step's loss, norm and gradients, and the weights after five steps, beside the same
+on one device. Two yardsticks say what the distance means: how far the single device itself is from
+float64, and how far it moves when the rows of its batch are only put in another order. Planted bugs
+are measured in the same way, for contrast.
 
-Writes notebooks/results/00_differences.json; notebooks/00_is_this_difference_normal.ipynb draws and explains it.
+Writes notebooks/results/00_differences.json; notebooks/00_is_this_difference_normal.ipynb draws and
+explains it.
 """
 
 import contextlib
@@ -35,17 +38,18 @@ FOLDERS = [
 PATHS = [str(ROOT / folder) for folder in FOLDERS]
 sys.path.extend(path for path in PATHS if path not in sys.path)
 
-import ranks  # noqa: E402
-from proof import plant  # noqa: E402
+import ranks
+from proof import plant
 
 RANKS, SEEDS, STEPS = (1, 2, 4, 8), (0, 1, 2), 5
 CPU = torch.device("cpu")
 
-# What is compared. Of the first step: the loss, the gradient's norm, and each gradient; after five: each weight.
+# What is compared. Of the first step: the loss, the gradient's norm, and each gradient; after five:
+# each weight.
 QUANTITIES = ("loss", "norm", "gradient", "SGD", "AdamW")
 
-# How wide numbers are: the parameters, the products or None for the parameters' width, and half a step of the
-# narrowest, relative to the number itself (the unit roundoff u).
+# How wide numbers are: the parameters, the products or None for the parameters' width, and half a
+# step of the narrowest, relative to the number itself (the unit roundoff u).
 Width = namedtuple("Width", "parameters autocast roundoff")
 WIDTHS = {
     "fp64": Width(torch.float64, None, 2.0**-53),
@@ -66,12 +70,13 @@ OPTIMIZERS = {
 RATES = {"SGD": 0.01, "AdamW": 1e-3}
 
 
-# ── One function a chapter: what of it is measured ───────────────────────────────────────────────────────
+# ── One function a chapter: what of it is measured ────────────────────────────────────────────────
 
 
 @dataclass
 class Case:
-    """A technique with a model and batches of one seed; parallel and together are for a rank, the rest for anybody."""
+    """A technique with a model and batches of one seed; parallel and together are for a rank, the
+    rest for anybody."""
 
     chapter: object  # its module, in which the optimiser is exchanged
     batches: list
@@ -118,7 +123,8 @@ def of_first(shards: list[dict]) -> dict:
 
 
 def rows_of_text(seed: int, rows: int, length: int, words: int = 61) -> list[tuple[Tensor, Tensor]]:
-    """Batches of random words; some targets do not count, more in the first rows than in the last."""
+    """Batches of random words; some targets do not count, more in the first rows than in the
+    last."""
     generator, batches = torch.Generator().manual_seed(seed), []
     for _ in range(STEPS):
         tokens_BS, targets_BS = torch.randint(words, (2, rows, length), generator=generator)
@@ -128,7 +134,8 @@ def rows_of_text(seed: int, rows: int, length: int, words: int = 61) -> list[tup
 
 
 def data(seed: int) -> Case:
-    """Chapter 1: each rank has some of 17 utterances, unequally many; BatchNorm over all of them."""
+    """Chapter 1: each rank has some of 17 utterances, unequally many; BatchNorm over all of
+    them."""
     import deepspeech as ds
     from utterances import small_batch
 
@@ -152,10 +159,16 @@ def data(seed: int) -> Case:
         return ds.train(model, optimizer_of(model, lr), own, None, group, **options)
 
     return Case(
-        ds, [small_batch(17, config, STEPS * seed + step) for step in range(STEPS)],
-        lambda: ds.DeepSpeech2(config), alone, lambda: ds.parallel_model(config), together, of_first,
-        flip=lambda batch: batch.rows(range(16, -1, -1)), cast=lambda batch, dtype: batch.to(CPU, dtype),
-    )  # fmt: skip
+        ds,
+        [small_batch(17, config, STEPS * seed + step) for step in range(STEPS)],
+        lambda: ds.DeepSpeech2(config),
+        alone,
+        lambda: ds.parallel_model(config),
+        together,
+        of_first,
+        flip=lambda batch: batch.rows(range(16, -1, -1)),
+        cast=lambda batch, dtype: batch.to(CPU, dtype),
+    )
 
 
 @functools.cache
@@ -164,7 +177,8 @@ def _ring(ds):
 
 
 def tensor(seed: int, layers: int = 4, hidden: int = 64) -> Case:
-    """Chapter 2: every layer sharded over the ranks; 61 vocabulary entries, which do not divide over them."""
+    """Chapter 2: every layer sharded over the ranks; 61 vocabulary entries, which do not divide
+    over them."""
     import megatron_tp as tp
 
     sizes = dict(vocab_size=61, seq_length=32, hidden_size=hidden, num_layers=layers, num_heads=8)
@@ -178,13 +192,19 @@ def tensor(seed: int, layers: int = 4, hidden: int = 64) -> Case:
         return tp.train(model, optimizer_of(tp, model, lr), batches, mesh, **options)
 
     return Case(
-        tp, rows_of_text(seed, 9, 32), lambda: tp.GPT(config), alone, lambda: tp.ParallelGPT(config), together,
+        tp,
+        rows_of_text(seed, 9, 32),
+        lambda: tp.GPT(config),
+        alone,
+        lambda: tp.ParallelGPT(config),
+        together,
         lambda shards: tp.merge_state_dicts(shards, config),
-    )  # fmt: skip
+    )
 
 
 def pipeline(seed: int) -> Case:
-    """Chapter 3: a stage of the layers on each rank, 1F1B, eight micro-batches whatever the number of ranks."""
+    """Chapter 3: a stage of the layers on each rank, 1F1B, eight micro-batches whatever the number
+    of ranks."""
     import pipeline as pl
 
     rank, n = world()
@@ -205,9 +225,14 @@ def pipeline(seed: int) -> Case:
         return pl.train(model, optimizer, table, batches, mesh_of(pl, n), **options)
 
     return Case(
-        pl, rows_of_text(seed, 9, 32), lambda: pl.GPT(config), alone,
-        lambda: pl.PipelineStage(config, rank, n), together, lambda shards: pl.merge_state_dicts(shards, config),
-    )  # fmt: skip
+        pl,
+        rows_of_text(seed, 9, 32),
+        lambda: pl.GPT(config),
+        alone,
+        lambda: pl.PipelineStage(config, rank, n),
+        together,
+        lambda shards: pl.merge_state_dicts(shards, config),
+    )
 
 
 def sequence(seed: int) -> Case:
@@ -228,10 +253,14 @@ def sequence(seed: int) -> Case:
         return run
 
     return Case(
-        sp, rows_of_text(seed, 9, 32), lambda: sp.GPT(config), with_rate(sp.train_alone),
-        lambda: sp.SequenceParallelGPT(config, recompute="selective"), with_rate(sp.train),
+        sp,
+        rows_of_text(seed, 9, 32),
+        lambda: sp.GPT(config),
+        with_rate(sp.train_alone),
+        lambda: sp.SequenceParallelGPT(config, recompute="selective"),
+        with_rate(sp.train),
         lambda shards: tp.merge_state_dicts(shards, config),
-    )  # fmt: skip
+    )
 
 
 def hybrid(seed: int, heads: bool) -> Case:
@@ -256,10 +285,14 @@ def hybrid(seed: int, heads: bool) -> Case:
         return mh.train(model, optimizer_of(model, lr), batches, **options)
 
     return Case(
-        mh, rows_of_text(seed, 5, 67), lambda: mh.HybridLM(config), alone,
-        lambda: mh.ParallelHybridLM(config, mesh_of(mh, tp)), together,
+        mh,
+        rows_of_text(seed, 5, 67),
+        lambda: mh.HybridLM(config),
+        alone,
+        lambda: mh.ParallelHybridLM(config, mesh_of(mh, tp)),
+        together,
         lambda shards: mh.merge_state_dicts(shards, config) if heads else of_first(shards),
-    )  # fmt: skip
+    )
 
 
 def experts(seed: int, fp8: bool = False) -> Case:
@@ -283,14 +316,19 @@ def experts(seed: int, fp8: bool = False) -> Case:
         return mf.train(model, optimizer_of(mf, model, lr), batches, mesh, **options)
 
     return Case(
-        mf, rows_of_text(seed, 17, 16),
+        mf,
+        rows_of_text(seed, 17, 16),
         lambda: to_fp8(mf.MoELM(config), HYBRID) if fp8 else mf.MoELM(config),
-        alone, parallel, together, mf.merge_state_dicts,
-    )  # fmt: skip
+        alone,
+        parallel,
+        together,
+        mf.merge_state_dicts,
+    )
 
 
 def four_bits(seed: int) -> Case:
-    """Chapter 8: two layers in NVFP4, sharded over the ranks; gradients to nearest, as ranks draw their own."""
+    """Chapter 8: two layers in NVFP4, sharded over the ranks; gradients to nearest, as ranks draw
+    their own."""
     import nvfp4 as nf
 
     sizes = dict(num_layers=3, hidden_size=128, num_heads=8, ffn_hidden_size=128, seq_length=16)
@@ -304,10 +342,14 @@ def four_bits(seed: int) -> Case:
         return nf.train(model, optimizer_of(nf, model, lr), batches, group, **options)
 
     return Case(
-        nf, rows_of_text(seed, 8, 16), lambda: nf.to_nvfp4(nf.GPT(config), nf.NEAREST), alone,
-        lambda: nf.to_nvfp4(nf.GPT(config), nf.NEAREST, dist.group.WORLD), together,
+        nf,
+        rows_of_text(seed, 8, 16),
+        lambda: nf.to_nvfp4(nf.GPT(config), nf.NEAREST),
+        alone,
+        lambda: nf.to_nvfp4(nf.GPT(config), nf.NEAREST, dist.group.WORLD),
+        together,
         lambda shards: nf.merge_state_dicts(shards, nf.NEAREST.covered(3)),
-    )  # fmt: skip
+    )
 
 
 Technique = namedtuple("Technique", "title case widths")
@@ -325,7 +367,7 @@ TECHNIQUES = {
     "fp8 experts": Technique("experts in FP8 (6)", functools.partial(experts, fp8=True), ("fp8",)),
 }
 
-# ── Planted bugs ─────────────────────────────────────────────────────────────────────────────────────────
+# ── Planted bugs ──────────────────────────────────────────────────────────────────────────────────
 
 
 def without_copy():
@@ -376,11 +418,12 @@ BUGS = {
     "gelu, where the reference approximates it": Bug("tensor", 2, another_gelu),
 }
 
-# ── Measuring ────────────────────────────────────────────────────────────────────────────────────────────
+# ── Measuring ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def error(here: Tensor, reference: Tensor) -> float:
-    """max|Δ| / max|reference| of one tensor; infinite where something is no number, or only the reference is zero."""
+    """max|Δ| / max|reference| of one tensor; infinite where something is no number, or only the
+    reference is zero."""
     gap, size = (
         (here.double() - reference.double()).abs().max().item(),
         reference.double().abs().max().item(),
@@ -396,7 +439,8 @@ def compare(here: dict, reference: dict) -> dict[str, float]:
 
 @contextlib.contextmanager
 def other_order():
-    """Inside, every linear layer has its inputs and its outputs in reverse order: all its three sums change theirs."""
+    """Inside, every linear layer has its inputs and its outputs in reverse order: all its three
+    sums change theirs."""
     right = torch.nn.functional.linear
 
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -409,7 +453,8 @@ def other_order():
 def train(
     case: Case, model: nn.Module, run: Callable, width: Width, flipped: bool, optimizers, steps
 ) -> dict:
-    """Trains from the model's weights with each optimizer; quantity to tensors of this rank, and all "losses"."""
+    """Trains from the model's weights with each optimizer; quantity to tensors of this rank, and
+    all "losses"."""
     found, first = {}, {name: x.clone() for name, x in model.state_dict().items()}
     batches = [
         case.cast(batch, width.parameters)
@@ -445,7 +490,8 @@ def alone(
     steps=STEPS,
     **size,
 ):
-    """The single device. dtype float64: from the weights and numbers that `width` has, computed in float64."""
+    """The single device. dtype float64: from the weights and numbers that `width` has, computed in
+    float64."""
     make = TECHNIQUES[technique].case
     case = make(seed, **size)
     if dtype is not None and width == "fp8":
@@ -476,7 +522,8 @@ def on_ranks(
 
 
 def join(technique: str, shares: list[dict], broken: bool = False, **size) -> dict:
-    """All ranks' shares of `on_ranks`. broken: what should be the same on each rank is taken from the first."""
+    """All ranks' shares of `on_ranks`. broken: what should be the same on each rank is taken from
+    the first."""
     case, whole = TECHNIQUES[technique].case(0, **size), {}
     for quantity in shares[0]:
         parts = [share[quantity] for share in shares]
@@ -529,8 +576,9 @@ def add(cell: dict, found: dict[str, float]) -> None:
 def measure_cells(pools: Pools, techniques=tuple(TECHNIQUES)) -> dict:
     """technique, width and what is compared with what, to each quantity's errors, one a seed.
 
-    "single": the single device against float64; "reordered": against itself with all sums in another order; of each
-    number of ranks, "apart": the ranks against the single device, "float64": the ranks against float64.
+    "single": the single device against float64; "reordered": against itself with all sums in
+    another order; of each number of ranks, "apart": the ranks against the single device, "float64":
+    the ranks against float64.
     """
     cells = {}
     for technique in techniques:
@@ -572,7 +620,8 @@ SWEEPS = {"layers": (1, 4, 16, 64), "hidden": (16, 64, 256)}
 
 
 def measure_growth(pools: Pools) -> dict:
-    """Tensor parallelism on two ranks, with more layers or wider ones: the first step's errors, one a seed."""
+    """Tensor parallelism on two ranks, with more layers or wider ones: the first step's errors, one
+    a seed."""
     found = {}
     for what, sizes in SWEEPS.items():
         for width in ("fp32", "bf16 autocast"):
@@ -603,7 +652,8 @@ CURVES = {
 
 
 def measure_curves(pools: Pools, steps: int = 60) -> dict:
-    """Tensor parallelism with AdamW: how far the loss of each step is from the single device's, a list a seed."""
+    """Tensor parallelism with AdamW: how far the loss of each step is from the single device's, a
+    list a seed."""
     found, options = {}, dict(steps=steps, optimizers=("AdamW",))
     for width, seed in itertools.product(("fp32", "bf16 autocast"), SEEDS):
         single = alone("tensor", seed, width, **options)
@@ -619,7 +669,7 @@ def measure_curves(pools: Pools, steps: int = 60) -> dict:
     return found
 
 
-# ── What the numbers say ─────────────────────────────────────────────────────────────────────────────────
+# ── What the numbers say ──────────────────────────────────────────────────────────────────────────
 
 MARGIN = 5  # of a threshold, over the largest difference that a right run has shown
 RESIDUAL = (
@@ -640,7 +690,8 @@ def largest(results: dict, technique: str, width: str, quantity: str, what: str 
 
 
 def threshold(results: dict, techniques, width: str, quantity: str) -> float:
-    """MARGIN times the largest difference of these techniques, rounded up to 1, 2 or 5 times a power of ten."""
+    """MARGIN times the largest difference of these techniques, rounded up to 1, 2 or 5 times a
+    power of ten."""
     found = MARGIN * max(largest(results, name, width, quantity) for name in techniques)
     power = 10.0 ** math.floor(math.log10(found))
     return float(
@@ -655,12 +706,11 @@ def short(value: float) -> str:
 
 
 def markdown(results: dict) -> str:
-    """The table of DIFFERENCES.md: per technique and precision the largest error over ranks and seeds."""
+    """The table of DIFFERENCES.md: per technique and precision the largest error over ranks and
+    seeds."""
     title = "loss | gradient's norm | gradients | weights, SGD | weights, AdamW"
-    lines = [
-        f"| technique (chapter) | precision | {title} | *one device from float64* | *in another order* |",
-        "|" + "---|" * 9,
-    ]
+    yardsticks = "*one device from float64* | *in another order*"
+    lines = [f"| technique (chapter) | precision | {title} | {yardsticks} |", "|" + "---|" * 9]
     for technique in TECHNIQUES:
         for width in ("fp32", "bf16 autocast", "fp8"):
             if width in results["cells"][technique]:
@@ -674,7 +724,8 @@ def markdown(results: dict) -> str:
 
 
 def dump(results: dict) -> str:
-    """JSON with a line for each list's owner: short enough to read, and for a diff to say what changed."""
+    """JSON with a line for each list's owner: short enough to read, and for a diff to say what
+    changed."""
 
     def lines(value, depth: int) -> str:
         if not isinstance(value, dict) or set(value) <= set(QUANTITIES):

@@ -21,7 +21,7 @@ from proof import assert_differs, assert_equal, plant
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
-NOT_CONVERTED = (  # to the budgets and the parts of the second edition: this list only gets shorter
+NOT_CONVERTED = (  # over a budget: this list only gets shorter
     "05_mamba_hybrid/mamba_hybrid.py",
 )
 OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]

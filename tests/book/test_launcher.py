@@ -34,10 +34,18 @@ CHAPTERS = [path for path in shared_blocks.chapters() if path.stem not in OLD]
 EVERY_CHAPTER = pytest.mark.parametrize("chapter", [path.stem for path in CHAPTERS])
 FIRST = Path(ds.__file__)
 VARIABLES = [
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS",
-    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "PMI_RANK", "PMI_SIZE",
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "SLURM_PROCID",
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_RANK",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK",
+    "PMI_SIZE",
     "NCCL_MULTI_RANK_GPU_ENABLE",
-]  # fmt: skip
+]
 
 
 ALL_MISSING = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"
@@ -89,18 +97,26 @@ def refused(chapter: str, monkeypatch, capsys, *words: str) -> str:
 
 
 @EVERY_CHAPTER
-@pytest.mark.parametrize("variables, missing", [
-    (dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29511),
-     "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(RANK=1, WORLD_SIZE=2), "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
-    (dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29511),
-     "LOCAL_WORLD_SIZE not set"),
-    (dict(LOCAL_RANK=0), "RANK, WORLD_SIZE, LOCAL_WORLD_SIZE not set"),
-    (dict(SLURM_PROCID=0, SLURM_NTASKS=2), ALL_MISSING),
-    (dict(SLURM_PROCID=1, SLURM_NTASKS=2), ALL_MISSING),
-    (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2), ALL_MISSING),
-    (dict(PMI_RANK=0, PMI_SIZE=2), ALL_MISSING),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "variables, missing",
+    [
+        (
+            dict(RANK=0, WORLD_SIZE=2, MASTER_ADDR="localhost", MASTER_PORT=29511),
+            "LOCAL_RANK, LOCAL_WORLD_SIZE not set",
+        ),
+        (dict(RANK=1, WORLD_SIZE=2), "LOCAL_RANK, LOCAL_WORLD_SIZE not set"),
+        (
+            dict(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="localhost", MASTER_PORT=29511),
+            "LOCAL_WORLD_SIZE not set",
+        ),
+        (dict(LOCAL_RANK=0), "RANK, WORLD_SIZE, LOCAL_WORLD_SIZE not set"),
+        (dict(SLURM_PROCID=0, SLURM_NTASKS=2), ALL_MISSING),
+        (dict(SLURM_PROCID=1, SLURM_NTASKS=2), ALL_MISSING),
+        (dict(OMPI_COMM_WORLD_RANK=1, OMPI_COMM_WORLD_SIZE=2), ALL_MISSING),
+        (dict(PMI_RANK=0, PMI_SIZE=2), ALL_MISSING),
+    ],
+    ids=str,
+)
 def test_another_launcher_is_refused(chapter, variables, missing, monkeypatch, capsys):
     """Each of its tasks would train alone, and write the same files."""
     for name, value in variables.items():
@@ -110,10 +126,15 @@ def test_another_launcher_is_refused(chapter, variables, missing, monkeypatch, c
 
 
 @EVERY_CHAPTER
-@pytest.mark.parametrize("variables", [
-    dict(SLURM_PROCID=0, SLURM_NTASKS=1), dict(SLURM_NTASKS=4),
-    dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "variables",
+    [
+        dict(SLURM_PROCID=0, SLURM_NTASKS=1),
+        dict(SLURM_NTASKS=4),
+        dict(OMPI_COMM_WORLD_RANK=0, OMPI_COMM_WORLD_SIZE=1),
+    ],
+    ids=str,
+)
 def test_a_single_task_starts_ranks_itself(chapter, variables, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
@@ -141,26 +162,39 @@ def test_torchruns_world_is_joined(chapter, monkeypatch, capsys):
 NO_GPU, NO_CPU = "a GPU was asked for, but torch sees none", "--backend nccl has no --device cpu"
 TOO_FEW = "--backend nccl needs {} GPUs, here are {}: use gloo"
 CHOICES = [  # GPUs, flags, what is chosen for a chapter of 2 ranks, or the error
-    (0, "", "2 cpu gloo fp32"), (1, "", "1 cuda nccl bf16"), (2, "", "2 cuda nccl bf16"),
-    (3, "", "3 cuda nccl bf16"), (5, "", "5 cuda nccl bf16"), (8, "", "8 cuda nccl bf16"),
-    (0, "--ranks 4", "4 cpu gloo fp32"), (1, "--ranks 1", "1 cuda nccl bf16"),
-    (1, "--ranks 2", "2 cpu gloo fp32"), (3, "--ranks 4", "4 cpu gloo fp32"),
-    (8, "--ranks 2", "2 cuda nccl bf16"), (5, "--ranks 5", "5 cuda nccl bf16"),
-    (0, "--device cpu", "2 cpu gloo fp32"), (8, "--device cpu", "2 cpu gloo fp32"),
-    (8, "--device cpu --ranks 3", "3 cpu gloo fp32"), (0, "--device cuda", NO_GPU),
-    (1, "--device cuda", "1 cuda nccl bf16"), (5, "--device cuda", "5 cuda nccl bf16"),
+    (0, "", "2 cpu gloo fp32"),
+    (1, "", "1 cuda nccl bf16"),
+    (2, "", "2 cuda nccl bf16"),
+    (3, "", "3 cuda nccl bf16"),
+    (5, "", "5 cuda nccl bf16"),
+    (8, "", "8 cuda nccl bf16"),
+    (0, "--ranks 4", "4 cpu gloo fp32"),
+    (1, "--ranks 1", "1 cuda nccl bf16"),
+    (1, "--ranks 2", "2 cpu gloo fp32"),
+    (3, "--ranks 4", "4 cpu gloo fp32"),
+    (8, "--ranks 2", "2 cuda nccl bf16"),
+    (5, "--ranks 5", "5 cuda nccl bf16"),
+    (0, "--device cpu", "2 cpu gloo fp32"),
+    (8, "--device cpu", "2 cpu gloo fp32"),
+    (8, "--device cpu --ranks 3", "3 cpu gloo fp32"),
+    (0, "--device cuda", NO_GPU),
+    (1, "--device cuda", "1 cuda nccl bf16"),
+    (5, "--device cuda", "5 cuda nccl bf16"),
     (1, "--device cuda --ranks 2", "2 cuda gloo bf16"),
     (8, "--device cuda --ranks 3", "3 cuda nccl bf16"),
     (8, "--device cuda --dtype fp64", "8 cuda nccl fp64"),
-    (0, "--backend gloo", "2 cpu gloo fp32"), (8, "--backend gloo", "2 cpu gloo fp32"),
+    (0, "--backend gloo", "2 cpu gloo fp32"),
+    (8, "--backend gloo", "2 cpu gloo fp32"),
     (1, "--backend gloo --device cuda", "2 cuda gloo bf16"),
     (3, "--backend gloo --device cuda", "2 cuda gloo bf16"),
-    (0, "--backend gloo --device cuda", NO_GPU), (0, "--backend nccl", NO_GPU),
-    (2, "--backend nccl", "2 cuda nccl bf16"), (3, "--backend nccl", "3 cuda nccl bf16"),
+    (0, "--backend gloo --device cuda", NO_GPU),
+    (0, "--backend nccl", NO_GPU),
+    (2, "--backend nccl", "2 cuda nccl bf16"),
+    (3, "--backend nccl", "3 cuda nccl bf16"),
     (3, "--backend nccl --ranks 5", TOO_FEW.format(5, 3)),
     (8, "--backend nccl --device cpu", NO_CPU),
     (5, "--backend nccl --device cuda", "5 cuda nccl bf16"),
-]  # fmt: skip
+]
 
 
 @EVERY_CHAPTER
@@ -590,10 +624,13 @@ def test_ctrl_c(tmp_path):
 
 
 @real
-@pytest.mark.parametrize("end, words", [
-    ("raise ValueError('what is wrong')", "ValueError: what is wrong"),
-    ("os.kill(os.getpid(), 9)", "SIGKILL"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "end, words",
+    [
+        ("raise ValueError('what is wrong')", "ValueError: what is wrong"),
+        ("os.kill(os.getpid(), 9)", "SIGKILL"),
+    ],
+)
 def test_the_rank_that_failed_first_is_named_last(program, end, words):
     """The other one waits for it in a collective, and only notices."""
     run = robustness.whole(
