@@ -5,10 +5,11 @@ tests/book/answers holds, for each notebook, answers that its checks must take o
 """
 
 import importlib.util
+import multiprocessing
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
@@ -76,7 +77,7 @@ def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
     notebook.cells = [*cells[:-1], *added, cells[-1]]  # the last cell stops the ranks
     folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
     client = nbclient.NotebookClient(
-        notebook, timeout=120, iopub_timeout=60, resources=folder, allow_errors=True
+        notebook, timeout=300, iopub_timeout=60, resources=folder, allow_errors=True
     )
     client.execute()
     return notebook, tries
@@ -86,7 +87,7 @@ def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
 def executed(request):
     """The notebooks that are to be tested, two at a time: most of it waits for ranks."""
     asked_for = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
-    with ThreadPoolExecutor(2) as pool:
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         yield {name: pool.submit(tried, name) for name in NOTEBOOKS if name in asked_for}
 
 
