@@ -221,6 +221,26 @@ def dies() -> None:
     ready()
 
 
+def makes_a_group() -> None:
+    dist.new_group([0, 1])
+
+
+def test_ranks_with_many_groups_start_anew():
+    """Each group of gloo has a thread that wakes all the time, and lives as long as its rank."""
+    pool, here = ranks.Pool(2), __name__
+    try:
+        pool.run(here, "ready")
+        pids = [process.pid for process in pool.processes]
+        for _ in range(ranks.MOST_GROUPS - 1):  # the group of all ranks is one, too
+            pool.run(here, "makes_a_group")
+        assert [process.pid for process in pool.processes] == pids
+        pool.run(here, "makes_a_group")
+        assert not any(_running(str(pid)) for pid in pids)
+        assert pool.run(here, "ready") == [2, 2]
+    finally:
+        pool.close()
+
+
 def test_the_pool_survives_what_tests_do():
     """A rank that raises, hangs or dies fails that call alone; the next one finds new ranks."""
     pool, here = ranks.Pool(2), __name__
