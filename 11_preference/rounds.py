@@ -18,8 +18,8 @@ A model learns to sort digits, a reward model learns to mark its responses, and 
 
 The 340B report starts with another model's responses, trains on them, and lets the result make the
 next ones. Where there is a verifier (mathematics, Python code, checkable instructions), it says
-which response is right; elsewhere the reward model does. A weak reward model is soon exploited: in
-a run of the last line, fewer responses were right after each round but the first.
+which response is right; elsewhere the reward model does. A weak reward model is soon exploited: of
+75 % right responses, three rounds by the verifier made 90 %, and by the reward model 60 %.
 """
 
 from __future__ import annotations
