@@ -1248,6 +1248,109 @@ EXAMPLES["nvfp4"] = {
 }
 FOUR_BIT_BATCHES = [(torch.arange(32).view(4, 8) % 13, torch.arange(32).view(4, 8) % 7)] * 2
 
+# ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def preference_config():
+    from preference import GPTConfig
+
+    return GPTConfig(vocab_size=13, num_layers=1, hidden_size=32, num_heads=4)
+
+
+def preference_gpt():
+    from preference import ParallelGPT
+
+    return ParallelGPT(preference_config()).double()
+
+
+def two_pairs():
+    """Chosen, rejected, difference of rewards."""
+    prompt = [1, 2, 3]
+    return [((prompt, [4, 5]), (prompt, [6]), 0.5), ((prompt, [7]), (prompt, [8, 9]), 1.0)]
+
+
+def pair_tensors():
+    from preference import pair_batch
+
+    return pair_batch(two_pairs(), preference_gpt(), torch.device("cpu"))
+
+
+def flat_config(config):
+    return [getattr(config, name) for name in ("head_size", "rotary_size", "ffn_hidden_size")]
+
+
+EXAMPLES["preference"] = {
+    "GPTConfig": lambda m, folder: flat_config(m.GPTConfig(hidden_size=16, num_heads=4)),
+    "vocab_parallel_log_probs": lambda m, folder: m.vocab_parallel_log_probs(
+        normal(2, 5, 13), TOKENS[:2, :5] % 13
+    ),
+    "Sequences": lambda m, folder: list(m.Sequences(*[TOKENS] * 5).to(torch.device("cpu"))),
+    "collate": lambda m, folder: list(m.collate([([1, 2], [3]), ([4], [5, 6])], 6)),
+    "sequence_log_probs": lambda m, folder: m.sequence_log_probs(
+        preference_gpt(), pair_tensors().sequences
+    ),
+    "rpo_loss": lambda m, folder: m.rpo_loss(normal(4), normal(4)),
+    "apply_rotary": lambda m, folder: m.apply_rotary(normal(1, 2, 3, 8), normal(2, 1, 3, 4)),
+    "Block": lambda m, folder: through(
+        m.Block(preference_config()), normal(1, 5, 32), normal(2, 1, 5, 4), None
+    ),
+    "GPT": lambda m, folder: through(m.GPT(preference_config()), TOKENS % 13),
+    "initial_weights": lambda m, folder: dict(m.initial_weights(preference_config())),
+    "ParallelBlock": lambda m, folder: through(
+        m.ParallelBlock(preference_config()), normal(1, 5, 32), normal(2, 1, 5, 4), None
+    ),
+    "ParallelGPT": lambda m, folder: through(m.ParallelGPT(preference_config()), TOKENS % 13),
+    "shard_dim": lambda m, folder: [m.shard_dim("layers.0.out.weight")],
+    "sharded_parameters": lambda m, folder: len(m.sharded_parameters(preference_gpt())),
+    "check_tp": lambda m, folder: m.check_tp(preference_config(), 4) or "it fits",
+    "shard_tensor": lambda m, folder: m.shard_tensor(
+        "output.weight", normal(13, 4), preference_config(), 1, 2
+    ),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        preference_gpt().state_dict(), preference_config(), 1, 2
+    ),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+        [preference_gpt().state_dict()], preference_config()
+    ),
+    "gather_state_dict": lambda m, folder: m.gather_state_dict(
+        preference_gpt().state_dict(), preference_config()
+    ),
+    "make_mesh": lambda m, folder: one_rank_mesh(m),
+    "Mesh": lambda m, folder: [m.Mesh(2).tp],
+    "Pairs": lambda m, folder: list(m.Pairs(TOKENS, TOKENS, TOKENS)),
+    "rotary_cos_sin": lambda m, folder: m.rotary_cos_sin(
+        TOKENS, preference_config(), torch.float64
+    ),
+    "sft_objective": lambda m, folder: list(
+        m.sft_objective(preference_gpt(), pair_tensors().sequences)
+    ),
+    "PreferenceObjective": lambda m, folder: list(
+        m.PreferenceObjective("rpo", sft_weight=0.1)(preference_gpt(), pair_tensors())
+    ),
+    "average_gradients": lambda m, folder: m.average_gradients(
+        preference_gpt().parameters(), torch.tensor(3.0), torch.tensor(2.0)
+    ),
+    "train": lambda m, folder: losses(
+        m.train(*with_optimizer(preference_gpt()), [[pair_tensors()]] * 2, preference_objective())
+    ),
+    "pair_batch": lambda m, folder: list(
+        m.pair_batch(two_pairs(), preference_gpt(), torch.device("cpu"))[1:]
+    ),
+}
+
+
+def preference_objective():
+    from preference import PreferenceObjective
+
+    return PreferenceObjective("dpo", sft_weight=0.1)
+
+
+def one_rank_mesh(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, device)
+        return [mesh.tp, mesh.dp, mesh.dp_rank]
+
+
 # Why a function that needs others has no example.
 LAUNCHED = "every chapter's tests start it as a script"
 WITHOUT_EXAMPLE = {
@@ -1290,6 +1393,11 @@ WITHOUT_EXAMPLE = {
         "single_device": "part of the demonstration; test_08_nvfp4.py runs it",
         "measure": "trains and prints; test_08_nvfp4.py runs the script",
         "statements": "part of the demonstration; test_08_nvfp4.py runs the script",
+    },
+    "preference": {
+        "problems": "part of the demonstration; test_11_preference.py runs it",
+        "learn": "part of the demonstration; test_11_preference.py runs it",
+        "sft": "part of the demonstration; test_11_preference.py runs it",
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",

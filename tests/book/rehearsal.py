@@ -458,6 +458,26 @@ def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"{tp} ranks" + ", stochastic" * stochastic, steps, 1
 
 
+def preference(chapter, device: torch.device) -> Iterator[Variant]:
+    for tp in (1, 2, 4):
+        mesh = chapter.make_mesh(tp, CPU)
+        for method in ("dpo", "rpo"):
+
+            def steps(mesh=mesh, method=method) -> Steps:
+                config = chapter.GPTConfig(13, 2, hidden_size=32, num_heads=4)
+                policy = move(chapter.ParallelGPT(config, mesh.tp_group), device)
+                tokens_BS = torch.randint(13, (4, 9), device=device)
+                end_R = torch.zeros(4, dtype=torch.int64, device=device)
+                sequences = chapter.Sequences(*[tokens_BS] * 4, end_R)
+                gap_P = torch.ones(2, device=device)
+                pairs = chapter.Pairs(sequences, torch.zeros(4, device=device), gap_P)
+                objective = chapter.PreferenceObjective(method, sft_weight=0.1)
+                optimizer = chapter.make_optimizer(policy, lr=1e-3)
+                return chapter.train(policy, optimizer, [[pairs, pairs]] * STEPS, objective, mesh)
+
+            yield f"tp {tp}, {method}", steps, 1
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -467,6 +487,7 @@ CHAPTERS = {
     "06_moe_fp8": moe_fp8,
     "07_zero_3d": zero_3d,
     "08_nvfp4": nvfp4,
+    "11_preference": preference,
 }
 
 
@@ -522,6 +543,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
     "08_nvfp4": ([], 1),
+    "11_preference": (["--tp", "2"], 1),
 }
 
 

@@ -38,6 +38,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "06_moe_fp8": 4,  # two grids, in FP8 and not
     "07_zero_3d": 8,  # five meshes, with sequence parallelism and without
     "08_nvfp4": 4,  # sharded and not, both kinds of rounding
+    "11_preference": 6,  # three meshes, two losses
 }
 HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
 
@@ -102,7 +103,7 @@ def test_every_loop_but_these_reads_by_one_function():
 @pytest.mark.parametrize("folder", sorted(set(MODULES) - HAVE_NO_LOG))
 def test_the_loop_of_the_demonstration_reads_once_a_step(folder):
     """Besides, a batch is copied to the device, one copy a tensor."""
-    tensors = 4 if folder == "01_deepspeech" else 2
+    tensors = {"01_deepspeech": 4, "11_preference": 5}.get(folder, 2)
     steps = rehearsed(folder)["loop"]
     assert len(steps) == 3
     for waits in steps:
