@@ -532,7 +532,9 @@ def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[
     errors = check(device, args.timeout, torch.float64)
     kinds = ["gradient", "norm before clipping", "weight after AdamW"]
     differences = chapter.demonstrate(args, device, partial(MeshHybridLM, mesh=mesh))
-    rows = chapter.claims(args, kinds, errors, differences)
+    rows = []
+    for claim, *rest in chapter.claims(args, kinds, errors, differences):
+        rows.append((f"on a mesh, {claim}", *rest))
     if chapter.group_size() > 1:
         rows += message_claims(args, device)
     return rows

@@ -961,7 +961,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: HybridConfig) -> Tenso
             if not torch.equal(shard.nan_to_num(), shards[0].nan_to_num()):
                 same = "should be the same on all ranks that hold it"
                 raise ValueError(f"{name} {same}, but rank {rank}'s differs")
-        return shards[0]
+        return shards[0].clone()
     dim, sizes = components(name, config)
     local_sizes = [size // len(shards) for size in sizes]
     parts_of_ranks = [shard.split(local_sizes, dim) for shard in shards]
