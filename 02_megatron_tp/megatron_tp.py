@@ -233,6 +233,7 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     )
 
 
+# endregion
 def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
     """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
 
@@ -251,8 +252,6 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
     """
     return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
 
-
-# endregion
 
 # ── 1.2 Linear layers ───────────────────────────────────────────────────────────────────────────
 #

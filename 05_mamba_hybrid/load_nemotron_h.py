@@ -27,14 +27,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from mamba_hybrid import (
-    ALONE,
+    Attention,
     Documents,
+    Group,
     HybridConfig,
-    Mesh,
-    ParallelAttention,
+    Mamba2Mixer,
     ParallelHybridLM,
-    ParallelMamba2Mixer,
     Span,
+    SquaredReLUMLP,
     StateDict,
     local_config,
     parameter_shapes,
@@ -71,16 +71,17 @@ class DecodingSpan(Span):
     state: LayerState | None = None  # what this layer has kept of those
 
 
-class DecodingMixer(ParallelMamba2Mixer):
+class DecodingMixer(Mamba2Mixer):
     """A Mamba-2 layer that goes on from `span.state`, and leaves its own there."""
 
-    def earlier_inputs(self, u_BTC: Tensor, span: DecodingSpan) -> Tensor:
+    def with_earlier_inputs(self, u_BTC: Tensor, span: DecodingSpan) -> Tensor:
         K = self.config.conv_kernel
         earlier_BKC = span.state.conv_BKC
         if earlier_BKC is None:
             earlier_BKC = u_BTC.new_zeros(len(u_BTC), K, u_BTC.shape[2])
-        span.state.conv_BKC = torch.cat([earlier_BKC, u_BTC[:, -K:]], 1)[:, -K:]
-        return earlier_BKC[:, 1:]
+        u = torch.cat([earlier_BKC, u_BTC], 1)
+        span.state.conv_BKC = u[:, -K:].clone()  # a view would keep the memory of all of u alive
+        return u[:, 1:]
 
     def scan(self, X: Tensor, a: Tensor, B: Tensor, C: Tensor, span: DecodingSpan) -> Tensor:
         state = span.state
@@ -91,7 +92,7 @@ class DecodingMixer(ParallelMamba2Mixer):
         return y_BTHP
 
 
-class DecodingAttention(ParallelAttention):
+class DecodingAttention(Attention):
     """An attention layer that sees the keys and values in `span.state`, and adds its own."""
 
     def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: DecodingSpan) -> Tensor:
@@ -139,17 +140,16 @@ class Cache:
 
 
 class Decoder(ParallelHybridLM):
-    """`HybridLM` that goes on after the tokens of a cache, on one device or over tp.
+    """`HybridLM` that goes on after the tokens of a cache, with its heads over `group`.
 
     Called with (tokens_BT, cache, starts_BT, last): starts_BT as `HybridLM`'s; last: logits of the
     last token alone, (B, 1, V). Its weights are those of HybridLM(config); no gradients.
-    Raises: ValueError for cp > 1, and where the cache has no room.
+    Raises: ValueError where the cache has no room.
     """
 
-    def __init__(self, config: HybridConfig, mesh: Mesh = ALONE):
-        if mesh.cp > 1:
-            raise ValueError(f"cp={mesh.cp}: decode with tp alone")
-        super().__init__(config, mesh, {"M": DecodingMixer, "*": DecodingAttention})
+    def __init__(self, config: HybridConfig, group: Group = None):
+        layers = {"M": DecodingMixer, "*": DecodingAttention, "-": SquaredReLUMLP}
+        super().__init__(config, group, layers)
 
     def new_cache(self, capacity: int) -> Cache:
         """An empty cache for sequences of up to `capacity` tokens."""
@@ -162,7 +162,7 @@ class Decoder(ParallelHybridLM):
         first = cache.admit(tokens_BT, starts_BT)
         x_BTD = self.embedding(tokens_BT)
         for layer, state in zip(self.layers, cache.layers):
-            span = DecodingSpan(cache.document_BS, None, first, state)
+            span = DecodingSpan(cache.document_BS, first, state)
             x_BTD = self.run(layer, x_BTD, span)
         if last:
             x_BTD = x_BTD[:, -1:]

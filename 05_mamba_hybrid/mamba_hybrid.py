@@ -25,21 +25,21 @@ layers for exact recall: 4 of 56 layers in the first paper, called "the study" f
 
 Run it (no flag is needed; --help lists them):
 
-    python 05_mamba_hybrid/mamba_hybrid.py                      2 local ranks, tensor parallel 2
-    python 05_mamba_hybrid/mamba_hybrid.py --ranks 4 --tp 2     tensor 2 × context parallel 2
+    python 05_mamba_hybrid/mamba_hybrid.py                      2 local ranks, which share the heads
     python 05_mamba_hybrid/mamba_hybrid.py --ranks 1            one process, for a debugger
     python 05_mamba_hybrid/mamba_hybrid.py --ranks 3 --check    each tensor's error, nothing else
-    torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py --tp 4 --cp 2
+    torchrun --nproc-per-node=8 05_mamba_hybrid/mamba_hybrid.py
     torchrun --nnodes=2 --nproc-per-node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 \\
         05_mamba_hybrid/mamba_hybrid.py
 
-It proves in float64 that every gradient equals the single device's on every layout of the ranks,
-trains a small hybrid on text next to the plain model, and prints the claims that it has measured.
+It proves in float64 that a scan with its tokens over ranks and a model with its heads over ranks
+have every gradient of the single device. It trains a small hybrid on text next to the plain model,
+and prints the claims that it has measured.
 
-Left out: decoding and published weights (load_nemotron_h.py); a backward pass by hand
-(fast_scan.py); the papers' models and tables (mamba_hybrid_tables.py); fused kernels; data
-parallelism and a sharded vocabulary (chapters 1, 2); load balance of attention over cp;
-mixture-of-experts layers and FP8 (chapter 6).
+Left out: all layers with their tokens over ranks, and more ranks than groups (context_parallel.py);
+decoding and published weights (load_nemotron_h.py); a backward pass by hand (fast_scan.py); the
+papers' models and tables (mamba_hybrid_tables.py); fused kernels; data parallelism and a sharded
+vocabulary (chapters 1, 2); mixture-of-experts layers and FP8 (chapter 6).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -48,8 +48,8 @@ mixture-of-experts layers and FP8 (chapter 6).
 # the full dimension. The small letter is this rank's shard of it. partial_ marks a partial sum. The
 # letters are those of the Mamba-2 paper and its code:
 #
-#     B  batch                          H  heads                      h = H / tp, this rank's heads
-#     T  sequence length, in tokens     P  size of a head             t: this rank's tokens
+#     B  batch                          H  heads                      tp  ranks that share the heads
+#     T  sequence length, in tokens     P  size of a head             t  this rank's tokens, in 1.2
 #     D  model width (d_model)          N  size of a state (d_state)  K  taps of the convolution
 #     F  feed-forward size              G  groups of R = H / G heads  C  channels
 #     V  vocabulary entries             Q  tokens of a chunk          S  tokens that attention sees
@@ -57,7 +57,7 @@ mixture-of-experts layers and FP8 (chapter 6).
 # Differences from the other chapters: D is their H, T their S, H their N, and P their D. Where the
 # paper uses a letter twice, so do we: B_BTGN and C_BTGN are the projections B and C, D_H is the
 # skip parameter D, and L_BGRQQ the mask L. X is dt · x, and a is dt · A. An attention layer has its
-# own H, G and P. tp ranks share the weights, cp ranks share the sequence: world size = tp · cp.
+# own H, G and P.
 #
 # "region carried" marks code that is copied from its home, and stands at the end of the file.
 
@@ -70,11 +70,8 @@ import logging
 import math
 import os
 import sys
-import sysconfig
 import threading
 import time
-import zlib
-from collections import namedtuple
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
@@ -82,7 +79,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tiktoken
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,8 +88,6 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.optim import AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 Group = dist.ProcessGroup | None  # None: all ranks
@@ -101,6 +95,7 @@ StateDict = dict[str, Tensor]
 Autocast = torch.dtype | None  # the dtype of GEMMs under autocast; None: no autocast
 Documents = Tensor | None  # an index for each token, or True where one begins; None: one document
 Batch = tuple[Tensor, ...]  # tokens_BT, targets_BT (−100 does not count), and maybe starts_BT
+Errors = dict[str, float]  # by the name of a tensor
 Scanned = tuple[Tensor, Tensor]  # y (B, T, H, P), and the state after the last token (B, H, P, N)
 
 
@@ -172,10 +167,11 @@ def segsum(a: Tensor) -> Tensor:
     Args: a (..., T), logs of decays. Returns: (..., T, T) in a's dtype. Source: Mamba-2, section 6.
     """
     sums = a.to(torch.float64).cumsum(-1)
-    T = a.shape[-1]
-    is_before = torch.ones(T, T, dtype=torch.bool, device=a.device).tril(-1)
-    others = torch.full((T, T), -torch.inf, dtype=a.dtype, device=a.device).triu(1)
-    return torch.where(is_before, (sums[..., :, None] - sums[..., None, :]).to(a.dtype), others)
+    after = sums[..., :, None]
+    before = sums[..., None, :]
+    segments = (after - before).to(a.dtype)
+    future = segments.new_full(segments.shape[-2:], -torch.inf)  # (T, T)
+    return segments.tril(-1) + future.triu(1)
 
 
 # Documents that are packed into one sequence must not see each other. Where one begins, the state
@@ -189,8 +185,10 @@ def log_decay(dt: Tensor, A: Tensor, starts: Documents = None) -> Tensor:
     Args: dt (B, T, H); A (H); starts: bool (B, T), True where a document begins.
     Source: Mamba-2; documents: ours.
     """
-    a_BTH = at_least_fp32(dt) * at_least_fp32(A)
-    return a_BTH if starts is None else a_BTH - 1000.0 * starts[..., None]
+    a_BTH = at_least_fp32(dt) * A
+    if starts is None:
+        return a_BTH
+    return a_BTH - 1000.0 * starts[..., None]
 
 
 # dt is in two places: X = dt·x and a = dt·A. (In B as well, the write would scale with dt².) So all
@@ -212,7 +210,8 @@ def _scan(
     G = B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
         if state is None:
-            state = X.new_zeros(X.shape[0], *X.shape[2:], B.shape[3])
+            batch, _, H, P = X.shape
+            state = X.new_zeros(batch, H, P, B.shape[3])
         state_BGRPN = rearrange(at_least_fp32(state), "B (G R) P N -> B G R P N", G=G)
         X_BGRTP = rearrange(at_least_fp32(X), "B T (G R) P -> B G R T P", G=G)
         a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G)
@@ -228,10 +227,12 @@ def _scan(
 
 def _steps(state_BGRPN: Tensor, *inputs: Tensor) -> Scanned:
     y = []
-    for X_BGRP, a_BGR1, B_BG1N, C_BG1N in zip(*(x.unbind(-2) for x in inputs)):
+    tokens = [x.unbind(-2) for x in inputs]
+    for X_BGRP, a_BGR1, B_BG1N, C_BG1N in zip(*tokens):
         write_BGRPN = X_BGRP[..., None] * B_BG1N[..., None, :]
-        state_BGRPN = a_BGR1.exp()[..., None] * state_BGRPN + write_BGRPN
-        y.append((state_BGRPN * C_BG1N[..., None, :]).sum(-1))
+        state_BGRPN = a_BGR1[..., None].exp() * state_BGRPN + write_BGRPN
+        read_BGRPN = state_BGRPN * C_BG1N[..., None, :]
+        y.append(read_BGRPN.sum(-1))
     return torch.stack(y, -2) if y else inputs[0], state_BGRPN
 
 
@@ -255,7 +256,8 @@ def _kept(a: Tensor) -> Tensor:
 
     Args: a (..., T, H), or (..., T, 1). Returns: its shape and dtype.
     """
-    return a.to(torch.float64).cumsum(-2).to(a.dtype).exp()
+    sums = a.to(torch.float64).cumsum(-2)
+    return sums.to(a.dtype).exp()
 
 
 def _chunk(
@@ -352,8 +354,7 @@ def ssd(
 # and 1/2. Then in = 0 on rank 0, 8 on rank 1, and 1/4 · 8 + 4 = 6 on rank 2. The last state is
 # 1/2 · 6 + 2 = 5, as it is without ranks: (8 · 1/4 + 4) · 1/2 + 2.
 #
-# Every layer only looks back: the recurrence at a state, the convolution at K − 1 inputs, attention
-# at keys and values. So one operator serves all three, with its conjugate:
+# The gather is an operator of its own, with its conjugate:
 #
 #     forward     all-gather; what comes from this rank and later ones is replaced by zeros
 #     backward    reduce-scatter: all later ranks have used this rank's x
@@ -403,54 +404,29 @@ def ssd_context_parallel(
     if group_size(group) == 1:
         return y_BtHP, own_BHPN
     kept_BtH1 = _kept(at_least_fp32(a))[..., None]
-    decay_BHP1 = kept_BtH1[:, -1, :, None].expand(*own_BHPN.shape[:3], 1)
+    decay_BH11 = kept_BtH1[:, -1, :, None]
+    decay_BHP1 = decay_BH11.expand_as(own_BHPN[..., :1])
     # One message: the decay is one more column of the state.
-    messages = from_earlier_ranks(torch.cat([own_BHPN, decay_BHP1], -1), group)
-    in_BHPN = messages[0, ..., :-1]  # right on rank 1; on rank 0 these are zeros
-    for message_BHPM in messages[1 : group_rank(group)]:
-        in_BHPN = message_BHPM[..., -1:] * in_BHPN + message_BHPM[..., :-1]
+    of_ranks = from_earlier_ranks(torch.cat([own_BHPN, decay_BHP1], -1), group)
+    own_of_ranks = of_ranks[..., :-1]
+    decay_of_ranks = of_ranks[..., -1:]
+    in_BHPN = own_of_ranks[0]  # right on rank 1; on rank 0 these are zeros
+    for rank in range(1, group_rank(group)):
+        in_BHPN = decay_of_ranks[rank] * in_BHPN + own_of_ranks[rank]
+    heads_of_group = X.shape[2] // C.shape[2]  # R
     with torch.autocast(X.device.type, enabled=False):
-        C_BtHN = at_least_fp32(C).repeat_interleave(X.shape[2] // C.shape[2], 2)
+        C_BtHN = at_least_fp32(C).repeat_interleave(heads_of_group, 2)
         read_BtHP = einsum(C_BtHN, in_BHPN, "B t H N, B H P N -> B t H P")
-    return y_BtHP + kept_BtH1 * read_BtHP, own_BHPN + decay_BHP1 * in_BHPN
+    y_BtHP = y_BtHP + kept_BtH1 * read_BtHP
+    return y_BtHP, own_BHPN + decay_BH11 * in_BHPN
 
 
-# The convolution needs the last K − 1 inputs of the rank before (a halo), attention all earlier
-# keys and values. That message grows with the sequence: the price of exact recall. (Later ranks
-# attend to more keys. Balancing that, and hiding messages under GEMMs as ring attention does, is
-# left out.)
+# Every layer only looks back, so the same operator gives the convolution the last K − 1 inputs of
+# the rank before, and attention all earlier keys and values. The latter message grows with the
+# sequence: the price of exact recall. context_parallel.py has these two, and the full model.
 #
 # Megatron-LM's context parallelism exchanges tokens for heads by an all-to-all before the
 # convolution, and back after the scan. Its messages are as large as the activations.
-
-
-def halo(u_BtC: Tensor, width: int, group: Group = None) -> Tensor:
-    """The last `width` tokens of the rank before, (B, width, C); zeros on the first. Collective.
-
-    Raises: ValueError where this rank has fewer tokens; the others would wait, so check all lengths
-        first. Source: ours.
-    """
-    t = u_BtC.shape[1]
-    if t < width:
-        raise ValueError(f"{t} tokens on this rank; the next one needs the last {width} of them")
-    # Rank 0 takes index −1, the last rank's: always zeros.
-    return from_earlier_ranks(u_BtC[:, t - width :], group)[group_rank(group) - 1]
-
-
-def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) -> Tensor:
-    """Keys and values (B, G, t, 2P) of this rank and all earlier ones, (B, G, S, 2P). Collective.
-
-    Args: lengths: tokens of each rank; messages are padded to the longest.
-    Source: ours.
-    """
-    padding = max(lengths) - kv_BGtP.shape[2]
-    of_ranks = from_earlier_ranks(F.pad(kv_BGtP, (0, 0, 0, padding)), group)
-    earlier = lengths[: group_rank(group)]
-    parts = [kv[:, :, :length] for kv, length in zip(of_ranks, earlier)]
-    # The later ranks' zeros with length 0: so every rank's graph leads to the reduce-scatter.
-    parts += [kv[:, :, :0] for kv in of_ranks[len(parts) :]]
-    return torch.cat([*parts, kv_BGtP], 2)
-
 
 # ── 1.3 Heads over ranks ────────────────────────────────────────────────────────────────────────
 #
@@ -459,19 +435,13 @@ def keys_of_all_ranks(kv_BGtP: Tensor, lengths: list[int], group: Group = None) 
 # and each group of the norm alone. So a rank's layer is the *plain* layer with smaller sizes,
 # between the operators of chapter 2:
 #
-#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of h heads ─ reduce_from_tp ─ + x    1 + 1 all-reduces
+#     x_BTD ─ norm ─ copy_to_tp ─ plain layer of H / tp heads ─ reduce_from_tp ─ + x
+#
+# That is one all-reduce in forward and one in backward. tp must divide heads and groups. (More
+# ranks than groups need copies of B and C, whose gradients are partial sums: context_parallel.py.)
 #
 # Only the split of in_proj is new: its rows are [z, x, B, C, dt], so the first half of the rows is
 # not the first half of the heads. Each of the five is sharded separately (part 3).
-#
-# With fewer groups than ranks, neighbouring ranks need the same B and C, and each has a copy of
-# their weights (Megatron-LM refuses this). Two things follow:
-#
-# · The channels of a group are on several ranks, and the norm needs one mean square over them: a
-#   scalar per token is summed over these ranks, in forward and in backward.
-# · Each copy gets the gradient of its own heads, a partial sum. It is all-reduced at the *weights*,
-#   once per step (part 4). All-reduced at the activations B and C, each copy's contribution to dx
-#   would be complete already, and copy_to_tp would sum it once more.
 
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 
@@ -532,13 +502,13 @@ class HybridConfig:
 # 4 MiB in fp32, for any number of tokens; each of its four attention layers keeps 4 KiB per token.
 #
 # Layers look back at earlier tokens. These are in x, or on other ranks, or have passed the model
-# before. So each place that looks back is a method of its own: `earlier_inputs` of the convolution,
-# `scan`, and `attend`. The parallel model (2.3) overrides these three alone, and so does decoding
+# before. So each place that looks back is a method of its own: `with_earlier_inputs`, `scan` and
+# `attend`. context_parallel.py overrides these three alone, and so does decoding
 # (load_nemotron_h.py), which keeps a state for each layer.
 #
 # Where documents are packed into one sequence, nothing may pass from one to the next, in any kind
-# of layer: the recurrence forgets, convolution and attention are masked. A `Span` says which tokens
-# of their sequences a layer's input is.
+# of layer: the recurrence forgets, convolution and attention are masked. A `Span` is what a layer
+# is told of its tokens.
 
 
 @dataclass(frozen=True)
@@ -546,10 +516,9 @@ class Span:
     """Which tokens of their sequences a layer's input x_BTD is: the last T of document_BS."""
 
     document_BS: Documents = None  # document index of each token up to their last; None: one
-    lengths: list[int] | None = None  # tokens of each context-parallel rank; None: not sharded
 
 
-ALL = Span()  # one document, not sharded
+ALL = Span()  # one document
 
 
 def last_documents(document_BS: Documents, T: int, earlier: int) -> Documents:
@@ -584,7 +553,8 @@ def causal_conv1d(
     for tap in range(K):
         input_BTC = u[:, tap : tap + T]
         if document is not None:
-            is_same_BT = document[:, tap : tap + T] == document[:, K - 1 :]
+            own_BT = document[:, K - 1 :]
+            is_same_BT = document[:, tap : tap + T] == own_BT
             input_BTC = input_BTC * is_same_BT[..., None]
         y_BTC = torch.addcmul(y_BTC, input_BTC, weight_CK[:, tap])
     return y_BTC.to(u.dtype)
@@ -608,7 +578,8 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTC: Tensor) -> Tensor:
         x_BTGC = at_least_fp32(x_BTC).unflatten(-1, (self.groups, -1))
         y_BTGC = x_BTGC * (self.mean_square(x_BTGC) + self.eps).rsqrt()
-        return (y_BTGC.flatten(-2) * at_least_fp32(self.weight)).to(x_BTC.dtype)
+        y_BTC = y_BTGC.flatten(-2) * self.weight
+        return y_BTC.to(x_BTC.dtype)
 
 
 class Mamba2Mixer(nn.Module):
@@ -623,12 +594,13 @@ class Mamba2Mixer(nn.Module):
         self.config = config
         H = config.mamba_heads
         inner = H * config.mamba_head_size
-        group_channels = config.mamba_groups * config.state_size
-        self.convolved = [inner, group_channels, group_channels]  # x, B, C
-        self.projected = [inner, sum(self.convolved), H]  # z, those three, dt
+        group = config.mamba_groups * config.state_size  # of B, or of C
+        channels = inner + 2 * group
+        self.convolved = [inner, group, group]  # x, B, C
+        self.projected = [inner, channels, H]  # z, those three, dt
         self.in_proj = nn.Linear(config.hidden_size, sum(self.projected), bias=False)
-        self.conv_weight = nn.Parameter(torch.empty(sum(self.convolved), config.conv_kernel))
-        self.conv_bias = nn.Parameter(torch.empty(sum(self.convolved)))
+        self.conv_weight = nn.Parameter(torch.empty(channels, config.conv_kernel))
+        self.conv_bias = nn.Parameter(torch.empty(channels))
         self.dt_bias = nn.Parameter(torch.empty(H))
         self.A_log = nn.Parameter(torch.empty(H))
         self.D = nn.Parameter(torch.empty(H))
@@ -639,30 +611,37 @@ class Mamba2Mixer(nn.Module):
                 p.data.copy_(initial_value(name, p.shape, config))
 
     def forward(self, x_BTD: Tensor, span: Span = ALL) -> Tensor:
-        config = self.config
         T = x_BTD.shape[1]
-        z_BTC, u_BTC, dt_BTH = self.in_proj(x_BTD).split(self.projected, -1)
-        u = torch.cat([self.earlier_inputs(u_BTC, span), u_BTC], 1)
-        document = last_documents(span.document_BS, T, config.conv_kernel - 1)
-        starts_BT = None if document is None else document.diff()[:, config.conv_kernel - 2 :] != 0
+        P = self.config.mamba_head_size
+        N = self.config.state_size
+        K = self.config.conv_kernel  # taps
+        projected = self.in_proj(x_BTD)
+        z_BTC, u_BTC, dt_BTH = projected.split(self.projected, -1)
+        document = last_documents(span.document_BS, T, K - 1)
+        u = self.with_earlier_inputs(u_BTC, span)
         v_BTC = F.silu(causal_conv1d(u, self.conv_weight, self.conv_bias, document))
         x_BTC, B_BTC, C_BTC = v_BTC.split(self.convolved, -1)
-        x_BTHP = at_least_fp32(rearrange(x_BTC, "B T (H P) -> B T H P", P=config.mamba_head_size))
-        B_BTGN = rearrange(B_BTC, "B T (G N) -> B T G N", N=config.state_size)
-        C_BTGN = rearrange(C_BTC, "B T (G N) -> B T G N", N=config.state_size)
-        dt_BTH = F.softplus(at_least_fp32(dt_BTH) + at_least_fp32(self.dt_bias))
+        x_BTHP = rearrange(at_least_fp32(x_BTC), "B T (H P) -> B T H P", P=P)
+        B_BTGN = rearrange(B_BTC, "B T (G N) -> B T G N", N=N)
+        C_BTGN = rearrange(C_BTC, "B T (G N) -> B T G N", N=N)
+        dt_BTH = F.softplus(at_least_fp32(dt_BTH) + self.dt_bias)
+        X_BTHP = dt_BTH[..., None] * x_BTHP
         A_H = -at_least_fp32(self.A_log).exp()
+        starts_BT = None
+        if document is not None:
+            starts_BT = document.diff()[:, K - 2 :] != 0
         a_BTH = log_decay(dt_BTH, A_H, starts_BT)
-        y_BTHP = self.scan(dt_BTH[..., None] * x_BTHP, a_BTH, B_BTGN, C_BTGN, span)
-        y_BTHP = y_BTHP + at_least_fp32(self.D)[:, None] * x_BTHP
+        y_BTHP = self.scan(X_BTHP, a_BTH, B_BTGN, C_BTGN, span)
+        y_BTHP = y_BTHP + self.D[:, None] * x_BTHP
         y_BTC = rearrange(y_BTHP, "B T H P -> B T (H P)")
         # norm(y · silu(z)); norm(y) · silu(z) is another function.
         gated_BTC = y_BTC * F.silu(at_least_fp32(z_BTC))
-        return self.out_proj(self.norm(gated_BTC).to(x_BTD.dtype))
+        y_BTC = self.norm(gated_BTC).to(x_BTD.dtype)
+        return self.out_proj(y_BTC)
 
-    def earlier_inputs(self, u_BTC: Tensor, span: Span) -> Tensor:
-        """The K − 1 inputs of the convolution before u_BTC, (B, K − 1, C): here zeros."""
-        return u_BTC.new_zeros(len(u_BTC), self.config.conv_kernel - 1, u_BTC.shape[2])
+    def with_earlier_inputs(self, u_BTC: Tensor, span: Span) -> Tensor:
+        """u_BTC after the K − 1 inputs of the convolution before it: here zeros."""
+        return F.pad(u_BTC, (0, 0, self.config.conv_kernel - 1, 0))
 
     def scan(self, X: Tensor, a: Tensor, B: Tensor, C: Tensor, span: Span) -> Tensor:
         """y (B, T, H, P), of arguments as `ssd`'s: here from a zero state."""
@@ -681,7 +660,8 @@ def causal_mask(T: int, S: int, document_BS: Documents, device: torch.device) ->
     mask_TS = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
     if document_BS is None:
         return mask_TS
-    is_same_BTS = document_BS[:, S - T :, None] == document_BS[:, None, :]
+    own_BT1 = document_BS[:, S - T :, None]
+    is_same_BTS = own_BT1 == document_BS[:, None, :]
     return (mask_TS & is_same_BTS)[:, None]
 
 
@@ -710,7 +690,9 @@ class Attention(nn.Module):
 
     def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: Span) -> Tensor:
         """The heads' outputs (B, H, T, P): here all S keys are those of x."""
-        mask = causal_mask(q_BHTP.shape[2], k_BGSP.shape[2], span.document_BS, q_BHTP.device)
+        T = q_BHTP.shape[2]
+        S = k_BGSP.shape[2]
+        mask = causal_mask(T, S, span.document_BS, q_BHTP.device)
         return F.scaled_dot_product_attention(
             q_BHTP, k_BGSP, v_BGSP, mask, is_causal=mask is None, enable_gqa=True
         )
@@ -733,8 +715,8 @@ class SquaredReLUMLP(nn.Module):
 #
 # Each letter of the pattern is one layer with norm and residual connection, x + f(norm(x)):
 # attention and its feed-forward layer are two. There is no bias but in the convolution, and the
-# output layer is not tied to the embedding. `local_tokens`, `span` and `run` are for the parallel
-# model, which overrides them: here they do nothing.
+# output layer is not tied to the embedding. `run` and `after_backward` are what the parallel model
+# overrides.
 
 LAYERS = {"M": Mamba2Mixer, "*": Attention, "-": SquaredReLUMLP}
 
@@ -756,37 +738,41 @@ class HybridLM(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, D)
         self.layers = nn.ModuleList()
         for letter in config.pattern:
-            parts = {"norm": RMSNorm(D, config.norm_eps), "mixer": layers[letter](config)}
-            self.layers.append(nn.ModuleDict(parts))
+            norm = RMSNorm(D, config.norm_eps)
+            mixer = layers[letter](config)
+            self.layers.append(nn.ModuleDict({"norm": norm, "mixer": mixer}))
         self.final_norm = RMSNorm(D, config.norm_eps)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" there are shapes without memory
             self.load_state_dict(dict(initial_weights(config)))
 
-    def local_tokens(self, x_BT: Tensor) -> Tensor:
-        """Of a tensor for the full sequence, the part of this rank's tokens: here all."""
-        return x_BT
+    def forward(self, tokens_BT: Tensor, starts_BT: Documents = None) -> Tensor:
+        span = ALL
+        if starts_BT is not None:
+            span = Span(starts_BT.cumsum(1))
+        return self.logits(tokens_BT, span)
 
-    def span(self, tokens_BT: Tensor, starts_BT: Documents) -> Span:
-        """Which tokens the layers get."""
-        return Span(None if starts_BT is None else starts_BT.cumsum(1))
+    def logits(self, tokens_BT: Tensor, span: Span) -> Tensor:
+        """(B, T, V), of tokens that `span` describes."""
+        x_BTD = self.embedding(tokens_BT)
+        for layer in self.layers:
+            x_BTD = self.run(layer, x_BTD, span)
+        return self.head(self.final_norm(x_BTD))
 
     def run(self, layer: nn.ModuleDict, x_BTD: Tensor, span: Span) -> Tensor:
         """One layer with its norm and residual connection."""
         return x_BTD + layer["mixer"](layer["norm"](x_BTD), span)
 
-    def forward(self, tokens_BT: Tensor, starts_BT: Documents = None) -> Tensor:
-        span = self.span(tokens_BT, starts_BT)
-        x_BTD = self.embedding(self.local_tokens(tokens_BT))
-        for layer in self.layers:
-            x_BTD = self.run(layer, x_BTD, span)
-        return self.head(self.final_norm(x_BTD))
-
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, starts_BT: Documents = None) -> Tensor:
         """Cross entropy per token in nats, (B, T), at least fp32; 0 where the target is −100."""
-        logits_BVT = rearrange(at_least_fp32(self(tokens_BT, starts_BT)), "B T V -> B V T")
-        targets_BT = self.local_tokens(targets_BT)
+        logits_BTV = at_least_fp32(self(tokens_BT, starts_BT))
+        logits_BVT = rearrange(logits_BTV, "B T V -> B V T")
         return F.cross_entropy(logits_BVT, targets_BT, ignore_index=-100, reduction="none")
+
+    def after_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch's loss, and the norm of the gradient: two scalars."""
+        grads = [p.grad for p in self.parameters() if p.grad is not None]
+        return loss.detach(), nn.utils.get_total_norm(grads)
 
 
 # The initial dt and A decide what a Mamba layer can learn: over the heads, exp(dt·A) must range
@@ -802,22 +788,24 @@ def initial_value(
 
     Source: Mamba-2.
     """
-    draws = {"size": shape, "generator": generator, "device": "cpu"}
+    x = torch.empty(shape, device="cpu")
     kind = name.split(".")[-1]
     if kind == "A_log":
-        return torch.lerp(*torch.tensor(config.A_init), torch.rand(**draws)).log()
+        return x.uniform_(*config.A_init, generator=generator).log()
     if kind == "dt_bias":
-        log_dt = torch.lerp(*torch.tensor(config.dt_init).log(), torch.rand(**draws))
+        low, high = config.dt_init
+        log_dt = x.uniform_(math.log(low), math.log(high), generator=generator)
         dt = log_dt.exp().clamp(min=1e-4)
         return dt + torch.log(-torch.expm1(-dt))
     if kind in ("conv_weight", "conv_bias"):
-        return (2 * torch.rand(**draws) - 1) / math.sqrt(config.conv_kernel)
+        bound = config.conv_kernel**-0.5
+        return x.uniform_(-bound, bound, generator=generator)
     if len(shape) < 2:  # D, and the norms' weights
-        return torch.ones(shape, device="cpu")
+        return x.fill_(1)
     std = config.init_std
     if name.split(".")[-2] in ("out_proj", "o_proj", "down_proj"):
         std /= math.sqrt(len(config.pattern))
-    return torch.randn(**draws) * std
+    return x.normal_(0, std, generator=generator)
 
 
 def parameter_shapes(config: HybridConfig) -> dict[str, torch.Size]:
@@ -836,62 +824,12 @@ def initial_weights(config: HybridConfig) -> Iterator[tuple[str, Tensor]]:
 
 # ── 2.3 The parallel model ──────────────────────────────────────────────────────────────────────
 #
-# The ranks are a device mesh of two dimensions. With tp 2 and cp 2:
+# All layers are the plain model's, with the sizes of one rank. Every rank computes the same tokens.
+# Embedding, output layer and norms of D channels are replicated: chapter 2 shards the first two.
 #
-#                        tp rank 0     tp rank 1
-#     tokens 0 … 4999     rank 0        rank 1        ← a tp group: the same tokens, other heads
-#     tokens 5000 …       rank 2        rank 3
-#                           ↑ a cp group: the same weights, other tokens
-#
-# Context parallelism shards the sequence everywhere; chapter 4's sequence parallelism shards it
-# only in the layers that tensor parallelism replicates. (The Mamba-2 paper calls the former by the
-# name of the latter.) Every rank is given the full tokens_BT, which is small, and works on its own
-# part. Embedding, output layer and norms of D channels are replicated over tp: chapter 2 shards the
-# first two.
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """This rank's place in the device mesh; Mesh() is a process without process groups."""
-
-    tp: int = 1  # ranks that share the weights, by heads
-    cp: int = 1  # ranks that share a sequence, by tokens
-    tp_rank: int = 0
-    cp_rank: int = 0
-    tp_group: Group = None
-    cp_group: Group = None
-    # For each divisor of tp: the group of that many neighbouring tp ranks with this one.
-    neighbours: dict[int, Group] = field(default_factory=dict)
-
-
-ALONE = Mesh()
-
-
-def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
-    """Lays all ranks out as (cp, tp), with neighbours in a tp group. Collective over all ranks.
-
-    Args: timeout in seconds. Raises: ValueError where tp does not divide the ranks.
-    """
-    world = dist.get_world_size()
-    rank = dist.get_rank()
-    if tp < 1 or world % tp:
-        raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    neighbours = {}
-    for size in range(1, tp + 1):
-        if tp % size == 0:
-            lists = [list(range(first, first + size)) for first in range(0, world, size)]
-            neighbours[size] = make_group(lists, device, timeout)
-    cp_lists = [list(range(first, world, tp)) for first in range(tp)]
-    cp_group = make_group(cp_lists, device, timeout)
-    return Mesh(tp, world // tp, rank % tp, rank // tp, neighbours[tp], cp_group, neighbours)
-
-
-def held(units: int, rank: int, tp: int) -> range:
-    """Which of `units` heads, groups or features rank `rank` holds: its shard, or the one unit that
-    its shard is a part of. Source: ours.
-    """
-    return range(rank * units // tp, -(-(rank + 1) * units // tp))
-
+# For example 8 heads in 2 groups, on two ranks: rank 1 builds a layer of 4 heads in one group, and
+# its weights are those of heads 4 to 7. Group 1 has just these heads, so B and C of no other group
+# are needed, and the norm's mean square is over these channels alone.
 
 SHARDED_SIZES = {
     "M": ["mamba_heads", "mamba_groups"],
@@ -903,140 +841,60 @@ SHARDED_SIZES = {
 def local_config(config: HybridConfig, tp: int) -> HybridConfig:
     """The sizes of what one of `tp` ranks holds.
 
-    Raises: ValueError where heads or features do not divide over tp, or groups neither divide nor
-        repeat. Source: Megatron-LM's layer; copies of groups: ours.
+    Raises: ValueError where heads, groups or features do not divide over tp. Source: Megatron-LM.
     """
     sizes = {}
-    for kind, names in SHARDED_SIZES.items():
-        for name in names if kind in config.pattern else []:
+    for kind in sorted(set(config.pattern)):
+        for name in SHARDED_SIZES[kind]:
             size = getattr(config, name)
-            may_repeat = name.endswith("groups") and tp % size == 0
-            if size % tp and not may_repeat:
+            if size % tp:
                 text = f"{name}={size} does not divide over tp={tp} ranks"
                 raise ValueError(f"{text}: choose a multiple of {tp}")
-            sizes[name] = len(held(size, 0, tp))
+            sizes[name] = size // tp
     return replace(config, **sizes)
 
 
-class ParallelRMSNorm(RMSNorm):
-    """`RMSNorm` over channels that are sharded over tp, of `groups` groups over all tp ranks:
-    x_BTC to (B, T, C), this rank's C channels. Source: ours.
-    """
-
-    def __init__(self, size: int, eps: float, groups: int, mesh: Mesh):
-        super().__init__(size, eps, len(held(groups, 0, mesh.tp)))
-        self.holders = max(1, mesh.tp // groups)  # ranks that share the channels of a group
-        self.neighbours = mesh.neighbours.get(self.holders)
-
-    def mean_square(self, x_BTGC: Tensor) -> Tensor:
-        partial_BTG1 = super().mean_square(x_BTGC) / self.holders
-        if self.holders == 1:
-            return partial_BTG1
-        # Every rank's channels depend on this mean: its gradient is a partial sum, too.
-        return copy_to_tp(reduce_from_tp(partial_BTG1, self.neighbours), self.neighbours)
-
-
-class ParallelMamba2Mixer(Mamba2Mixer):
-    """`Mamba2Mixer` of this rank's heads and tokens: x_BtD to a partial sum (B, t, D).
-
-    Args: config: `local_config`'s. groups: mamba_groups over all tp ranks. Those of `scan`: X, a, B
-    and C as `ssd`'s.
-    """
-
-    def __init__(self, config: HybridConfig, groups: int, mesh: Mesh):
-        super().__init__(config)
-        self.mesh = mesh
-        self.norm = ParallelRMSNorm(len(self.norm.weight), config.norm_eps, groups, mesh)
-
-    def earlier_inputs(self, u_BTC: Tensor, span: Span) -> Tensor:
-        if self.mesh.cp == 1:
-            return super().earlier_inputs(u_BTC, span)
-        return halo(u_BTC, self.config.conv_kernel - 1, self.mesh.cp_group)
-
-    def scan(self, X: Tensor, a: Tensor, B: Tensor, C: Tensor, span: Span) -> Tensor:
-        if self.mesh.cp == 1:
-            return super().scan(X, a, B, C, span)
-        return ssd_context_parallel(X, a, B, C, self.config.chunk, self.mesh.cp_group)[0]
-
-
-class ParallelAttention(Attention):
-    """`Attention` of this rank's heads and tokens: x_BtD to a partial sum (B, t, D).
-
-    Args: config: `local_config`'s.
-    """
-
-    def __init__(self, config: HybridConfig, mesh: Mesh):
-        super().__init__(config)
-        self.mesh = mesh
-
-    def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: Span) -> Tensor:
-        if self.mesh.cp > 1:
-            kv_BGTP = torch.cat([k_BGSP, v_BGSP], -1)  # one message for both
-            kv_BGSP = keys_of_all_ranks(kv_BGTP, span.lengths, self.mesh.cp_group)
-            k_BGSP, v_BGSP = kv_BGSP.chunk(2, -1)
-        return super().attend(q_BHTP, k_BGSP, v_BGSP, span)
-
-
-PARALLEL = {"M": ParallelMamba2Mixer, "*": ParallelAttention}
-
-
-def shard_lengths(T: int, cp: int, taps: int) -> list[int]:
-    """Tokens of each cp rank: the first ones have one more where cp does not divide T.
-
-    Raises: ValueError where the convolution would look back further than to the rank before.
-    """
-    lengths = [T // cp + (rank < T % cp) for rank in range(cp)]
-    if cp > 1 and lengths[-1] < taps - 1:
-        found = f"{T} tokens over cp={cp} leave {lengths[-1]} to the last rank"
-        need = f"a convolution of {taps} taps needs {taps - 1} on each"
-        raise ValueError(f"{found}, but {need}: use fewer ranks, or longer sequences")
-    return lengths
-
-
 class ParallelHybridLM(HybridLM):
-    """`HybridLM` on a mesh: the full tokens_BT to this rank's logits_BtV; `loss` too is (B, t).
+    """`HybridLM` with its heads and features over `group`: tokens_BT to logits_BTV, on each rank.
 
-    Its weights are those of HybridLM(config), for every mesh; one full tensor at a time is in
+    Its weights are those of HybridLM(config), for every group; one full tensor at a time is in
     memory.
-    Args: layers: the classes of Mamba and attention layers.
-    Raises: ValueError where sizes do not divide, or a rank would get fewer than K − 1 tokens.
-    Source: Megatron-LM's layers for tp; for cp ours.
+    Raises: ValueError where sizes do not divide. Source: Megatron-LM's layers.
     """
 
     def __init__(
-        self, config: HybridConfig, mesh: Mesh = ALONE, layers: dict[str, Callable] = PARALLEL
+        self, config: HybridConfig, group: Group = None, layers: dict[str, Callable] = LAYERS
     ):
-        mamba = partial(layers["M"], groups=config.mamba_groups, mesh=mesh)
-        layers = LAYERS | {"M": mamba, "*": partial(layers["*"], mesh=mesh)}
+        tp = group_size(group)
         with torch.device("meta"):  # shapes first, without memory
-            super().__init__(local_config(config, mesh.tp), layers)
+            super().__init__(local_config(config, tp), layers)
         self.config = config
-        self.mesh = mesh
+        self.group = group
         if torch.get_default_device().type == "meta":
             return
         shards = {}
         for name, full in initial_weights(config):
-            shards[name] = shard_tensor(name, full, config, mesh.tp_rank, mesh.tp)
+            shards[name] = shard_tensor(name, full, config, group_rank(group), tp)
         self.load_state_dict(shards, assign=True)  # puts them in place of the shapes
 
     def run(self, layer: nn.ModuleDict, x_BTD: Tensor, span: Span) -> Tensor:
-        if self.mesh.tp == 1:
-            return super().run(layer, x_BTD, span)
-        group = self.mesh.tp_group
-        normed_BTD = copy_to_tp(layer["norm"](x_BTD), group)
+        normed_BTD = copy_to_tp(layer["norm"](x_BTD), self.group)
         partial_y_BTD = layer["mixer"](normed_BTD, span)
-        return x_BTD + reduce_from_tp(partial_y_BTD, group)
+        return x_BTD + reduce_from_tp(partial_y_BTD, self.group)
 
-    def local_tokens(self, x_BT: Tensor) -> Tensor:
-        lengths = shard_lengths(x_BT.shape[1], self.mesh.cp, self.config.conv_kernel)
-        return x_BT.split(lengths, 1)[self.mesh.cp_rank]
+    def after_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss, and the norm of the full gradient, the same on every rank. Collective."""
+        tp = group_size(self.group)
+        total = torch.zeros_like(loss)
+        for name, p in self.named_parameters():
+            if p.grad is not None:
+                square = at_least_fp32(p.grad).square().sum()
+                total += square if is_sharded(name) else square / tp
+        return loss.detach(), _all_reduce(total, self.group).sqrt()
 
-    def span(self, tokens_BT: Tensor, starts_BT: Documents) -> Span:
-        lengths = shard_lengths(tokens_BT.shape[1], self.mesh.cp, self.config.conv_kernel)
-        document_BS = super().span(tokens_BT, starts_BT).document_BS
-        if document_BS is not None:
-            document_BS = document_BS[:, : sum(lengths[: self.mesh.cp_rank + 1])]
-        return Span(document_BS, lengths)
+    def gather(self, tensors: StateDict) -> StateDict:
+        """`gather_state_dict` of this model's parameters or gradients, by name. Collective."""
+        return gather_state_dict(tensors, self.config, self.group)
 
 
 # ── 3 Weights ───────────────────────────────────────────────────────────────────────────────────
@@ -1045,40 +903,28 @@ class ParallelHybridLM(HybridLM):
 # checkpoint of one is a checkpoint of all: shard → merge is exact to the bit.
 #
 # One table says how each parameter is sharded: its rows (or columns) are one or more components,
-# and a component has units (heads, groups, features) of some rows each. A rank gets its units of
-# every component. Replicated parameters (embedding, output layer, norms of D channels) are one
-# unit, of which each rank has a copy.
+# and each component is sharded by itself. What the table does not have is replicated: embedding,
+# output layer, norms of D channels.
 #
 #     in_proj.weight of 4 heads, 2 groups:   z z z z │ x x x x │ B B │ C C │ dt dt dt dt
 #     rank 0 of 2                            z z     │ x x     │ B   │ C   │ dt dt
-#     rank 0 of 4                            z       │ x       │ B   │ C   │ dt     as rank 1: B, C
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Consecutive rows (or columns) of a parameter that a rank holds."""
-
-    first: int  # in the full parameter
-    size: int
-    copies: int  # tp ranks that hold these rows
-
-
-def components(config: HybridConfig) -> dict[str, tuple[int, list[tuple[int, int]]]]:
-    """Sharded parameter of a mixer to the dimension and its components: (units, rows of a unit)."""
-    P = config.attention_head_size
-    inner = (config.mamba_heads, config.mamba_head_size)
-    group = (config.mamba_groups, config.state_size)  # B or C
-    scalars = (config.mamba_heads, 1)
-    queries = (config.attention_heads, P)
-    keys = (config.attention_groups, P)
-    features = (config.ffn_hidden_size, 1)
-    return {
-        "in_proj.weight": (0, [inner, inner, group, group, scalars]),  # z, x, B, C, dt
+def components(name: str, config: HybridConfig) -> tuple[int, list[int]]:
+    """The sharded dimension of a mixer's parameter, and the sizes of its components there."""
+    H = config.mamba_heads
+    inner = H * config.mamba_head_size
+    group = config.mamba_groups * config.state_size  # of B, or of C
+    queries = config.attention_heads * config.attention_head_size
+    keys = config.attention_groups * config.attention_head_size
+    features = config.ffn_hidden_size
+    table = {
+        "in_proj.weight": (0, [inner, inner, group, group, H]),  # z, x, B, C, dt
         "conv_weight": (0, [inner, group, group]),
         "conv_bias": (0, [inner, group, group]),
-        "dt_bias": (0, [scalars]),
-        "A_log": (0, [scalars]),
-        "D": (0, [scalars]),
+        "dt_bias": (0, [H]),
+        "A_log": (0, [H]),
+        "D": (0, [H]),
         "norm.weight": (0, [inner]),
         "out_proj.weight": (1, [inner]),
         "q_proj.weight": (0, [queries]),
@@ -1088,39 +934,57 @@ def components(config: HybridConfig) -> dict[str, tuple[int, list[tuple[int, int
         "up_proj.weight": (0, [features]),
         "down_proj.weight": (1, [features]),
     }
+    return table[name.partition("mixer.")[2]]
 
 
-def pieces_of(name: str, config: HybridConfig, rank: int, tp: int) -> tuple[int, list[Piece]]:
-    """The sharded dimension of parameter `name`, and rank `rank`'s pieces of it."""
-    is_table = name in ("embedding.weight", "head.weight")
-    replicated = (0, [(1, config.vocab_size if is_table else config.hidden_size)])
-    dim, parts = components(config).get(name.partition("mixer.")[2], replicated)
-    pieces = []
-    begin = 0
-    for units, rows in parts:
-        mine = held(units, rank, tp)
-        pieces.append(Piece(begin + mine.start * rows, len(mine) * rows, max(1, tp // units)))
-        begin += units * rows
-    return dim, pieces
+def is_sharded(name: str) -> bool:
+    """Whether parameter `name` is a mixer's: each rank has other elements of these."""
+    return "mixer." in name
 
 
 def shard_tensor(name: str, full: Tensor, config: HybridConfig, rank: int, tp: int) -> Tensor:
     """Rank `rank`'s shard of `full`, the plain model's parameter `name` (...); a copy."""
-    dim, pieces = pieces_of(name, config, rank, tp)
-    return torch.cat([full.narrow(dim, piece.first, piece.size) for piece in pieces], dim)
+    if not is_sharded(name):
+        return full.clone()
+    dim, sizes = components(name, config)  # of the full parameter
+    shards = [part.chunk(tp, dim)[rank] for part in full.split(sizes, dim)]
+    return torch.cat(shards, dim)
+
+
+def merge_tensor(name: str, shards: list[Tensor], config: HybridConfig) -> Tensor:
+    """The plain model's parameter `name` (...) of all tp ranks' shards, in order.
+
+    Raises: ValueError where a replicated parameter differs between ranks.
+    """
+    if not is_sharded(name):
+        for rank, shard in enumerate(shards):
+            if not torch.equal(shard.nan_to_num(), shards[0].nan_to_num()):
+                same = "should be the same on all ranks that hold it"
+                raise ValueError(f"{name} {same}, but rank {rank}'s differs")
+        return shards[0].clone()
+    dim, sizes = components(name, config)
+    local_sizes = [size // len(shards) for size in sizes]
+    parts_of_ranks = [shard.split(local_sizes, dim) for shard in shards]
+    merged = [torch.cat(parts, dim) for parts in zip(*parts_of_ranks)]
+    return torch.cat(merged, dim)
+
+
+def check_shapes(full: StateDict, config: HybridConfig) -> None:
+    """Raises: ValueError that names what is missing, unknown, or of another shape."""
+    expected = parameter_shapes(config)
+    found = {name: x.shape for name, x in full.items()}
+    wrong = {name for name, _ in found.items() ^ expected.items()}
+    if wrong:
+        raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
 
 
 def shard_state_dict(full: StateDict, config: HybridConfig, rank: int, tp: int) -> StateDict:
     """The plain model's state dict to that of tensor-parallel rank `rank`; copies.
 
-    Raises: ValueError that names what is missing, unknown, of another shape, or does not divide.
+    Raises: as `check_shapes`, and where sizes do not divide.
     """
+    check_shapes(full, config)
     local_config(config, tp)  # for what it raises
-    expected = parameter_shapes(config)
-    found = {name: x.shape for name, x in full.items()}
-    wrong = sorted(name for name in found | expected if found.get(name) != expected.get(name))
-    if wrong:
-        raise ValueError(f"missing, unknown or of another shape: {wrong[:6]}")
     return {name: shard_tensor(name, x, config, rank, tp) for name, x in full.items()}
 
 
@@ -1130,18 +994,8 @@ def merge_state_dicts(shards: list[StateDict], config: HybridConfig) -> StateDic
     Gradients work as well. Raises: ValueError where copies differ between ranks.
     """
     full = {}
-    for name, shape in parameter_shapes(config).items():
-        full[name] = shards[0][name].new_empty(shape)
-        for rank, shard in enumerate(shards):
-            dim, pieces = pieces_of(name, config, rank, len(shards))
-            parts = shard[name].split([piece.size for piece in pieces], dim)
-            for piece, part in zip(pieces, parts):
-                place = full[name].narrow(dim, piece.first, piece.size)
-                is_copy = rank % piece.copies > 0  # the first holder has written it
-                if is_copy and not torch.equal(place.nan_to_num(), part.nan_to_num()):
-                    same = "should be the same on all ranks that hold it"
-                    raise ValueError(f"{name} {same}, but rank {rank}'s differs")
-                place.copy_(part)
+    for name in parameter_shapes(config):
+        full[name] = merge_tensor(name, [shard[name] for shard in shards], config)
     return full
 
 
@@ -1150,27 +1004,20 @@ def gather_state_dict(tensors: StateDict, config: HybridConfig, group: Group = N
 
     Collective over `group`. Raises: what `merge_state_dicts` does.
     """
-    shards = [{name: x.detach().cpu() for name, x in tensors.items()}] * group_size(group)
+    mine = {name: x.detach().cpu() for name, x in tensors.items()}
+    shards = [mine] * group_size(group)
     if group_size(group) > 1:
-        dist.all_gather_object(shards, shards[0], group)
+        dist.all_gather_object(shards, mine, group)
     return merge_state_dicts(shards, config)
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 #
-# After backward, three kinds of gradients need three things:
-#
-#     all parameters              each cp rank has seen its own tokens: all-reduced over cp
-#     copies of groups' weights   each holder has its own heads' part: all-reduced over the holders
-#     everything else             complete, thanks to copy_to_tp
-#
-# Then the norm before clipping: squares are summed over tp, and of p copies each counts 1/p.
-# Without the second all-reduce B and C are trained with a part of their gradient, the copies drift
-# apart, and the loss falls all the same.
-#
-# Under cp each rank divides the sum of its own tokens' losses by the count of *all* tokens that
-# have a target. Such partial sums add up to the mean, and so do their gradients. A mean of the
-# ranks' means would count a token on a rank with few targets more than others.
+# After backward the gradients are complete, thanks to copy_to_tp: sharded parameters are used on
+# their own rank alone, and of replicated ones each rank has the same gradient. What is left is the
+# norm before clipping. Squares of shards are summed over tp; a replicated parameter counts once, so
+# each rank adds 1/tp of it. Counted on each rank, it would enlarge the norm, and clipping would
+# take more.
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
@@ -1181,97 +1028,29 @@ def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> Ad
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
 
-def mean_loss(model: HybridLM, batch: Batch, autocast: Autocast) -> Tensor:
-    """The mean loss per token of a batch, a scalar; on a mesh this rank's partial sum of it."""
-    count = (batch[1] != -100).sum().clamp(min=1)  # of the full sequences, on every rank
-    with torch.autocast(batch[0].device.type, autocast, enabled=autocast is not None):
-        return model.loss(*batch).sum() / count
-
-
-def train_alone(
+def train(
     model: HybridLM,
     optimizer: Optimizer,
     batches: Iterable[Batch],
     max_norm: float = 1.0,
     autocast: Autocast = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trains the plain model; yields two scalars, the mean loss per token and the norm before
-    clipping. For a schedule, set the optimizer's learning rate between two steps."""
+    """Trains the plain model or a parallel one; yields two scalars, the mean loss per token and the
+    norm before clipping. For a schedule, set the optimizer's learning rate between two steps.
+
+    Every rank must iterate it, with the same batches.
+    """
     for batch in batches:
         optimizer.zero_grad()
-        loss = mean_loss(model, batch, autocast)
+        targets_BT = batch[1]
+        count = (targets_BT != -100).sum().clamp(min=1)
+        with torch.autocast(targets_BT.device.type, autocast, enabled=autocast is not None):
+            loss = model.loss(*batch).sum() / count
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-        optimizer.step()
-        yield loss.detach(), norm
-
-
-def train(
-    model: ParallelHybridLM,
-    optimizer: Optimizer,
-    batches: Iterable[Batch],
-    max_norm: float = 1.0,
-    autocast: Autocast = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`train_alone` on the model's mesh: yields the same two scalars. Every rank must iterate it,
-    with the same batches."""
-    for batch in batches:
-        optimizer.zero_grad()
-        loss = mean_loss(model, batch, autocast)
-        loss.backward()
-        reduce_gradients(model)
-        norm = grad_norm(model)
+        loss, norm = model.after_backward(loss)
         nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         optimizer.step()
-        loss = loss.detach().clone()
-        if model.mesh.cp > 1:
-            _all_reduce(loss, model.mesh.cp_group)
         yield loss, norm
-
-
-def _gradient_pieces(model: ParallelHybridLM) -> list[tuple[str, Tensor, int]]:
-    """Parameter name, a piece of its gradient (a view of it), and the tp ranks that hold the piece.
-
-    A missing gradient becomes zero: were it left out, ranks could all-reduce unequal buffers.
-    """
-    found = []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-            dim, pieces = pieces_of(name, model.config, model.mesh.tp_rank, model.mesh.tp)
-            parts = p.grad.split([piece.size for piece in pieces], dim)
-            found += [(name, part, piece.copies) for part, piece in zip(parts, pieces)]
-    return found
-
-
-def _sum_over(parts: list[Tensor], group: Group) -> None:
-    """All-reduces each tensor (...) in place, in one flat buffer for each dtype."""
-    for dtype in sorted({part.dtype for part in parts}, key=str):
-        same = [part for part in parts if part.dtype == dtype]
-        flat = _all_reduce(torch.cat([part.flatten() for part in same]), group)
-        for part, total in zip(same, flat.split([part.numel() for part in same])):
-            part.copy_(total.view_as(part))
-
-
-def reduce_gradients(model: ParallelHybridLM) -> None:
-    """Both all-reduces above. Collective; once per step, after backward and before clipping."""
-    pieces = _gradient_pieces(model)
-    if model.mesh.cp > 1:
-        _sum_over([part for _, part, _ in pieces], model.mesh.cp_group)
-    for holders, group in model.mesh.neighbours.items():
-        # Copies outside the mixers have complete gradients already.
-        copies = [x for name, x, held_by in pieces if held_by == holders and "mixer" in name]
-        if holders > 1 and copies:
-            _sum_over(copies, group)
-
-
-def grad_norm(model: ParallelHybridLM) -> Tensor:
-    """The norm of the full gradient before clipping, a scalar, the same on every rank. Collective
-    over tp."""
-    squares = [at_least_fp32(x).square().sum() / copies for _, x, copies in _gradient_pieces(model)]
-    total = torch.stack(squares).sum()
-    return (_all_reduce(total, model.mesh.tp_group) if model.mesh.tp > 1 else total).sqrt()
 
 
 # ── What remains ────────────────────────────────────────────────────────────────────────────────
@@ -1283,26 +1062,70 @@ def grad_norm(model: ParallelHybridLM) -> Tensor:
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
-# The proof trains a small odd model for five steps on every layout of the ranks and on a single
-# device. It compares each tensor: gradients after the first step, the norm before clipping of each
-# step, weights at the end. The model has what breaks wrong code: tokens that cp does not divide, a
-# chunk shorter than a rank's tokens, a document that begins inside a sequence, targets that do not
-# count.
+# The proof has two parts. One scans a sequence over all ranks, in segments of unequal lengths, and
+# compares outputs, the last state and all gradients with the loop over tokens on one device.
+#
+# The loss is the sum of y², whose gradients contain y: an error in y is an error in them too.
+#
+# The other trains a small odd model for five steps on all ranks and on a single device. It compares
+# each tensor: gradients after the first step, the norm before clipping of each step, weights at the
+# end. The model has what breaks wrong code: a chunk that does not divide the tokens, a document
+# that begins inside a sequence, targets that do not count.
 #
 # fp64 is the proof. fp32 and bf16 show what rounding does to right code (bf16: 0.4 % in each GEMM).
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
-def check_case(mesh: Mesh, groups: int, device: torch.device) -> tuple[HybridConfig, Batch]:
-    """A small odd model and a batch: tokens that do not divide over cp, two documents in a
-    sequence, targets that do not count; `groups` may be fewer than tp."""
-    sizes = {"hidden_size": 16, "ffn_hidden_size": 8 * mesh.tp, "state_size": 6, "chunk": 4}
-    for kind in ("mamba", "attention"):
-        sizes |= {f"{kind}_heads": 2 * mesh.tp, f"{kind}_groups": groups, f"{kind}_head_size": 4}
+def scan_inputs(T: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Random X, a, B and C of two sequences, four heads in two groups; they want gradients."""
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    X = draw(2, T, 4, 3)
+    a = -draw(2, T, 4).exp()
+    B = draw(2, T, 2, 5)
+    C = draw(2, T, 2, 5)
+    return [x.to(device).requires_grad_() for x in (X, a, B, C)]
+
+
+def scan_equivalence(device: torch.device, dtype: torch.dtype) -> Errors:
+    """The scan with its tokens over all ranks, and the loop on one device: name to error."""
+    lengths = [5 + 2 * rank for rank in range(group_size())]
+    inputs = scan_inputs(sum(lengths), device, dtype)
+    mine = [x.split(lengths, 1)[group_rank()] for x in inputs]
+    y, _ = ssd_context_parallel(*mine, chunk=4)
+    y_full, _ = ssd_recurrent(*inputs)
+    found = {"y": y}
+    expected = {"y": y_full.split(lengths, 1)[group_rank()]}
+    partial_grads = torch.autograd.grad(y.square().sum(), inputs)  # zeros at other ranks' tokens
+    grads = torch.autograd.grad(y_full.square().sum(), inputs)
+    for name, partial_grad, grad in zip("XaBC", partial_grads, grads):
+        found[name] = _all_reduce(partial_grad)
+        expected[name] = grad
+    return over_all_ranks(relative_errors("tensor of the scan", found, expected))
+
+
+def check_case(
+    device: torch.device, tp: int, groups: int | None = None, T: int = 7
+) -> tuple[HybridConfig, Batch]:
+    """A small odd model and a batch: two documents in a sequence, targets that do not count."""
     # init_std is larger than usual, so that states and their gradients are not tiny.
-    config = HybridConfig(61, pattern="M*-M", init_std=0.05, dt_init=(0.05, 0.5), **sizes)
+    config = HybridConfig(
+        vocab_size=61,
+        hidden_size=16,
+        pattern="M*-M",
+        ffn_hidden_size=8 * tp,
+        mamba_heads=2 * tp,
+        mamba_head_size=4,
+        mamba_groups=groups or tp,
+        state_size=6,
+        chunk=4,
+        attention_heads=2 * tp,
+        attention_head_size=4,
+        attention_groups=groups or tp,
+        init_std=0.05,
+        dt_init=(0.05, 0.5),
+    )
     generator = torch.Generator().manual_seed(1)
-    ids_2BT = torch.randint(61, (2, 2, 6 * mesh.cp + 1), generator=generator)
+    ids_2BT = torch.randint(61, (2, 2, T), generator=generator)
     tokens_BT, targets_BT = ids_2BT.to(device)
     starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
     starts_BT[0, 4] = True
@@ -1310,103 +1133,69 @@ def check_case(mesh: Mesh, groups: int, device: torch.device) -> tuple[HybridCon
     return config, (tokens_BT, targets_BT, starts_BT)
 
 
-def equivalence(
-    mesh: Mesh, groups: int, device: torch.device, dtype: torch.dtype, autocast: Autocast = None
-) -> dict[str, float]:
-    """Five AdamW steps of a small model on this mesh and on a single device: name to error."""
-    config, batch = check_case(mesh, groups, device)
-    plain = HybridLM(config).to(device, dtype)
-    parallel = ParallelHybridLM(config, mesh).to(device, dtype)
+def equivalence(parallel: ParallelHybridLM, batch: Batch, autocast: Autocast = None) -> Errors:
+    """Five AdamW steps of a parallel model and of the plain one: name to error."""
+    weight = parallel.head.weight
+    plain = HybridLM(parallel.config).to(weight.device, weight.dtype)
     lr = 1e-3
-    batches = [batch] * 5
-    alone = train_alone(plain, make_optimizer(plain, lr), batches, 0.1, autocast)
-    steps = train(parallel, make_optimizer(parallel, lr), batches, 0.1, autocast)
+    steps = []
+    for model in (plain, parallel):
+        optimizer = make_optimizer(model, lr)
+        steps.append(train(model, optimizer, [batch] * 5, 0.1, autocast))
     errors = {}
-    for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
+    for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(*steps)):
         errors[f"loss {step}"] = abs(loss / loss_alone - 1).item()
         errors[f"norm before clipping {step}"] = abs(norm / norm_alone - 1).item()
         if step == 0:
-            grads = {name: p.grad for name, p in parallel.named_parameters()}
-            full = gather_state_dict(grads, config, mesh.tp_group)
-            reference = {name: p.grad for name, p in plain.named_parameters()}
-            errors |= relative_errors("gradient", full, reference)
-    if dtype == torch.float64:
+            full = parallel.gather(gradients(parallel))
+            errors |= relative_errors("gradient", full, gradients(plain))
+    if weight.dtype == torch.float64:
         # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the weights
         # of a right program differ too.
-        full = gather_state_dict(parallel.state_dict(), config, mesh.tp_group)
-        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
+        full = parallel.gather(parallel.state_dict())
+        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), 5 * lr)
     return over_all_ranks(errors)
 
 
-def check(
-    device: torch.device, timeout: float, dtype: torch.dtype, autocast: Autocast = None
-) -> dict[str, float]:
-    """`equivalence` for every layout of the ranks, with one group per tp rank and with one in all.
-
-    Returns: "tensor, layout" to error.
-    """
-    found = {}
-    world = group_size()
-    for tp in range(world, 0, -1):
-        if world % tp:
-            continue
-        mesh = make_mesh(tp, device, timeout)
-        for groups in sorted({tp, 1}, reverse=True):
-            errors = equivalence(mesh, groups, device, dtype, autocast)
-            layout = f"tp {tp} × cp {mesh.cp}, G {groups}"
-            say(f"{layout}: worst of {len(errors)} errors {worst(errors):.1e}")
-            found |= {f"{name}, {layout}": error for name, error in errors.items()}
-    return found
+def gradients(model: nn.Module) -> StateDict:
+    return {name: p.grad for name, p in model.named_parameters()}
 
 
-def measure_messages(args: argparse.Namespace, device: torch.device) -> list[tuple]:
-    """The claims about messages of one Mamba layer: (claim, paper, here, verdict)."""
-    world = group_size()
-    counts = []
-    sizes = []
-    for tp, T in ((world, 64), (1, 128 * world), (1, 512 * world)):
-        mesh = make_mesh(tp, device, args.timeout)
-        config = HybridConfig(pattern="M", mamba_heads=4 * tp, mamba_groups=tp)
-        model = ParallelHybridLM(config, mesh).to(device)
-        x_BtD = torch.randn(1, T // mesh.cp, config.hidden_size, device=device, requires_grad=True)
-        with Counter() as forward:
-            y_BtD = model.run(model.layers[0], x_BtD, ALL)
-        with Counter() as backward:
-            y_BtD.sum().backward()
-        for counter in (forward, backward):
-            counts.append(sum(message.op == "all_reduce" for message in counter.messages))
-        sizes.append(sum(message.bytes for message in forward.messages + backward.messages))
-    here = f"{counts[0]} + {counts[1]}"
-    claim = "all-reduces of a Mamba layer under tp, forward + backward"
-    claims = [(claim, "1 + 1", here, here == "1 + 1")]
-    claim = "bytes that a Mamba layer sends under cp, at 1 and 4 times the tokens"
-    claims.append((claim, "equal", f"{sizes[1]:,}, {sizes[2]:,}", sizes[1] == sizes[2]))
-    return claims
+def check(device: torch.device, dtype: torch.dtype, autocast: Autocast = None) -> Errors:
+    """Both parts of the proof, on all ranks: name to error."""
+    config, batch = check_case(device, group_size())
+    parallel = ParallelHybridLM(config).to(device, dtype)
+    return scan_equivalence(device, dtype) | equivalence(parallel, batch, autocast)
 
 
-def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[float]:
-    """Trains on text; returns how far the first losses are from the single device's."""
+def text_batches(args: argparse.Namespace, device: torch.device, steps: int) -> Iterator[Batch]:
+    """Batches of this file's own text, one byte per token; the same on every rank."""
+    text = torch.tensor(list(Path(__file__).read_bytes()))
+    windows = text.unfold(0, args.seq_length + 1, 1)
+    generator = torch.Generator().manual_seed(args.seed)
+    for _ in range(steps):
+        rows = torch.randint(len(windows), (args.batch,), generator=generator)
+        window_BT = windows[rows].to(device)
+        yield window_BT[:, :-1], window_BT[:, 1:]
+
+
+def demonstrate(
+    args: argparse.Namespace, device: torch.device, build: Callable = ParallelHybridLM
+) -> list[float]:
+    """Trains build(config) on text; returns how far the first losses are from a single device's."""
     dtype, autocast = dtypes(args)
     config = config_from(args, HybridConfig, seed=args.seed)
-    data = TextData(args.data, args.seq_length)
-
-    def batches(steps: int) -> Iterator[Batch]:
-        for step in range(steps):
-            tokens_BT, targets_BT = data.batch(step, args.batch, args.seed)
-            yield tokens_BT.to(device), targets_BT.to(device)
-
+    batches = partial(text_batches, args, device)
     # Every rank trains the plain model for some steps, so that no rank waits for another.
     plain = HybridLM(config).to(device, dtype)
-    steps = train_alone(
-        plain, make_optimizer(plain, args.lr), batches(min(5, args.steps)), autocast=autocast
-    )
+    optimizer = make_optimizer(plain, args.lr)
+    steps = train(plain, optimizer, batches(min(5, args.steps)), autocast=autocast)
     alone = [loss.item() for loss, _ in steps]
-    model = ParallelHybridLM(config, mesh).to(device, dtype)
-    total = sum(shape.numel() for shape in parameter_shapes(config).values())
-    say(f"\n{config.pattern}, {total:,} parameters; {len(data.tokens):,} tokens of text\n")
+    say(f"\n{config.pattern}, {sum(p.numel() for p in plain.parameters()):,} parameters\n")
     say("step      loss  single device    norm")
-    differences = []
+    model = build(config).to(device, dtype)
     optimizer = make_optimizer(model, args.lr)
+    differences = []
     steps = train(model, optimizer, batches(args.steps), autocast=autocast)
     for step, (loss, norm) in enumerate(steps):
         loss, norm = read_step(step, loss, norm)
@@ -1420,79 +1209,86 @@ def demonstrate(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> l
     return differences
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
-    """The claims that this run has measured: (claim, paper, here, verdict)."""
-    errors = check(device, args.timeout, torch.float64)
-    claims = []
-    for kind in ("gradient", "norm before clipping", "weight after AdamW"):
+def claims(
+    args: argparse.Namespace, kinds: list[str], errors: Errors, differences: list[float]
+) -> list[tuple]:
+    """What this run has measured: (claim, paper, here, verdict)."""
+    rows = []
+    for kind in kinds:
         error = worst(errors, kind)
-        claim = f"every {kind} equals the single device's, all layouts, float64"
-        claims.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
-    differences = demonstrate(args, make_mesh(args.tp, device, args.timeout), device)
-    claim = f"the first {len(differences)} losses equal the single device's, {args.dtype}"
+        claim = f"every {kind} equals the single device's, float64"
+        here = f"worst {error:.1e} relative"
+        is_equal = error <= BOUNDS["fp64"]
+        rows.append((claim, "exact", here, is_equal))
     if differences:
         within = max(differences)
         here = f"within {within:.0e}" if within else "equal to the bit"
-        claims.append((claim, "equal", here, within <= BOUNDS[args.dtype]))
-    if group_size() > 1:
-        claims += measure_messages(args, device)
-    return claims
+        losses = f"the first {len(differences)} losses"
+        claim = f"{losses} equal the single device's, {args.dtype}"
+        is_equal = within <= BOUNDS[args.dtype]
+        rows.append((claim, "equal", here, is_equal))
+    return rows
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
-    say_setting(args, f": tp {args.tp} × cp {args.cp}")
+    say_setting(args)
     if args.check:
-        good = print_errors(check(device, args.timeout, *dtypes(args)), BOUNDS[args.dtype])
+        errors = check(device, *dtypes(args))
+        good = print_errors(errors, BOUNDS[args.dtype])
     else:
-        good = print_claims(measure(args, device))
+        errors = check(device, torch.float64)
+        differences = demonstrate(args, device)
+        kinds = ["tensor of the scan", "gradient", "norm before clipping", "weight after AdamW"]
+        good = print_claims(claims(args, kinds, errors, differences))
     if not good:
         sys.exit(1)
 
 
 @dataclass
-class Options:  # the chapter's own flags
-    data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
-    tp: int | None = flag(None, "ranks that share the weights; None: as many as fit", least=1)
-    cp: int | None = flag(None, "ranks that share a sequence; None: all others", least=1)
+class Options(HybridConfig):  # the chapter's own flags; None: what fits the ranks
+    ffn_hidden_size: int | None = flag(None, "feed-forward size, F; None: 512 or more", least=1)
+    mamba_heads: int | None = flag(None, "heads of a Mamba layer, H; None: 8 or more", least=1)
+    mamba_groups: int | None = flag(None, "groups that share B and C; None: 2 or more", least=1)
+    attention_heads: int | None = flag(None, "query heads; None: 4 or more", least=1)
+    attention_groups: int | None = flag(None, "groups of them; None: 2 or more", least=1)
     seq_length: int = flag(128, "tokens of a sequence, T", least=1)
     batch: int = flag(8, "sequences per step", least=1)
     lr: float = flag(3e-3, "learning rate", least=1e-9)
 
 
-def largest_tp(config: HybridConfig, ranks: int) -> int:
-    """The most ranks that can share these heads and features, among the divisors of `ranks`."""
-    for tp in range(ranks, 1, -1):
-        with contextlib.suppress(ValueError):
-            local_config(config, tp)
-            if ranks % tp == 0:
-                return tp
-    return 1
+def multiple_above(least: int, divisor: int) -> int:
+    """The smallest multiple of `divisor` that is at least `least`."""
+    return math.ceil(least / divisor) * divisor
+
+
+def choose_sizes(args: argparse.Namespace, tp: int) -> HybridConfig:
+    """Replaces every None by what tp ranks can share. Raises: ValueError where sizes clash."""
+    args.ffn_hidden_size = args.ffn_hidden_size or multiple_above(512, tp)
+    args.mamba_groups = args.mamba_groups or multiple_above(2, tp)
+    args.mamba_heads = args.mamba_heads or multiple_above(8, args.mamba_groups)
+    args.attention_groups = args.attention_groups or multiple_above(2, tp)
+    args.attention_heads = args.attention_heads or multiple_above(4, args.attention_groups)
+    return config_from(args, HybridConfig, seed=args.seed)
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Resolves --tp and --cp. Raises ValueError or OSError where flags or the text do not fit."""
-    config = config_from(args, HybridConfig, seed=args.seed)
-    ranks = args.world_size
-    if args.tp is None:
-        args.tp = max(1, ranks // args.cp) if args.cp else largest_tp(config, ranks)
-    if args.cp is None:
-        args.cp = max(1, ranks // args.tp)
-    if args.tp * args.cp != ranks:
-        raise ValueError(f"--tp {args.tp} times --cp {args.cp} must be the {ranks} ranks")
-    shard_lengths(args.seq_length, args.cp, config.conv_kernel)  # for what it raises
-    if not args.check:
-        local_config(config, args.tp)
-    TextData(args.data, args.seq_length)
+    """Replaces every None. Raises ValueError where flags and ranks do not fit."""
+    tp = args.world_size
+    config = choose_sizes(args, tp)
+    if not args.check:  # whose model has sizes of its own
+        local_config(config, tp)
+    size = Path(__file__).stat().st_size
+    if args.seq_length >= size:
+        raise ValueError(f"--seq-length {args.seq_length}: the text has {size} tokens")
 
 
 def flags() -> argparse.Namespace:
-    return parse_flags(__doc__, [Options, HybridConfig], check_args, ranks=2, steps=120)
+    return parse_flags(__doc__, [Options], check_args, ranks=2, steps=120)
 
 
 # ── Carried blocks ──────────────────────────────────────────────────────────────────────────────
 #
-# Explained in chapter 1 (groups, reports, counter, flags, launcher) and chapter 2 (operators,
-# text).
+# Explained in chapter 1 (groups, reports, flags, launcher) and chapter 2 (operators).
 
 
 # region carried: conjugate operators (home: 02_megatron_tp)
@@ -1556,70 +1352,7 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     )
 
 
-def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
-
-    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
-
-    Right only where every rank computes the same from the result: its gradient is then replicated,
-    and a sum over the ranks would count it tp times.
-    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
-
-
-# endregion copy 47700e
-# region carried: text data (home: 02_megatron_tp)
-class TextData:
-    """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.
-
-    encoding: by default one token per byte. Raises: OSError; ValueError for an unusable file.
-    """
-
-    def __init__(self, path: str, seq_length: int, encoding: tiktoken.Encoding | None = None):
-        self.seq_length = seq_length
-        self.encoding = encoding or byte_encoding()
-        paths = [Path(path)] if path else sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        if not paths[0].is_file():
-            raise ValueError(f"{path}: No such file, or not a regular one, which every rank reads")
-        try:
-            text = "".join(path.read_text("utf-8") for path in paths[:40])
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
-        self.tokens = torch.tensor(self.encoding.encode_ordinary(text), dtype=torch.int64)
-        cut = len(self.tokens) * 9 // 10
-        self.train_split = self.tokens[:cut]
-        self.eval_split = self.tokens[cut:]
-        if len(self.eval_split) <= seq_length:
-            need = f"a tenth of it must be longer than {seq_length}"
-            raise ValueError(f"{path} has {len(self.tokens)} tokens: {need}")
-
-    def batch(
-        self, step: int, rows: int, seed: int, evaluation: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The global batch of a step, tokens_BS and targets_BS: a function of seed and step."""
-        split = self.eval_split if evaluation else self.train_split
-        key = f"{seed} {step} {evaluation}"
-        generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-        start_B1 = torch.randint(len(split) - self.seq_length, (rows, 1), generator=generator)
-        window_BS = split[start_B1 + torch.arange(self.seq_length + 1)]
-        return window_BS[:, :-1], window_BS[:, 1:]
-
-
-def byte_encoding() -> tiktoken.Encoding:
-    """A tokenizer of 256 tokens, one for each byte, that needs no download."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    return tiktoken.Encoding("bytes", pat_str=r"(?s).", mergeable_ranks=ranks, special_tokens={})
-
-
-# endregion copy aaa995
+# endregion copy b38914
 # region carried: process groups (home: 01_deepspeech)
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.
@@ -1776,30 +1509,6 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # endregion copy 7f35e3
-# region carried: counter (home: 01_deepspeech)
-Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
-
-
-class Counter(TorchDispatchMode):
-    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
-
-    def __enter__(self) -> Counter:
-        self.messages: list[Message] = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
-        if function.namespace == "c10d" and name != "barrier":
-            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
-            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
-            size = max(sum(x.nbytes for x in xs) for xs in tensors)
-            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
-            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
-            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
-        return function(*args, **(kwargs or {}))
-
-
-# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:

@@ -4,6 +4,7 @@
 import json
 from pathlib import Path
 
+import context_parallel
 import load_nemotron_h as tool
 import mamba_hybrid as mh
 import pytest
@@ -93,10 +94,11 @@ def test_published_weights_against_transformers(tmp_path, sharded):
 
 
 def test_published_weights_cut_for_ranks(tmp_path):
-    """Each rank reads what `shard_state_dict` gives it, also where two ranks hold one group."""
+    """Each rank reads what `shard_state_dict` gives it. Where two ranks hold one group, it is
+    refused, and context_parallel.py shards what was loaded."""
     published_folder(tmp_path, sharded=True)
     cfg, whole = load_nemotron_h(tmp_path)
-    for tp in (1, 2, 4):
+    for tp in (1, 2):
         for rank in range(tp):
             here, expected = (
                 load_nemotron_h(tmp_path, rank, tp)[1],
@@ -109,6 +111,11 @@ def test_published_weights_cut_for_ranks(tmp_path):
         ValueError, match="mamba_heads=4 does not divide over tp=3 ranks|attention_heads|ffn_hidden"
     ):
         load_nemotron_h(tmp_path, 0, 3)
+    with pytest.raises(ValueError, match="groups=2 does not divide over tp=4 ranks"):
+        load_nemotron_h(tmp_path, 0, 4)
+    shards = [context_parallel.shard_for_mesh(whole, cfg, rank, 4) for rank in range(4)]
+    merged = context_parallel.merge_from_mesh(shards, cfg)
+    assert all(torch.equal(merged[name], x) for name, x in whole.items())
 
 
 @pytest.mark.parametrize("prefix", ["backbone.", "model."])

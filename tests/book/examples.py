@@ -452,10 +452,42 @@ def hybrid_gradients():
     return model
 
 
+def mesh_model():
+    from context_parallel import MeshHybridLM
+
+    return MeshHybridLM(hybrid_config(), hybrid_mesh()).double()
+
+
+def mesh_gradients():
+    model = mesh_model()
+    model.loss(TOKENS, TOKENS).sum().backward()
+    return model
+
+
 def hybrid_reduced(m):
-    model = hybrid_gradients()
+    model = mesh_gradients()
     m.reduce_gradients(model)
     return [p.grad for p in model.parameters()]
+
+
+def sharded_span():
+    from context_parallel import ShardedSpan
+
+    return ShardedSpan(lengths=[5])
+
+
+def summed(m):
+    x = normal(3)
+    m.sum_over([x], None)
+    return [x]
+
+
+def group_copies(m):
+    """A parameter of one group with copies for two ranks, and without them again."""
+    config = hybrid_config(mamba_groups=1, attention_groups=1)
+    full = normal(5 + 5 + 16, 4)
+    copied = m.copy_groups("layers.0.mixer.conv_weight", full, config, 2)
+    return [copied, m.drop_copies("layers.0.mixer.conv_weight", copied, config, 2)]
 
 
 def hybrid_folder(folder):
@@ -470,9 +502,9 @@ def published_hybrid(m, folder):
 
 
 def hybrid_mesh():
-    from mamba_hybrid import Mesh
+    from context_parallel import Mesh
 
-    return Mesh()
+    return Mesh(1, 1, 0, 0, None, None)
 
 
 def one_hybrid_mesh(m):
@@ -1047,30 +1079,13 @@ EXAMPLES = {
         ),
         "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_config()).values()),
         "initial_weights": lambda m, folder: dict(m.initial_weights(hybrid_config())),
-        "Mesh": lambda m, folder: [m.Mesh().tp, m.Mesh().cp],
-        "Piece": lambda m, folder: vars(m.Piece(0, 4, 1)),
-        "held": lambda m, folder: list(m.held(6, 1, 2)),
-        "components": lambda m, folder: m.components(hybrid_config()),
-        "ParallelMamba2Mixer": lambda m, folder: through(
-            m.ParallelMamba2Mixer(hybrid_config(), 2, hybrid_mesh()), normal(2, 5, 16)
+        "components": lambda m, folder: m.components(
+            "layers.1.mixer.q_proj.weight", hybrid_config()
         ),
-        "ParallelAttention": lambda m, folder: through(
-            m.ParallelAttention(hybrid_config(), hybrid_mesh()), normal(2, 5, 16)
-        ),
-        "keys_of_all_ranks": lambda m, folder: m.keys_of_all_ranks(normal(1, 2, 5, 6), [5]),
         "local_config": lambda m, folder: vars(m.local_config(hybrid_config(), 2)),
-        "shard_lengths": lambda m, folder: m.shard_lengths(11, 3, 4),
-        "ParallelRMSNorm": lambda m, folder: through(
-            m.ParallelRMSNorm(8, 1e-5, 2, hybrid_mesh()), normal(2, 5, 8)
-        ),
         "ssd_context_parallel": lambda m, folder: m.ssd_context_parallel(*scan_arguments(), 3),
-        "halo": lambda m, folder: m.halo(normal(2, 5, 3), 3),
         "from_earlier_ranks": lambda m, folder: m.from_earlier_ranks(normal(2, 5, 3)),
         "ParallelHybridLM": lambda m, folder: through(m.ParallelHybridLM(hybrid_config()), TOKENS),
-        "pieces_of": lambda m, folder: [
-            vars(piece)
-            for piece in m.pieces_of("layers.0.mixer.in_proj.weight", hybrid_config(), 1, 2)[1]
-        ],
         "shard_tensor": lambda m, folder: m.shard_tensor(
             "layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 2
         ),
@@ -1080,20 +1095,59 @@ EXAMPLES = {
         "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
             [hybrid_weights()], hybrid_config()
         ),
+        "merge_tensor": lambda m, folder: m.merge_tensor(
+            "layers.0.mixer.dt_bias", [normal(2), normal(2)], hybrid_config()
+        ),
+        "check_shapes": lambda m, folder: (
+            m.check_shapes(hybrid_weights(), hybrid_config()) or "they fit"
+        ),
         "gather_state_dict": lambda m, folder: m.gather_state_dict(
             hybrid_weights(), hybrid_config()
         ),
-        "reduce_gradients": lambda m, folder: hybrid_reduced(m),
-        "grad_norm": lambda m, folder: m.grad_norm(hybrid_gradients()),
-        "mean_loss": lambda m, folder: m.mean_loss(hybrid_model(), BATCHES[0], None),
         "make_optimizer": lambda m, folder: [
             group["weight_decay"] for group in m.make_optimizer(hybrid_model(), 1e-3).param_groups
         ],
-        "train_alone": lambda m, folder: losses(
-            m.train_alone(*with_optimizer(hybrid_model()), BATCHES)
-        ),
         "train": lambda m, folder: losses(m.train(*with_optimizer(hybrid_model()), BATCHES)),
+        "multiple_above": lambda m, folder: [m.multiple_above(5, 3)],
+    },
+    "context_parallel": {
+        "Mesh": lambda m, folder: vars(m.Mesh(1, 1, 0, 0, None, None)),
         "make_mesh": lambda m, folder: one_hybrid_mesh(m),
+        "ShardedSpan": lambda m, folder: vars(m.ShardedSpan(TOKENS)),
+        "shard_lengths": lambda m, folder: m.shard_lengths(11, 3, 4),
+        "halo": lambda m, folder: m.halo(normal(2, 5, 3), 3),
+        "keys_of_all_ranks": lambda m, folder: m.keys_of_all_ranks(normal(1, 2, 5, 6), [5]),
+        "ShardedMixer": lambda m, folder: through(
+            m.ShardedMixer(hybrid_config()), normal(2, 5, 16), sharded_span()
+        ),
+        "ShardedAttention": lambda m, folder: through(
+            m.ShardedAttention(hybrid_config()), normal(2, 5, 16), sharded_span()
+        ),
+        "with_copies": lambda m, folder: vars(m.with_copies(hybrid_config(), 4)),
+        "component_copies": lambda m, folder: m.component_copies(
+            "layers.0.mixer.conv_weight", hybrid_config(), 4
+        ),
+        "copy_groups": lambda m, folder: group_copies(m)[:1],
+        "drop_copies": lambda m, folder: m.drop_copies(
+            "head.weight", normal(3), hybrid_config(), 2
+        ),
+        "shard_with_copies": lambda m, folder: m.shard_with_copies(
+            "layers.0.mixer.dt_bias", normal(4), hybrid_config(), 1, 4
+        ),
+        "shard_for_mesh": lambda m, folder: m.shard_for_mesh(
+            hybrid_weights(), hybrid_config(), 1, 4
+        ),
+        "merge_from_mesh": lambda m, folder: m.merge_from_mesh([hybrid_weights()], hybrid_config()),
+        "SharedNorm": lambda m, folder: through(m.SharedNorm(8, 1e-5, None), normal(2, 5, 8)),
+        "MeshHybridLM": lambda m, folder: through(
+            m.MeshHybridLM(hybrid_config(), hybrid_mesh()), TOKENS
+        ),
+        "gradient_parts": lambda m, folder: [x for _, x, _ in m.gradient_parts(mesh_gradients())],
+        "sum_over": lambda m, folder: summed(m),
+        "reduce_gradients": lambda m, folder: hybrid_reduced(m),
+        "grad_norm": lambda m, folder: m.grad_norm(mesh_gradients()),
+        "layer_messages": lambda m, folder: m.layer_messages(hybrid_mesh(), 8, torch.device("cpu")),
+        "Sent": lambda m, folder: type(m.Sent()).__name__,
     },
     "moe_fp8": {
         "MoEConfig": lambda m, folder: list(vars(m.MoEConfig()).values()),
@@ -1377,10 +1431,11 @@ WITHOUT_EXAMPLE = {
         "tables": "rows of tables; test_05_tables.py reads all",
     },
     "mamba_hybrid": {
-        "largest_tp": "takes the command line's arguments",
         "check_case": "part of the demonstration; test_05_mamba_hybrid.py runs it",
-        "measure": "trains and prints; test_05_mamba_hybrid.py runs the script",
-        "measure_messages": "counts what two ranks and more send: test_05_mamba_hybrid.py",
+        "scan_equivalence": "part of the demonstration; test_05_mamba_hybrid.py runs it",
+        "text_batches": "part of the demonstration; test_05_mamba_hybrid.py runs it",
+        "choose_sizes": "takes the command line's arguments",
+        "gradients": "part of the demonstration; test_05_mamba_hybrid.py runs it",
     },
     "nvfp4": {
         "differing_values": "part of the demonstration; test_08_nvfp4.py runs it",

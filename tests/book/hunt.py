@@ -201,12 +201,12 @@ def bug_6():
 
 
 def bug_7():
-    import mamba_hybrid as mh
+    import context_parallel as cp
 
     def zeros(u, width, group=None):
         return torch.zeros_like(u[:, :width])
 
-    return plant(mh, "halo", zeros)
+    return plant(cp, "halo", zeros)
 
 
 def bug_8():

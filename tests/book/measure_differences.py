@@ -265,6 +265,7 @@ def sequence(seed: int) -> Case:
 
 def hybrid(seed: int, heads: bool) -> Case:
     """Chapter 5: Mamba-2, attention and feed-forward layers; heads over the ranks, or tokens."""
+    import context_parallel as cp
     import mamba_hybrid as mh
 
     sizes = dict(mamba_heads=8, mamba_head_size=8, mamba_groups=2, state_size=8, chunk=8)
@@ -278,20 +279,17 @@ def hybrid(seed: int, heads: bool) -> Case:
             group["lr"] = lr(0)
         return optimizer
 
-    def alone(model, batches, lr, **options):
-        return mh.train_alone(model, optimizer_of(model, lr), batches, **options)
-
-    def together(model, batches, lr, **options):
+    def training(model, batches, lr, **options):
         return mh.train(model, optimizer_of(model, lr), batches, **options)
 
     return Case(
         mh,
         rows_of_text(seed, 5, 67),
         lambda: mh.HybridLM(config),
-        alone,
-        lambda: mh.ParallelHybridLM(config, mesh_of(mh, tp)),
-        together,
-        lambda shards: mh.merge_state_dicts(shards, config) if heads else of_first(shards),
+        training,
+        lambda: cp.MeshHybridLM(config, mesh_of(cp, tp)),
+        training,
+        lambda shards: cp.merge_from_mesh(shards, config) if heads else of_first(shards),
     )
 
 

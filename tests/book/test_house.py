@@ -21,9 +21,7 @@ from proof import assert_differs, assert_equal, plant
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
-NOT_CONVERTED = (  # over a budget: this list only gets shorter
-    "05_mamba_hybrid/mamba_hybrid.py",
-)
+NOT_CONVERTED = ()  # over a budget: this list only gets shorter
 OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]
 CONVERTED = [path for path in CHAPTERS if path not in OLD]
 TOOLS_THAT_KEEP = [path for path in TOOLS if str(path.relative_to(ROOT)) not in NOT_CONVERTED]

@@ -8,7 +8,7 @@ RIGHT = [
     ("4", "the Function", 'answer = "_SumOverRanks.backward"\n'),
     ("5", "the method of its class", 'answer = "PipelineStage.tied_copies"\n'),
     ("6", "with spaces", 'answer = " reduce_sequence_parallel_grads "\n'),
-    ("7", "the function itself", "import mamba_hybrid\n\nanswer = mamba_hybrid.halo\n"),
+    ("7", "the function itself", "import context_parallel\n\nanswer = context_parallel.halo\n"),
     ("8", "with its module", 'answer = "moe_fp8.reduce_gradients"\n'),
 ]
 
