@@ -1274,26 +1274,7 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     )
 
 
-def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
-
-    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
-
-    Right only where every rank computes the same from the result: its gradient is then replicated,
-    and a sum over the ranks would count it tp times.
-    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
-
-
-# endregion copy 47700e
+# endregion copy b38914
 # region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""
