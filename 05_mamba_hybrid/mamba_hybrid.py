@@ -1347,12 +1347,12 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     Returns: the sum over `group` (...), replicated.
     Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return (
-        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
-    )
+    if group_size(group) == 1:
+        return partial_x
+    return _Conjugate.apply(partial_x, group, _sum, _identity)
 
 
-# endregion copy b38914
+# endregion copy 175230
 # region carried: process groups (home: 01_deepspeech)
 def group_size(group: Group = None) -> int:
     """Number of ranks in `group` (None: all ranks); 1 without process groups.

@@ -638,8 +638,9 @@ def initial_weights(config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
 #     its heads       group 0    group 0    group 1    group 1      of the gathered 16 columns
 #
 # Each rank uses another part of what was gathered, so in backward gradients are summed over ranks
-# before each takes its columns. (`gather_from_tp` takes them without a sum: it is for results that
-# every rank uses in the same way.)
+# before each takes its columns. Chapter 2's `gather_from_tp` takes them without a sum: it is for
+# results that every rank uses in the same way, and here it would lose the gradients of all heads
+# but this rank's. At tp ≤ G nothing is gathered: a rank has the keys of complete groups.
 
 
 def _sum_and_take(x: Tensor, group: Group) -> Tensor:
@@ -890,6 +891,11 @@ class PreferenceObjective:
         return loss_P.sum(), torch.ones_like(loss_P).sum()
 
 
+# Each replica has pairs of its own, and not equally many: the verifier drops a prompt whose responses
+# are all equally good. So sums are added over replicas and divided by the global count. A mean of
+# the replicas' means would weigh the pairs of a replica with few of them more.
+
+
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay: alignment takes few steps, from weights that are good already."""
     return AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -1001,7 +1007,12 @@ def pair_batch(
 #
 # SFT on right responses makes the reference. A rejected response lacks one digit, and its reward is
 # the share of digits before it: here 3 of 5. Most tokens are common to both, and the responses have
-# unequal lengths. (`rounds.py` has pairs of the policy's own responses.)
+# unequal lengths.
+#
+# Generated pairs make the methods comparable: each learns from the same pairs, and each reward is
+# exact. The policy's own responses depend on what it has learned so far, so two methods would see
+# different pairs after one step. `rounds.py` has the loop with own responses, by RPO: it prints how
+# both likelihoods move, and the share of right responses after each round.
 
 STEPS = 200  # of SFT
 DIGITS = 5  # of a problem
@@ -1269,12 +1280,12 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     Returns: the sum over `group` (...), replicated.
     Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return (
-        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
-    )
+    if group_size(group) == 1:
+        return partial_x
+    return _Conjugate.apply(partial_x, group, _sum, _identity)
 
 
-# endregion copy b38914
+# endregion copy 175230
 # region carried: vocabulary shards (home: 02_megatron_tp)
 def padded_vocab_size(vocab_size: int, tp: int, multiple: int = 1) -> int:
     """vocab_size rounded up to a multiple of multiple · tp. Source: the paper, section 5.1."""

@@ -49,13 +49,13 @@ from preference import (
     ParallelGPT,
     PreferenceObjective,
     Sequences,
+    _all_gather,
     _all_reduce,
     at_least_fp32,
     check_args,
     collate,
     dtypes,
     flag,
-    gather_from_tp,
     launch,
     learn,
     make_mesh,
@@ -159,7 +159,7 @@ def sample(
     tokens_BS = prompts_BQ
     for _ in range(new_tokens):
         logits_Bv = model(tokens_BS)[:, -1]
-        logits_BV = gather_from_tp(logits_Bv, model.group)[:, : model.config.vocab_size]
+        logits_BV = _all_gather(logits_Bv, model.group)[:, : model.config.vocab_size]
         p_BV = at_least_fp32(logits_BV).softmax(dim=-1)
         next_B1 = torch.multinomial(p_BV, 1, generator=generator)
         tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)

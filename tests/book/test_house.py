@@ -21,10 +21,6 @@ from proof import assert_differs, assert_equal, plant
 ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
-NOT_CONVERTED = ()  # over a budget: this list only gets shorter
-OLD = [path for path in CHAPTERS if str(path.relative_to(ROOT)) in NOT_CONVERTED]
-CONVERTED = [path for path in CHAPTERS if path not in OLD]
-TOOLS_THAT_KEEP = [path for path in TOOLS if str(path.relative_to(ROOT)) not in NOT_CONVERTED]
 BOOK = [ROOT / "tests/book" / name for name in ("lift.py", "shared_blocks.py", "style.py")]
 
 
@@ -38,24 +34,17 @@ each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: pat
 # ── Budgets ───────────────────────────────────────────────────────────────────────────────────────
 
 
-@each(CONVERTED)
+@each(CHAPTERS)
 def test_a_chapter_keeps_its_budgets(path):
     found = style.faults(path, chapter=True)
     assert not found, "\n".join(found)
 
 
-@each([*TOOLS_THAT_KEEP, *BOOK])
+@each([*TOOLS, *BOOK])
 def test_a_tool_keeps_its_budgets(path):
     """So does each table file, and what the book itself is kept with."""
     found = style.faults(path, chapter=False)
     assert not found, "\n".join(found)
-
-
-@pytest.mark.parametrize("name", NOT_CONVERTED)
-def test_what_is_listed_as_not_converted_is_not(name):
-    """A file that keeps all budgets leaves the list, and never comes back."""
-    path = ROOT / name
-    assert style.faults(path, chapter=path in CHAPTERS), f"{name} keeps all budgets: take it out"
 
 
 # ── Chapters ──────────────────────────────────────────────────────────────────────────────────────
@@ -83,7 +72,6 @@ def missing_places(chapter: Path) -> list[str]:
         "CLAIMS.md": f"<!-- claims of {folder} -->",
         "notebooks/README.md": f"](../{folder}/{chapter.name})",
         "pyproject.toml": f'"{folder}"',
-        "tests/book/robustness.py": f'"{folder[:2]}": [',
     }
     missing = [name for name in files if not (ROOT / name).exists()]
     for name, words in mentioned.items():
@@ -94,7 +82,7 @@ def missing_places(chapter: Path) -> list[str]:
 
 def test_a_chapter_without_its_places_is_told():
     missing = missing_places(ROOT / "99_dummy/dummy.py")
-    assert len(missing) == 10 and missing[0] == "99_dummy/README.md"
+    assert len(missing) == 9 and missing[0] == "99_dummy/README.md"
     assert "README.md without '| [99_dummy](99_dummy/)'" in missing
 
 

@@ -29,8 +29,7 @@ import torch.distributed as dist
 from proof import plant
 
 ROOT = shared_blocks.ROOT
-OLD: list[str] = []  # that do not have these regions yet
-CHAPTERS = [path for path in shared_blocks.chapters() if path.stem not in OLD]
+CHAPTERS = shared_blocks.chapters()
 EVERY_CHAPTER = pytest.mark.parametrize("chapter", [path.stem for path in CHAPTERS])
 FIRST = Path(ds.__file__)
 VARIABLES = [
@@ -51,13 +50,9 @@ VARIABLES = [
 ALL_MISSING = "RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE not set"
 
 
-def test_no_chapter_is_left_out():
-    """OLD has only chapters whose launcher is another one."""
-    for path in shared_blocks.chapters():
-        is_new = "def _end_with_parent(" in path.read_text("utf-8")
-        assert is_new == (path in CHAPTERS), (
-            f"{path.stem} is {'not ' * (not is_new)}new: change OLD"
-        )
+def test_every_chapter_has_the_launcher():
+    for path in CHAPTERS:
+        assert "def _end_with_parent(" in path.read_text("utf-8"), path.stem
 
 
 @pytest.fixture(autouse=True)
