@@ -403,7 +403,7 @@ def test_dpo_by_hand():
 
 
 def test_dpo_against_trl():
-    """The loss function of that library, where it is installed and can be called by itself."""
+    """The loss function of that library, where it is installed and has one (trl 0.16 does)."""
     trl = pytest.importorskip("trl")
     if not hasattr(trl.DPOTrainer, "dpo_loss"):
         pytest.skip("this trl has no dpo_loss to be called alone")
