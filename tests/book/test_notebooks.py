@@ -28,7 +28,7 @@ def read(name: str) -> nbformat.NotebookNode:
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_first_cell_says_what_a_reader_needs(name):
-    """Goals; prerequisites, with the mathematics; minutes, measured to run and estimated to read."""
+    """Goals; prerequisites, with the mathematics; minutes: measured to run, estimated to read."""
     text = read(name).cells[0].source
     lines = dict(re.findall(r"^- \*\*(\w+)\*\*: (.+)$", text, re.MULTILINE))
     assert list(lines) == ["Goals", "Prerequisites", "Minutes"]
