@@ -115,14 +115,13 @@ def grade_exercise(
 def notebook_of(original: nbformat.NotebookNode, number: str, code: str) -> nbformat.NotebookNode:
     """The original with this answer, only the cells that it needs, and its other names kept."""
     notebook = copy.deepcopy(original)
-    cell = notebooks.exercises(notebook)[number]
+    cell, check = notebooks.exercises(notebook)[number], notebooks.checks(notebook)[number]
     magic = notebooks.magic_of(cell.source)
     asked_for = notebooks.made(cell.source) | notebooks.made(notebooks.solutions(original)[number])
     cell.source = magic + code
-    cell.metadata["role"] = "answer"
+    cell.metadata["role"], check.metadata["role"] = "answer", "check"
     notebook.cells = notebooks.needed(notebook, only=number)
     place = notebook.cells.index(cell)
-    notebook.cells[place + 1].metadata["role"] = "check"
     path = f"import sys; sys.path.append({str(notebooks.ROOT / 'tests/book')!r})\n"
     before = f"{magic}{path}import exercises\nexercises.remember(globals())"
     after = f"{magic}import exercises\nexercises.restore(globals(), {asked_for!r})"
@@ -133,7 +132,7 @@ def notebook_of(original: nbformat.NotebookNode, number: str, code: str) -> nbfo
 
 def execute(notebook: nbformat.NotebookNode, limit: float) -> str:
     """Executes all cells and ends every process that this started; returns what went wrong."""
-    mark = uuid.uuid4().hex
+    mark = f"{os.getpid()} {uuid.uuid4().hex}"  # of this grader, and of this exercise
     os.environ[MARK] = mark
     folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
 

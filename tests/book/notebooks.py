@@ -17,6 +17,7 @@ import nbclient
 import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
+RANKS = re.compile(r"^%%px|^cluster = ", re.MULTILINE)  # in the cells that start the ranks
 CHECK = r"(?:exercises|hunt)\.check\((\d+),"  # in the cell that checks an exercise
 
 
@@ -84,8 +85,8 @@ def solve(notebook) -> None:
 
 def needed(notebook, only: str = "") -> list[dict]:
     """The cells that exercises need, or that one of them does: themselves and their checks; the
-    cells before the first heading and the last one, which start and stop the ranks; and for each
-    name that one of these mentions the cell that made it last."""
+    cells before the first heading; for each name that one of these mentions the cell that made it
+    last; and those that start and stop the ranks, where something is executed on ranks."""
     cells, wanted = notebook.cells, set()
     code = [number for number, cell in enumerate(cells) if cell.cell_type == "code"]
     first = next(
@@ -98,10 +99,13 @@ def needed(notebook, only: str = "") -> list[dict]:
         tasks |= {cells.index(cell) for number, cell in found.items() if only in ("", number)}
     others = {cells.index(cell) for cell in exercises(notebook).values()} - tasks
     code = [number for number in code if number not in others]
-    open_ = {n for n in code if n < first} | {code[-1]} | tasks
+    of_ranks = {n for n in code if n < first and RANKS.search(cells[n].source)} | {code[-1]}
+    open_ = {n for n in code if n < first} - of_ranks | tasks
     on_ranks = {n: cells[n].source.startswith("%%px") for n in code}
     while open_:
         wanted.add(cell := open_.pop())
+        if on_ranks[cell] or "engines" in cells[cell].source:
+            open_ |= of_ranks - wanted
         mentioned, fetched = _mentioned(cells[cell].source)
         for name, side in [(n, on_ranks[cell]) for n in mentioned] + [
             (n, True) for n in fetched if not on_ranks[cell]

@@ -6,6 +6,7 @@ tests/book/answers holds, for each notebook, answers that its checks must take o
 
 import importlib.util
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -59,9 +60,10 @@ def test_every_exercise_has_answers_of_both_kinds(name):
         assert len(wrong) >= (1 if name == "00_find_the_bug" else 2), f"exercise {number}"
 
 
-def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
-    """The executed notebook: the solutions, then every answer followed by its check; and the
-    answers: exercise, what it is, whether it is right, the cell of its check."""
+def to_try(name: str) -> tuple[nbformat.NotebookNode, list[dict], list]:
+    """A notebook with its solutions; the cells that its exercises need, and then every answer
+    followed by its check; and the answers: exercise, what it is, whether it is right, the cell of
+    its check."""
     notebook = nbformat.read(NOTEBOOKS[name], as_version=4)
     notebooks.solve(notebook)
     cells = notebooks.needed(notebook)
@@ -74,28 +76,99 @@ def tried(name: str) -> tuple[nbformat.NotebookNode, list]:
             check = nbformat.v4.new_code_cell(checks[number].source)
             added += [nbformat.v4.new_code_cell(magic + code), check]
             tries.append((number, what, right, check))
-    notebook.cells = [*cells[:-1], *added, cells[-1]]  # the last cell stops the ranks
+    if "stop_cluster" in cells[-1].source:
+        added.append(cells.pop())
+    return notebook, [*cells, *added], tries
+
+
+# Starting ranks takes longer than all answers of a notebook. So notebooks share them: one cluster
+# of each size, whose names are taken away before the next notebook.
+SHARE = """
+import ipyparallel as ipp
+
+class Shared:
+    start, running = ipp.Cluster, {}
+
+    def __init__(self, n, **options):
+        if n not in self.running:
+            self.running[n] = self.start(n=n, **options)
+            self.running[n].client = self.running[n].start_and_connect_sync()
+        self.client = self.running[n].client
+
+    def start_and_connect_sync(self, activate):
+        self.client[:].execute("%reset -f", block=True)
+        view = self.client[:]
+        view.block = True
+        view.activate()
+        return self.client
+
+    def stop_cluster_sync(self):
+        pass
+
+ipp.Cluster = Shared
+"""
+STOP = """
+import ipyparallel as ipp
+
+for cluster in ipp.Cluster.running.values():
+    cluster.stop_cluster_sync()
+"""
+
+
+def tried(names: list[str]) -> dict[str, tuple[nbformat.NotebookNode, list]]:
+    """These notebooks, executed one after the other in one kernel and on shared ranks; and the
+    answers that were tried in each."""
+    found = {name: to_try(name) for name in names}
+    new_cell = nbformat.v4.new_code_cell
+    cells = [new_cell(SHARE)]
+    for name in names:
+        cells += [new_cell("%reset -f"), *found[name][1]]
+    cells.append(new_cell(STOP))
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # two notebooks may have the same
+    together = nbformat.v4.new_notebook(cells=cells)
+    together.metadata = nbformat.read(NOTEBOOKS[names[0]], as_version=4).metadata
     folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
     client = nbclient.NotebookClient(
-        notebook, timeout=300, iopub_timeout=60, resources=folder, allow_errors=True
+        together, timeout=300, iopub_timeout=60, resources=folder, allow_errors=True
     )
     client.execute()
-    return notebook, tries
+    return {name: (notebook, tries) for name, (notebook, _, tries) in found.items()}
+
+
+def graded(path: Path, limit: float) -> tuple[dict[str, grade.Verdict], list[str]]:
+    """The verdicts on a copy, and what is left afterwards of the processes that graded it."""
+    verdicts = grade.grade(path, limit)
+    marks = {process: grade.mark_of(process) for process in psutil.process_iter()}
+    return verdicts, [str(p) for p, mark in marks.items() if mark.startswith(f"{os.getpid()} ")]
 
 
 @pytest.fixture(scope="module")
-def executed(request):
-    """The notebooks that are to be tested, two at a time: most of it waits for ranks."""
-    asked_for = {item.callspec.id for item in request.session.items if hasattr(item, "callspec")}
+def runs(request, tmp_path_factory):
+    """Name of each notebook and copy that is to be tested to its execution. Two processes execute
+    them, since most of what each does is to wait for ranks."""
+    asked_for = {
+        test: [x.callspec.params["name"] for x in request.session.items if x.function is test]
+        for test in (test_each_answer_gets_its_verdict, test_a_copy_is_graded)
+    }
+    names = asked_for[test_each_answer_gets_its_verdict]
+    folder, found = tmp_path_factory.mktemp("copies"), {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        yield {name: pool.submit(tried, name) for name in NOTEBOOKS if name in asked_for}
+        for half in filter(None, (names[::2], names[1::2])):
+            found |= dict.fromkeys(half, pool.submit(tried, half))
+        for name in asked_for[test_a_copy_is_graded]:
+            number, code, reason = COPIES[name]
+            limit = 8 if "not over" in reason else 60
+            found[name] = pool.submit(graded, a_copy(folder, name, number, code), limit)
+        yield found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the first one waits for half of the notebooks
 @pytest.mark.parametrize("name", NOTEBOOKS)
-def test_each_answer_gets_its_verdict(name, executed):
+def test_each_answer_gets_its_verdict(name, runs):
     """The solutions, the other right answers, and the wrong ones, on one set of ranks."""
-    notebook, tries = executed[name].result()
+    notebook, tries = runs[name].result()[name]
     checks = notebooks.checks(notebook)
     assert len(checks) >= 3
     for number, check in checks.items():
@@ -152,17 +225,38 @@ def a_copy(folder: Path, name: str, number: str = "", code: str = "") -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", COPIES)
-def test_a_copy_is_graded(name, tmp_path):
+def test_a_copy_is_graded(name, runs):
     """Also where an answer would be taken for right by its output, or does not end."""
-    number, code, reason = COPIES[name]
-    limit = 8 if "wait" in name else 60
-    verdicts = grade.grade(a_copy(tmp_path, name, number, code), limit)
+    number, _, reason = COPIES[name]
+    verdicts, left = runs[name].result()
     assert list(verdicts) == ["1", "2", "3"]
     assert verdicts["1"].reason == "not attempted"
     assert not verdicts[number].solved
     assert reason in verdicts[number].reason
-    assert not [process for process in psutil.process_iter() if grade.mark_of(process)]
+    assert not left
+
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_the_check_of_an_exercise_is_executed_last(name):
+    """Between an answer and its check there may be other cells; the verdict is the check's."""
+    original = nbformat.read(NOTEBOOKS[name], as_version=4)
+    for number, check in notebooks.checks(original).items():
+        code = notebooks.without_magic(notebooks.exercises(original)[number].source)
+        cells = grade.notebook_of(original, number, code).cells
+        roles = [cell.metadata.get("role") for cell in cells]
+        assert roles.index("answer") < roles.index("check")
+        assert cells[roles.index("check")].source == check.source
+
+
+def test_ranks_are_started_where_an_exercise_needs_them():
+    original = nbformat.read(NOTEBOOKS["03_pipeline"], as_version=4)
+    starts = {
+        number: any("ipp.Cluster(" in cell.source for cell in notebooks.needed(original, number))
+        for number in notebooks.exercises(original)
+    }
+    assert starts == {"1": False, "2": True, "3": False}
 
 
 def test_what_is_not_run_is_told(tmp_path):
