@@ -891,9 +891,9 @@ class PreferenceObjective:
         return loss_P.sum(), torch.ones_like(loss_P).sum()
 
 
-# Each replica has pairs of its own, and not equally many: the verifier drops a prompt whose responses
-# are all equally good. So sums are added over replicas and divided by the global count. A mean of
-# the replicas' means would weigh the pairs of a replica with few of them more.
+# Each replica has pairs of its own, and not equally many: where all responses to a prompt are
+# equally good, there is no pair. So sums are added over replicas and divided by the global count. A
+# mean of the replicas' means would weigh the pairs of a replica with few of them more.
 
 
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
