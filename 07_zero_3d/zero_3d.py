@@ -1159,7 +1159,7 @@ def train_alone(
 # reduce-scatter per micro-batch, since no rank could accumulate a full gradient: with a pipeline of
 # many micro-batches that costs more messages than it saves memory. Sharding the parameters (stage
 # 3, PyTorch's FSDP) gathers each layer before it is used: it needs no tensor parallelism or
-# pipeline, and many more bytes on the network.
+# pipeline, and many more bytes on the network. fsdp.py does it, on top of this script.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 

@@ -317,25 +317,33 @@ def test_a_ramp_that_does_not_divide_is_refused():
 
 
 @pytest.mark.slow
+@pytest.mark.ranks(4, timeout=120)
 def test_the_command(tmp_path):
     """Ten steps at once, and five, and five on another mesh: the same losses within rounding."""
-    folders = ["--checkpoint", str(tmp_path / "a")], ["--checkpoint", str(tmp_path / "b")]
-    whole = scripts.run(Path(resume.__file__), *folders[0])
-    assert whole.returncode == 0, whole.stderr
-    first = scripts.run(Path(resume.__file__), *folders[1], "--steps", "5")
-    assert first.returncode == 0, first.stderr
-    second = scripts.run(Path(resume.__file__), *folders[1], "--pp", "4")
-    assert second.returncode == 0, second.stderr
-    assert "goes on from step 5, saved on the mesh [2, 1, 2]" in second.stdout
+    folders = [everyone(str(tmp_path / name))[0] for name in ("a", "b")]
+    whole = scripts.on_ranks(resume, "--checkpoint", folders[0])
+    first = scripts.on_ranks(resume, "--checkpoint", folders[1], "--steps", 5)
+    second = scripts.on_ranks(resume, "--checkpoint", folders[1], "--pp", 4)
+    assert whole[0] == first[0] == second[0] == 0
+    assert "goes on from step 5, saved on the mesh [2, 1, 2]" in second[1]
 
     def losses(text: str) -> list[float]:
         lines = [line.split() for line in text.splitlines()]
         return [float(line[4]) for line in lines if len(line) == 6 and line[0].isdigit()]
 
-    found = losses(first.stdout) + losses(second.stdout)
-    assert len(found) == len(losses(whole.stdout)) == 10
-    for here, there in zip(found, losses(whole.stdout)):
+    found = losses(first[1]) + losses(second[1])
+    assert len(found) == len(losses(whole[1])) == 10
+    for here, there in zip(found, losses(whole[1])):
         assert here == pytest.approx(there, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_starts_its_ranks(tmp_path):
+    """Two processes; the file that they leave is found and loaded by the next start's flags."""
+    flags = ["--ranks", "2", "--checkpoint", str(tmp_path), "--steps", "1", "--num-layers", "1"]
+    done = scripts.run(Path(resume.__file__), *flags)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.glob("step-1/*")) == ["rank-0.pt", "rank-1.pt"]
 
 
 @pytest.mark.parametrize(

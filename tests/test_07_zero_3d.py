@@ -1185,18 +1185,38 @@ def test_the_learning_rate_is_the_callers():
 
 
 @pytest.mark.slow
+@pytest.mark.ranks(4, timeout=240)
 def test_the_default_run():
-    done = scripts.run(SCRIPT, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  ok") == 6 and "FAILED" not in done.stdout
+    """All of it, with a small model, on the pool's ranks; the start of processes is below."""
+    code, text = scripts.on_ranks(z, "--seq-length", 8, "--batch", 8, "--num-layers", 1)
+    assert code == 0, text
+    assert text.count("  ok") == 6 and "FAILED" not in text
     for layout in ("(2, 1, 2)", "(1, 2, 2)", "(2, 2, 1)"):
-        assert layout in done.stdout
+        assert layout in text
+
+
+def checked(*flags: str) -> None:
+    code, text = scripts.on_ranks(z, "--check", "--dtype", "fp64", *flags)
+    assert code == 0, text
+    assert float(text.split("worst ")[1].split()[0]) < 1e-12
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--no-sp"], ["--ranks", "8"], ["--ranks", "3"]], ids=str)
-def test_the_check(flags):
-    done = scripts.run(SCRIPT, "--check", *flags, timeout=240)
+@pytest.mark.ranks(4, timeout=120)
+def test_the_check_without_sequence_parallelism():
+    checked("--no-sp")
+
+
+@pytest.mark.slow
+@pytest.mark.ranks(8, timeout=240)
+def test_the_check_on_eight_ranks():
+    checked()
+
+
+@pytest.mark.slow
+def test_the_check_starts_its_ranks():
+    """Three processes of their own, as a reader starts them."""
+    done = scripts.run(SCRIPT, "--check", "--ranks", "3", timeout=240)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("worst ")[1].split()[0]) < 1e-12
 

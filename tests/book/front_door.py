@@ -57,8 +57,12 @@ def run(path: Path) -> tuple[str, int]:
     return done.stdout, round(time.monotonic() - begin)
 
 
-# A chapter's second half, with claims of its own.
-SECOND_SCRIPTS = {"05_mamba_hybrid": "context_parallel.py", "06_moe_fp8": "fp8.py"}
+# A chapter's second script, with claims of its own.
+SECOND_SCRIPTS = {
+    "05_mamba_hybrid": "context_parallel.py",
+    "06_moe_fp8": "fp8.py",
+    "07_zero_3d": "fsdp.py",
+}
 
 
 def measure_chapter(folder: Path) -> dict:

@@ -23,6 +23,7 @@ from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -350,6 +351,50 @@ def four_bits(seed: int) -> Case:
     )
 
 
+def sharded(seed: int) -> Case:
+    """Chapter 7: tensor and data parallelism, and an optimizer that is sharded over the replicas.
+
+    The chapter adds a rank's gradients in p.main_grad, of which only this rank's shard is complete
+    after a step. The shards are gathered and put where the other chapters have them, in p.grad. Its
+    plain model in bf16 has no fp32 masters, so 16 bits are not compared.
+    """
+    import zero_3d as z
+
+    config = z.GPTConfig(61, 4, hidden_size=64, num_heads=8, init_std=0.05, seed=seed)
+    layouts = {1: (1, 1, 1), 2: (1, 1, 2), 4: (2, 1, 2), 8: (2, 2, 2)}
+
+    def alone(model, batches, lr, autocast=None, **options):
+        return z.train_alone(model, optimizer_of(z, model, lr), batches, **options)
+
+    def together(model, batches, lr, autocast=None, **options):
+        def make(groups):  # all of them decay, as in OPTIMIZERS
+            pieces = [piece for group in groups for piece in group["params"]]
+            return optimizer_of(z, SimpleNamespace(parameters=lambda: pieces), lr)
+
+        if not hasattr(model, "buffer"):  # once: it registers hooks
+            named, tied = model.named_parameters(), ("embedding.weight",)
+            model.buffer = z.ParamAndGradBuffer(named, model.mesh.dp_group, 10_000, tied)
+        optimizer = z.DistributedOptimizer(model.buffer, make)
+        for result in z.train(model, optimizer, batches, 1, **options):
+            for bucket in model.buffer.buckets:
+                bucket.start_all_gather(bucket.grad)
+                bucket.wait()
+                for p in bucket.params.values():
+                    p.grad = p.main_grad.to(p.dtype)
+            yield result
+            model.zero_grad()
+
+    return Case(
+        z,
+        rows_of_text(seed, 16, 32),
+        lambda: z.GPT(config),
+        alone,
+        lambda: z.Stage(config, mesh_of(z, *layouts[world()[1]])),
+        together,
+        lambda shards: z.merge_state_dicts(shards, config, z.ParallelMesh(*layouts[len(shards)])),
+    )
+
+
 Technique = namedtuple("Technique", "title case widths")
 WIDE, ALL = ("fp64", "fp32", "bf16 autocast"), ("fp64", "fp32", "bf16 autocast", "bf16")
 TECHNIQUES = {
@@ -360,6 +405,7 @@ TECHNIQUES = {
     "heads": Technique("Mamba hybrid, heads (5)", functools.partial(hybrid, heads=True), WIDE),
     "tokens": Technique("Mamba hybrid, tokens (5)", functools.partial(hybrid, heads=False), WIDE),
     "experts": Technique("experts (6)", experts, WIDE),  # whose routers refuse a bias of 16 bits
+    "sharded": Technique("tensor × pipeline × data, ZeRO-1 (7)", sharded, ("fp64", "fp32")),
     # In fp32 a value near a tie has another code in another order of sums: that is no yardstick.
     "four bits": Technique("layers in NVFP4 (8)", four_bits, ("fp64",)),
     "fp8 experts": Technique("experts in FP8 (6)", functools.partial(experts, fp8=True), ("fp8",)),

@@ -443,6 +443,19 @@ def zero_3d(chapter, device: torch.device) -> Iterator[Variant]:
             if sp or mesh.tp > 1:
                 yield f"tp, pp, dp {layout}" + ", sp" * mesh.sp, steps, 1
 
+    tool = importlib.import_module("fsdp")
+    for layout in ((1, 1, 4), (2, 1, 2), (1, 2, 2)):
+        for recompute in (True, False):
+            mesh = chapter.make_mesh(*layout, CPU)
+
+            def steps(mesh=mesh, recompute=recompute) -> Steps:
+                config = chapter.GPTConfig(61, 3, hidden_size=32, num_heads=4)
+                stage = move(chapter.Stage(config, mesh, recompute), device)
+                optimizer = tool.make_fsdp_training(stage, 1e-3, reshard_after_forward=recompute)
+                return chapter.train(stage, optimizer, text(device, 61), 1)
+
+            yield f"tp, pp, dp {layout}, fsdp" + ", recompute" * recompute, steps, 1
+
 
 def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
     """The simulated device has no generators of its own: rounding draws from the default one."""

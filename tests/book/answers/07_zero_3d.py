@@ -29,6 +29,11 @@ def global_norm(pieces, mesh):
     {reduce}
     return total.sqrt()
 """
+SENT = """
+def elements_of_step(root, layers, m, reshard):
+    again = {again}
+    return {gathered}, {reduced}
+"""
 
 RIGHT = [
     (
@@ -66,6 +71,19 @@ def pieces_of_shard(sizes, dp, r):
         total += piece.master.grad.square().sum() / copies""",
             reduce="dist.all_reduce(total)",
         ),
+    ),
+    (
+        "4",
+        "layer by layer",
+        """
+def elements_of_step(root, layers, m, reshard):
+    gathered = reduced = root
+    for _ in range(m):
+        for i, layer in enumerate(layers):
+            gathered += 2 * layer if reshard and i + 1 < len(layers) else layer
+            reduced += layer
+    return gathered, reduced
+""",
     ),
 ]
 
@@ -140,6 +158,33 @@ def pieces_of_shard(sizes, dp, r):
             add="""if z.shard_dim(piece.name) is not None or mesh.tp_rank == 0:
             total += piece.master.grad.norm()""",
             reduce="dist.all_reduce(total)",
+        ),
+    ),
+    (
+        "4",
+        "the last layer is gathered twice",
+        SENT.format(
+            again="sum(layers) if reshard else 0",
+            gathered="root + m * (sum(layers) + again)",
+            reduced="root + m * sum(layers)",
+        ),
+    ),
+    (
+        "4",
+        "micro-batches are reduced together",
+        SENT.format(
+            again="sum(layers[:-1]) if reshard else 0",
+            gathered="root + m * (sum(layers) + again)",
+            reduced="root + sum(layers)",
+        ),
+    ),
+    (
+        "4",
+        "the root is gathered for each micro-batch",
+        SENT.format(
+            again="sum(layers[:-1]) if reshard else 0",
+            gathered="m * (root + sum(layers) + again)",
+            reduced="root + m * sum(layers)",
         ),
     ),
 ]
