@@ -843,6 +843,15 @@ def test_masks_of_training_differ_by_step_seed_and_rank(recompute):
         assert not any(map(torch.equal, both[0], [mask.to(ranks.device) for mask in other]))
 
 
+def test_the_seed_of_a_mask_is_a_known_value():
+    """Python's hash() would give each process another one, and replicated masks would differ. The
+    test pool's ranks are forks of one process, in which it would be the same.
+    """
+    model = nn.Sequential(sp.Dropout(0.5, sharded=True), sp.Dropout(0.5))
+    sp.seed_dropout(model, seed=7, step=3, tp_rank=1, dp_rank=2)
+    assert [layer.mask_seed for layer in model] == [4136582485, 1211000488]
+
+
 @pytest.mark.ranks(1, 2)
 @EVERY_RECOMPUTE
 def test_evaluation_drops_nothing(recompute):

@@ -822,7 +822,8 @@ def test_wrong_flags_of_fp8_are_one_line(flags, message, capsys):
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 def test_check_of_fp8(dtype):
     """--check: two experts get no token, and in some batches the last rank has none."""
-    for ep in LAYOUTS[dist.get_world_size()]:
+    every = LAYOUTS[dist.get_world_size()]
+    for ep in every if dtype == "fp64" else every[-1:]:
         options = moe.dtypes(SimpleNamespace(dtype=dtype))
         errors = fp8.equivalence(mesh_of(ep), ranks.device, options[0])
         assert len(errors) == 5 and moe.print_errors(errors, moe.BOUNDS[dtype])
