@@ -57,8 +57,10 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("world", marker.args, ids=lambda size: f"{size}ranks")
 
 
-def pytest_runtest_teardown():
+def pytest_runtest_teardown(item, nextitem):
     torch.set_flush_denormal(False)  # chapter 1's main sets it, for the whole process
+    if nextitem is None or nextitem.path != item.path:
+        close_pools()  # what this file's tests have made: models, groups and their threads
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -126,5 +128,9 @@ def pytest_terminal_summary(terminalreporter, config):
 
 
 def pytest_sessionfinish():
+    close_pools()
+
+
+def close_pools() -> None:
     for pool in POOLS.values():
         pool.close()
