@@ -10,8 +10,8 @@ There, queries, keys and values are tensors of their own, and so is each expert.
     model = ParallelMoELM(config, group)
     model.load_state_dict(shard_state_dict(full, config, rank, ep))
 
-Every setting and every tensor that this model does not have is refused by name: Mamba layers
-(chapter 5), the latent experts of Super and Ultra, multi-token prediction.
+The experts of Super and Ultra, in latent width, load too. Every setting and every tensor that this
+model does not have is refused by name: Mamba layers (chapter 5), multi-token prediction.
 """
 
 from __future__ import annotations
@@ -59,7 +59,6 @@ FIXED = {  # settings with one value here; a missing key has it
     "use_bias": False,
     "tie_word_embeddings": False,
     "sliding_window": None,
-    "moe_latent_size": None,
     "num_nextn_predict_layers": 0,
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
@@ -112,6 +111,8 @@ NAMES = {  # a part of our name: of the published one
     "up": "up_proj",
     "down": "down_proj",
     "shared": "shared_experts",
+    "into_latent": "fc1_latent_proj",
+    "out_of_latent": "fc2_latent_proj",
     "router": "gate",
     "bias": "e_score_correction_bias",
 }
@@ -145,7 +146,7 @@ def read_config(path: Path) -> MoEConfig:
     if missing:
         raise ValueError(f"{path} lacks {missing}: is it the file of a Nemotron 3 model?")
     other = {key: theirs[key] for key, only in FIXED.items() if theirs.get(key, only) != only}
-    known = {*SIZES.values(), *FIXED, *OTHER_KEYS}
+    known = {*SIZES.values(), *FIXED, *OTHER_KEYS, "moe_latent_size"}
     other |= {key: theirs[key] for key in sorted(theirs.keys() - known) if theirs[key]}
     layers = theirs.get("num_hidden_layers", len(pattern))
     if layers != len(pattern):
@@ -155,7 +156,8 @@ def read_config(path: Path) -> MoEConfig:
     if other:
         raise ValueError(f"{path} has {other}, which this model does not have")
     sizes = {name: theirs[key] for name, key in SIZES.items()}
-    return MoEConfig(pattern=pattern, **sizes)
+    latent = theirs.get("moe_latent_size") or 0  # null or missing: none
+    return MoEConfig(pattern=pattern, moe_latent_size=latent, **sizes)
 
 
 def sources(name: str, num_experts: int) -> list[str]:

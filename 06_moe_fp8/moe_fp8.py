@@ -44,20 +44,18 @@ layers (chapter 5); expert capacity (no token is dropped here).
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# A tensor's suffix is its shape, one letter per dimension. A CAPITAL is the full dimension, the
-# small letter is this rank's shard of it.
+# A suffix is a shape, one letter per dimension. CAPITAL: full; small letter: this rank's shard.
 #
 #     B  sequences of this rank     E  experts              e = E / ep, this rank's experts
 #     S  sequence length            K  experts per token
 #     T  tokens of this rank, B·S   R  rows, T·K: one per token and chosen expert
 #     H  hidden size                r  rows that this rank's experts receive
 #     F  expert's hidden size       N  query heads          D  size of a head
-#     V  vocabulary entries         G  key-value heads
+#     V  vocabulary entries         G  key-value heads     W  elements of a row in latent width
 #     L  layers with experts        P  ranks of an ep group
 #
-# ep is the number of ranks that share one set of experts, dp the number of such sets. World size =
-# ep · dp. Every rank has tokens of its own, and replicates everything but the experts. (F before a
-# dot is torch.nn.functional.)
+# ep ranks share one set of experts, and there are dp such sets: ep · dp ranks. Each has tokens of
+# its own, and replicates everything but the experts. (F before a dot is torch.nn.functional.)
 #
 # "region carried" marks code that is copied from its home, nearly all at the end of the file.
 
@@ -126,6 +124,7 @@ class MoEConfig:
     top_k: int = flag(2, "experts per token, K", least=1)
     expert_size: int = flag(64, "hidden size of an expert, F", least=1)
     shared_size: int = flag(128, "hidden size of the expert for every token; 0: none")
+    moe_latent_size: int = flag(0, "elements of a row that is sent, W; 0: the hidden size")
     gate: str = flag("sigmoid", "the router's scores", choices=["sigmoid", "softmax"])
     gate_scale: float = 2.5  # the weights of a token's experts add up to this
     norm_eps: float = 1e-5  # of each RMSNorm
@@ -136,8 +135,9 @@ class MoEConfig:
         if self.head_size is None:
             self.head_size = self.hidden_size // max(1, self.num_heads)
         for name, value in vars(self).items():
-            if isinstance(value, int) and value < 1 and name not in ("shared_size", "seed"):
-                raise ValueError(f"{name}={value}: it must be at least 1")
+            least = 0 if name in ("shared_size", "moe_latent_size", "seed") else 1
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name}={value}: it must be at least {least}")
         if self.top_k > self.num_experts:
             raise ValueError(f"top_k={self.top_k}: choose at most num_experts={self.num_experts}")
         if self.num_heads % self.num_kv_heads:
@@ -146,8 +146,8 @@ class MoEConfig:
         if "E" not in self.pattern or set(self.pattern) - set("*E"):
             remedy = "one letter of '*E' per layer, at least one E (Mamba is chapter 5's)"
             raise ValueError(f"pattern={self.pattern!r}: {remedy}")
-        if self.gate not in ("sigmoid", "softmax") or self.shared_size < 0:
-            raise ValueError(f"gate={self.gate!r}, shared_size={self.shared_size}: not possible")
+        if self.gate not in ("sigmoid", "softmax"):
+            raise ValueError(f"gate={self.gate!r}: sigmoid or softmax")
 
 
 # ── 1 The idea ──────────────────────────────────────────────────────────────────────────────────
@@ -231,8 +231,7 @@ class Router(nn.Module):
 # ── 1.2 Load balancing ──────────────────────────────────────────────────────────────────────────
 #
 # Nothing keeps a router from sending every token to the same two experts. Chosen experts learn, and
-# experts that have learned are chosen. The others are unused parameters, and their ranks wait. Two
-# remedies, used together:
+# experts that have learned are chosen. The others are unused. Two remedies, used together:
 #
 # The bias. After each optimizer step, lower β of each overloaded expert a little:
 #
@@ -244,9 +243,8 @@ class Router(nn.Module):
 # of all ranks. With local counts each rank would move β elsewhere, and the replicas of one router
 # would drift apart. (A recomputed layer counts twice, for all experts alike: the sign stays.)
 #
-# How long does it take? In the example above β had to move by 0.26 before expert 0 lost a token
-# to expert 2: 260 steps. So γ = 0.001 is for runs of a million steps, and this chapter's run of 80
-# takes ten times as much.
+# In the example above β had to move by 0.26 before expert 0 lost a token to expert 2: 260 steps.
+# So γ = 0.001 is for runs of a million steps, and this chapter's run of 80 takes ten times as much.
 #
 # An auxiliary loss, small (α = 0.0001), balances each sequence. For a sequence of S tokens,
 #
@@ -255,9 +253,8 @@ class Router(nn.Module):
 #     loss = Σ_i f_i · P_i                                    1 if balanced, at most E / K
 #
 # Where f is large the gradient lowers P: the scores of overloaded experts shrink. f counts the
-# choice without β, so that the scores become balanced by themselves. (As quoted in public, Nano's
-# report has the standard loss of Lepikhin et al., 2020, over all tokens, in pretraining, and this
-# one in fine-tuning, both with α = 0.0001. This one needs no communication.)
+# choice without β, so that the scores become balanced by themselves. (As quoted in public, Nano
+# has the loss over all tokens in pretraining and this one, without communication, in fine-tuning.)
 
 
 def load_balancing_loss(log_scores_BSE: Tensor, top_k: int) -> Tensor:
@@ -302,9 +299,7 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
 #       d0 ┘                                            and its GEMM has an empty result
 #       b1 ────────────── · W_1ᵀ ─────► 1 row
 #
-# PyTorch has one kernel for it in some dtypes. Elsewhere it is one GEMM per expert, and never a
-# loop over tokens.
-
+# PyTorch has one kernel for it in some dtypes. Elsewhere it is one GEMM per expert.
 
 CPU_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GROUPED_MM_DTYPES = {"cuda": [torch.bfloat16], "cpu": CPU_DTYPES}
@@ -355,7 +350,8 @@ class Experts(nn.Module):
     def __init__(self, config: MoEConfig):
         super().__init__()
         std = config.init_std
-        up_EFH = torch.randn(config.num_experts, config.expert_size, config.hidden_size)
+        width = config.moe_latent_size or config.hidden_size
+        up_EFH = torch.randn(config.num_experts, config.expert_size, width)
         self.up = nn.Parameter(up_EFH * std)
         self.down = nn.Parameter(torch.randn_like(up_EFH.mT) * std)  # E H F
         self.gemm = grouped_gemm  # fp8.py sets another one
@@ -392,6 +388,11 @@ class MoELayer(nn.Module):
         self.router = Router(config)
         self.experts = Experts(config)
         self.shared = MLP(config) if config.shared_size else None
+        H = config.hidden_size
+        W = config.moe_latent_size
+        projection = nn.Linear if W else nn.Identity  # section 1.8; Identity takes any arguments
+        self.into_latent = projection(H, W, bias=False)
+        self.out_of_latent = projection(W, H, bias=False)
 
     def forward(self, x_BSH: Tensor) -> tuple[Tensor, Tensor]:
         x_TH = rearrange(x_BSH, "B S H -> (B S) H")
@@ -406,12 +407,13 @@ class MoELayer(nn.Module):
         order_R = routing.experts_TK.flatten().argsort(stable=True)
         token_R = order_R // self.config.top_k
         counts = count_rows(routing.experts_TK, self.config.num_experts).tolist()
-        rows_RH = self.experts(x_TH[token_R], counts)
+        z_TW = self.into_latent(x_TH)
+        rows_RW = self.experts(z_TW[token_R], counts)
         weight_R = routing.weights_TK.flatten()[order_R]
-        weighted_RH = rows_RH * weight_R[:, None]
-        y_TH = weighted_RH.new_zeros(x_TH.shape)
-        y_TH = y_TH.index_add(0, token_R, weighted_RH).to(rows_RH.dtype)
-        return y_TH if self.shared is None else y_TH + self.shared(x_TH)
+        weighted_RW = rows_RW * weight_R[:, None]
+        sum_TW = weighted_RW.new_zeros(z_TW.shape).index_add(0, token_R, weighted_RW)
+        y_TH = self.out_of_latent(sum_TW.to(rows_RW.dtype))
+        return y_TH + self.shared(x_TH) if self.shared else y_TH
 
 
 # ── 1.4 All-to-all ──────────────────────────────────────────────────────────────────────────────
@@ -476,9 +478,8 @@ def all_to_all(rows_RH: Tensor, send: Splits, receive: Splits, group: Group = No
 # ── 1.5 All-to-all, overlapped ──────────────────────────────────────────────────────────────────
 #
 # The shared expert needs no other rank, so it can compute while rows are in flight. That takes two
-# Functions, one that starts the all-to-all and one that waits. Backward visits them in reverse,
-# with their roles exchanged: `_AllToAllWait` comes first and starts the gradients' all-to-all, and
-# `_AllToAllStart` waits for it.
+# Functions, one that starts the all-to-all and one that waits. Backward visits them in reverse and
+# exchanges their roles: `_AllToAllWait` starts the gradients' all-to-all.
 #
 #     forward     Start: sends      shared expert              Wait: waits
 #     backward    Start: waits      shared expert's backward   Wait: sends, splits exchanged
@@ -550,8 +551,7 @@ def start_all_to_all(
 #
 # A plan says where each row goes, for both directions. Rows leave sorted by expert, so those for
 # one rank are contiguous. They arrive sorted by sender, and the grouped GEMM needs them by expert,
-# so they are sorted a second time. With the tokens at the top of this file, experts 0 and 1 on
-# rank 0, 2 and 3 on rank 1:
+# so they are sorted a second time. With the tokens and experts at the top of this file:
 #
 #     rank 0                                   rank 1
 #     experts_TK    a: 0 2   b: 0 1            c: 2 3   d: 0 3      chosen by the router
@@ -570,13 +570,11 @@ def start_all_to_all(
 #
 # (That a rank receives as many rows as it sends is a coincidence here.) Sorts are stable, so an
 # expert finds its rows in the order of the global batch, whatever ep is. Buffers have sizes, so
-# the counts must be on the host. This is the only moment at which the host waits for the device,
-# and it takes all counts in one copy.
+# the counts must be on the host: here alone the host waits for the device, for one copy of them.
 #
 # Two details make a run repeatable to the bit on a GPU, where concurrent additions to one address
 # happen in any order. A token is first copied K times (backward: a sum over K), so that the sort is
-# a permutation, in whose gradient no two rows have the same address. And the way home writes rows
-# to their places, and adds nothing.
+# a permutation, whose gradient adds no two rows. And the return writes rows, and adds nothing.
 
 
 def _unsorted_by(order_R: Tensor, rows_RH: Tensor) -> Tensor:
@@ -696,11 +694,28 @@ class ExpertParallelMoELayer(MoELayer):
     def mix(self, x_TH: Tensor, routing: Routing) -> Tensor:
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
         dtype = gemm_dtype(x_TH)  # autocast's: half the bytes, and the same GEMMs
-        wait = dispatch(x_TH.to(dtype), plan)
-        shared_TH = 0 if self.shared is None else self.shared(x_TH)  # while rows are in flight
-        rows_rH = self.experts(wait(), plan.counts)
-        return combine(rows_rH, routing.weights_TK, plan) + shared_TH
+        z_TW = self.into_latent(x_TH)
+        wait = dispatch(z_TW.to(dtype), plan)
+        shared_TH = self.shared(x_TH) if self.shared else 0  # while rows are in flight
+        rows_rW = self.experts(wait(), plan.counts)
+        sum_TW = combine(rows_rW, routing.weights_TK, plan)
+        return self.out_of_latent(sum_TW) + shared_TH
 
+
+# ── 1.8 LatentMoE ───────────────────────────────────────────────────────────────────────────────
+#
+# Nemotron 3 Super and Ultra send shorter rows. A projection before dispatch shortens a token to W
+# elements, experts and weighted sum compute in this latent width, and a second projection restores
+# H. The router and the shared expert read all H elements of x:
+#
+#     x_TH ─┬─► into_latent ─► z_TW ─► experts, all-to-all twice ─► Σ w·y ─► out_of_latent ─┬─► +
+#           └─► shared expert ──────────────────────────────────────────────────────────────┘
+#
+# Both are replicated. The second is linear, so it may come after the sum, once per token and not K
+# times. Elements that are sent to experts for a token, by the white paper:
+#
+#     without   128 experts, K  6, rows of 4096     24,576
+#     latent    512 experts, K 22, rows of 1024     22,528     and as many parameters
 
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 #
@@ -753,8 +768,7 @@ class MoELM(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         kinds = {"*": Attention, "E": moe_layer}
-        layers = [Layer(config, kinds[kind](config)) for kind in config.pattern]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Layer(config, kinds[kind](config)) for kind in config.pattern)
         self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if not self.head.weight.is_meta:  # on "meta" there are shapes without memory
@@ -884,8 +898,7 @@ def merge_state_dicts(shards: list[StateDict]) -> StateDict:
         full[name] = first.clone()
         for rank, x in enumerate(tensors):
             if not torch.allclose(x, first, rtol=0, atol=0, equal_nan=True):
-                gap = (x - first).abs().max()
-                found = f"rank {rank} differs from rank 0 by {gap:.1e}"
+                found = f"rank {rank} differs from rank 0 by {(x - first).abs().max():.1e}"
                 raise ValueError(f"{name} should be replicated, but {found}")
     return full
 
@@ -912,8 +925,7 @@ def gather_state_dict(tensors: StateDict, group: Group = None) -> StateDict:
 #        set 1       rank 2: experts 0–3    rank 3: experts 4–7
 #                      ↑ an edp group (expert data parallel): the same experts
 #
-# Each of the four has its own tokens. The ranks of an ep group exchange rows in every layer, so
-# they are neighbours.
+# Each has its own tokens. The ranks of an ep group exchange rows in every layer: neighbours.
 
 
 @dataclass(frozen=True)
@@ -922,7 +934,6 @@ class Mesh:
 
     ep: int = 1  # ranks that share one set of experts
     dp: int = 1  # sets of experts
-    ep_rank: int = 0  # its index in the ep group
     ep_group: Group = None  # exchanges rows
     edp_group: Group = None  # holds the same experts
 
@@ -938,7 +949,7 @@ def make_mesh(ep: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     ranks = torch.arange(world).view(-1, ep)  # a row per set of experts
     ep_group = make_group(ranks.tolist(), device, timeout)
     edp_group = make_group(ranks.T.tolist(), device, timeout)
-    return Mesh(ep, len(ranks), dist.get_rank() % ep, ep_group, edp_group)
+    return Mesh(ep, len(ranks), ep_group, edp_group)
 
 
 def sum_gradients(parameters: Parameters, group: Group = None) -> None:
@@ -955,10 +966,8 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
 
 def reduce_gradients(model: ParallelMoELM, mesh: Mesh) -> None:
     """Sums gradients over the ranks that section 1.7 names, in two messages."""
-    experts = model.sharded_parameters()
-    ids = {id(p) for p in experts}  # by identity: == compares elements
-    sum_gradients(experts, mesh.edp_group)  # the ranks that hold the same experts
-    sum_gradients([p for p in model.parameters() if id(p) not in ids])
+    sum_gradients(model.sharded_parameters(), mesh.edp_group)  # of the same experts
+    sum_gradients([p for name, p in model.named_parameters() if shard_dim(name) is None])
 
 
 # The norm of sharded gradients is explained in chapter 2, section 4.2.
@@ -995,7 +1004,6 @@ def clip_grad_norm_(
 
 
 # endregion copy b536bc
-
 Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm before clipping
 
 
@@ -1082,12 +1090,8 @@ def train(
 
 # ── What remains ────────────────────────────────────────────────────────────────────────────────
 #
-# The experts are sharded, and everything else must fit on each rank. No expert is sharded inside
-# (chapter 2), and no layers are on other servers (chapter 3). A large run combines tensor,
-# pipeline, expert and data parallelism, and each rank belongs to several groups. Every replica
-# also keeps the same optimizer states, 8 bytes per parameter. Rows are sent K times per token and
-# direction, in bf16, H elements each: 4 · 6 · 2688 · 2 bytes · 7/8 = 113 kB per token and layer of
-# Nano at ep 8. Chapter 7 shards all of it at once; chapter 8 has 4 bits per value (NVFP4).
+# Everything but the experts must fit on each rank, with 8 bytes of optimizer states per parameter.
+# Chapter 7 shards all of it at once, as chapters 2 and 3 do; chapter 8 has 4 bits per value.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
@@ -1121,7 +1125,7 @@ def is_default(args: argparse.Namespace) -> bool:
 
 def largest_load(counts_LE: Tensor) -> float:
     """Rows of the busiest expert over the mean, in the worst layer: 1 is balanced."""
-    mean_L = counts_LE.to(torch.float64).mean(1)
+    mean_L = counts_LE.double().mean(1)
     return (counts_LE.amax(1) / mean_L).max().item()
 
 
@@ -1137,9 +1141,8 @@ def overload(model: MoELM) -> MoELM:
 def uneven_batches(vocab_size: int, device: torch.device) -> Batches:
     """Five global batches. Ranks have unequally many rows, or the last rank has none."""
     for step in range(5):
-        rows = group_size() + 1  # rank 0 has two, the others one
-        if step % 2:
-            rows = max(1, group_size() - 1)  # the last rank has none
+        # Rank 0 has two rows and the others one; in odd steps the last rank has none.
+        rows = max(1, group_size() + (-1) ** step)
         generator = torch.Generator().manual_seed(step)
         ids_2BS = torch.randint(vocab_size, (2, rows, 13), generator=generator)
         tokens_BS, targets_BS = ids_2BS.to(device)
@@ -1171,13 +1174,11 @@ def equivalence(
     steps = train(parallel, make_optimizer(parallel, lr), batches, mesh, **options)
     errors = {}
     for step, (there, here) in enumerate(zip(alone, steps)):
-        loss_gap = here.loss / there.loss - 1
-        norm_gap = here.norm / there.norm - 1
-        errors[f"loss {step}"] = loss_gap.abs().item()
-        errors[f"norm before clipping {step}"] = norm_gap.abs().item()
+        i = str(step)
+        errors |= relative_errors("loss", {i: here.loss}, {i: there.loss})
+        errors |= relative_errors("norm before clipping", {i: here.norm}, {i: there.norm})
         if dtype == torch.float64:  # elsewhere rounding may decide between nearly equal experts
-            gap_LE = here.counts_LE - there.counts_LE
-            errors[f"count of rows {step}"] = gap_LE.abs().max().item()
+            errors |= relative_errors("count of rows", {i: here.counts_LE}, {i: there.counts_LE})
         if step == 0:
             full = gather_state_dict(gradients(parallel), mesh.ep_group)
             errors |= relative_errors("gradient", full, gradients(plain))
@@ -1192,8 +1193,8 @@ def equivalence(
 def text_batches(args: argparse.Namespace, device: torch.device) -> Batches:
     data = TextData(args.data, args.seq_length)
     for step in range(args.steps):
-        tokens_BS, targets_BS = data.batch(step, args.batch, args.seed)
-        yield tokens_BS.to(device), targets_BS.to(device)
+        batch = data.batch(step, args.batch, args.seed)
+        yield tuple(x.to(device) for x in batch)
 
 
 def parallel_model(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> ParallelMoELM:
@@ -1242,8 +1243,7 @@ def demonstrate(
 def single_device_losses(args: argparse.Namespace, device: torch.device) -> list[float]:
     """The plain model's first losses, on every rank: no rank waits for another."""
     dtype, _ = dtypes(args)
-    plain = MoELM(model_config(args))
-    plain = overload(plain).to(device, dtype)
+    plain = overload(MoELM(model_config(args))).to(device, dtype)
     first = itertools.islice(training(args, plain, device), 5)
     return [step.loss.item() for step in first]
 

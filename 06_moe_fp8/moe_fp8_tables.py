@@ -23,7 +23,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from moe_fp8 import MoEConfig, state_shapes
+import torch
+from moe_fp8 import MoEConfig, MoELayer, state_shapes
 
 # ── 1 Parameters ────────────────────────────────────────────────────────────────────────────────
 #
@@ -154,7 +155,7 @@ def published_of(config: MoEConfig) -> Published:
         config.expert_size,
         config.shared_size,
         mamba_heads=0,
-        latent=None,
+        latent=config.moe_latent_size or None,
     )
 
 
@@ -230,19 +231,38 @@ def parameters() -> Iterator[Row]:
     claim = "Ultra: total / active without the embedding table"
     figures = billions(ultra.total, ultra.active_without_table, digits=0)
     yield Row(claim, "550B / 55B", figures, note="in its name, rounded; state size assumed")
-    config = MoEConfig(head_size=5, top_k=3, shared_size=20)
-    counted = sum(shape.numel() for shape in state_shapes(config).values())
-    formula = parameter_count(published_of(config)).total
-    yield Row("this chapter's model", "–", f"{formula:,}", f"{counted:,}")
+    for latent, claim in {0: "this chapter's model", 24: "the same with LatentMoE"}.items():
+        config = MoEConfig(head_size=5, top_k=3, shared_size=20, moe_latent_size=latent)
+        counted = sum(shape.numel() for shape in state_shapes(config).values())
+        formula = parameter_count(published_of(config)).total
+        yield Row(claim, "–", f"{formula:,}", f"{counted:,}")
+
+
+def elements_sent(config: MoEConfig) -> int:
+    """Elements that this chapter's layer sends to experts for one token: those that its experts
+    read, K times. Source: ours.
+    """
+    with torch.device("meta"):  # shapes without memory
+        layer = MoELayer(config)
+    return config.top_k * layer.experts.up.shape[-1]
 
 
 def network() -> Iterator[Row]:
     for name, model in MODELS.items():
         claim = f"{name}: kB per token and MoE layer, ep 8, bf16"
         yield Row(claim, "–", f"{all_to_all_bytes(model, 8) / 1e3:.0f}", note="not published")
-    rows = [6 * 4096, SUPER.top_k * SUPER.latent]
-    claim = "elements sent per token: 6 of 4096, and 22 of 1024"
-    yield Row(claim, "equal cost", f"{rows[0]} / {rows[1]}", note="24 by the paper's rule")
+    # The white paper's pair: K, hidden size and latent width of the layer without and with one.
+    pair = {"without a latent": (6, 4096, 0), "LatentMoE": (22, 4096, 1024)}
+    for name, (top_k, hidden, latent) in pair.items():
+        config = MoEConfig(
+            hidden_size=hidden, moe_latent_size=latent, num_experts=32, top_k=top_k, expert_size=1
+        )
+        formula = top_k * (latent or hidden)
+        claim = f"{name}: elements sent per token, {top_k} rows of {latent or hidden}"
+        yield Row(claim, "–", f"{formula:,}", f"{elements_sent(config):,}")
+    ratio = SUPER.top_k * SUPER.latent / (6 * 4096)
+    claim = "LatentMoE: elements sent, over those without"
+    yield Row(claim, "equal cost", f"{ratio:.2f}", note="K is 22, and 24 by the paper's rule")
 
 
 def schedule() -> Iterator[Row]:

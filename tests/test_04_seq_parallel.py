@@ -843,6 +843,15 @@ def test_masks_of_training_differ_by_step_seed_and_rank(recompute):
         assert not any(map(torch.equal, both[0], [mask.to(ranks.device) for mask in other]))
 
 
+def test_the_seed_of_a_mask_is_a_known_value():
+    """Python's hash() would give each process another one, and replicated masks would differ. The
+    test pool's ranks are forks of one process, in which it would be the same.
+    """
+    model = nn.Sequential(sp.Dropout(0.5, sharded=True), sp.Dropout(0.5))
+    sp.seed_dropout(model, seed=7, step=3, tp_rank=1, dp_rank=2)
+    assert [layer.mask_seed for layer in model] == [4136582485, 1211000488]
+
+
 @pytest.mark.ranks(1, 2)
 @EVERY_RECOMPUTE
 def test_evaluation_drops_nothing(recompute):
@@ -1642,9 +1651,22 @@ def test_a_token_id_outside_the_vocabulary_is_nan_where_values_cannot_be_read():
 def test_a_batch_in_which_no_target_counts():
     """A loss of 0 and no gradient, as on the single device; a mean over nothing would be NaN."""
     model, (tokens, targets) = parallel_model(config()), batch_of()
-    results = sp.train(model, adamw(model), [(tokens, torch.full_like(targets, -100))])
-    assert next(results) == (0, 0)
+    batches = [(tokens, torch.full_like(targets, -100))]
+    assert next(sp.train(model, adamw(model), batches)) == (0, 0)
     assert all(p.isfinite().all() for p in model.parameters())
+    plain = plain_model(config())
+    assert next(sp.train_alone(plain, adamw(plain), batches)) == (0, 0)
+    assert all(p.isfinite().all() for p in plain.parameters())
+
+
+def test_the_optimizer_has_the_papers_settings():
+    """Both models share it, so comparing them cannot see a change here."""
+    optimizer = sp.make_optimizer(plain_model(config()), 0.5)
+    matrices, vectors = optimizer.param_groups
+    for group in (matrices, vectors):
+        assert group["lr"] == 0.5 and group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8
+    assert matrices["weight_decay"] == 0.01 and all(p.ndim > 1 for p in matrices["params"])
+    assert vectors["weight_decay"] == 0 and all(p.ndim == 1 for p in vectors["params"])
 
 
 def group_calls() -> dict[str, Callable]:

@@ -482,7 +482,7 @@ def test_experts_in_fp8_have_the_single_devices_codes(router):
         e = 8 // ep
         mine = here.made[4 : 4 + 2 * e]
         for j in range(e):
-            expert = mesh.ep_rank * e + j
+            expert = dist.get_rank() % ep * e + j
             rows, weights = whole.made[2 * expert], whole.made[2 * expert + 1]
             assert torch.equal(mine[2 * j].inverse_scale, rows.inverse_scale)
             assert same_bits(mine[2 * j + 1].codes, weights.codes)
@@ -492,11 +492,12 @@ def test_experts_in_fp8_have_the_single_devices_codes(router):
 
 
 @pytest.mark.ranks(4)
-def test_fp8_training_on_every_layout_starts_with_the_same_loss():
+@pytest.mark.parametrize("latent", [0, 6])
+def test_fp8_training_on_every_layout_starts_with_the_same_loss(latent):
     """The whole model in FP8 with shared amaxes: the loss of one device. (Later, one rounding may
-    tip over.)
+    tip over.) The projections of a latent layer are linear layers, in FP8 as all others.
     """
-    cfg = config(pattern="*E*E*E")
+    cfg = config(pattern="*E*E*E", moe_latent_size=latent)
     batch = batch_of(8)
     loss_BS, _ = fp8.to_fp8(moe.MoELM(cfg).double(), fp8.HYBRID)(batch[0])
     for ep in LAYOUTS[4]:
@@ -776,7 +777,7 @@ GROUP_USERS = {
     "to_fp8": lambda group: fp8.to_fp8(
         moe.MoELM(config(pattern="E", shared_size=0)),
         replace(fp8.HYBRID, first=0, last=0),
-        moe.Mesh(2, 1, 1, group, group),
+        moe.Mesh(2, 1, group, group),
     )(batch_of(1)[0]),
 }
 
@@ -821,7 +822,8 @@ def test_wrong_flags_of_fp8_are_one_line(flags, message, capsys):
 @pytest.mark.parametrize("dtype", ["fp64", "fp32"])
 def test_check_of_fp8(dtype):
     """--check: two experts get no token, and in some batches the last rank has none."""
-    for ep in LAYOUTS[dist.get_world_size()]:
+    every = LAYOUTS[dist.get_world_size()]
+    for ep in every if dtype == "fp64" else every[-1:]:
         options = moe.dtypes(SimpleNamespace(dtype=dtype))
         errors = fp8.equivalence(mesh_of(ep), ranks.device, options[0])
         assert len(errors) == 5 and moe.print_errors(errors, moe.BOUNDS[dtype])

@@ -51,10 +51,14 @@ def publish(folder: Path, **changes):
     return model.eval()
 
 
-def test_published_weights_give_transformers_logits(tmp_path):
-    theirs = publish(tmp_path)
+@pytest.mark.parametrize("latent", [None, 20])
+def test_published_weights_give_transformers_logits(latent, tmp_path):
+    """With a latent width, as Super and Ultra have one, and without, as Nano."""
+    theirs = publish(tmp_path, moe_latent_size=latent)
     cfg, full = load.load_nemotron3(tmp_path)
     assert cfg.pattern == "*EE*E" and cfg.top_k == 3 and cfg.gate_scale == 2.5
+    assert cfg.moe_latent_size == (latent or 0)
+    assert sum("_latent" in name for name in full) == (6 if latent else 0)
     ours = moe.MoELM(cfg)
     ours.load_state_dict(full)
     tokens = torch.randint(61, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -91,7 +95,8 @@ REFUSED = {
         layers_block_type=["linear_attention", "full_attention", "moe"]
     ),
     r"has Mamba layers \(MEM\*E\)": dict(hybrid_override_pattern="MEM*E"),
-    r"has \{'moe_latent_size': 16\}, which this model does not have": dict(moe_latent_size=16),
+    r"lacks the tensor backbone.layers.1.mixer.fc1_latent_proj.weight": dict(moe_latent_size=16),
+    r"has \{'num_nextn_predict_layers': 1\}, which this model": dict(num_nextn_predict_layers=1),
     r"has \{'n_group': 2\}": dict(n_group=2),
     r"'num_experts_per_tok': 1": dict(num_experts_per_tok=1),
     r"has \{'rope_theta': 10000.0\}": dict(rope_theta=10000.0),
@@ -113,6 +118,17 @@ REFUSED = {
 def test_a_setting_that_this_model_does_not_have_is_refused(message, folder, tmp_path):
     with pytest.raises(ValueError, match=message):
         load.load_nemotron3(changed(folder, tmp_path, **REFUSED[message]))
+
+
+def test_a_latent_that_config_json_denies_is_refused(tmp_path):
+    """Its projections are in the file, and no setting says so."""
+    publish(tmp_path, moe_latent_size=20)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.pop("moe_latent_size") == 20
+    for without in (settings, settings | {"moe_latent_size": 0}):
+        (tmp_path / "config.json").write_text(json.dumps(without))
+        with pytest.raises(ValueError, match="fc1_latent_proj.weight.*which this model does not"):
+            load.load_nemotron3(tmp_path)
 
 
 @pytest.mark.parametrize("key", load.SIZES.values())

@@ -324,13 +324,15 @@ def test_sizes_that_the_kernel_does_not_take():
         moe.grouped_gemm(x, w, [2, 2])
 
 
+@pytest.mark.parametrize("latent", [0, 6, 24])
 @pytest.mark.parametrize("gate", ["sigmoid", "softmax"])
 @pytest.mark.parametrize("top_k", [1, 2, 6, 8])
-def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
+def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate, latent):
     """Against the formula with every expert on every token, and a weight of 0 where it was not
-    chosen.
+    chosen. In a latent width, shorter than a token or longer, each expert's part is projected.
     """
-    layer, x = layer_of(config(top_k=top_k, gate=gate)), random(3, 5, 16).requires_grad_()
+    cfg = config(top_k=top_k, gate=gate, moe_latent_size=latent)
+    layer, x = layer_of(cfg), random(3, 5, 16).requires_grad_()
     upstream = random(3, 5, 16, seed=2)
     y, _ = layer(x)
     y.backward(upstream)
@@ -339,8 +341,11 @@ def test_the_plain_layer_is_a_sum_over_all_experts(top_k, gate):
     again = x.detach().clone().requires_grad_()
     experts, weights, _ = layer.router(again.view(15, 16))
     dense = torch.zeros(15, 8, dtype=torch.float64).scatter(1, experts, weights).view(3, 5, 8)
-    hidden = torch.einsum("bsh,efh->bsef", again, layer.experts.up).relu() ** 2
-    y = torch.einsum("bsef,ehf,bse->bsh", hidden, layer.experts.down, dense)
+    z = again @ layer.into_latent.weight.T if latent else again
+    hidden = torch.einsum("bsh,efh->bsef", z, layer.experts.up).relu() ** 2
+    parts = torch.einsum("bsef,ehf->bseh", hidden, layer.experts.down)
+    parts = parts @ layer.out_of_latent.weight.T if latent else parts
+    y = torch.einsum("bseh,bse->bsh", parts, dense)
     y = y + (again @ layer.shared.up.weight.T).relu() ** 2 @ layer.shared.down.weight.T
     y.backward(upstream)
     assert_equal(here, {"y": y.detach(), "x": again.grad, **grads_of(layer)})
@@ -528,7 +533,42 @@ def test_the_layer(top_k, router, how):
     """Output, balancing loss and every gradient equal the plain layer's, whoever has tokens and
     whoever works.
     """
-    cfg = config(top_k=top_k)
+    compare_layers(config(top_k=top_k), router, how)
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("how", ["uneven", "one rank has all"])
+@pytest.mark.parametrize("latent", [6, 16])
+def test_the_latent_layer(latent, how):
+    """The same with rows of another width than a token's, and with rows as wide as a token."""
+    for router in ("as it is", "two experts get nothing"):
+        compare_layers(config(moe_latent_size=latent), router, how)
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("kind", [moe.MoELayer, moe.ExpertParallelMoELayer])
+def test_a_latent_layer_of_identities_is_the_layer_without(kind):
+    """To the bit: output, balancing loss, and every gradient of the parameters that both have."""
+    without = layer_of(config(), kind)
+    latent = layer_of(config(moe_latent_size=16), kind)
+    identity = torch.eye(16, dtype=torch.float64, device=ranks.device)
+    projections = {f"{name}_latent.weight": identity for name in ("into", "out_of")}
+    assert latent.state_dict().keys() - without.state_dict().keys() == projections.keys()
+    latent.load_state_dict(without.state_dict() | projections)
+    x, upstream = random(3, 5, 16), random(3, 5, 16, seed=2)
+    results = []
+    for layer in (without, latent):
+        y, balance = layer(x)
+        torch.autograd.backward([y, balance], [upstream, torch.ones_like(balance)])
+        grads = {name: grads_of(layer)[name] for name in grads_of(without)}
+        results.append({"y": y.detach(), "balance": balance.detach(), **grads})
+    assert all(torch.equal(x, results[1][name]) for name, x in results[0].items())
+    assert results[0]["y"].abs().max() > 0.1 and grads_of(latent)["into_latent.weight"].any()
+
+
+def compare_layers(cfg: moe.MoEConfig, router: str, how: str) -> None:
+    """Both layers of `cfg`, with one of `lopsided`'s routers and one of `share_of`'s batches."""
+    top_k = cfg.top_k
     plain, parallel = layer_of(cfg), layer_of(cfg, moe.ExpertParallelMoELayer)
     for layer in (plain, parallel):
         lopsided(layer, router)
@@ -587,11 +627,12 @@ def test_the_shared_expert_works_while_rows_travel():
 
 
 @pytest.mark.ranks(2, 4)
-def test_the_bytes_of_a_layer():
+@pytest.mark.parametrize("latent", [0, 6])
+def test_the_bytes_of_a_layer(latent):
     """Every row travels there and back, forward and backward, and nothing else but one message of
-    counts.
+    counts. With a latent width a row has so many elements, and without one as many as a token.
     """
-    cfg = config()
+    cfg = config(moe_latent_size=latent)
     layer, x = (
         layer_of(cfg, moe.ExpertParallelMoELayer),
         random(3, 5, 16, seed=dist.get_rank()).requires_grad_(),
@@ -603,7 +644,7 @@ def test_the_bytes_of_a_layer():
     assert sizes[0] == 8 * 8
     experts = layer.router(x.view(15, 16)).experts_TK
     arrived = moe.plan_dispatch(experts, 8).receive
-    assert sizes[1:] == [8 * 16 * max(2 * 15, sum(arrived))] * 4
+    assert sizes[1:] == [8 * (latent or 16) * max(2 * 15, sum(arrived))] * 4
 
 
 def test_without_a_process_group_there_is_one_rank():
@@ -792,10 +833,32 @@ def test_five_steps(optimizer, how):
         assert all(router.bias.abs().max() > 0.01 for router in plain.routers())
 
 
+@pytest.mark.ranks(1, 2, 4, timeout=120)
+def test_five_steps_in_latent_width():
+    """AdamW with clipping: the projections are replicated, and their gradients are sums over all
+    ranks. Losses, norms and every gradient of each step; then weights and biases.
+    """
+    cfg = config(moe_latent_size=6)
+    for ep in LAYOUTS[dist.get_world_size()][-2:]:
+        for here, there, parallel, plain in compared(cfg, mesh_of(ep), "uneven", 5, "adamw", 0.05):
+            assert_equal(
+                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
+            )
+            assert torch.equal(here.counts_LE, there.counts_LE)
+            assert_equal(joined(grads_of(parallel), mesh_of(ep).ep_group), grads_of(plain))
+        state = joined(parallel.state_dict(), mesh_of(ep).ep_group)
+        expected = plain.state_dict()
+        assert sum("_latent" in name for name in expected) == 4
+        biases = {name for name in expected if name.endswith("router.bias")}
+        gaps = [state.pop(name) - expected.pop(name).cpu() for name in biases]
+        assert max(gap.abs().max() for gap in gaps) < 1e-12
+        assert_equal(state, expected, floor=5 * 1e-3)
+
+
 @pytest.mark.ranks(2, 4)
 def test_copies_stay_equal_to_the_bit():
     """What is whole on every rank, and what the ranks of an edp group share, after three steps."""
-    mesh, cfg = mesh_of(2), config()
+    mesh, cfg = mesh_of(2), config(moe_latent_size=6)
     model = moe.ParallelMoELM(cfg, mesh.ep_group).to(ranks.device)
     batches = [[x.to(ranks.device) for x in batch_of(8, seed=i)] for i in range(3)]
     list(moe.train(model, moe.make_optimizer(model, 1e-2), batches, mesh, **STEP))
@@ -812,11 +875,12 @@ def test_copies_stay_equal_to_the_bit():
 # wrong gradients.
 
 
-def gradients(mesh, prepare=lambda model: model, steps=1, **options):
+def gradients(mesh, prepare=lambda model: model, steps=1, cfg=None, **options):
     """Steps from the same weights: the last one's Step, full gradients, and the model; for planted
     bugs to change.
     """
-    model = prepare(moe.ParallelMoELM(config(), mesh.ep_group)).to(ranks.device, torch.float64)
+    model = prepare(moe.ParallelMoELM(cfg or config(), mesh.ep_group))
+    model = model.to(ranks.device, torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for _ in range(steps):
         step = one_step(
@@ -901,6 +965,78 @@ def test_bias_updated_from_local_counts():
     ]
     assert unequal[0] == 0 and unequal[1] > 0
     return shown(wrong, right)
+
+
+def latent_bug(buggy):
+    """A layer whose latent is as wide as a token, so that any tensor fits anywhere, without and
+    with the bug, which replaces the parallel layer's `mix`; and what a shorter latent says to it.
+    """
+    mesh = mesh_of(2)
+    cfg = config(moe_latent_size=16, init_std=0.3)
+    right = gradients(mesh, cfg=cfg)
+    with plant(moe.ExpertParallelMoELayer, "mix", buggy):
+        wrong = gradients(mesh, cfg=cfg)
+        try:
+            shorter = gradients(mesh, cfg=config(moe_latent_size=6))
+        except RuntimeError as error:
+            shorter = str(error)
+    assert_differs(wrong[1], right[1], at_least=0.1)
+    return shown(wrong, right), shorter
+
+
+def latent_rows(layer, z_TW, routing):
+    """z_TW through the experts and back, weighted and summed."""
+    plan = moe.plan_dispatch(routing.experts_TK, layer.config.num_experts, layer.group)
+    rows_rW = layer.experts(moe.dispatch(z_TW, plan)(), plan.counts)
+    return moe.combine(rows_rW, routing.weights_TK, plan)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="experts are chosen by what is left of a token in latent width; an error about shapes "
+    "where that is shorter",
+    seen_in="https://github.com/vllm-project/vllm/pull/46077",
+)
+def test_the_router_reads_the_latent():
+    def buggy(layer, x_TH, routing):
+        z_TW = layer.into_latent(x_TH)
+        sum_TW = latent_rows(layer, z_TW, layer.router(z_TW))
+        return layer.out_of_latent(sum_TW) + layer.shared(x_TH)
+
+    shows, shorter = latent_bug(buggy)
+    assert "shapes cannot be multiplied" in shorter
+    return shows
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the shared expert reads and writes in latent width; an error about shapes where that "
+    "is shorter",
+    seen_in="https://github.com/PaddlePaddle/PaddleFleet/pull/868",
+)
+def test_the_shared_expert_in_latent_width():
+    def buggy(layer, x_TH, routing):
+        z_TW = layer.into_latent(x_TH)
+        return layer.out_of_latent(latent_rows(layer, z_TW, routing) + layer.shared(z_TW))
+
+    shows, shorter = latent_bug(buggy)
+    assert "shapes cannot be multiplied" in shorter
+    return shows
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.planted_bug(
+    symptom="the experts' part of the output is gate_scale times too large; training goes on",
+    seen_in=None,
+)
+def test_the_gate_applied_again_after_the_latent():
+    def buggy(layer, x_TH, routing):
+        y_TH = layer.out_of_latent(latent_rows(layer, layer.into_latent(x_TH), routing))
+        return y_TH * routing.weights_TK.sum(-1, keepdim=True) + layer.shared(x_TH)
+
+    shows, shorter = latent_bug(buggy)
+    assert shorter[0].loss.isfinite()  # no shape objects
+    return shows
 
 
 @pytest.mark.planted_bug(
@@ -1190,9 +1326,10 @@ def test_a_rank_without_tokens_that_skips_the_collective():
         ),
         (dict(pattern="**"), r"pattern='\*\*': one letter of '\*E' per layer, at least one E"),
         (dict(pattern="*Ex"), r"pattern='\*Ex'"),
-        (dict(gate="tanh"), "gate='tanh', shared_size=20: not possible"),
+        (dict(gate="tanh"), "gate='tanh': sigmoid or softmax"),
         (dict(head_size=0), "head_size=0: it must be at least 1"),
-        (dict(shared_size=-1), "shared_size=-1"),
+        (dict(shared_size=-1), "shared_size=-1: it must be at least 0"),
+        (dict(moe_latent_size=-1), "moe_latent_size=-1: it must be at least 0"),
     ],
 )
 def test_bad_sizes(changes, message):
@@ -1203,7 +1340,7 @@ def test_bad_sizes(changes, message):
 def test_a_model_with_layers_of_other_chapters_is_refused():
     with pytest.raises(ValueError, match=r"pattern='M\*E'.*Mamba is chapter 5's"):
         config(pattern="M*E")
-    with pytest.raises(TypeError, match="latent_size"):  # also for a layer by itself
+    with pytest.raises(TypeError, match="latent_size"):  # by another name than its own
         config(latent_size=8)
 
 
@@ -1236,7 +1373,7 @@ GROUP_USERS = {
     "ExpertParallelMoELayer": lambda group: moe.ExpertParallelMoELayer(config(), group),
     "ParallelMoELM": lambda group: moe.ParallelMoELM(config(), group),
     "reduce_gradients": lambda group: moe.reduce_gradients(
-        with_gradients(), moe.Mesh(2, 1, 1, group, group)
+        with_gradients(), moe.Mesh(2, 1, group, group)
     ),
 }
 
@@ -1383,6 +1520,7 @@ def test_the_flags_without_docstrings_and_on_a_narrow_terminal(monkeypatch):
         ("--lr 1e-6", "needs the default run"),
         ("--gamma 0.02", "needs the default run"),
         ("--num-experts 16", "needs the default run"),
+        ("--moe-latent-size 16", "needs the default run"),
         ("--batch 8", "needs the default run"),
         ("--steps 79", "needs the default run"),
     ],

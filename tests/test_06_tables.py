@@ -6,6 +6,7 @@ import math
 import moe_fp8 as moe
 import moe_fp8_tables as tables
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import plant
@@ -19,8 +20,11 @@ from proof import plant
     size=st.integers(1, 9),
     experts=st.integers(2, 6),
     shared=st.integers(0, 7),
+    latent=st.integers(0, 9),
 )
-def test_the_formula_counts_this_chapters_model(pattern, groups, heads, size, experts, shared):
+def test_the_formula_counts_this_chapters_model(
+    pattern, groups, heads, size, experts, shared, latent
+):
     cfg = moe.MoEConfig(
         vocab_size=13,
         hidden_size=12,
@@ -31,11 +35,12 @@ def test_the_formula_counts_this_chapters_model(pattern, groups, heads, size, ex
         num_experts=experts,
         expert_size=5,
         shared_size=shared,
+        moe_latent_size=latent,
     )
     count = tables.parameter_count(tables.published_of(cfg))
     assert count.total == sum(shape.numel() for shape in moe.state_shapes(cfg).values())
     layers = cfg.pattern.count("E")
-    assert count.active == count.total - layers * (experts - cfg.top_k) * 2 * 12 * 5
+    assert count.active == count.total - layers * (experts - cfg.top_k) * 2 * (latent or 12) * 5
     assert count.active_without_table == count.active - 13 * 12
     assert count.routers == layers * experts * 13
 
@@ -75,6 +80,23 @@ def test_all_to_all_bytes():
     assert tables.all_to_all_bytes(tables.published_of(moe.MoEConfig()), 1) == 0
 
 
+def test_elements_sent():
+    """The white paper's pair, 24,576 and 22,528 a token, from the layer that this chapter builds;
+    and 512 experts in a quarter of the width have as many parameters as 128 in all of it.
+    """
+    sizes = dict(hidden_size=4096, num_experts=32, expert_size=2)
+    assert tables.elements_sent(moe.MoEConfig(top_k=6, **sizes)) == 24_576
+    latent = moe.MoEConfig(top_k=22, moe_latent_size=1024, **sizes)
+    assert tables.elements_sent(latent) == 22_528
+    assert tables.all_to_all_bytes(tables.SUPER, 2, 1) == 4 * 22_528 / 2
+    with torch.device("meta"):
+        wide, narrow = (
+            moe.Experts(moe.MoEConfig(4096, 4096, num_experts=n, moe_latent_size=latent))
+            for n, latent in ((128, 0), (512, 1024))
+        )
+    assert sum(p.numel() for p in wide.parameters()) == sum(p.numel() for p in narrow.parameters())
+
+
 def test_the_schedules_floor_is_never_above_its_peak():
     small = [tables.learning_rate(step, 60, 1e-6) for step in range(60)]
     assert max(small) == small[-1] == 1e-6 and small[0] == pytest.approx(1e-7)
@@ -94,7 +116,7 @@ def test_the_page_and_its_exit_code(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["moe_fp8_tables.py"])
     tables.main()
     page = capsys.readouterr().out
-    assert page.count(" ok\n") == 3 and "FAILED" not in page
+    assert page.count(" ok\n") == 6 and "FAILED" not in page
     with plant(tables, "TABLES", {"x": lambda: [tables.Row("c", "1", "2")]}):
         with pytest.raises(SystemExit) as end:
             tables.main()

@@ -521,12 +521,17 @@ def admitted(m):
 # ── Chapter 6 ─────────────────────────────────────────────────────────────────────────────────────
 
 
-def moe_config():
+def moe_config(**changes):
     from moe_fp8 import MoEConfig
 
-    return MoEConfig(
-        vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4, pattern="*E*"
-    )
+    sizes = dict(vocab_size=13, hidden_size=16, expert_size=8, shared_size=8, num_experts=4)
+    return MoEConfig(**sizes, pattern="*E*", **changes)
+
+
+def moe_layers(kind):
+    """A lifted layer without a latent width, and LatentMoE."""
+    configs = [moe_config(), moe_config(moe_latent_size=6)]
+    return [y for config in configs for y in kind(config).double()(normal(2, 5, 16))]
 
 
 def moe(which="ParallelMoELM"):
@@ -1162,7 +1167,7 @@ EXAMPLES = {
         "Experts": lambda m, folder: through(
             m.Experts(moe_config()), normal(5, 16), [2, 3] + [0] * (moe_config().num_experts - 2)
         ),
-        "MoELayer": lambda m, folder: list(m.MoELayer(moe_config()).double()(normal(2, 5, 16))),
+        "MoELayer": lambda m, folder: moe_layers(m.MoELayer),
         "Attention": lambda m, folder: list(m.Attention(moe_config()).double()(normal(2, 5, 16))),
         "MoELM": lambda m, folder: list(m.MoELM(moe_config()).double()(TOKENS)),
         "state_shapes": lambda m, folder: list(m.state_shapes(moe_config()).values()),
@@ -1177,9 +1182,7 @@ EXAMPLES = {
         ),
         "dispatch": lambda m, folder: routed(m, "there"),
         "combine": lambda m, folder: routed(m, "back"),
-        "ExpertParallelMoELayer": lambda m, folder: list(
-            m.ExpertParallelMoELayer(moe_config()).double()(normal(2, 5, 16))
-        ),
+        "ExpertParallelMoELayer": lambda m, folder: moe_layers(m.ExpertParallelMoELayer),
         "ParallelMoELM": lambda m, folder: list(m.ParallelMoELM(moe_config()).double()(TOKENS)),
         "shard_tensor": lambda m, folder: m.shard_tensor(
             "layers.1.mixer.experts.up", normal(4, 8, 16), 1, 2

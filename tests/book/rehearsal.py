@@ -413,10 +413,11 @@ def moe_fp8(chapter, device: torch.device) -> Iterator[Variant]:
     for ep in (4, 2):
         mesh = chapter.make_mesh(ep, CPU)
         rows = 16 * 2  # one sequence of 16 tokens a rank, two experts a token
-        for fp8 in (False, True):
+        for fp8, latent in ((False, 0), (True, 0), (False, 16), (True, 16)):
 
-            def steps(mesh=mesh, ep=ep, fp8=fp8) -> Steps:
+            def steps(mesh=mesh, ep=ep, fp8=fp8, latent=latent) -> Steps:
                 sizes = dict(hidden_size=32, num_experts=ep * ep, expert_size=16, shared_size=32)
+                sizes["moe_latent_size"] = latent
                 config = chapter.MoEConfig(61, pattern="*E*E", **sizes)
                 model = move(chapter.ParallelMoELM(config, mesh.ep_group), device)
                 if fp8:
@@ -426,7 +427,8 @@ def moe_fp8(chapter, device: torch.device) -> Iterator[Variant]:
                 results = chapter.train(model, optimizer, text(device, 61), mesh)
                 return ((step.loss, step.norm) for step in results)
 
-            yield f"ep {ep} × dp {WORLD // ep}" + ", fp8" * fp8, steps, rows // ep
+            name = f"ep {ep} × dp {WORLD // ep}" + ", fp8" * fp8 + ", latent" * (latent > 0)
+            yield name, steps, rows // ep
 
 
 def zero_3d(chapter, device: torch.device) -> Iterator[Variant]:

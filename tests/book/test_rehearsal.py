@@ -35,7 +35,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "03_pipeline": 6,  # three schedules on two grids
     "04_seq_parallel": 6,  # three modes, two kinds of core attention
     "05_mamba_hybrid": 4,  # the chapter's model, three layouts of the tool
-    "06_moe_fp8": 4,  # two grids, in FP8 and not
+    "06_moe_fp8": 8,  # two grids, in FP8 and not, with a latent width and without
     "07_zero_3d": 14,  # five meshes, with sequence parallelism and without; three with FSDP, twice
     "08_nvfp4": 4,  # sharded and not, both kinds of rounding
     "11_preference": 6,  # three meshes, two losses
