@@ -653,6 +653,69 @@ def seeded_layer(m):
     return through(model, normal(16, 16).requires_grad_())
 
 
+# ── Chapter 9 ─────────────────────────────────────────────────────────────────────────────────────
+
+TWO_DOCUMENTS = torch.tensor([[0, 0, 0, 0, 4, 4]])
+
+
+def small_mtp():
+    from mtp import HybridConfig
+
+    sizes = dict(ffn_hidden_size=8, mamba_heads=2, mamba_head_size=4, state_size=4)
+    return HybridConfig(13, 16, attention_heads=2, attention_head_size=4, **sizes)
+
+
+def small_hybrid():
+    from mtp import HybridLM
+
+    return HybridLM(small_mtp())
+
+
+def SPAN():
+    from mtp import Span
+
+    return Span()
+
+
+def MESH():
+    from mtp import Mesh
+
+    return Mesh()
+
+
+def block_of(letter):
+    from mtp import Block
+
+    return Block(letter, small_mtp())
+
+
+def filled(module):
+    """Its parameters drawn: some are made empty."""
+    generator = torch.Generator().manual_seed(0)
+    for p in module.parameters():
+        p.data = torch.rand(p.shape, generator=generator) / 4
+    return module
+
+
+def through_mtp(m):
+    from mtp import Block
+
+    layer = filled(m.MultiTokenPredictionLayer(small_mtp(), Block))
+    return through(layer, normal(1, 5, 16), normal(1, 5, 16), SPAN())
+
+
+def mtp_mesh(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, 1, device)
+    return [mesh.tp, mesh.cp, mesh.dp, mesh.tp_rank]
+
+
+def mtp_steps(m):
+    model = small_hybrid()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return list(m.train(model, optimizer, [(TWO_DOCUMENTS, TWO_DOCUMENTS + 1)] * 2))
+
+
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
@@ -1305,6 +1368,53 @@ EXAMPLES["nvfp4"] = {
 }
 FOUR_BIT_BATCHES = [(torch.arange(32).view(4, 8) % 13, torch.arange(32).view(4, 8) % 7)] * 2
 
+EXAMPLES["mtp"] = {
+    "HybridConfig": lambda m, folder: vars(m.HybridConfig(hidden_size=16)),
+    "last_of_documents": lambda m, folder: m.last_of_documents(TWO_DOCUMENTS),
+    "roll_tensor": lambda m, folder: m.roll_tensor(TWO_DOCUMENTS, TWO_DOCUMENTS > 3, -100),
+    "from_next_rank": lambda m, folder: m.from_next_rank(TWO_DOCUMENTS[:, :1], 5),
+    "process_mtp_loss": lambda m, folder: m.process_mtp_loss(
+        [normal(1, 6), normal(1, 6)], [TWO_DOCUMENTS, TWO_DOCUMENTS], 0.3
+    ),
+    "MultiTokenPredictionLayer": lambda m, folder: through_mtp(m),
+    "RMSNorm": lambda m, folder: through(m.RMSNorm(8), normal(2, 3, 8)),
+    "Mamba2Mixer": lambda m, folder: through(
+        filled(m.Mamba2Mixer(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "Attention": lambda m, folder: through(
+        filled(m.Attention(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "SquaredReLUMLP": lambda m, folder: through(
+        filled(m.SquaredReLUMLP(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "Block": lambda m, folder: through(filled(m.Block("M", small_mtp())), normal(1, 5, 16), SPAN()),
+    "run_layers": lambda m, folder: m.run_layers(
+        [filled(block_of("-")), filled(block_of("*"))], normal(1, 5, 16).float(), SPAN()
+    ),
+    "Span": lambda m, folder: m.Span(TWO_DOCUMENTS).layer(3).document_BT,
+    "Mesh": lambda m, folder: [m.Mesh(2, 3).cp, m.Mesh().tp],
+    "HybridLM": lambda m, folder: list(m.HybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)),
+    "initial_value": lambda m, folder: m.initial_value(
+        "x.weight", normal(2, 3), small_mtp(), torch.Generator().manual_seed(0)
+    ),
+    "initialize": lambda m, folder: m.initialize(small_hybrid()) or "done",
+    "make_mesh": lambda m, folder: mtp_mesh(m),
+    "ParallelBlock": lambda m, folder: through(
+        filled(m.ParallelBlock("*", small_mtp(), MESH())), normal(1, 5, 16), SPAN()
+    ),
+    "ParallelHybridLM": lambda m, folder: list(
+        m.ParallelHybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)
+    ),
+    "shard_vocabulary": lambda m, folder: m.shard_vocabulary(normal(13, 2), 1, 2),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(small_hybrid().state_dict(), 1, 2),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts([small_hybrid().state_dict()], 13),
+    "gather_state_dict": lambda m, folder: m.gather_state_dict(small_hybrid().state_dict(), 13),
+    "local_part": lambda m, folder: m.local_part((TWO_DOCUMENTS,), MESH()),
+    "sum_gradients": lambda m, folder: m.sum_gradients([], None) or "nothing to sum",
+    "train": lambda m, folder: mtp_steps(m),
+}
+
+
 # ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1467,6 +1577,11 @@ WITHOUT_EXAMPLE = {
         "parallel_model": "takes the command line's arguments",
         "training": "takes the command line's arguments",
         "uneven_batches": "part of the demonstration; test_06_moe_fp8.py runs it",
+    },
+    "mtp": {
+        "check_case": "part of the demonstration; test_09_mtp.py runs it",
+        "text_batches": "part of the demonstration; test_09_mtp.py runs it",
+        "measure": "trains and prints; test_09_mtp.py runs the script",
     },
     "zero_3d": {"text_batches": "part of the demonstration; test_07_zero_3d.py runs it"},
 }

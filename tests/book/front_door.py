@@ -62,6 +62,7 @@ SECOND_SCRIPTS = {
     "05_mamba_hybrid": "context_parallel.py",
     "06_moe_fp8": "fp8.py",
     "07_zero_3d": "fsdp.py",
+    "09_mtp": "speculate.py",
 }
 
 
