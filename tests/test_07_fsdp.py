@@ -1001,10 +1001,13 @@ def test_gradients_reduced_in_bf16():
 # ── The command ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4, timeout=120)
 def test_the_demonstration():
-    """On the pool's ranks; a whole start is the next test."""
-    code, text = scripts.on_ranks(fsdp, "--steps", 2, "--num-layers", 1, "--seq-length", 8)
+    """On the pool's ranks; a start of processes is below. With several micro-batches the gradients
+    of root units are there while layers compute, and the bytes in use are the formula's."""
+    small = ("--num-layers", 1, "--seq-length", 8, "--batch", 8, "--micro-batch", 1)
+    code, text = scripts.on_ranks(fsdp, "--steps", 2, *small)
     assert code == 0, text
     assert text.count("  ok") == 7 and "FAILED" not in text
     assert "(1, 1, 4)" in text and "(2, 1, 2)" in text
