@@ -44,7 +44,7 @@ layers (chapter 5); expert capacity (no token is dropped here).
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# A suffix is a shape, one letter per dimension. CAPITAL: full; small letter: this rank's shard.
+# A tensor's suffix is its shape: a CAPITAL is a full dimension, a small letter this rank's shard.
 #
 #     B  sequences of this rank     E  experts              e = E / ep, this rank's experts
 #     S  sequence length            K  experts per token
@@ -925,7 +925,7 @@ def gather_state_dict(tensors: StateDict, group: Group = None) -> StateDict:
 #        set 1       rank 2: experts 0–3    rank 3: experts 4–7
 #                      ↑ an edp group (expert data parallel): the same experts
 #
-# Each has its own tokens. The ranks of an ep group exchange rows in every layer: neighbours.
+# Each has its own tokens. An ep group exchanges rows in every layer, so its ranks are neighbours.
 
 
 @dataclass(frozen=True)
@@ -1142,7 +1142,7 @@ def uneven_batches(vocab_size: int, device: torch.device) -> Batches:
     """Five global batches. Ranks have unequally many rows, or the last rank has none."""
     for step in range(5):
         # Rank 0 has two rows and the others one; in odd steps the last rank has none.
-        rows = max(1, group_size() + (-1) ** step)
+        rows = max(1, group_size() - 1) if step % 2 else group_size() + 1
         generator = torch.Generator().manual_seed(step)
         ids_2BS = torch.randint(vocab_size, (2, rows, 13), generator=generator)
         tokens_BS, targets_BS = ids_2BS.to(device)
