@@ -4,10 +4,10 @@
     make bench CHAPTER=09           one thread; needs transformers for its second table
 
 First table: chapter 9's hybrid, trained for some steps, greedy and sampled. Second table: two GPT-2
-models of attention layers, random weights; the drafts come from the larger one's first layer. The same drafts go through
-`speculative_sample` here and through transformers' own loop there; text and calls of the target
-must agree. Seconds are reported and not judged: on a CPU a pass over eight tokens is not as cheap
-as one.
+models of attention layers, random weights; the drafts come from the larger one's first layer. The
+same drafts go through `speculative_sample` here and through transformers' own loop there; text and
+calls of the target must agree. Seconds are reported and not judged: on a CPU a pass over eight
+tokens is not as cheap as one.
 """
 
 import argparse
