@@ -448,6 +448,7 @@ def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
     x = random(13, 5)
     orders = (torch.randperm(8, generator=torch.Generator().manual_seed(t)) for t in range(13))
     experts = torch.stack([order[order != 3][:top_k] for order in orders])  # nobody wants expert 3
+    experts = experts.to(ranks.device)
     here, mine = share_of(x, how), share_of(experts, how)
     plan = moe.plan_dispatch(mine, 8)
     rows = moe.dispatch(here, plan)()
@@ -459,7 +460,7 @@ def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
     assert torch.equal(rows, torch.cat(expected)) and plan.counts == [
         len(part) for part in expected
     ]
-    weights = torch.ones(len(here), top_k, dtype=torch.float64)
+    weights = here.new_ones(len(here), top_k)
     assert_equal_or_empty(moe.combine(rows, weights, plan), top_k * here)
 
 
