@@ -1659,6 +1659,18 @@ def test_frozen_parameters(frozen):
 
 
 @pytest.mark.ranks(2)
+def test_a_gradient_that_one_rank_lacks():
+    """It counts as zero: were it left out, two ranks would all-reduce buffers of unequal size."""
+    first, second = (nn.Parameter(torch.ones(3, device=ranks.device)) for _ in range(2))
+    first.grad = torch.ones_like(first)
+    if dist.get_rank() == 0:
+        second.grad = torch.ones_like(second)
+    moe.sum_gradients([first, second])
+    assert torch.equal(first.grad, torch.full_like(first, 2))
+    assert torch.equal(second.grad, torch.ones_like(second))
+
+
+@pytest.mark.ranks(2)
 def test_a_batch_in_which_no_target_counts():
     """Its loss is 0 and its gradients are those of the balancing loss, not NaN."""
     tokens = batch_of(4)[0]
