@@ -57,7 +57,10 @@ def run(path: Path) -> tuple[str, int]:
     return done.stdout, round(time.monotonic() - begin)
 
 
-SECOND_SCRIPTS = {"06_moe_fp8": "fp8.py"}  # a chapter's second half, with claims of its own
+SECOND_SCRIPTS = {
+    "06_moe_fp8": "fp8.py",
+    "10_compress": "distill.py",
+}  # a chapter's second half, with claims of its own
 
 
 def measure_chapter(folder: Path) -> dict:

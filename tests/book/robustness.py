@@ -219,6 +219,7 @@ LAST_LINE = {
     "06": "^claim ",
     "07": "^claim ",
     "08": "^claim ",
+    "10": "^claim ",
 }
 SHORT = ["--steps", "5"]
 MOMENTS = ("before the group", "as they meet", "in a step", "at the end")
@@ -403,6 +404,7 @@ TINY = {
     "06": ["--steps", 2],
     "07": ["--steps", 2],
     "08": ["--steps", 2],
+    "10": ["--steps", 2],
 }
 OWN_TEXT = ("03", "04")  # chapters without --data
 WRITES = {"run.safetensors": ("--checkpoint", "02"), "model.safetensors": ("--save", "01")}

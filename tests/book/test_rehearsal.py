@@ -38,6 +38,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "06_moe_fp8": 4,  # two grids, in FP8 and not
     "07_zero_3d": 8,  # five meshes, with sequence parallelism and without
     "08_nvfp4": 4,  # sharded and not, both kinds of rounding
+    "10_compress": 6,  # three meshes, cross entropy and distillation
 }
 HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
 
