@@ -477,6 +477,26 @@ def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"{tp} ranks" + ", stochastic" * stochastic, steps, 1
 
 
+def compress(chapter, device: torch.device) -> Iterator[Variant]:
+    """Cross entropy, and with a teacher on the same mesh."""
+    tool = importlib.import_module("distill")
+    for tp in (4, 2, 1):
+        mesh = chapter.make_mesh(tp, CPU)
+        for teaches in (False, True):
+
+            def steps(mesh=mesh, teaches=teaches) -> Steps:
+                sizes = dict(mamba_num_groups=4, num_query_groups=4, hidden_size=32)
+                config = chapter.HybridConfig(64, pattern="M-*", **sizes)
+                model = move(chapter.HybridLM(config, mesh), device)
+                loss = chapter.cross_entropy
+                if teaches:
+                    loss = tool.divergence_from(move(chapter.HybridLM(config, mesh), device))
+                optimizer = chapter.make_optimizer(model, 1e-3)
+                return chapter.train(model, optimizer, text(device, 64), loss)
+
+            yield f"tp {tp} × dp {mesh.dp}" + ", a teacher" * teaches, steps, 1
+
+
 def mtp(chapter, device: torch.device) -> Iterator[Variant]:
     for tp, cp, detach in ((4, 1, False), (2, 2, False), (1, 2, False), (2, 2, True)):
         mesh = chapter.make_mesh(tp, cp, CPU)
@@ -523,6 +543,7 @@ CHAPTERS = {
     "06_moe_fp8": moe_fp8,
     "07_zero_3d": zero_3d,
     "08_nvfp4": nvfp4,
+    "10_compress": compress,
     "09_mtp": mtp,
     "11_preference": preference,
 }
@@ -580,6 +601,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
     "08_nvfp4": ([], 1),
+    "10_compress": ([], 1),
     "09_mtp": ([], 1),
     "11_preference": (["--tp", "2"], 1),
 }
