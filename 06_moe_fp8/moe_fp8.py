@@ -44,7 +44,7 @@ layers (chapter 5); expert capacity (no token is dropped here).
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
 #
-# A suffix is a shape, one letter per dimension. CAPITAL: full; small letter: this rank's shard.
+# A tensor's suffix is its shape: a CAPITAL is a full dimension, a small letter this rank's shard.
 #
 #     B  sequences of this rank     E  experts              e = E / ep, this rank's experts
 #     S  sequence length            K  experts per token
@@ -925,7 +925,7 @@ def gather_state_dict(tensors: StateDict, group: Group = None) -> StateDict:
 #        set 1       rank 2: experts 0–3    rank 3: experts 4–7
 #                      ↑ an edp group (expert data parallel): the same experts
 #
-# Each has its own tokens. The ranks of an ep group exchange rows in every layer: neighbours.
+# Each has its own tokens. An ep group exchanges rows in every layer, so its ranks are neighbours.
 
 
 @dataclass(frozen=True)
@@ -1142,7 +1142,9 @@ def uneven_batches(vocab_size: int, device: torch.device) -> Batches:
     """Five global batches. Ranks have unequally many rows, or the last rank has none."""
     for step in range(5):
         # Rank 0 has two rows and the others one; in odd steps the last rank has none.
-        rows = max(1, group_size() + (-1) ** step)
+        rows = group_size() + 1
+        if step % 2:
+            rows = max(1, rows - 2)
         generator = torch.Generator().manual_seed(step)
         ids_2BS = torch.randint(vocab_size, (2, rows, 13), generator=generator)
         tokens_BS, targets_BS = ids_2BS.to(device)
@@ -1193,8 +1195,7 @@ def equivalence(
 def text_batches(args: argparse.Namespace, device: torch.device) -> Batches:
     data = TextData(args.data, args.seq_length)
     for step in range(args.steps):
-        batch = data.batch(step, args.batch, args.seed)
-        yield tuple(x.to(device) for x in batch)
+        yield tuple(x.to(device) for x in data.batch(step, args.batch, args.seed))
 
 
 def parallel_model(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> ParallelMoELM:
@@ -1233,11 +1234,10 @@ def demonstrate(
         counts.append(counts_LE)
         if step < 5 or step % 10 == 9:
             text = f"{reference[step]:.6f}" if step < len(reference) else ""
-            load = f"{largest_load(counts_LE):10.2f} ×"
-            say(f"{step:4}  {loss:.6f}  {text:>13}  {norm:6.3f}  {load}")
+            load = largest_load(counts_LE)
+            say(f"{step:4}  {loss:.6f}  {text:>13}  {norm:6.3f}  {load:10.2f} ×")
     say()
-    loads = [largest_load(counts_LE) for counts_LE in counts]
-    return losses, loads
+    return losses, [largest_load(counts_LE) for counts_LE in counts]
 
 
 def single_device_losses(args: argparse.Namespace, device: torch.device) -> list[float]:

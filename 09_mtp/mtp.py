@@ -196,15 +196,6 @@ LEAST |= {"init_std": 0, "seed": 0}
 # are wrong, two in some thousand. No loss curve shows that.
 
 
-# The hand example of `roll_tensor`, tokens "abcd│ef" as ids 1 2 3 4 │ 5 6:
-#
-#     is_last           0  0  0  1    0  1
-#     rolled by one     2  3  4  5    6  –        the plain roll brings in 5, of the other document
-#     with fill 0       2  3  4  0    6  0
-#     rolled again      3  4  0  0    0  0        is_last is the same at all depths
-#
-# One shift by two, masked by is_last once, would leave 5 in the third place: is_last says where the
-# next token is missing, so it is applied after each shift by one.
 def from_next_rank(first_B1: Tensor, end: int, group: Group = None) -> Tensor:
     """The next rank's first token ids (B, 1) of a sharded sequence; `end` on the last rank.
 
@@ -231,6 +222,15 @@ def last_of_documents(document_Bt: Tensor, group: Group = None) -> Tensor:
     return document_Bt != rolled_Bt
 
 
+# By hand, tokens "abcd│ef" as ids 1 2 3 4 │ 5 6:
+#
+#     is_last           0  0  0  1    0  1
+#     rolled by one     2  3  4  5    6  –        the plain roll brings in 5, of the other document
+#     with fill 0       2  3  4  0    6  0
+#     rolled again      3  4  0  0    0  0        is_last is the same at all depths
+#
+# One shift by two, masked by is_last once, would leave 5 in the third place: is_last says where the
+# next token is missing, so it is applied after each shift by one.
 def roll_tensor(x_Bt: Tensor, is_last_Bt: Tensor, fill: int = 0, group: Group = None) -> Tensor:
     """Moves token ids to the left by one inside each document, (B, t); its last place gets `fill`.
 

@@ -957,7 +957,7 @@ def cross_entropy(model: HybridLM, tokens_bT: Tensor, targets_bT: Tensor) -> Ten
     """Loss per token in nats, (b, T), at least fp32; 0 where the target is −100."""
     logits_bTV = model(tokens_bT)
     if model.mesh.tp > 1:  # V is small here; chapter 2, and distill.py, gather nothing
-        logits_bTV = gather_from_tp(logits_bTV, model.mesh.tp_group)
+        logits_bTV = _Conjugate.apply(logits_bTV, model.mesh.tp_group, _all_gather, _take_shard)
     logits_bVT = at_least_fp32(logits_bTV).mT
     return F.cross_entropy(logits_bVT, targets_bT, ignore_index=-100, reduction="none")
 
@@ -1284,31 +1284,12 @@ def reduce_from_tp(partial_x: Tensor, group: Group = None) -> Tensor:
     Returns: the sum over `group` (...), replicated.
     Source: g of Megatron-LM (Shoeybi et al., 2019), figure 3.
     """
-    return (
-        _Conjugate.apply(partial_x, group, _sum, _identity) if group_size(group) > 1 else partial_x
-    )
+    if group_size(group) == 1:
+        return partial_x
+    return _Conjugate.apply(partial_x, group, _sum, _identity)
 
 
-def scatter_to_tp(x: Tensor, group: Group = None) -> Tensor:
-    """This rank's shard of the last dimension, (..., F) to (..., f); the gradient is all-gathered.
-
-    Args: x (..., F), replicated. Raises: ValueError where F does not divide over the ranks.
-    Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _take_shard, _all_gather) if group_size(group) > 1 else x
-
-
-def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
-    """All-gathers the last dimension, (..., f) to (..., F); the gradient is sharded again.
-
-    Right only where every rank computes the same from the result: its gradient is then replicated,
-    and a sum over the ranks would count it tp times.
-    Args: x (..., f), of one shape on every rank. Source: ours; Megatron-LM's code has it.
-    """
-    return _Conjugate.apply(x, group, _all_gather, _take_shard) if group_size(group) > 1 else x
-
-
-# endregion copy 47700e
+# endregion copy 175230
 # region carried: text data (home: 02_megatron_tp)
 class TextData:
     """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.

@@ -57,6 +57,11 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("world", marker.args, ids=lambda size: f"{size}ranks")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    torch.manual_seed(0)  # as in the ranks: a test draws the same values in every run
+
+
 def pytest_runtest_teardown(item, nextitem):
     torch.set_flush_denormal(False)  # chapter 1's main sets it, for the whole process
     if nextitem is None or nextitem.path != item.path:

@@ -583,11 +583,19 @@ def test_the_peak_is_the_formula():
 
 @pytest.mark.ranks(2, 4)
 def test_the_peak_does_not_grow_with_the_layers():
-    """gloo's own copies included. Without resharding it does grow, by all parameters."""
-    few, bound, *_ = measured(4, torch.bfloat16)
-    many, same, _, P = measured(12, torch.bfloat16)
+    """gloo's own copies included. Without resharding it does grow, by all parameters. The least of
+    five runs: a slow rank leaves collectives of earlier layers in flight, with their memory."""
+
+    def least(layers: int, reshard: bool = True) -> tuple:
+        runs = [measured(layers, torch.bfloat16, reshard=reshard) for _ in range(5)]
+        peak = torch.tensor([min(run[0] for run in runs)])
+        dist.all_reduce(peak, dist.ReduceOp.MIN)
+        return peak.item(), *runs[0][1:]
+
+    few, bound, *_ = least(4)
+    many, same, _, P = least(12)
     assert bound == same and many < 1.25 * few
-    kept, *_ = measured(12, torch.bfloat16, reshard=False)
+    kept, *_ = least(12, reshard=False)
     assert kept > many + 2 * P / 2
 
 
@@ -1001,10 +1009,13 @@ def test_gradients_reduced_in_bf16():
 # ── The command ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.ranks(4, timeout=120)
 def test_the_demonstration():
-    """On the pool's ranks; a whole start is the next test."""
-    code, text = scripts.on_ranks(fsdp, "--steps", 2, "--num-layers", 1, "--seq-length", 8)
+    """On the pool's ranks; a start of processes is below. With several micro-batches the gradients
+    of root units are there while layers compute, and the bytes in use are the formula's."""
+    small = ("--num-layers", 1, "--seq-length", 8, "--batch", 8, "--micro-batch", 1)
+    code, text = scripts.on_ranks(fsdp, "--steps", 2, *small)
     assert code == 0, text
     assert text.count("  ok") == 7 and "FAILED" not in text
     assert "(1, 1, 4)" in text and "(2, 1, 2)" in text

@@ -165,10 +165,11 @@ def test_with_recomputation(layout):
 
 @pytest.mark.slow
 @pytest.mark.ranks(8, timeout=240)
-@TIED
 @pytest.mark.parametrize("layout", EIGHT, ids=str)
-def test_every_mesh_of_eight(layout, untied):
-    prove(layout, untied)
+def test_every_mesh_of_eight(layout):
+    """Tied and untied."""
+    prove(layout)
+    prove(layout, untied=True)
 
 
 @pytest.mark.ranks(2)

@@ -653,52 +653,6 @@ def seeded_layer(m):
     return through(model, normal(16, 16).requires_grad_())
 
 
-# ── Chapter 10 ────────────────────────────────────────────────────────────────────────────────────
-
-
-def hybrid_sizes():
-    from compress import HybridConfig
-
-    sizes = dict(vocab_size=16, hidden_size=8, pattern="M-*", ffn_hidden_size=6)
-    heads = dict(num_attention_heads=4, attention_head_dim=2, mamba_num_heads=4, mamba_head_dim=3)
-    return HybridConfig(**sizes, **heads, mamba_state_dim=2)
-
-
-def pruned_hybrid(mesh=None):
-    from compress import ALONE, HybridLM
-
-    return HybridLM(hybrid_sizes(), mesh or ALONE).double()
-
-
-def hybrid_scores():
-    from compress import importance
-
-    return importance(pruned_hybrid(), HYBRID_BATCHES)
-
-
-def hybrid_input(letter: str):
-    """Input, parameters and config of a layer, and a probe."""
-    model = pruned_hybrid()
-    layer = model.get_submodule(f"layers.{'M-*'.index(letter)}")
-    return normal(2, 5, 8), layer.mixer, hybrid_sizes(), lambda axis, y: None
-
-
-def hybrid_step(m):
-    """A training step of the model, in the lifted copy or in the chapter."""
-    model = pruned_hybrid()
-    m_optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    return losses(m.train(model, m_optimizer, HYBRID_BATCHES * 2))
-
-
-def with_gradients():
-    from compress import cross_entropy
-
-    model = pruned_hybrid()
-    cross_entropy(model, *HYBRID_BATCHES[0]).sum().backward()
-    return model
-
-
-HYBRID_BATCHES = [(torch.arange(12).view(2, 6), torch.arange(12).view(2, 6) % 7)]
 # ── Chapter 9 ─────────────────────────────────────────────────────────────────────────────────────
 
 TWO_DOCUMENTS = torch.tensor([[0, 0, 0, 0, 4, 4]])
@@ -765,6 +719,54 @@ def mtp_steps(m):
 GPT_1T = dict(layers=128, hidden=25600, heads=160)
 
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
+
+
+# ── Chapter 10 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def hybrid_sizes():
+    from compress import HybridConfig
+
+    sizes = dict(vocab_size=16, hidden_size=8, pattern="M-*", ffn_hidden_size=6)
+    heads = dict(num_attention_heads=4, attention_head_dim=2, mamba_num_heads=4, mamba_head_dim=3)
+    return HybridConfig(**sizes, **heads, mamba_state_dim=2)
+
+
+def pruned_hybrid(mesh=None):
+    from compress import ALONE, HybridLM
+
+    return HybridLM(hybrid_sizes(), mesh or ALONE).double()
+
+
+def hybrid_scores():
+    from compress import importance
+
+    return importance(pruned_hybrid(), HYBRID_BATCHES)
+
+
+def hybrid_input(letter: str):
+    """Input, parameters and config of a layer, and a probe."""
+    model = pruned_hybrid()
+    layer = model.get_submodule(f"layers.{'M-*'.index(letter)}")
+    return normal(2, 5, 8), layer.mixer, hybrid_sizes(), lambda axis, y: None
+
+
+def hybrid_step(m):
+    """A training step of the model, in the lifted copy or in the chapter."""
+    model = pruned_hybrid()
+    m_optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    return losses(m.train(model, m_optimizer, HYBRID_BATCHES * 2))
+
+
+def with_gradients():
+    from compress import cross_entropy
+
+    model = pruned_hybrid()
+    cross_entropy(model, *HYBRID_BATCHES[0]).sum().backward()
+    return model
+
+
+HYBRID_BATCHES = [(torch.arange(12).view(2, 6), torch.arange(12).view(2, 6) % 7)]
 
 
 # ── Chapter 7 ─────────────────────────────────────────────────────────────────────────────────────
@@ -1414,6 +1416,52 @@ EXAMPLES["nvfp4"] = {
 }
 FOUR_BIT_BATCHES = [(torch.arange(32).view(4, 8) % 13, torch.arange(32).view(4, 8) % 7)] * 2
 
+EXAMPLES["mtp"] = {
+    "HybridConfig": lambda m, folder: vars(m.HybridConfig(hidden_size=16)),
+    "last_of_documents": lambda m, folder: m.last_of_documents(TWO_DOCUMENTS),
+    "roll_tensor": lambda m, folder: m.roll_tensor(TWO_DOCUMENTS, TWO_DOCUMENTS > 3, -100),
+    "from_next_rank": lambda m, folder: m.from_next_rank(TWO_DOCUMENTS[:, :1], 5),
+    "process_mtp_loss": lambda m, folder: m.process_mtp_loss(
+        [normal(1, 6), normal(1, 6)], [TWO_DOCUMENTS, TWO_DOCUMENTS], 0.3
+    ),
+    "MultiTokenPredictionLayer": lambda m, folder: through_mtp(m),
+    "RMSNorm": lambda m, folder: through(m.RMSNorm(8), normal(2, 3, 8)),
+    "Mamba2Mixer": lambda m, folder: through(
+        filled(m.Mamba2Mixer(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "Attention": lambda m, folder: through(
+        filled(m.Attention(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "SquaredReLUMLP": lambda m, folder: through(
+        filled(m.SquaredReLUMLP(small_mtp())), normal(1, 5, 16), SPAN()
+    ),
+    "Block": lambda m, folder: through(filled(m.Block("M", small_mtp())), normal(1, 5, 16), SPAN()),
+    "run_layers": lambda m, folder: m.run_layers(
+        [filled(block_of("-")), filled(block_of("*"))], normal(1, 5, 16).float(), SPAN()
+    ),
+    "Span": lambda m, folder: m.Span(TWO_DOCUMENTS).layer(3).document_BT,
+    "Mesh": lambda m, folder: [m.Mesh(2, 3).cp, m.Mesh().tp],
+    "HybridLM": lambda m, folder: list(m.HybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)),
+    "initial_value": lambda m, folder: m.initial_value(
+        "x.weight", normal(2, 3), small_mtp(), torch.Generator().manual_seed(0)
+    ),
+    "initialize": lambda m, folder: m.initialize(small_hybrid()) or "done",
+    "make_mesh": lambda m, folder: mtp_mesh(m),
+    "ParallelBlock": lambda m, folder: through(
+        filled(m.ParallelBlock("*", small_mtp(), MESH())), normal(1, 5, 16), SPAN()
+    ),
+    "ParallelHybridLM": lambda m, folder: list(
+        m.ParallelHybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)
+    ),
+    "shard_vocabulary": lambda m, folder: m.shard_vocabulary(normal(13, 2), 1, 2),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(small_hybrid().state_dict(), 1, 2),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts([small_hybrid().state_dict()], 13),
+    "gather_state_dict": lambda m, folder: m.gather_state_dict(small_hybrid().state_dict(), 13),
+    "local_part": lambda m, folder: m.local_part((TWO_DOCUMENTS,), MESH()),
+    "sum_gradients": lambda m, folder: m.sum_gradients([], None) or "nothing to sum",
+    "train": lambda m, folder: mtp_steps(m),
+}
+
 EXAMPLES["compress"] = {
     "HybridConfig": lambda m, folder: vars(m.HybridConfig(pattern="M*")),
     "parameter_axes": lambda m, folder: list(m.parameter_axes(hybrid_sizes())),
@@ -1485,53 +1533,6 @@ def mesh_alone(m):
 
 DEMONSTRATED_10 = ("check_case", "scores_of", "gathered", "evaluate", "text_batches")
 DEMONSTRATED_10 += ("gradients", "smaller_sizes", "measure")
-
-EXAMPLES["mtp"] = {
-    "HybridConfig": lambda m, folder: vars(m.HybridConfig(hidden_size=16)),
-    "last_of_documents": lambda m, folder: m.last_of_documents(TWO_DOCUMENTS),
-    "roll_tensor": lambda m, folder: m.roll_tensor(TWO_DOCUMENTS, TWO_DOCUMENTS > 3, -100),
-    "from_next_rank": lambda m, folder: m.from_next_rank(TWO_DOCUMENTS[:, :1], 5),
-    "process_mtp_loss": lambda m, folder: m.process_mtp_loss(
-        [normal(1, 6), normal(1, 6)], [TWO_DOCUMENTS, TWO_DOCUMENTS], 0.3
-    ),
-    "MultiTokenPredictionLayer": lambda m, folder: through_mtp(m),
-    "RMSNorm": lambda m, folder: through(m.RMSNorm(8), normal(2, 3, 8)),
-    "Mamba2Mixer": lambda m, folder: through(
-        filled(m.Mamba2Mixer(small_mtp())), normal(1, 5, 16), SPAN()
-    ),
-    "Attention": lambda m, folder: through(
-        filled(m.Attention(small_mtp())), normal(1, 5, 16), SPAN()
-    ),
-    "SquaredReLUMLP": lambda m, folder: through(
-        filled(m.SquaredReLUMLP(small_mtp())), normal(1, 5, 16), SPAN()
-    ),
-    "Block": lambda m, folder: through(filled(m.Block("M", small_mtp())), normal(1, 5, 16), SPAN()),
-    "run_layers": lambda m, folder: m.run_layers(
-        [filled(block_of("-")), filled(block_of("*"))], normal(1, 5, 16).float(), SPAN()
-    ),
-    "Span": lambda m, folder: m.Span(TWO_DOCUMENTS).layer(3).document_BT,
-    "Mesh": lambda m, folder: [m.Mesh(2, 3).cp, m.Mesh().tp],
-    "HybridLM": lambda m, folder: list(m.HybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)),
-    "initial_value": lambda m, folder: m.initial_value(
-        "x.weight", normal(2, 3), small_mtp(), torch.Generator().manual_seed(0)
-    ),
-    "initialize": lambda m, folder: m.initialize(small_hybrid()) or "done",
-    "make_mesh": lambda m, folder: mtp_mesh(m),
-    "ParallelBlock": lambda m, folder: through(
-        filled(m.ParallelBlock("*", small_mtp(), MESH())), normal(1, 5, 16), SPAN()
-    ),
-    "ParallelHybridLM": lambda m, folder: list(
-        m.ParallelHybridLM(small_mtp()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)
-    ),
-    "shard_vocabulary": lambda m, folder: m.shard_vocabulary(normal(13, 2), 1, 2),
-    "shard_state_dict": lambda m, folder: m.shard_state_dict(small_hybrid().state_dict(), 1, 2),
-    "merge_state_dicts": lambda m, folder: m.merge_state_dicts([small_hybrid().state_dict()], 13),
-    "gather_state_dict": lambda m, folder: m.gather_state_dict(small_hybrid().state_dict(), 13),
-    "local_part": lambda m, folder: m.local_part((TWO_DOCUMENTS,), MESH()),
-    "sum_gradients": lambda m, folder: m.sum_gradients([], None) or "nothing to sum",
-    "train": lambda m, folder: mtp_steps(m),
-}
-
 
 # ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
 
@@ -1680,8 +1681,9 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_08_nvfp4.py runs the script",
         "statements": "part of the demonstration; test_08_nvfp4.py runs the script",
     },
-    "compress": {
-        name: "part of the demonstration; test_10_compress.py runs it" for name in DEMONSTRATED_10
+    "compress": dict.fromkeys(
+        DEMONSTRATED_10, "part of the demonstration; test_10_compress.py runs it"
+    ),
     "preference": {
         "problems": "part of the demonstration; test_11_preference.py runs it",
         "learn": "part of the demonstration; test_11_preference.py runs it",

@@ -95,6 +95,8 @@ def measure_one(kept: dict, chapter: str) -> None:
             kept["chapters"][path.parent.name] = measure_chapter(path.parent)
     for path in notebooks.notebooks(chapter):
         kept["notebooks"][path.stem] = measure_notebook(path)
+    for kind in ("chapters", "notebooks"):
+        kept[kind] = dict(sorted(kept[kind].items()))
 
 
 def measure() -> dict:

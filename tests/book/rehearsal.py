@@ -477,6 +477,23 @@ def nvfp4(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"{tp} ranks" + ", stochastic" * stochastic, steps, 1
 
 
+def mtp(chapter, device: torch.device) -> Iterator[Variant]:
+    for tp, cp, detach in ((4, 1, False), (2, 2, False), (1, 2, False), (2, 2, True)):
+        mesh = chapter.make_mesh(tp, cp, CPU)
+
+        def steps(mesh=mesh, detach=detach) -> Steps:
+            sizes = dict(hidden_size=16, ffn_hidden_size=32, mamba_heads=2, attention_heads=2)
+            config = chapter.HybridConfig(61, mtp_detach_heads=detach, **sizes)
+            model = move(chapter.ParallelHybridLM(config, mesh), device)
+            document_BT = torch.zeros(4, 16, dtype=torch.int64, device=device)
+            batches = ((*batch, document_BT) for batch in text(device, 61))
+            optimizer = chapter.make_optimizer(model, 1e-3)
+            results = chapter.train(model, optimizer, batches)
+            return ((losses[0], norm) for losses, norm in results)
+
+        yield f"tp {tp} × cp {cp}" + ", detached" * detach, steps, 1
+
+
 def compress(chapter, device: torch.device) -> Iterator[Variant]:
     """Cross entropy, and with a teacher on the same mesh."""
     tool = importlib.import_module("distill")
@@ -495,23 +512,6 @@ def compress(chapter, device: torch.device) -> Iterator[Variant]:
                 return chapter.train(model, optimizer, text(device, 64), loss)
 
             yield f"tp {tp} × dp {mesh.dp}" + ", a teacher" * teaches, steps, 1
-
-
-def mtp(chapter, device: torch.device) -> Iterator[Variant]:
-    for tp, cp, detach in ((4, 1, False), (2, 2, False), (1, 2, False), (2, 2, True)):
-        mesh = chapter.make_mesh(tp, cp, CPU)
-
-        def steps(mesh=mesh, detach=detach) -> Steps:
-            sizes = dict(hidden_size=16, ffn_hidden_size=32, mamba_heads=2, attention_heads=2)
-            config = chapter.HybridConfig(61, mtp_detach_heads=detach, **sizes)
-            model = move(chapter.ParallelHybridLM(config, mesh), device)
-            document_BT = torch.zeros(4, 16, dtype=torch.int64, device=device)
-            batches = ((*batch, document_BT) for batch in text(device, 61))
-            optimizer = chapter.make_optimizer(model, 1e-3)
-            results = chapter.train(model, optimizer, batches)
-            return ((losses[0], norm) for losses, norm in results)
-
-        yield f"tp {tp} × cp {cp}" + ", detached" * detach, steps, 1
 
 
 def preference(chapter, device: torch.device) -> Iterator[Variant]:
@@ -543,8 +543,8 @@ CHAPTERS = {
     "06_moe_fp8": moe_fp8,
     "07_zero_3d": zero_3d,
     "08_nvfp4": nvfp4,
-    "10_compress": compress,
     "09_mtp": mtp,
+    "10_compress": compress,
     "11_preference": preference,
 }
 
@@ -601,8 +601,8 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "06_moe_fp8": (["--ep", "4", "--num-experts", "16"], 4 * 64 * 2 // 4),
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
     "08_nvfp4": ([], 1),
-    "10_compress": ([], 1),
     "09_mtp": ([], 1),
+    "10_compress": ([], 1),
     "11_preference": (["--tp", "2"], 1),
 }
 

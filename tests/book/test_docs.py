@@ -331,6 +331,17 @@ def test_no_flag_is_needed_on_any_server(path, gpus, nodes, monkeypatch, capsys)
     assert args.world_size % gpus == 0
 
 
+def test_the_number_of_lessons_is_named():
+    """On the front page, and twice on the course's own."""
+    course = (ROOT / "notebooks" / "README.md").read_text("utf-8")
+    lessons = [int(number) for number in re.findall(r"^\| (\d+) \|", course, re.M)]
+    assert lessons == list(range(1, len(lessons) + 1))
+    words = {18: "eighteen", 20: "twenty", 22: "twenty-two", 24: "twenty-four", 26: "twenty-six"}
+    word = words[len(lessons)]
+    assert f"# A course of {word} lessons" in course and f"{word.capitalize()} lessons of" in course
+    assert f"A course of {word} lessons" in (ROOT / "README.md").read_text("utf-8")
+
+
 FRONT = commands(ROOT / "README.md")
 
 

@@ -54,7 +54,9 @@ def main() -> None:
         axes[0].plot(h, loss, color="#2b6cb0", linestyle=style, label=f"RPO, {distance}")
     axes[0].axvline(1, color="0.85", linewidth=1, zorder=0)
     axes[0].set(title="loss of a pair, g = 1", xlabel="h = β Δ", ylim=(0, 2.5))
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(
+        frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2)
+    )
     reference, pairs = reference_and_pairs()
     objectives = {
         "DPO": pf.PreferenceObjective("dpo"),
