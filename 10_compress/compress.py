@@ -7,12 +7,12 @@ Papers: Compact Language Models via Pruning and Knowledge Distillation (Minitron
         Nemotron-H (56B to 47B), NVIDIA, 2025, arXiv 2504.03624
         Nemotron Nano 2 (12B to 9B), NVIDIA, 2025, arXiv 2508.14444
 
-The problem. A family of models has several sizes, and each is trained on trillions of tokens. A
-smaller one starts from random weights, though the larger one exists and knows everything already.
+The problem. A family of models has several sizes, and each is trained on trillions of tokens. The
+smaller ones start from random weights, although the weights of the largest one are trained already.
 
 The idea. Run the large model on some text and measure how large each unit's activations are: each
 channel, feature and head. Remove the smallest units, and train what is left to reproduce the large
-model's logits. That takes a hundredth of the tokens.
+model's logits. In the papers that takes less than a hundredth of the tokens.
 
      1 importance                  2 prune                        3 distill (distill.py)
      forward passes only           one set of units is sliced     teacher ──► p ┐
@@ -46,9 +46,11 @@ Left out: depth and distillation (distill.py); the search for a shape under a me
 #     D  model width, hidden size      N  size of a Mamba state
 #     F  feed-forward features         G  groups of R = H / G heads  C  channels of any kind
 #     V  vocabulary entries            L  layers                     v = V / tp
+#     U  units of any axis             K  taps of the convolution
 #
-# tp ranks share one copy of the model, dp is the number of copies (replicas): world = tp · dp. An
-# axis has the name that the production tool gives it: ffn_hidden_size, mamba_num_heads, ...
+# tp ranks share one copy of the model, dp is the number of copies (replicas): world = tp · dp. A
+# unit is one channel, feature or head; an axis is all units of one kind. Axes have the names that
+# NVIDIA's Model Optimizer gives them: ffn_hidden_size, mamba_num_heads, ...
 #
 # "region carried" marks code that is copied from its home chapter, nearly all at the end of the
 # file. Editors fold it.
@@ -156,10 +158,11 @@ class HybridConfig:
 #     conv             channels x, with their biases       dt_bias, A_log, D   one element each
 #     gated norm       P elements                          out_proj            P columns
 #
-# Three mistakes are easy here, and none of them has wrong shapes if it is made everywhere alike:
+# Three mistakes are easy here, and all shapes are right with each of them:
 #
-# · dt_bias, A_log or D is left out: a head that stays gets the time constant of another one. The
-#   model runs, and its loss looks like that of a careless choice of heads.
+# · dt_bias, A_log or D is cut to its first elements, and not to those of the heads that stay. A
+#   head then has the time constant of another one. The model runs, and its loss looks like that of
+#   a careless choice of heads.
 # · z and x are sliced with different sets: each head is gated with another head's gate.
 # · Query heads are removed without regard to their groups (section 1.3).
 #
@@ -264,12 +267,12 @@ def rows_of(name: str, config: HybridConfig, kept: Units) -> dict[int, Tensor]:
         is_cut = False
         for axis in parts:
             index = torch.zeros(1, dtype=torch.int64)
-            for unit in axis:
-                size = getattr(config, unit)
+            for factor in axis:
+                size = getattr(config, factor)
                 every = torch.arange(size)
-                units = kept.get(f"{place}.{unit}", kept.get(unit, every))
+                units = kept.get(f"{place}.{factor}", kept.get(factor, every))
                 if not set(units.tolist()) <= set(range(size)):
-                    raise ValueError(f"{unit} keeps {units.tolist()}, but {size} are there")
+                    raise ValueError(f"{factor} keeps {units.tolist()}, but {size} are there")
                 is_cut |= units is not every
                 index = index[:, None] * size + units
                 index = index.flatten()
@@ -312,8 +315,8 @@ def slice_state_dict(full: StateDict, config: HybridConfig, kept: Units) -> Stat
 
 # ── 1.2 Importance, from forward passes alone ───────────────────────────────────────────────────
 #
-# A unit that is small on all of the calibration text is missed least. For a channel c with
-# activations y, over sequences b and tokens t:
+# The large model reads some batches, the calibration text. A unit whose activations are small on
+# all of it is missed least. For a channel c with activations y, over sequences b and tokens t:
 #
 #     score_c  =  √( Σ_b ( mean_t |y_btc| )² )        the mean over a sequence, L2 over sequences
 #
@@ -349,6 +352,8 @@ def slice_state_dict(full: StateDict, config: HybridConfig, kept: Units) -> Stat
 #            √9 + √16 = 7, and √(9 + 16) = 5. With roots the order of units depends on dp.
 #     tp     channels between the two matrices are on one rank: the scores are gathered.
 #            The residual stream is replicated, and so is its score.
+#     pp     (not here) Stages hold other layers, and the stream's score is a sum over layers of
+#            roots. So over stages the roots are summed, and over replicas the squares.
 #
 # A replica may have no sequence at all, and a sequence no token that counts: both add zeros.
 #
@@ -368,6 +373,10 @@ def _reduce_over(x: Tensor, group: Group, op=dist.ReduceOp.SUM) -> Tensor:
 def _add_squares(
     squares: StateDict, counted_BT1: Tensor, layer: int, axis: str, y_BTC: Tensor
 ) -> None:
+    """Adds Σ_b (mean_t |y_btc|)² of each channel to what earlier batches have left in `squares`.
+
+    Args: counted_BT1: True where a token counts. y_BTC: what is watched of this layer.
+    """
     name = f"layers.{layer}.{axis}"
     size_BTC = at_least_fp32(y_BTC).abs()
     # where(), and not a product: a padding token may hold anything, and 0 · ∞ is NaN.
@@ -400,6 +409,7 @@ def importance(model: HybridLM, batches: Batches) -> Units:
         counted_BT1 = (targets_BT != -100)[..., None]
         probe = partial(_add_squares, squares, counted_BT1)
         model.hidden(tokens_BT, probe=probe)
+    # All axes in one tensor: one all-reduce over the replicas, and one all-gather over tp.
     flat = torch.cat(list(squares.values()))
     flat = _reduce_over(flat, mesh.dp_group).sqrt()
     if mesh.tp > 1:
@@ -468,7 +478,7 @@ def best_in_groups(score_H: Tensor, groups: int, count: int) -> Tensor:
 
 
 WIDTHS = ("hidden_size", "ffn_hidden_size", "num_attention_heads", "mamba_num_heads")
-WIDTHS += ("mamba_head_dim",)
+WIDTHS += ("mamba_head_dim",)  # what can be pruned
 UNITS = {  # a letter of the pattern to the axis of its units, and to that of their groups
     "M": ("mamba_num_heads", "mamba_num_groups"),
     "*": ("num_attention_heads", "num_query_groups"),
@@ -497,7 +507,7 @@ def choose(scores: Units, config: HybridConfig, sizes: Sizes) -> tuple[HybridCon
         axis, *grouped = UNITS[letter]
         name = f"layers.{i}.{axis}"
         score_UC = _score_of(name, scores, config)
-        if letter == "M":
+        if letter == "M":  # the dimensions first; heads are then ranked by those that stay
             dims = best(score_UC.norm(dim=0), small.mamba_head_dim)
             kept[f"layers.{i}.mamba_head_dim"] = dims
             score_UC = score_UC[:, dims]
@@ -508,21 +518,22 @@ def choose(scores: Units, config: HybridConfig, sizes: Sizes) -> tuple[HybridCon
 
 
 def _score_of(name: str, scores: Units, config: HybridConfig) -> Tensor:
+    """Scores (U, C) of one axis. Raises: ValueError where they are not of this config."""
     size = getattr(config, name.rpartition(".")[2])
     if name not in scores or len(scores[name]) != size:
         raise ValueError(f"scores of {name} are missing, or not {size}: score this model")
     return scores[name]
 
 
-# What pruning never is: exact, not even for units that are zero. A norm divides by the mean square
-# of its channels. Remove one channel of zeros from 128 and the sum of squares is the same, but it
-# is divided by 127, so the output shrinks by √(127/128). The student learns that in a few steps.
-# (Feed-forward features and attention heads have no norm after them. There zeros are exact.)
+# Pruning changes the function even where the removed units are zero, because a norm divides by the
+# mean square of its channels. Remove one channel of zeros from 128 and the sum of squares is the
+# same, but it is divided by 127, so the output shrinks by √(127/128). A few training steps correct
+# that. (Features and attention heads have no norm after them. There zeros are removed exactly.)
 #
-# How much at once? The production tool's guide: up to a third of all parameters in one step; more
-# than half in several, with training between them. At equal parameters a model that lost width is
+# How much at once? Model Optimizer's guide: up to a third of all parameters in one step; more than
+# half in several, with training between them. At equal parameters a model that lost width is
 # better, and one that lost depth is faster. Features stand pruning best, then heads, then channels
-# of the residual stream. Nano 2 left its Mamba heads alone in the end: without 1/8 of them the loss
+# of the residual stream. Nano 2 kept all its Mamba heads in the end: without 1/8 of them the loss
 # was clearly worse, and generation hardly faster.
 #
 # What stays as it is in every case: the vocabulary, B and C with their groups and state size, the
@@ -717,7 +728,10 @@ class HybridLM(nn.Module):
     def hidden(
         self, tokens_BT: Tensor, without: Iterable[int] = (), probe: Callable = lambda *_: None
     ) -> Tensor:
-        """The last hidden state, after the final norm, (B, T, D)."""
+        """The last hidden state, after the final norm, (B, T, D).
+
+        The loop over layers is the same on a device and on a mesh, with or without some layers.
+        """
         eps = self.config.norm_eps
         x_BTD = F.embedding(tokens_BT, self.embedding.weight)
         for i, letter in enumerate(self.config.pattern):
@@ -893,6 +907,7 @@ def prune(model: HybridLM, config: Sizes, scores: Units) -> HybridLM:
     small, kept = choose(scores, model.config, config)
     units = shard_units(small, mesh.tp_rank, mesh.tp)
     shards = {}
+    # From this rank's shard of the large tensor to its shard of the small one.
     for name, x in model.state_dict().items():
         full = gather_tensor(name, x, model.config, mesh)
         sliced = slice_tensor(name, full, model.config, kept)
@@ -915,8 +930,8 @@ def prune(model: HybridLM, config: Sizes, scores: Units) -> HybridLM:
 # replicated one, thanks to copy_to_tp. What is left is one sum over the replicas. The norm before
 # clipping sums squares over tp: of a replicated parameter each rank counts 1 / tp.
 #
-# Two learning rates are known to work for a pruned model: that of the large one's end, or a fifth
-# of its peak. The weights are already good, and a full warm start would undo them.
+# Two learning rates are known to work for a pruned model: the large model's final one, or a fifth
+# of its peak. The weights are already good, and the peak itself would undo them.
 #
 # The loss is an argument: cross entropy here, and in distill.py the divergence from a teacher.
 

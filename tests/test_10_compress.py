@@ -300,11 +300,12 @@ def test_ties_go_to_the_first():
     assert c.best_in_groups(torch.tensor([9.0, 8, 7, 6, 5, 1, 1, 1]), 2, 4).tolist() == [0, 1, 4, 5]
 
 
-@pytest.mark.ranks(4)
+@pytest.mark.ranks(2, 4)
 def test_scores_and_their_order_on_every_mesh():
     """Replicas have unequally many sequences, tokens and batches; one may have none."""
     reference = c.importance(model(), batches_of())
-    for tp in (1, 2, 4):
+    world = dist.get_world_size()
+    for tp in (tp for tp in (1, 2, 4) if tp <= world):
         mesh = mesh_of(tp)
         net = model(mesh)
         batches = batches_of()
@@ -318,7 +319,7 @@ def test_scores_and_their_order_on_every_mesh():
         _, kept = c.choose(scores, net.config, SIZES)
         _, expected = c.choose(reference, net.config, SIZES)
         assert all(kept[name].tolist() == units.tolist() for name, units in expected.items())
-        everyone = [None] * 4
+        everyone = [None] * world
         dist.all_gather_object(everyone, {k: x.tolist() for k, x in scores.items()})
         assert all(other == everyone[0] for other in everyone)  # to the bit
 
@@ -569,6 +570,8 @@ def test_where_the_criteria_disagree():
     batches = batches_of(2)
     found = {"one shot": 0, "hidden": 0}
     for seed in range(12):
+        if min(found.values()) > 0:
+            break
         net = model(seed=seed, init_std=0.5, pattern="M-*M--")
         ranked = d.rank_layers(net, batches, 3).argsort()[:3].tolist()
         one_shot = d.removal_errors(net, batches).argsort()[:3].tolist()

@@ -669,7 +669,9 @@ class Loop:
 
         train = self.chapter.train
 
-        plain = getattr(self.chapter, "HybridLM", None)  # chapter 5 trains it with `train`, too
+        plain = None
+        if hasattr(self.chapter, "ParallelHybridLM"):  # chapter 5 trains the plain one, too
+            plain = self.chapter.HybridLM
 
         def watched_train(*args, **keywords) -> Iterator:  # in the place of train
             steps = train(*args, **keywords)

@@ -62,12 +62,11 @@ def main() -> None:
     held_out = [data.batch(step, 8, 0, True) for step in range(4)]
     for label, (student, loss, color, style) in students.items():
         losses = [c.evaluate(student, held_out)]
-        for first in range(0, STUDENT_STEPS, 5):
-            for _ in c.train(
-                student, c.make_optimizer(student, 3e-3), batches(data, STEPS + first, 5), loss
-            ):
-                pass
-            losses.append(c.evaluate(student, held_out))
+        optimizer = c.make_optimizer(student, 3e-3)
+        text = batches(data, STEPS, STUDENT_STEPS)
+        for step, _ in enumerate(c.train(student, optimizer, text, loss), 1):
+            if step % 5 == 0:
+                losses.append(c.evaluate(student, held_out))
         x = range(0, STUDENT_STEPS + 1, 5)
         axes[2].plot(x, losses, color=color, linestyle=style, label=label)
     axes[2].axhline(c.evaluate(teacher, held_out), color="black", linewidth=1, label="teacher")
