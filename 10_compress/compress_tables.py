@@ -18,10 +18,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from compress import HybridConfig, HybridLM, parameter_shapes, slice_state_dict
+from compress import (
+    WIDTHS,
+    HybridConfig,
+    HybridLM,
+    best_in_groups,
+    parameter_shapes,
+    slice_state_dict,
+)
 
 GIB = 2**30
 
@@ -82,6 +89,20 @@ def parameters(config: HybridConfig) -> int:
 def counted(config: HybridConfig) -> int:
     """The same from the chapter's table of axes."""
     return sum(shape.numel() for shape in parameter_shapes(config).values())
+
+
+def sliced_shapes(large: HybridConfig, small: HybridConfig) -> dict[str, torch.Size]:
+    """Shapes of every tensor after the layers and units that `small` lacks are cut out of `large`,
+    by the chapter's slices, on tensors without memory."""
+    kept = {axis: torch.arange(getattr(small, axis)) for axis in WIDTHS}
+    score_H = torch.arange(large.mamba_num_heads)
+    kept["mamba_num_heads"] = best_in_groups(score_H, large.mamba_num_groups, small.mamba_num_heads)
+    shorter = replace(large, pattern=small.pattern)
+    weights = {}
+    for name, shape in parameter_shapes(shorter).items():
+        weights[name] = torch.empty(shape, device="meta")
+    sliced = slice_state_dict(weights, shorter, kept)
+    return {name: x.shape for name, x in sliced.items()}
 
 
 def gibibytes(
@@ -162,6 +183,21 @@ def sizes() -> Iterator[Row]:
     yield Row("removed, 12B to 9B", "–", f"{formula:.0%}", f"{here:.0%}")
 
 
+def shapes() -> Iterator[Row]:
+    pairs = {"Nano-12B-v2": "Nano-9B-v2", "Nemotron-H-56B": "Nemotron-H-47B"}
+    pairs["Nemotron-H-8B"] = "Nemotron-H-4B"
+    for name, other in pairs.items():
+        large = MODELS[name]
+        small = MODELS[other]
+        cuts = []
+        for axis, text in (("hidden_size", "hidden"), ("ffn_hidden_size", "features")):
+            cuts.append(f"{text} {getattr(large, axis):,} to {getattr(small, axis):,}")
+        cuts.append(f"Mamba heads {large.mamba_num_heads} to {small.mamba_num_heads}")
+        fits = sliced_shapes(large, small) == parameter_shapes(small)
+        here = f"{other}'s" if fits else "others"
+        yield Row(f"shapes of {name}, {', '.join(cuts)}", f"{other}'s", here=here)
+
+
 def depth() -> Iterator[Row]:
     pairs = {"Nano-12B-v2": ("Nano-9B-v2", "62 to 56", "1 / 2 / 3")}
     pairs["Nemotron-H-56B"] = ("Nemotron-H-47B", "118 to 98", "9 / 5 / 6")
@@ -215,6 +251,7 @@ def symmetry() -> Iterator[Row]:
 
 TABLES = {
     "Parameters": sizes,
+    "Widths": shapes,
     "Depth": depth,
     "Budgets": budgets,
     "Tokens": tokens,

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT-0
 """Chapter 10's tables: parameters, layers removed, budgets, permutations, verdicts."""
 
+from dataclasses import replace
+
 import compress_tables as tables
 import pytest
 import search
@@ -23,6 +25,15 @@ def test_patterns_and_what_is_removed():
     assert tables.MODELS["Nano-9B-v2"] == search.NANO_9B
 
 
+def test_slices_of_the_large_models_have_the_small_ones_shapes():
+    """And a model that keeps one channel more has not."""
+    large, small = (tables.MODELS[f"Nemotron-H-{size}"] for size in ("8B", "4B"))
+    assert tables.sliced_shapes(large, small) == tables.parameter_shapes(small)
+    other = replace(small, hidden_size=small.hidden_size + 1)
+    assert tables.sliced_shapes(large, other) != tables.parameter_shapes(small)
+    assert [row.verdict for row in tables.shapes()] == ["ok"] * 3
+
+
 def test_budgets_are_those_of_the_search():
     for name, bits in (("Nano-9B-v2", (16, 16)), ("Nemotron-H-47B", (4, 8))):
         config = tables.MODELS[name]
@@ -43,7 +54,7 @@ def test_the_page_and_its_exit_code(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["compress_tables.py"])
     tables.main()
     page = capsys.readouterr().out
-    assert page.count(" ok\n") == 18 and "FAILED" not in page
+    assert page.count(" ok\n") == 21 and "FAILED" not in page
     accounting = [line for line in page.splitlines() if "at 1M tokens" in line]
     assert len(accounting) == 2 and not any(line.endswith("ok") for line in accounting)
     with plant(tables, "TABLES", {"x": lambda: [tables.Row("c", "1", "2")]}):

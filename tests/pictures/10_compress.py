@@ -71,7 +71,7 @@ def main() -> None:
         axes[2].plot(x, losses, color=color, linestyle=style, label=label)
     axes[2].axhline(c.evaluate(teacher, held_out), color="black", linewidth=1, label="teacher")
     axes[2].set(title="students on the same tokens", xlabel="step", ylabel="loss, eval split")
-    axes[2].set(ylim=(None, 4.5))
+    axes[2].set(ylim=(1.6, 3.5))
     axes[2].legend(frameon=False)
     figure.savefig(ROOT / "10_compress" / "units.png", dpi=110)
 
