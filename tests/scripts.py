@@ -54,7 +54,7 @@ def on_ranks(chapter: ModuleType, *flags: str, main: Callable | None = None) -> 
     In fp32 where they do not say otherwise. main: the one that the script launches, by default its
     function main. Returns: exit code here; what rank 0 printed.
     """
-    setting = ["--ranks", str(dist.get_world_size()), "--backend", dist.get_backend()]
+    setting = ["--ranks", str(dist.get_world_size()), "--backend", ranks.backend]
     setting += ["--device", ranks.device.type, "--dtype", "fp32"]
     code, printed = 0, io.StringIO()
     with mock.patch.object(sys, "argv", [chapter.__file__, *setting, *map(str, flags)]):

@@ -105,7 +105,7 @@ def measure() -> dict:
     seconds = {path.stem: measure_notebook(path) for path in notebooks.notebooks()}
     print("── tests", flush=True)
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, check=True)
+    subprocess.run(["make", "test", f"PY={sys.executable}"], cwd=ROOT, check=True)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return dict(
         test_minutes=round((time.monotonic() - begin) / 60, 1),

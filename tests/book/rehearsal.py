@@ -638,6 +638,8 @@ class Loop:
         demonstrate = self.chapter.demonstrate
         names = list(inspect.signature(demonstrate).parameters)
         arguments = {"args": self.args, "device": self.device}
+        if "dtype" in names:
+            arguments["dtype"] = self.args.dtype
         for name in ("grid", "mesh"):
             if name in names:
                 arguments[name] = self.grid[0]
