@@ -22,6 +22,7 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["pytest", "hypothesis", "torch", "torch.distributed.run", "torch._dynamo", "ranks"]
 PATHS = []  # where tests and chapters are imported from
 MOST_GROUPS = 24  # each costs a rank a thread that wakes a hundred times a second
 device = torch.device("cpu")  # in a rank: the one that it owns
@@ -41,7 +42,7 @@ def context() -> multiprocessing.context.BaseContext:
     paths = [*PATHS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))  # the server's
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"])
+    forks.set_forkserver_preload(PRELOADED)
     return forks
 
 

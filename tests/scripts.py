@@ -4,10 +4,12 @@ a script does on ranks that are there already, which saves the seconds of a star
 """
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,12 @@ from unittest import mock
 
 import ranks
 import torch.distributed as dist
+
+
+@functools.cache
+def bytecode() -> tempfile.TemporaryDirectory:
+    """Where processes without docstrings keep their bytecode, which differs from the others'."""
+    return tempfile.TemporaryDirectory()
 
 
 @contextlib.contextmanager
@@ -27,6 +35,9 @@ def started(*command: str, program: str = sys.executable, **options):
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    if sys.dont_write_bytecode and "PYTHONOPTIMIZE" in environment:
+        # Each process would compile all of torch.
+        environment |= {"PYTHONPYCACHEPREFIX": bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
     process = subprocess.Popen([program, *command], **pipes, env=environment, **options)
     try:
         yield process

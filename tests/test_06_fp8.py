@@ -887,10 +887,22 @@ def test_the_published_largest_values():
         assert fp8.formats()[-1][3] is False
 
 
+def assert_the_claims_hold(printed: str) -> None:
+    assert "FAILED" not in printed and printed.count(" ok\n") == 3
+    assert "In FP8, emulated: all but the first 1 and the last 1 layers" in printed
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", fp8.RECIPES)
-def test_the_fp8_script(recipe):
-    done = scripts.run(SCRIPT, "--steps", "5", "--recipe", recipe, timeout=240)
+def test_the_fp8_script():
+    """In processes of its own."""
+    done = scripts.run(SCRIPT, "--steps", "5", timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 3
-    assert "In FP8, emulated: all but the first 1 and the last 1 layers" in done.stdout
+    assert_the_claims_hold(done.stdout)
+
+
+@pytest.mark.ranks(4, timeout=120)
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_the_fp8_script_with_each_recipe(recipe):
+    code, printed = scripts.on_ranks(fp8, "--steps", "5", "--recipe", recipe)
+    assert code == 0, printed
+    assert_the_claims_hold(printed)

@@ -721,6 +721,54 @@ GPT_1T = dict(layers=128, hidden=25600, heads=160)
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 
 
+# ── Chapter 10 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def hybrid_sizes():
+    from compress import HybridConfig
+
+    sizes = dict(vocab_size=16, hidden_size=8, pattern="M-*", ffn_hidden_size=6)
+    heads = dict(num_attention_heads=4, attention_head_dim=2, mamba_num_heads=4, mamba_head_dim=3)
+    return HybridConfig(**sizes, **heads, mamba_state_dim=2)
+
+
+def pruned_hybrid(mesh=None):
+    from compress import ALONE, HybridLM
+
+    return HybridLM(hybrid_sizes(), mesh or ALONE).double()
+
+
+def hybrid_scores():
+    from compress import importance
+
+    return importance(pruned_hybrid(), HYBRID_BATCHES)
+
+
+def hybrid_input(letter: str):
+    """Input, parameters and config of a layer, and a probe."""
+    model = pruned_hybrid()
+    layer = model.get_submodule(f"layers.{'M-*'.index(letter)}")
+    return normal(2, 5, 8), layer.mixer, hybrid_sizes(), lambda axis, y: None
+
+
+def hybrid_step(m):
+    """A training step of the model, in the lifted copy or in the chapter."""
+    model = pruned_hybrid()
+    m_optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    return losses(m.train(model, m_optimizer, HYBRID_BATCHES * 2))
+
+
+def with_gradients():
+    from compress import cross_entropy
+
+    model = pruned_hybrid()
+    cross_entropy(model, *HYBRID_BATCHES[0]).sum().backward()
+    return model
+
+
+HYBRID_BATCHES = [(torch.arange(12).view(2, 6), torch.arange(12).view(2, 6) % 7)]
+
+
 # ── Chapter 7 ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1414,6 +1462,77 @@ EXAMPLES["mtp"] = {
     "train": lambda m, folder: mtp_steps(m),
 }
 
+EXAMPLES["compress"] = {
+    "HybridConfig": lambda m, folder: vars(m.HybridConfig(pattern="M*")),
+    "parameter_axes": lambda m, folder: list(m.parameter_axes(hybrid_sizes())),
+    "axis_size": lambda m, folder: m.axis_size(
+        ("mamba_num_heads", "mamba_head_dim"), hybrid_sizes()
+    ),
+    "Mesh": lambda m, folder: vars(m.Mesh(tp=2)) | {"groups": 0},
+    "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_sizes()).values()),
+    "rows_of": lambda m, folder: m.rows_of(
+        "layers.1.mixer.up_proj.weight", hybrid_sizes(), {"ffn_hidden_size": torch.tensor([4, 1])}
+    ),
+    "slice_tensor": lambda m, folder: m.slice_tensor(
+        "head.weight", normal(16, 8), hybrid_sizes(), {"hidden_size": torch.tensor([0, 3])}
+    ),
+    "slice_state_dict": lambda m, folder: m.slice_state_dict(
+        pruned_hybrid().state_dict(), hybrid_sizes(), {"mamba_num_heads": torch.tensor([1, 2])}
+    ),
+    "importance": lambda m, folder: m.importance(pruned_hybrid(), HYBRID_BATCHES),
+    "best_in_groups": lambda m, folder: m.best_in_groups(torch.arange(8.0), 2, 4),
+    "choose": lambda m, folder: m.choose(hybrid_scores(), hybrid_sizes(), {"hidden_size": 5})[1],
+    "rms_norm": lambda m, folder: m.rms_norm(normal(2, 3, 8), normal(8), 1e-5, 2),
+    "ssd": lambda m, folder: m.ssd(
+        normal(2, 5, 4, 3), -normal(2, 5, 4).abs(), normal(2, 5, 2, 6), normal(2, 5, 2, 6)
+    ),
+    "mamba": lambda m, folder: m.mamba(*hybrid_input("M")).detach(),
+    "attention": lambda m, folder: m.attention(*hybrid_input("*")).detach(),
+    "feed_forward": lambda m, folder: m.feed_forward(*hybrid_input("-")).detach(),
+    "HybridLM": lambda m, folder: through(m.HybridLM(hybrid_sizes()), HYBRID_BATCHES[0][0]),
+    "initial_weights": lambda m, folder: m.initial_weights(hybrid_sizes()),
+    "shard_units": lambda m, folder: m.shard_units(hybrid_sizes(), 1, 2),
+    "local_config": lambda m, folder: vars(m.local_config(hybrid_sizes(), 2)),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        pruned_hybrid().state_dict(), hybrid_sizes(), 1, 2
+    ),
+    "merge_tensor": lambda m, folder: m.merge_tensor(
+        "head.weight", [normal(8, 8), normal(8, 8)], hybrid_sizes()
+    ),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+        [pruned_hybrid().state_dict()], hybrid_sizes()
+    ),
+    "gather_tensor": lambda m, folder: m.gather_tensor(
+        "head.weight", normal(16, 8), hybrid_sizes(), pruned_hybrid().mesh
+    ),
+    "prune": lambda m, folder: m.prune(
+        pruned_hybrid(), {"hidden_size": 5}, hybrid_scores()
+    ).state_dict(),
+    "make_mesh": lambda m, folder: mesh_alone(m),
+    "is_sharded": lambda m, folder: list(m.is_sharded(pruned_hybrid()).values()),
+    "sum_gradients": lambda m, folder: m.sum_gradients(with_gradients()) or "nothing to sum",
+    "grad_norm": lambda m, folder: m.grad_norm(
+        with_gradients(), dict.fromkeys(pruned_hybrid().state_dict(), False)
+    ),
+    "cross_entropy": lambda m, folder: m.cross_entropy(
+        pruned_hybrid(), *HYBRID_BATCHES[0]
+    ).detach(),
+    "of_replica": lambda m, folder: m.of_replica(HYBRID_BATCHES[0], pruned_hybrid().mesh),
+    "partial_mean": lambda m, folder: m.partial_mean(
+        pruned_hybrid(), HYBRID_BATCHES[0], lambda model, tokens, targets: targets * 1.5
+    ),
+    "train": lambda m, folder: hybrid_step(m),
+}
+
+
+def mesh_alone(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, device)
+        return [mesh.tp, mesh.dp, mesh.tp_rank, mesh.dp_rank]
+
+
+DEMONSTRATED_10 = ("check_case", "scores_of", "gathered", "evaluate", "text_batches")
+DEMONSTRATED_10 += ("gradients", "smaller_sizes", "measure")
 
 # ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
 
@@ -1562,6 +1681,9 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_08_nvfp4.py runs the script",
         "statements": "part of the demonstration; test_08_nvfp4.py runs the script",
     },
+    "compress": dict.fromkeys(
+        DEMONSTRATED_10, "part of the demonstration; test_10_compress.py runs it"
+    ),
     "preference": {
         "problems": "part of the demonstration; test_11_preference.py runs it",
         "learn": "part of the demonstration; test_11_preference.py runs it",

@@ -494,6 +494,26 @@ def mtp(chapter, device: torch.device) -> Iterator[Variant]:
         yield f"tp {tp} × cp {cp}" + ", detached" * detach, steps, 1
 
 
+def compress(chapter, device: torch.device) -> Iterator[Variant]:
+    """Cross entropy, and with a teacher on the same mesh."""
+    tool = importlib.import_module("distill")
+    for tp in (4, 2, 1):
+        mesh = chapter.make_mesh(tp, CPU)
+        for teaches in (False, True):
+
+            def steps(mesh=mesh, teaches=teaches) -> Steps:
+                sizes = dict(mamba_num_groups=4, num_query_groups=4, hidden_size=32)
+                config = chapter.HybridConfig(64, pattern="M-*", **sizes)
+                model = move(chapter.HybridLM(config, mesh), device)
+                loss = chapter.cross_entropy
+                if teaches:
+                    loss = tool.divergence_from(move(chapter.HybridLM(config, mesh), device))
+                optimizer = chapter.make_optimizer(model, 1e-3)
+                return chapter.train(model, optimizer, text(device, 64), loss)
+
+            yield f"tp {tp} × dp {mesh.dp}" + ", a teacher" * teaches, steps, 1
+
+
 def preference(chapter, device: torch.device) -> Iterator[Variant]:
     for tp in (1, 2, 4):
         mesh = chapter.make_mesh(tp, CPU)
@@ -524,6 +544,7 @@ CHAPTERS = {
     "07_zero_3d": zero_3d,
     "08_nvfp4": nvfp4,
     "09_mtp": mtp,
+    "10_compress": compress,
     "11_preference": preference,
 }
 
@@ -581,6 +602,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
     "08_nvfp4": ([], 1),
     "09_mtp": ([], 1),
+    "10_compress": ([], 1),
     "11_preference": (["--tp", "2"], 1),
 }
 
@@ -649,7 +671,9 @@ class Loop:
 
         train = self.chapter.train
 
-        plain = getattr(self.chapter, "HybridLM", None)  # chapter 5 trains it with `train`, too
+        plain = None
+        if hasattr(self.chapter, "ParallelHybridLM"):  # chapter 5 trains the plain one, too
+            plain = self.chapter.HybridLM
 
         def watched_train(*args, **keywords) -> Iterator:  # in the place of train
             steps = train(*args, **keywords)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import scripts
 import shared_blocks
 import style
 import torch
@@ -231,6 +232,19 @@ def test_a_plant_never_outlives_its_block():
         assert Target.value == 2
         raise RuntimeError
     assert Target.value == 1
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_processes_without_docstrings_share_their_bytecode(strips, tmp_path, monkeypatch):
+    """Where this process keeps none: else each of them would compile all of torch."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.pycache_prefix, sys.dont_write_bytecode)")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    if strips:
+        monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    expected = [scripts.bytecode().name, "False"] if strips else ["None", "True"]
+    assert scripts.run(script).stdout.split() == expected
 
 
 # ── The pool of ranks ─────────────────────────────────────────────────────────────────────────────

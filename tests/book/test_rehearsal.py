@@ -39,6 +39,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "07_zero_3d": 14,  # five meshes, with sequence parallelism and without; three with FSDP, twice
     "08_nvfp4": 4,  # sharded and not, both kinds of rounding
     "09_mtp": 4,  # three layouts, and detached heads
+    "10_compress": 6,  # three meshes, cross entropy and distillation
     "11_preference": 6,  # three meshes, two losses
 }
 HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
