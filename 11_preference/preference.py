@@ -7,10 +7,10 @@ Papers: Nemotron-4 15B Technical Report, Parmar et al., 2024, arXiv 2402.16819;
         Reward-aware Preference Optimization, NVIDIA, 2025, arXiv 2502.00203
 
 The problem. A pretrained model continues text; which of two answers is better, no corpus says. It
-can be learned from pairs of answers, and 98 % of Nemotron-4 340B's alignment data is synthetic.
+can be learned from pairs of answers, and 98 % of Nemotron-4 340B's data for this are synthetic.
 
-The idea. Sample several answers, score them, and move the policy towards the better of two,
-compared with a fixed copy of itself, the reference:
+The idea. Sample several answers, score them (a reward), and move the model that learns, the policy
+π, towards the better of two, compared with a fixed copy of itself, the reference ref:
 
       prompts ──► policy samples K answers ──► verifier, or reward model
                     ▲                                    │  best and worst of K
@@ -18,8 +18,8 @@ compared with a fixed copy of itself, the reference:
         next policy and reference ◄── DPO, RPO ◄── pairs (chosen, rejected)
 
     Δ = [log π(chosen) − log ref(chosen)] − [log π(rejected) − log ref(rejected)]
-    DPO    −log σ(β Δ)                     push Δ up, without end
-    RPO    distance of β Δ from η Δr       until it matches the difference of rewards
+    DPO    −log σ(β Δ)                     push Δ up, without end           σ(x) = 1 / (1 + e^−x)
+    RPO    distance of β Δ from η Δr       until it matches the difference of rewards, Δr
 
 All of it is made of one number per answer: the sum of its tokens' log-probabilities, here from
 logits whose vocabulary is sharded over tensor-parallel ranks.
@@ -50,9 +50,9 @@ GRPO (a later chapter); the papers' tables (preference_tables.py).
 #     F  feed-forward size            V  vocabulary entries               v = V, padded, / tp
 #     R  responses of a batch         P  pairs of them, R = 2 · P         f = F / tp
 #
-# A response is what follows a prompt, its end token included. tp is the number of ranks that share
-# one copy of the model; dp is the number of copies, the replicas. "region carried" marks code that
-# is copied from its home chapter, nearly all at the end of the file. Editors fold it.
+# A response is an answer with its end token. tp is the number of ranks that share one copy of the
+# model; dp is the number of copies, the replicas. "region carried" marks code that is copied from
+# its home chapter, nearly all at the end of the file. Editors fold it.
 
 from __future__ import annotations
 
@@ -227,14 +227,15 @@ def vocab_parallel_log_probs(
 
     Args:
         logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
-        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated.
+        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated. Or both without B.
+        group: the ranks that share the vocabulary; None: all ranks. Collective in forward.
         vocab_size: columns from there on are padding. None: no column is.
         chunk: so many tokens are upcast to fp32 at once. It changes no bit of the result.
 
     Returns: log_prob_BS, replicated, at least fp32; 0 where the target is −100.
     Memory: backward keeps the logits as they are, and makes their gradient in the same dtype.
-    Raises: ValueError where shapes disagree, sizes do not fit, or a target is out of range; on a
-        GPU the result of such a target is NaN.
+    Raises: ValueError where shapes disagree, sizes do not fit, a target is out of range (on a GPU
+        its result is NaN), or this rank is not in the group.
     Source: Megatron-LM's cross entropy; NeMo-Aligner's DistributedLogprob.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
@@ -264,12 +265,12 @@ def vocab_parallel_log_probs(
 #     sequence    0  0  0  0  0    0   R         which response a token belongs to; R: none
 #     position    0  1  2  3  4    5   0
 #
-# One shift is right, and two are not: with the mask of responses shifted once more than the tokens,
+# One shift is right, and two are not. With the mask of responses shifted once more than the tokens,
 # the last prompt token counts and the end token does not. The loss falls all the same.
 #
 # The end token counts: without it no policy learns to stop. (Padding with the end token, and then
 # masking whatever equals the padding, is how it gets lost.) The place of the end token is kept:
-# there the reward is read.
+# there the reward model (rounds.py) reads its input.
 #
 # The prompt's tokens are read and predict nothing. Count them, and the policy learns to write
 # prompts as well; in a pair they cancel from Δ only as long as both rows share one prompt.
@@ -330,8 +331,8 @@ def collate(examples: list[Example], row_length: int | None = None, pad: int = 0
 def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
     """log π of each response: the sum over its tokens, log_prob_R. Source: DPO, equation 1.
 
-    The sum, and not the mean: π(response) is a product. With means β would mean something else for
-    each length, and a pair of unequal lengths would have no log 2 to start from.
+    The sum, and not the mean: π(response) is a product. With means a token of a long response
+    would weigh less than one of a short response, and β would be another one for each length.
     """
     log_prob_BS = model.log_probs(batch)  # 0 where a target does not count
     sums = log_prob_BS.new_zeros(len(batch.end_R) + 1)
@@ -341,10 +342,11 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 
 # ── 1.3 DPO ─────────────────────────────────────────────────────────────────────────────────────
 #
-# Suppose answers are preferred with probability σ(r(chosen) − r(rejected)), and a policy maximizes
-# r minus β times its distance (KL) from the reference. That policy has r = β log π/ref + a term of
-# the prompt alone, which a difference cancels. So the policy is its own reward model, and the loss
-# of a pair is the log-likelihood of the preference:
+# Suppose answers are preferred with probability σ(r(chosen) − r(rejected)), r being their rewards.
+# Suppose too that a policy maximizes r minus β times its KL divergence from the reference. Then it
+# is ref · exp(r/β), normalised for each prompt, and r = β log(π/ref) + a term of the prompt alone,
+# which a difference cancels. So the policy is its own reward model, h is the difference of its
+# rewards, and the loss of a pair is the negative log-likelihood of the preference:
 #
 #     h = β Δ            loss = −log σ(h)            dloss/dh = −(1 − σ(h))
 #
@@ -352,9 +354,9 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 # −β/2 · (∇log π(chosen) − ∇log π(rejected)). That is a sharp test of everything before it: another
 # dtype, dropout or mask in one of the two models, and the first loss is not log 2.
 #
-# Where both models are right, β says how far the policy may go. The gradient fades once h is about
-# 3, so Δ ends near 3/β: with β = 0.1 a pair's odds have changed by e^30. The 340B report took β
-# from 3e-4 to 3e-3, since its responses have hundreds of tokens, and Δ is a sum over all of them.
+# β says how far the policy may go. The gradient fades once h is about 3, so Δ ends near 3/β: with
+# β = 0.1 the odds of chosen to rejected have changed by e^30. The 340B report took β from 3e-4 to
+# 3e-3, since its responses have hundreds of tokens, and Δ is a sum over all of them.
 #
 # Only Δ counts, and two falling likelihoods have a growing Δ as well. Chosen and rejected share
 # most of their tokens, and what pushes the rejected answer down takes the chosen one along. Both
@@ -365,7 +367,8 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 #
 # DPO pushes each Δ without end, however close the two answers are. A rejected answer may be nearly
 # as good as the chosen one, and DPO unlearns it all the same. If rewards are known, so is the right
-# margin g = η (r(chosen) − r(rejected)), and h should match it:
+# margin g = η (r(chosen) − r(rejected)), and h should match it. Bern p has two outcomes, with
+# probabilities p and 1 − p; KL( P ‖ Q ) = Σ P log(P/Q) is 0 where P and Q are equal:
 #
 #     distance        loss                                dloss/dh
 #     backward_kl     KL( Bern σ(g) ‖ Bern σ(h) )         σ(h) − σ(g)             the 340B report's
@@ -387,7 +390,7 @@ def dpo_loss(delta_P: Tensor, beta: float = 0.1) -> Tensor:
     """−log σ(β Δ) of each pair, loss_P.
 
     Args: delta_P: how far log π(chosen) has moved from the reference's, minus how far that of the
-        rejected response has; both are sums over tokens.
+        rejected response has; sums over tokens, at least fp32. loss_P has its dtype; P may be 0.
     Raises: ValueError for β ≤ 0: the loss would stay at log 2 for ever.
     Source: Direct Preference Optimization (Rafailov et al., 2023), equation 7.
     """
@@ -406,16 +409,19 @@ def rpo_loss(
     """Reward-aware RPO, loss_P. (Another method is called RPO as well: iterative *reasoning*
     preference optimization, trl's rpo_alpha, which is DPO with an SFT term.)
 
-    Args: delta_P: as in `dpo_loss`. reward_gap_P: r(chosen) − r(rejected); constants, without
-        gradient. distance: "backward_kl", "forward_kl" or "squared", the table of section 1.4.
-    Raises: ValueError for β ≤ 0 or another distance.
+    Args: delta_P: as in `dpo_loss`. reward_gap_P: r(chosen) − r(rejected), finite; constants, so
+        it gets no gradient. distance: "backward_kl", "forward_kl" or "squared", section 1.4.
+    Raises: ValueError for β ≤ 0, another distance, or unequal shapes.
     Source: Nemotron-4 340B, section 3.3.3; 2502.00203, equation 3; NeMo-Aligner's names.
     """
     if not beta > 0 or distance not in ("backward_kl", "forward_kl", "squared"):
         known = "backward_kl, forward_kl or squared"
         raise ValueError(f"beta={beta}, distance={distance!r}: above 0, and {known}")
+    if delta_P.shape != reward_gap_P.shape:
+        shapes = f"delta_P {tuple(delta_P.shape)} and reward_gap_P {tuple(reward_gap_P.shape)}"
+        raise ValueError(f"{shapes}: give one number per pair")
     h_P = beta * delta_P
-    g_P = eta * reward_gap_P
+    g_P = eta * reward_gap_P.detach()
     if distance == "squared":
         return (h_P - g_P).square()
     if distance == "backward_kl":
@@ -456,8 +462,8 @@ def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
 # 2 · 6144. (48 heads share 8 groups there.)
 #
 # The rows of the fused key-value matrix are ordered (group, {k, v}, D): a shard of rows holds
-# complete groups. (Megatron-LM puts the queries into the same matrix, which saves an all-reduce in
-# backward.) On a single device n = N, g = G and f = F.
+# complete groups. (Megatron-LM puts the queries into the same matrix: one GEMM in place of two.) On
+# a single device n = N, g = G and f = F.
 
 
 class LayerNorm1p(nn.Module):
@@ -716,8 +722,8 @@ class ParallelGPT(GPT):
 # what the one before it has saved.
 #
 # One table says along which dimension each parameter is sharded. LayerNorm is not in it: its
-# weights are replicated. A checkpoint has full tensors, so the next stage
-# of alignment may run on another number of ranks.
+# weights are replicated. A checkpoint has full tensors, so the next stage may run on another number
+# of ranks.
 
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
@@ -733,7 +739,7 @@ VOCABULARY = ("embedding.weight", "output.weight")  # padded where V does not di
 
 def shard_dim(name: str) -> int | None:
     """The dimension along which parameter `name` is sharded, or None."""
-    module_and_kind = name.split(".")[-2:]  # of "layers.0.attention.q.weight" the last two
+    module_and_kind = name.split(".")[-2:]  # of "layers.0.q.weight" the last two
     return SHARD_DIM.get(".".join(module_and_kind))
 
 
@@ -748,9 +754,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
     sizes = (config.num_heads, config.ffn_hidden_size, 2 * G * config.head_size)
     groups_fit = G % tp == 0 or tp % G == 0
     if not groups_fit or any(size % tp for size in sizes):
-        rule = (
-            "it must divide heads, features, keys, and divide the groups or be a multiple of them"
-        )
+        rule = "it must divide heads, features and keys, and divide the groups or be their multiple"
         raise ValueError(f"tp={tp}: {rule}, but this is {config}")
 
 
@@ -864,8 +868,8 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """DPO or RPO with an SFT term: (policy, pairs) to the sum over pairs, and their count, scalars.
-    Raises ValueError for another method."""
+    """DPO or RPO, and `sft_weight` times the chosen responses' −log π: (policy, pairs) to the sum
+    over pairs, and their count, scalars. Raises ValueError for another method."""
 
     method: str = "dpo"  # or "rpo"
     beta: float = 0.1
@@ -892,8 +896,8 @@ class PreferenceObjective:
 
 
 # Each replica has pairs of its own, and not equally many: where all responses to a prompt are
-# equally good, there is no pair. So sums are added over replicas and divided by the global count. A
-# mean of the replicas' means would weigh the pairs of a replica with few of them more.
+# equally good, there is no pair. A replica without any pair has no micro-batch: it adds zeros to
+# sums and counts, and takes part in each collective.
 
 
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
@@ -958,10 +962,9 @@ def train(
 #
 # Two models are in memory. The reference's log-probabilities do not change while the policy learns,
 # so they are computed once per pair, without gradient, and kept. The reference runs the same
-# function on the same batches as the policy. Computed in other micro-batches, or with another tp,
-# its sums would be rounded differently, and the first h would not be 0: a noise of 0.01 per
-# response is more than a small β learns from. (NeMo-Aligner's repair of such a difference raised
-# MT-Bench from 7.12 to 7.23.)
+# function on the same batches as the policy. Computed in other micro-batches, with another tp, or
+# without the policy's autocast, its sums would be rounded differently, and the first Δ would be
+# noise. (NeMo-Aligner's repair of such a difference raised MT-Bench from 7.12 to 7.23.)
 #
 # Dropout in one of the two models, another dtype, or a reference that was updated by an average of
 # the policy's weights: each shows in the first loss, which is then not log 2.
@@ -1099,21 +1102,24 @@ class Learned:
 
 def learn(
     policy: ParallelGPT,
-    pairs: Pairs,
+    pairs: Pairs | None,
     objective: PreferenceObjective,
     args: argparse.Namespace,
     mesh: Mesh,
 ) -> Learned:
-    """Trains on all pairs in each step."""
+    """Trains on all pairs in each step. Args: pairs: this replica's; None: it has none."""
     optimizer = make_optimizer(policy, args.pair_lr)
-    batches = [[pairs]] * args.pair_steps
+    batches = [[pairs] if pairs else []] * args.pair_steps
     steps = train(policy, optimizer, batches, objective, mesh, autocast=dtypes(args)[1])
     losses = [read_step(step, loss, norm)[0] for step, (loss, norm) in enumerate(steps)]
-    with torch.no_grad():
-        moved_R = sequence_log_probs(policy, pairs.sequences) - pairs.reference_R
-    gap_P = pairs.reward_gap_P
-    values_4P = torch.stack([*moved_R.chunk(2), gap_P, torch.ones_like(gap_P)])
-    *totals, count = _all_reduce(values_4P.sum(dim=1), mesh.dp_group).tolist()
+    totals_4 = at_least_fp32(policy.final_norm.weight.new_zeros(4))
+    if pairs:
+        with torch.no_grad():
+            moved_R = sequence_log_probs(policy, pairs.sequences) - pairs.reference_R
+        gap_P = pairs.reward_gap_P
+        values_4P = torch.stack([*moved_R.chunk(2), gap_P, torch.ones_like(gap_P)])
+        totals_4 += values_4P.sum(dim=1)
+    *totals, count = _all_reduce(totals_4, mesh.dp_group).tolist()
     chosen, rejected, gap = (total / count for total in totals)
     h = objective.beta * (chosen - rejected)
     return Learned(losses[0], chosen, rejected, gap, h)

@@ -177,6 +177,25 @@ def test_bad_arguments_of_the_rule():
     never = torch.tensor([[0.0, 1, 0, 0]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"a draft of \[2\] has probability 0"):
         sp.speculative_sample(p, never, torch.tensor([2]), u)
+    for bad in (p * 0, p * math.nan, p * math.inf):  # the token would be V, outside the vocabulary
+        with pytest.raises(ValueError, match="target_probs sum to"):
+            sp.speculative_sample(bad, p[:1], torch.tensor([0]), u)
+    for low in (torch.bfloat16, torch.float16):
+        for index in (0, 1, 3):
+            arguments = [p, p[:1], torch.tensor([0]), u]
+            arguments[index] = arguments[index].to(low)
+            with pytest.raises(ValueError, match=f"{low}: upcast logits"):
+                sp.speculative_sample(*arguments)
+
+
+def test_unlikely_tokens_in_fp32():
+    """Their sum is 1e-5. A sum in fp32 would stay at 1, and none of them would be drawn."""
+    probs = torch.tensor([1.0] + [1e-8] * 1000)
+    assert sp.draw(probs, torch.tensor(0.999995)) > 400
+    mixed = sp.speculative_sample(
+        probs[None], probs[:0].view(0, 1001), torch.zeros(0).long(), torch.ones(1).double() * 0.5
+    )
+    assert [x.item() for x in mixed] == [0, 0]
 
 
 # ── Caches ────────────────────────────────────────────────────────────────────────────────────────
