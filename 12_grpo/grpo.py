@@ -383,7 +383,7 @@ def kl_penalty(
 
 @dataclass
 class RolloutBatch:
-    """Responses as tensors, with what does not change while the policy learns from them."""
+    """Responses as tensors, with what does not change while the policy learns. Source: ours."""
 
     sequences: Sequences  # targets are −100 where a token has no loss
     advantage_BS: Tensor
@@ -448,7 +448,7 @@ class GRPOObjective:
 
 
 class Environment:
-    """A task with an exact verifier.
+    """A task with an exact verifier. Raises: NotImplementedError without the two methods.
 
     Source: Nemotron 3 Nano, post-training; the name is NeMo-Gym's.
     """
@@ -875,7 +875,7 @@ def batches_of_age(sample: Callable[[int], Any], steps: int, age: int) -> Iterat
 # nothing would be learned. Learning rates from 2e-3 on collapse: all responses of a group become
 # equal, and without variance there is no way back.
 
-STEPS = 150
+STEPS = 200
 DIGITS = 4
 EQUALS = 10
 END = 11

@@ -65,7 +65,7 @@ def test_every_row_is_that_of_a_loop(start, end):
     for row in range(rows):
         expected = by_loops(start, end, budgets[row], prompts[row], sampled[row])
         assert (tokens_BS[row], is_forced_BS[row]) == expected
-    assert sum(map(sum, is_forced_BS)) > 50
+    assert sum(map(sum, is_forced_BS)) > 30
 
 
 def run_of(prompt, sampled, budget, start=(1, 2), end=(3, 4)):
