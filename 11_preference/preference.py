@@ -34,7 +34,7 @@ Run it (no flag is needed; --help lists them):
     torchrun --nproc-per-node=8 11_preference/preference.py --tp 4 --num-heads 8
 
 Left out: generation with a key-value cache; judging by another language model; published weights;
-GRPO (a later chapter); the papers' tables (preference_tables.py).
+GRPO (chapter 12); the papers' tables (preference_tables.py).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -1005,7 +1005,7 @@ def pair_batch(
 #
 # Pairs are made before training: after a few steps the policy no longer writes what it learns from.
 # The next step is to sample in every step, and to reinforce all of several answers by how much
-# better than their mean they are: GRPO, a later chapter.
+# better than their mean they are: GRPO, chapter 12.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 #
