@@ -224,7 +224,7 @@ def claims(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[t
     here = ", ".join(f"{name} {count}" for name, count in counts.items())
     found = [("prompts of a step, per replica", "a fixed ratio", here, True)]
     for name, rate in after.items():
-        found.append((f"{name}: exact responses", "rises", f"{rate:.0%}", short or rate > 0.15))
+        found.append((f"{name}: exact responses", "rises", f"{rate:.0%}", short or rate > 0.05))
     return found
 
 
