@@ -64,6 +64,7 @@ SECOND_SCRIPTS = {
     "07_zero_3d": "fsdp.py",
     "09_mtp": "speculate.py",
     "10_compress": "distill.py",
+    "12_grpo": "thinking.py",
 }
 
 
