@@ -1149,14 +1149,15 @@ def vocab_parallel_log_probs(
 
     Args:
         logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
-        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated.
+        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated. Or both without B.
+        group: the ranks that share the vocabulary; None: all ranks. Collective in forward.
         vocab_size: columns from there on are padding. None: no column is.
         chunk: so many tokens are upcast to fp32 at once. It changes no bit of the result.
 
     Returns: log_prob_BS, replicated, at least fp32; 0 where the target is −100.
     Memory: backward keeps the logits as they are, and makes their gradient in the same dtype.
-    Raises: ValueError where shapes disagree, sizes do not fit, or a target is out of range; on a
-        GPU the result of such a target is NaN.
+    Raises: ValueError where shapes disagree, sizes do not fit, a target is out of range (on a GPU
+        its result is NaN), or this rank is not in the group.
     Source: Megatron-LM's cross entropy; NeMo-Aligner's DistributedLogprob.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
@@ -1175,7 +1176,7 @@ def vocab_parallel_log_probs(
     return torch.where(is_id_BS, log_prob_BS, torch.nan)
 
 
-# endregion copy 270ea1
+# endregion copy 818059
 # region carried: batches of responses (home: 11_preference)
 class Sequences(NamedTuple):
     """R prompts with their responses: padded, or packed. Source: ours."""
