@@ -726,8 +726,7 @@ class ParallelGPT(GPT):
 # what the one before it has saved.
 #
 # One table says along which dimension each parameter is sharded. LayerNorm is not in it: its
-# weights are replicated. A checkpoint has full tensors, so the next stage may run on another number
-# of ranks.
+# weights are replicated. A checkpoint has full tensors: the next stage may have other ranks.
 
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
@@ -855,8 +854,7 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
 # With pairs 3 and 1 on two replicas, whose losses sum to 3.0 and 2.0, the mean is 5/4 = 1.25, and a
 # mean of means would be (1.0 + 2.0)/2 = 1.5: the single pair would weigh as much as three.
 #
-# SFT counts tokens, the reward model counts labels, DPO and RPO count pairs. Within a pair,
-# log-probabilities are sums over tokens.
+# SFT counts tokens, the reward model counts labels, DPO and RPO count pairs.
 
 
 def sft_objective(model: nn.Module, batch: Sequences) -> tuple[Tensor, Tensor]:
@@ -974,12 +972,8 @@ def train(
 # without the policy's autocast, its sums would be rounded differently, and the first Δ would be
 # noise. (NeMo-Aligner's repair of such a difference raised MT-Bench from 7.12 to 7.23.)
 #
-# Dropout in one of the two models, another dtype, or a reference that was updated by an average of
-# the policy's weights: each shows in the first loss, which is then not log 2.
-#
 # Where do pairs come from? From the policy itself: `rounds.py` samples several responses to a
-# prompt, scores them with a verifier or with a reward model, and pairs the best with the worst. The
-# policy that has learned from them is the next round's reference.
+# prompt, scores them with a verifier or with a reward model, and pairs the best with the worst.
 
 Judged = tuple[Example, Example, float]  # the chosen one, the rejected one, difference of rewards
 
@@ -1022,8 +1016,7 @@ def pair_batch(
 #
 # Generated pairs make the methods comparable: each learns from the same pairs, and each reward is
 # exact. The policy's own responses depend on what it has learned so far, so two methods would see
-# different pairs after one step. `rounds.py` has the loop with own responses, by RPO: it prints how
-# both likelihoods move, and the share of right responses after each round.
+# different pairs after one step. `rounds.py` has the loop with own responses, by RPO.
 
 STEPS = 200  # of SFT
 DIGITS = 5  # of a problem

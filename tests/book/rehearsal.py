@@ -651,6 +651,8 @@ class Loop:
         """Arguments of `demonstrate` between args and device; made before the fake mode begins."""
         if hasattr(self.args, "layouts"):  # chapter 7: a mesh of three axes
             return [self.chapter.make_mesh(*self.args.layouts[0], CPU)]
+        if hasattr(self.args, "cp"):  # chapter 9
+            return [self.chapter.make_mesh(self.args.tp, self.args.cp, CPU)]
         for size in ("pp", "ep", "tp"):
             if hasattr(self.chapter, self.makes) and hasattr(self.args, size):
                 return [getattr(self.chapter, self.makes)(getattr(self.args, size), CPU)]
