@@ -106,8 +106,8 @@ def test_every_loop_but_these_reads_by_one_function():
 @pytest.mark.parametrize("folder", sorted(set(MODULES) - HAVE_NO_LOG))
 def test_the_loop_of_the_demonstration_reads_once_a_step(folder):
     """Besides, a batch is copied to the device, one copy a tensor; chapters 5 and 9 copy the window
-    that both tensors are views of. Chapter 12 samples its batch: prompts and their padding are copied
-    before, and all sampled tokens are read once."""
+    that both tensors are views of. Chapter 12 samples its batch: prompts and their padding are
+    copied before, and all sampled tokens are read once."""
     tensors = {"01_deepspeech": 4, "05_mamba_hybrid": 1, "09_mtp": 1, "11_preference": 5}
     tensors["12_grpo"] = 9
     sampled = {"12_grpo": {"forward": 1}}.get(folder, {})
