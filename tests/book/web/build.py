@@ -32,7 +32,8 @@ def sources(places: Places) -> dict[str, str]:
     for path in proofs.scripts(places.root):
         texts |= scripts.pages(path)
     for path in proofs.test_files(places.root):
-        texts |= {page: NO_SEARCH + text for page, text in scripts.pages(path).items()}
+        for page, text in scripts.pages(path).items():
+            texts[page] = NO_SEARCH + text
     for name, page in places.docs.items():
         if name.endswith(".md"):
             texts[page] = other_pages.markdown_page(places.root / name, places)
@@ -68,14 +69,13 @@ def with_contents(texts: dict[str, str], places: Places) -> dict[str, str]:
 def chapter_pages(chapter: Path, places: Places) -> list[str]:
     """README, the script's parts, tools, tables, notebook, tests: what of them there is."""
     folder = chapter.parent.name
-    names = [f"{folder}/README.md"]
-    pages = [places.docs[name] for name in names if name in places.docs]
+    pages = [places.first_page(chapter)]
     for path in proofs.scripts(places.root):
         if path.parent == chapter.parent:
             pages += places.pages_of(path)
-    notebooks = [name for name in places.docs if name.startswith(f"notebooks/{folder[:3]}")]
-    tests = [name for name in places.docs if name.startswith(f"tests/test_{folder[:3]}")]
-    return pages + [places.docs[name] for name in [*notebooks, *tests]]
+    for start in (f"notebooks/{folder[:3]}", f"tests/test_{folder[:3]}"):
+        pages += [page for name, page in places.docs.items() if name.startswith(start)]
+    return list(dict.fromkeys(pages))
 
 
 def contents(pages: list[str], places: Places, caption: str = "") -> str:
@@ -117,8 +117,9 @@ def write(to: Path, places: Places) -> None:
 
 def run_sphinx(to: Path) -> list[str]:
     """Its warnings, one a line. Exits where Sphinx does not finish."""
-    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "auto", "-c", HERE]
-    command += ["-d", to / "doctrees", "-w", to / "warnings.txt", to / "source", to / "html"]
+    command = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-j", "auto"]
+    command += ["-c", HERE, "-d", to / "doctrees", "-w", to / "warnings.txt"]
+    command += [to / "source", to / "html"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr or done.stdout)
@@ -134,10 +135,12 @@ def main() -> None:
     begin = time.monotonic()
     write(args.to, Places())
     warnings = run_sphinx(args.to)
-    pages = len(list((args.to / "html").rglob("*.html")))
-    print(*warnings, sep="\n", end="\n" * bool(warnings))
+    site = args.to / "html"
+    pages = len(list(site.rglob("*.html")))
+    for warning in warnings:
+        print(warning)
     seconds = time.monotonic() - begin
-    print(f"{args.to / 'html'}: {pages} pages, {len(warnings)} warnings, {seconds:.0f} s")
+    print(f"{site}: {pages} pages, {len(warnings)} warnings, {seconds:.0f} s")
     sys.exit(bool(warnings))
 
 

@@ -145,7 +145,7 @@ def test_faults_are_found(page, address, seen):
 
 
 def test_the_search_finds_reduce_scatter(page, address):
-    """And leads to the word: the chapters that use it are among the results."""
+    """The chapters that use it are among the results, and tests are not."""
     page.goto(f"{address}search.html?q=reduce-scatter")
     page.wait_for_selector("#search-results li p.context, #search-results li .context")
     found = [a.get_attribute("href") for a in page.query_selector_all("#search-results li > a")]

@@ -97,7 +97,7 @@ def bugs_page(places: Places) -> str:
         number = chapter.parent.name[:2]
         own = [bug for bug in bugs if bug.path.stem.startswith(f"test_{number}_")]
         if own:
-            title = title_of(places.docs.get(f"{chapter.parent.name}/README.md"), chapter, places)
+            title = title_of(chapter, places)
             text += f"\n## {title}\n\n| without the safeguard | what a user sees |\n|---|---|\n"
             text += "".join(map(bug_row, own))
     return text
@@ -108,13 +108,13 @@ def bug_row(bug: proofs.Test) -> str:
     return f"| [{title}](#{target(bug.label)}) | {sentence(bug)}{seen_in(bug)} |\n"
 
 
-def title_of(page: str | None, chapter: Path, places: Places) -> str:
+def title_of(chapter: Path, places: Places) -> str:
     """A chapter's title, from its README, with a link."""
     readme = chapter.parent / "README.md"
-    if not page or not readme.is_file():
+    if not readme.is_file():
         return chapter.parent.name
     title = readme.read_text("utf-8").splitlines()[0].removeprefix("# ")
-    return f"[{title}]({page})"
+    return f"[{title}]({places.first_page(chapter)})"
 
 
 # ── Plain files ───────────────────────────────────────────────────────────────────────────────────

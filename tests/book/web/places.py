@@ -51,7 +51,7 @@ class Places:
             name = self.name(path)
             self.docs[name] = re.sub(r"README(?=\.md$)", "index", name)
         for path in proofs.scripts(root):
-            self.docs[self.name(path)] = f"{path.parent.name}/{path.stem}.md"
+            self.docs[self.name(path)] = self.name(path).replace(".py", ".md")
             self.add_parts(path)
         for path in proofs.test_files(root):
             self.docs[self.name(path)] = f"tests/{path.stem}.md"
@@ -60,18 +60,20 @@ class Places:
         return path.relative_to(self.root).as_posix()
 
     def add_parts(self, path: Path) -> None:
+        folder = path.parent.name
         is_chapter = path in self.chapters
         page = self.docs[self.name(path)]
         if is_chapter:
             self.titles[page] = OVERVIEW
         for piece in sources.read(path).pieces:
-            if isinstance(piece, sources.Heading) and piece.number:
-                if is_chapter and piece.is_part and piece.number != "0":
-                    page = f"{path.parent.name}/{piece.number}_{slug(piece.title)}.md"
-                    self.titles[page] = f"{piece.number} {piece.title}"
-                if piece.is_part:
-                    self.parts[path.stem, piece.number] = page
-                self.sections.add((path.stem, piece.number))
+            if not isinstance(piece, sources.Heading) or not piece.number:
+                continue
+            if is_chapter and piece.is_part and piece.number != "0":
+                page = f"{folder}/{piece.number}_{slug(piece.title)}.md"
+                self.titles[page] = f"{piece.number} {piece.title}"
+            if piece.is_part:
+                self.parts[path.stem, piece.number] = page
+            self.sections.add((path.stem, piece.number))
 
     def pages_of(self, path: Path) -> list[str]:
         """The sources of a script's pages, in order."""
@@ -79,8 +81,15 @@ class Places:
         return list(dict.fromkeys([self.docs[self.name(path)], *pages]))
 
     def chapter(self, number: int) -> Path | None:
-        found = [path for path in self.chapters if int(path.parent.name[:2]) == number]
-        return found[0] if found else None
+        for path in self.chapters:
+            if path.parent.name.startswith(f"{number:02}_"):
+                return path
+        return None
+
+    def first_page(self, chapter: Path) -> str:
+        """A chapter's README, or its script where it has none."""
+        readme = chapter.parent / "README.md"
+        return self.docs[self.name(readme if readme.is_file() else chapter)]
 
     # ── Links ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -106,7 +115,10 @@ class Places:
             if not file or "://" in file or file.endswith(".png"):
                 return match[0]
             found = self.page_of(there)
-            return f"]({relative(page, found)}{'#' * bool(anchor)}{anchor})" if found else match[0]
+            if found is None:
+                return match[0]
+            address = relative(page, found)
+            return f"]({address}#{anchor})" if anchor else f"]({address})"
 
         return LINK.sub(replace, text)
 
@@ -118,32 +130,48 @@ class Places:
             if match := prose.CHAPTER.fullmatch(found):
                 return self.link_to_chapter(found, int(match[1]), match[2] or "", page)
             if re.search(r"\.(py|md|ipynb|json)$", found):
-                places = (path.parent / found, self.root / found, self.root / "notebooks" / found)
-                there = next((place for place in places if place.is_file()), None)
-                return there and f"[`{found}`]({relative(page, self.page_of(there))})"
+                return self.link_to_file(found, path, page)
             name = found.removesuffix("()")
-            return f"{{py:obj}}`{name} <{objects[name]}>`" if name in objects else None
+            return reference(name, objects[name]) if name in objects else None
 
         return link
+
+    def link_to_file(self, found: str, path: Path, page: str) -> str | None:
+        """A file is named by its path in the repository, or in the folder of who names it."""
+        for folder in (path.parent, self.root, self.root / "notebooks"):
+            if (folder / found).is_file():
+                there = relative(page, self.page_of(folder / found))
+                return f"[`{found}`]({there})"
+        return None
 
     def link_to_chapter(self, found: str, number: int, section: str, page: str) -> str | None:
         script = self.chapter(number)
         if script is None:
             return None
         if (script.stem, section) in self.sections:
-            return f"[{found}](#{target(f'{script.stem}-{section}')})"
-        there = self.docs.get(f"{script.parent.name}/README.md", self.docs[self.name(script)])
+            label = target(f"{script.stem}-{section}")
+            return f"[{found}](#{label})"
+        there = self.first_page(script)
         return f"[{found}]({relative(page, there)})"
 
     def objects(self, path: Path) -> dict[str, str]:
         """Each public name that a script's prose may mean, to where it is defined."""
-        if path not in self.known:
-            found = self.known[path] = {}
-            for script in (lift.chapter_of(path), path):
-                for name in lift.public(script) if script.is_file() else []:
-                    full = f"{sources.home_of(script)[name].stem}.{name}"
-                    found |= {name: full, f"{script.stem}.{name}": full}
-        return self.known[path]
+        if path in self.known:
+            return self.known[path]
+        found = self.known[path] = {}
+        scripts = [script for script in (lift.chapter_of(path), path) if script.is_file()]
+        for script in scripts:
+            homes = sources.home_of(script)
+            for name in lift.public(script):
+                full = f"{homes[name].stem}.{name}"
+                found[name] = full
+                found[f"{script.stem}.{name}"] = full
+        return found
+
+
+def reference(name: str, full: str) -> str:
+    """A link to a function or class."""
+    return f"{{py:obj}}`{name} <{full}>`"
 
 
 def relative(page: str, there: str) -> str:

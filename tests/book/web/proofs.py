@@ -17,6 +17,8 @@ import shared_blocks
 from web import sources
 
 Name = tuple[str, str]  # a script's stem and a name in it: ("megatron_tp", "copy_to_tp")
+Modules = dict[str, str]  # what a file calls a script: {"tp": "megatron_tp"}
+Imported = dict[str, Name]  # what it calls a name of a script
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ def read(path: Path, stems: frozenset[str]) -> TestFile:
     return found
 
 
-def imports(tree: ast.Module, stems: Iterable[str]) -> tuple[dict[str, str], dict[str, Name]]:
-    """What stands for a script in this file, {"tp": "megatron_tp"}, and what for a name of one."""
-    modules: dict[str, str] = {}
-    names: dict[str, Name] = {}
+def imports(tree: ast.Module, stems: Iterable[str]) -> tuple[Modules, Imported]:
+    """What stands for a script in this file, and what for a name of one."""
+    modules: Modules = {}
+    names: Imported = {}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -115,7 +117,7 @@ def value_of(node: ast.expr, texts: dict[str, str]) -> str | None:
     return eval(ast.unparse(node), {"__builtins__": {}}, texts)
 
 
-def named(node: ast.AST, modules: dict[str, str], imported: dict[str, Name]) -> Iterable[Name]:
+def named(node: ast.AST, modules: Modules, imported: Imported) -> Iterable[Name]:
     """`tp.GPT`, a name that was imported, and plant(tp, "GPT", ...)."""
     for item in ast.walk(node):
         if isinstance(item, ast.Attribute) and isinstance(item.value, ast.Name):
@@ -163,8 +165,12 @@ def proofs(root: Path = shared_blocks.ROOT) -> dict[Name, list[Test]]:
 
 
 def at_home(names: set[Name], paths: dict[str, Path]) -> set[Name]:
-    homes = {stem: sources.home_of(paths[stem]) for stem, _ in names}
-    return {(homes[stem][name].stem, name) for stem, name in names if name in homes[stem]}
+    found = set()
+    for stem, name in names:
+        home = sources.home_of(paths[stem]).get(name)
+        if home is not None:
+            found.add((home.stem, name))
+    return found
 
 
 def users(path: Path, name: str, tested: dict[Name, list[Test]]) -> list[str]:

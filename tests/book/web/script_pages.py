@@ -15,7 +15,7 @@ import lift
 import shared_blocks
 
 from web import proofs, prose, sources
-from web.places import OVERVIEW, Places, relative, target
+from web.places import OVERVIEW, Places, reference, relative, target
 from web.proofs import Test
 from web.sources import Block, Code, Heading, Prose, Source
 
@@ -100,12 +100,12 @@ class ScriptPages:
         carriers = [self.chapter_link(path, page) for path in self.carriers.get(region.name, [])]
         if not carriers:
             return f"({label})=\n\n"
-        those = f"chapter {carriers[0]}" if len(carriers) == 1 else f"chapters {listed(carriers)}"
+        those = "chapters " + listed(carriers) if len(carriers) > 1 else "chapter " + carriers[0]
         return f"({label})=\n{{.shared}}\nShared block **{region.name}**; also in {those}.\n\n"
 
     def chapter_link(self, path: Path, page: str) -> str:
-        there = self.places.docs.get(f"{path.parent.name}/README.md", page)
-        return f"[{number_of(path)}]({relative(page, there)})"
+        there = relative(page, self.places.first_page(path))
+        return f"[{number_of(path)}]({there})"
 
     # ── Functions and tests ───────────────────────────────────────────────────────────────────────
 
@@ -138,7 +138,7 @@ class ScriptPages:
         users = proofs.users(source.path, name, self.proofs)
         stem = source.path.stem
         public = lift.public(source.path)
-        links = [f"{{py:obj}}`{user} <{stem}.{user}>`" for user in users if user in public]
+        links = [reference(user, f"{stem}.{user}") for user in users if user in public]
         if links:
             return f"\n{{.through}}\nTested through {listed(links)}\n"
         return "\n{.through}\nTested with the whole script\n"
@@ -158,32 +158,40 @@ def number_of(path: Path) -> int:
 
 def part(piece: Heading, path: Path) -> str:
     """The title of a page; the results of a search show it alone."""
-    title = f"Chapter {number_of(path)}, part {piece.number}. {piece.title}"
-    return f"({target(f'{path.stem}-{piece.number}')})=\n# {prose.escaped(title)}\n\n"
+    title = prose.escaped(f"Chapter {number_of(path)}, part {piece.number}. {piece.title}")
+    label = target(f"{path.stem}-{piece.number}")
+    return f"({label})=\n# {title}\n\n"
 
 
 def heading(piece: Heading, path: Path, level: int) -> str:
     title = prose.escaped(f"{piece.number} {piece.title}".strip())
-    label = f"({target(f'{path.stem}-{piece.number}')})=\n" if piece.number else ""
+    text = "#" * level + f" {title}\n\n"
     is_test = path.stem.startswith("test_")  # two of its headings may have one number
-    return f"{'' if is_test else label}{'#' * level} {title}\n\n"
+    if is_test or not piece.number:
+        return text
+    label = target(f"{path.stem}-{piece.number}")
+    return f"({label})=\n{text}"
 
 
 def details(kind: str, tests: list[Test]) -> str:
     """A list of links that opens."""
     if not tests:
         return ""
-    text = f"<details><summary>{len(tests)} {kind}{'s' * (len(tests) > 1)}</summary>\n\n"
+    kinds = kind if len(tests) == 1 else kind + "s"
+    text = f"<details><summary>{len(tests)} {kinds}</summary>\n\n"
     for test in tests:
+        title = prose.escaped(test.title)
         symptom = f": {sentence(test)}{seen_in(test)}" if test.is_bug else ""
-        text += f"- [{prose.escaped(test.title)}](#{target(test.label)}){symptom}\n"
+        text += f"- [{title}](#{target(test.label)}){symptom}\n"
     return text + "\n</details>\n"
 
 
 def sentence(bug: Test) -> str:
     """What a user sees, as a sentence."""
     text = bug.symptom[0].upper() + bug.symptom[1:]
-    return prose.inline(text, lambda name: None) + "." * (text[-1] not in ".!?")
+    if text[-1] not in ".!?":
+        text += "."
+    return prose.inline(text, lambda name: None)
 
 
 def seen_in(bug: Test) -> str:
@@ -195,7 +203,8 @@ def seen_in(bug: Test) -> str:
 
 
 def listed(words: list[str]) -> str:
-    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
+    *first, last = words
+    return ", ".join(first) + " and " + last if first else last
 
 
 @lru_cache
