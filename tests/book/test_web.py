@@ -103,6 +103,7 @@ def _private():
 
 other = _private()
 '''
+TESTS_OF = "tests/test_99_dummy"
 
 
 @pytest.fixture
@@ -118,7 +119,7 @@ def root(tmp_path):
         "99_dummy/dummy.py": SCRIPT,
         "99_dummy/tool.py": '"""A tool."""\n\nimport dummy\n\n\ndef use():\n    dummy.step(1)\n',
         "notebooks/99_dummy.ipynb": json.dumps(NOTEBOOK),
-        "tests/test_99_dummy.py": TESTS,
+        f"{TESTS_OF}.py": TESTS,
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -178,12 +179,12 @@ def test_a_new_chapter_is_found_with_all_its_pages(root):
         "99_dummy/index.md",
         "99_dummy/tool.md",
     ]
-    assert "notebooks/99_dummy.ipynb" in texts and "tests/test_99_dummy.md" in texts
+    assert "notebooks/99_dummy.ipynb" in texts and f"{TESTS_OF}.md" in texts
     assert "\n/99_dummy/index\n" in texts["index.md"]
     chapter = texts["99_dummy/index.md"]
     assert "1 The idea </99_dummy/1_the_idea>" in chapter
     assert "Notebook </notebooks/99_dummy>" in chapter
-    assert "Tests of dummy </tests/test_99_dummy>" in chapter
+    assert f"Tests of dummy </{TESTS_OF}>" in chapter
     assert "[its step](99_dummy/dummy.md), [no](no.py)" in texts["index.md"]
     assert texts["files/Makefile.md"].endswith("run:\n````\n")
     assert json.loads(texts["notebooks/99_dummy.ipynb"])["cells"][0]["source"] == [
