@@ -80,8 +80,11 @@ def seen():
 @pytest.fixture(scope="module")
 def page(browser, address, seen):
     """One tab for all tests of this file."""
-    context = browser.new_context(viewport=DESKTOP, permissions=["clipboard-read"])
+    context = browser.new_context(
+        viewport=DESKTOP, permissions=["clipboard-read", "clipboard-write"]
+    )
     page = context.new_page()
+    page.set_default_timeout(120_000)  # milliseconds: a busy machine is slow
 
     def on_request(request) -> None:
         if not request.url.startswith((address, "data:", "blob:")):
@@ -147,7 +150,7 @@ def test_faults_are_found(page, address, seen):
 def test_the_search_finds_reduce_scatter(page, address):
     """The chapters that use it are among the results, and tests are not."""
     page.goto(f"{address}search.html?q=reduce-scatter")
-    page.wait_for_selector("#search-results li p.context, #search-results li .context")
+    page.wait_for_selector("#search-results .search-summary:has-text('finished')")
     found = [a.get_attribute("href") for a in page.query_selector_all("#search-results li > a")]
     pages = " ".join(found)
     assert "04_seq_parallel/" in pages and "GLOSSARY.html" in pages

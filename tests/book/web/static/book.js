@@ -1,4 +1,11 @@
 // SPDX-License-Identifier: MIT-0
+
+// The arrows of the navigation have no text: a screen reader says what they open.
+for (const arrow of document.querySelectorAll(".bd-sidebar-primary summary")) {
+  const chapter = arrow.closest("li").querySelector("a").textContent.trim();
+  arrow.setAttribute("aria-label", `Pages of ${chapter}`);
+}
+
 // "Copy with all it needs": the button takes its file's text to the clipboard.
 
 async function copied(text) {
