@@ -11,6 +11,7 @@ from docutils import nodes
 HERE = Path(__file__).resolve().parent
 
 project = "Training at scale"
+author = "the authors of Training at scale"
 html_title = "Training at scale, paper by paper"
 extensions = ["myst_nb"]
 root_doc = "index"
@@ -40,6 +41,7 @@ html_theme_options = {
     "max_navbar_depth": 2,
     "show_toc_level": 2,
     "home_page_in_toc": False,
+    "footer_content_items": ["author"],
     "navbar_persistent": [],
     "use_download_button": False,
     "use_fullscreen_button": False,
