@@ -9,6 +9,7 @@ import http.server
 import shutil
 import threading
 from importlib.resources import files
+from pathlib import Path
 
 import lift
 import pytest
@@ -42,6 +43,21 @@ KINDS = [
 ]
 
 
+def chromium() -> str | None:
+    """The system's, or the one that playwright has downloaded."""
+    for path in map(shutil.which, BROWSERS):
+        if path:
+            return path
+    with sync_api.sync_playwright() as playwright:
+        path = playwright.chromium.executable_path
+    return path if Path(path).is_file() else None
+
+
+CHROMIUM = chromium()
+if CHROMIUM is None:
+    pytest.skip(MISSING, allow_module_level=True)
+
+
 @pytest.fixture(scope="module")
 def address():
     """Of a static server of the site."""
@@ -60,13 +76,7 @@ def print_nothing(*args) -> None:
 @pytest.fixture(scope="module")
 def browser():
     with sync_api.sync_playwright() as playwright:
-        path = next(filter(None, map(shutil.which, BROWSERS)), None)
-        try:
-            browser = playwright.chromium.launch(executable_path=path)
-        except sync_api.Error as error:
-            if path is None and "Executable doesn't exist" in str(error):
-                pytest.skip(MISSING)
-            raise
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
         browser.close()
 
