@@ -1,5 +1,6 @@
 # make run · tables · test · lift FROM=02 NAME=function · numbers · differences · notebooks · lab · bench · bugs
 #      robustness · pictures · lint · style · shared · grade NOTEBOOK=mine.ipynb · handout TO=folder
+#      book · test-book · browser
 #
 #   CHAPTER=2      only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
@@ -29,9 +30,11 @@ ifeq ($(origin PY),undefined)
 PY  := .venv/bin/python
 RUN := .venv/.installed-run
 DEV := .venv/.installed-dev
+WEB := .venv/.installed-book
 endif
 
 .PHONY: run tables test lift numbers differences notebooks lab grade handout bench bugs robustness pictures lint style shared
+.PHONY: book test-book browser
 
 run: $(RUN)
 	@$(if $(SCRIPTS),,echo "no chapter $(CHAPTER)"; exit 1;)
@@ -95,6 +98,23 @@ handout: $(DEV)
 shared: $(DEV)
 	$(PY) tests/book/shared_blocks.py
 
+# The book as a static site, in build/book/html.
+book: $(WEB)
+	@PYTHONPATH=tests/book $(PY) -m web.build
+
+test-book: book
+	$(PY) -m pytest -rs tests/book/web/check_pages.py tests/book/web/check_browser.py $(ARGS)
+
+# A headless Chromium for test-book: one that is there, the system's package, or playwright's own.
+browser: $(WEB)
+	@for name in chromium chromium-browser google-chrome google-chrome-stable chrome; do \
+		command -v $$name && exit 0; \
+	done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		apt-get update -q && apt-get install -qy chromium && exit 0; \
+	fi; \
+	$(PY) -m playwright install chromium
+
 .venv/bin/python:
 	python3 -m venv .venv
 
@@ -107,4 +127,9 @@ shared: $(DEV)
 .venv/.installed-dev: .venv/.installed-run
 	@echo "installing what tests and notebooks need into .venv; this happens once"
 	.venv/bin/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+.venv/.installed-book: .venv/.installed-dev
+	@echo "installing what the site needs into .venv; this happens once"
+	.venv/bin/python -m pip install --quiet --editable '.[dev,book]'
 	@touch $@

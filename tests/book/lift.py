@@ -381,9 +381,10 @@ def assembled(
 
 
 def has_annotations(taken: list[Definition]) -> bool:
-    nodes = [node for definition in taken for node in ast.walk(definition.node)]
     return any(
-        getattr(node, "annotation", None) or getattr(node, "returns", None) for node in nodes
+        getattr(node, "annotation", None) or getattr(node, "returns", None)
+        for definition in taken
+        for node in ast.walk(definition.node)
     )
 
 

@@ -24,6 +24,7 @@ ROOT = shared_blocks.ROOT
 CHAPTERS = shared_blocks.chapters()
 TOOLS = [*shared_blocks.tools(), *shared_blocks.tables()]
 BOOK = [ROOT / "tests/book" / name for name in ("lift.py", "shared_blocks.py", "style.py")]
+BOOK += sorted((ROOT / "tests/book/web").glob("*.py"))
 
 
 def each(paths: list[Path]):
