@@ -4,6 +4,7 @@
 #
 #   CHAPTER=2      only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
 #   PY=python3     that interpreter as it is, instead of .venv, which is built when it is missing
+#   PROCESSES=4    that many share the tests, a file each at a time (2); needs pytest-xdist
 
 # CHAPTER may be 2, 02 or 02_megatron_tp; NUMBER is 02, or what matches every chapter.
 FIRST   := $(firstword $(subst _, ,$(CHAPTER)))
@@ -19,6 +20,11 @@ TESTS   := $(sort $(wildcard tests/test_$(NUMBER)_*.py))
 BENCHES := $(sort $(wildcard tests/bench/$(NUMBER)_*.py))
 DRAWERS := $(sort $(wildcard tests/pictures/$(NUMBER)_*.py))
 FOLDERS := $(subst $() ,:,tests $(patsubst %/,%,$(sort $(dir $(wildcard [0-9][0-9]_*/*.py)))))
+
+# Most tests leave a core idle. Files that take long come first, so that both processes end together.
+PROCESSES ?= 2
+HAS_XDIST = $(shell $(PY) -c "import xdist" 2> /dev/null && echo yes)
+SHARED    = $(if $(HAS_XDIST),--numprocesses $(PROCESSES) --dist loadfile --no-loadscope-reorder)
 
 ifeq ($(origin PY),undefined)
 PY  := .venv/bin/python
@@ -40,7 +46,7 @@ tables: $(RUN)
 
 test: $(DEV) lint
 	@$(if $(TESTS),,echo "no tests of chapter $(CHAPTER)"; exit 1;)
-	$(PY) -m pytest $(TESTS) $(if $(CHAPTER),,tests/book) $(ARGS)
+	$(PY) -m pytest $(SHARED) $(if $(CHAPTER),,tests/book) $(TESTS) $(ARGS)
 
 bugs: $(DEV)
 	@$(if $(TESTS),,echo "no tests of chapter $(CHAPTER)"; exit 1;)

@@ -99,8 +99,13 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest |x|, or one per tile, of which the last ones may be smaller."""
     if block is None:
         return x.abs().amax() if x.numel() else x.new_zeros(())
+    height, width = block
+    rows, columns = x.shape[-2:]
     size = x.abs()
-    return F.max_pool2d(size[None], block, ceil_mode=True)[0]
+    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    tiles = size.unfold(-2, height, height)
+    tiles = tiles.unfold(-2, width, width)
+    return tiles.amax((-2, -1))
 
 
 def _per_element(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
@@ -141,6 +146,8 @@ def quantize_fp8(
     x = x.to(torch.float32)
     shared = amax_group is not None and block is None  # also where this rank's shard is empty
     block = block if x.numel() else None
+    if block:
+        x = x.contiguous()  # the tiles of a transposed tensor would be read across its rows
     amax = _amax(x, block)
     amax = amax.nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop NaN
     if shared:

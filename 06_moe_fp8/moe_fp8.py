@@ -278,11 +278,11 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
     Raises: ValueError for a bias below fp32, in which steps of gamma vanish.
     Source: Wang et al., 2024.
     """
-    for router, counts_E in zip(routers, counts_LE, strict=True):
+    # In integers, sign(E · count − sum): a mean would be rounded, and an even load would move.
+    excess_LE = counts_LE * counts_LE.shape[1] - counts_LE.sum(1, keepdim=True)
+    for router, excess_E in zip(routers, excess_LE, strict=True):
         if router.bias.dtype.itemsize < 4:
             raise ValueError(f"{router.bias.dtype} bias: steps of {gamma} vanish; keep it in fp32")
-        # In integers, sign(E · count − sum): a mean would be rounded, and an even load would move.
-        excess_E = counts_E * len(counts_E) - counts_E.sum()
         router.bias -= gamma * excess_E.sign()
         router.counts.zero_()
 

@@ -10,15 +10,15 @@ Papers: NVIDIA Nemotron 3: Efficient and Open Intelligence, NVIDIA, 2025, arXiv 
 The problem. A model writes one token per forward pass, and each pass reads all weights. A pass over
 eight tokens costs nearly the same, but seven of the eight are not known yet.
 
-The idea. A small block is trained with the model to predict the tokens after the next one. In
-training it has the true tokens, and its loss is one more reason to plan ahead:
+The idea. A small block is trained with the model, the trunk, to predict the tokens after the next
+one. Each application of the block is a depth. In training it reads true tokens. At position i:
 
-    position i           0    1    2    3          embedding of t_{i+1}, and h_i
-    trunk        ──►    h₀   h₁   h₂   h₃  ──►  t_{i+1}       │
-    depth 1      ──►    g₀   g₁   g₂   g₃  ──►  t_{i+2}     ◄─┘
-    depth 2      ──►    g₀'  g₁'  g₂'  g₃' ──►  t_{i+3}     embedding of t_{i+2}, and g_i
+                 reads                            computes     predicts
+    trunk        t_0 … t_i                   ──►  h_i     ──►  t_{i+1}
+    depth 1      embedding of t_{i+1}, h_i   ──►  g¹_i    ──►  t_{i+2}
+    depth 2      embedding of t_{i+2}, g¹_i  ──►  g²_i    ──►  t_{i+3}
 
-In decoding (speculate.py) it proposes drafts, and one pass of the trunk verifies all of them.
+In decoding (speculate.py) it proposes tokens, the drafts. One pass of the trunk verifies them all.
 
 Run it (no flag is needed; --help lists them):
 
@@ -43,7 +43,7 @@ with pipeline stages of their own; the paper's tables (mtp_tables.py).
 #     B  sequences of a batch              H  heads               b: this replica's sequences
 #     T  tokens of a sequence              P  size of a head      t = T / cp: this rank's tokens
 #     D  model width                       N  size of a state     v = V, padded, / tp
-#     V  vocabulary entries                C  channels
+#     V  vocabulary entries                C  channels            S  tokens that T queries see
 #     F  feed-forward size                 K  taps of the convolution
 #
 # The papers' D, the number of depths, is here `mtp_num_layers`, its name in Megatron-LM.
@@ -193,14 +193,14 @@ LEAST |= {"init_std": 0, "seed": 0}
 # of its document, and then depth 2 gets the fill, and not the neighbour's second token.
 #
 # Leave the exchange out (roll each rank's part by itself), and only the last tokens of each rank
-# are wrong, two in some thousand. No loss curve shows that.
+# are wrong: with two depths two of its thousands. No loss curve shows that.
 
 
 def from_next_rank(first_B1: Tensor, end: int, group: Group = None) -> Tensor:
     """The next rank's first token ids (B, 1) of a sharded sequence; `end` on the last rank.
 
     Args: group: the ranks that share the sequence; None: it is not sharded. Collective.
-    Sends an id per sequence to each rank; a send to the neighbour alone would do. Source: ours.
+    Gathers an id per sequence from each rank; a send to the neighbour would do. Source: ours.
     """
     if group is None or group_size(group) == 1:
         return torch.full_like(first_B1, end)
@@ -234,9 +234,9 @@ def last_of_documents(document_Bt: Tensor, group: Group = None) -> Tensor:
 def roll_tensor(x_Bt: Tensor, is_last_Bt: Tensor, fill: int = 0, group: Group = None) -> Tensor:
     """Moves token ids to the left by one inside each document, (B, t); its last place gets `fill`.
 
-    Args: is_last_Bt: `last_of_documents`. group: the ranks that share the sequence, in order; None:
-        it is not sharded. Collective.
-    Source: Megatron-LM's code.
+    Args: x_Bt: int64, as large on each rank. is_last_Bt: `last_of_documents`. group: the ranks that
+        share the sequence, in order; None: it is not sharded. Collective.
+    Raises: ValueError on a rank outside the group. Source: Megatron-LM's code.
     """
     next_B1 = from_next_rank(x_Bt[:, :1], fill, group)
     rolled_Bt = torch.cat([x_Bt[:, 1:], next_B1], dim=1)
@@ -255,8 +255,8 @@ def roll_tensor(x_Bt: Tensor, is_last_Bt: Tensor, fill: int = 0, group: Group = 
 # Embedding and output layer are the trunk's own. (Megatron-LM has the embedding first in W,
 # DeepSeek the hidden state: another order of columns.)
 #
-# g^0 is the hidden state *after* the trunk's final norm, as each g^k is after its own. hnorm undoes
-# the size of a state, but not the weights of a norm: before and after are two different inputs.
+# g^0 is the hidden state *after* the trunk's final norm, as each g^k is after its own. The block's
+# norm of it undoes the size of a state, not a norm's weights: before and after are unequal inputs.
 # While these weights are near 1, as they are early in training, no loss shows which was taken.
 #
 # Nor does a curve show a block that is given the wrong token. With t_i in place of t_{i+1} the
@@ -283,8 +283,8 @@ class MultiTokenPredictionLayer(nn.Module):
 
     embedded and hidden (B, t, D) to (B, t, D), normalised. Parameters have the published names.
 
-    Args: block: builds a layer from its letter and the config. span: as `Mamba2Mixer`'s.
-    Source: DeepSeek-V3, section 2.2; Nemotron 3 Super.
+    Args: block: builds a layer from its letter and the config. span: what its layers may look back
+        at, section 2.1. Source: DeepSeek-V3, section 2.2; Nemotron 3 Super.
     """
 
     def __init__(self, config: HybridConfig, block: Callable):
@@ -338,14 +338,19 @@ def process_mtp_loss(
     Args:
         losses: of the trunk, then of each depth, per token (B, t), 0 where a target is −100.
         targets: theirs (B, t). scaling_factor: λ.
-        group: the ranks that hold other tokens; each gets its partial sum. None: there are none.
+        group: the ranks that hold other tokens (not tp). Each gets partial sums, at least fp32: add
+            them and their gradients over `group` (DDP takes means). None: no such rank. Collective.
 
-    Collective. A depth without any target has loss 0. Source: Nemotron 3 Super; Megatron-LM's code.
+    A depth without any target has loss 0. Raises: ValueError where shapes of losses and targets
+    differ, and on a rank outside the group. Source: Nemotron 3 Super; Megatron-LM's code.
     """
+    shapes = [x.shape for x in losses]
+    if shapes != [x.shape for x in targets]:
+        raise ValueError(f"losses have shapes {shapes}: give each its targets, of equal shape")
     counts = torch.stack([(targets_Bt != IGNORED).sum() for targets_Bt in targets])
     if group is not None:
         _all_reduce(counts, group)
-    sums = torch.stack([loss_Bt.sum() for loss_Bt in losses])
+    sums = torch.stack([at_least_fp32(loss_Bt).sum() for loss_Bt in losses])
     means = sums / counts.clamp(min=1)
     weight = scaling_factor / max(1, len(losses) - 1)
     total = means[0] + weight * means[1:].sum()
@@ -759,10 +764,6 @@ def initialize(model: HybridLM) -> None:
 #     before the output layer    forward: identity      backward: all-reduce      (chapter 2's f)
 
 
-# One operator, `_Conjugate`, applies a pair of functions, one in forward and one in backward. Swap
-# the two of a pair, and you get the other direction. The first pair belongs together because every
-# rank has computed on all tokens: the gradient of a token comes from all ranks of the cp group, as
-# partial sums, and each rank needs the sum for its own tokens.
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the device mesh; Mesh() is a process without process groups."""
@@ -799,6 +800,10 @@ def make_mesh(tp: int, cp: int, device: torch.device, timeout: float = 60.0) -> 
     return Mesh(tp, cp, dp, tp_rank, cp_rank, dp_rank, *groups)
 
 
+# One operator, `_Conjugate`, applies a pair of functions, one in forward and one in backward. Swap
+# the two of a pair, and you get the other direction. The first pair belongs together because every
+# rank has computed on all tokens: the gradient of a token comes from all ranks of the cp group, as
+# partial sums, and each rank needs the sum for its own tokens.
 class _Conjugate(torch.autograd.Function):
     """op(x, group) in forward, conjugate_op(gradient, group) in backward."""
 
@@ -857,8 +862,8 @@ class ParallelBlock(Block):
 class ParallelHybridLM(HybridLM):
     """`HybridLM` on a mesh: this rank's tokens_bt to logits_btv; `loss` has partial sums.
 
-    Its weights are those of HybridLM(config), for every mesh. A mesh of several ranks comes from
-    `make_mesh`. Raises: ValueError for a token id outside the vocabulary (on a GPU: NaN).
+    Its weights are those of HybridLM(config), for every mesh. Where process groups exist, it comes
+    from `make_mesh`. Raises: ValueError for a token id outside the vocabulary (on a GPU: NaN).
     Source: Megatron-LM (Shoeybi et al., 2019) for the vocabulary; for the sequence ours.
     """
 
@@ -872,8 +877,7 @@ class ParallelHybridLM(HybridLM):
     def embed(self, tokens_BT: Tensor) -> Tensor:
         group = self.mesh.tp_group
         weight_vD = self.embedding.weight
-        v = len(weight_vD)
-        row_BT, is_local_BT = _local_rows(tokens_BT, v, group)
+        row_BT, is_local_BT = _local_rows(tokens_BT, len(weight_vD), group)
         found_BTD = F.embedding(row_BT, weight_vD)
         partial_x_BTD = torch.where(is_local_BT[..., None], found_BTD, 0)
         x_BTD = _Conjugate.apply(partial_x_BTD, group, _sum, _identity)
@@ -1161,8 +1165,8 @@ def text_batches(args: argparse.Namespace, device: torch.device) -> Iterator[Bat
     for step in range(args.steps):
         rng = torch.Generator().manual_seed(1000 * args.seed + step)
         start_B = torch.randint(len(windows), (args.batch,), generator=rng)
-        window_BT = windows[start_B]
-        yield window_BT[:, :-1].to(device), window_BT[:, 1:].to(device)
+        window_BT = windows[start_B].to(device)
+        yield window_BT[:, :-1], window_BT[:, 1:]
 
 
 # The learning rate falls as a cosine. Total loss and norm are read once a step, together; the other
@@ -1205,7 +1209,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
         claim = f"every {kind} equals the single device's, all layouts, float64"
         here = f"worst {error:.1e} relative"
         claims.append((claim, "exact", here, error <= bound))
-    mesh = make_mesh(*args.layouts[0], device, args.timeout)
+    mesh = make_mesh(args.tp, args.cp, device, args.timeout)
     _, means = demonstrate(args, mesh, device)
     here = ", ".join(f"{loss:.2f}" for loss in means[1:])
     claim = "loss of the trunk and of each depth, last 20 steps"
@@ -1242,7 +1246,6 @@ def check_args(args: argparse.Namespace) -> None:
     if world % shared:
         layout = f"--tp {args.tp} times --cp {args.cp}"
         raise ValueError(f"{layout} does not divide the {world} ranks")
-    args.layouts = [(args.tp, args.cp)]
     dp = world // shared
     args.batch = args.batch or math.ceil(16 / dp) * dp
     if args.batch % dp or args.seq_length % args.cp:

@@ -8,12 +8,13 @@ Papers: Fast Inference from Transformers via Speculative Decoding, Leviathan et 
 The problem. Decoding computes one token per pass, and the pass is limited by reading the weights.
 One over eight tokens costs nearly the same, but seven of the eight are not known yet.
 
-The idea. The block of mtp.py drafts the next tokens, and one pass of the trunk computes its own law
-at each of them. A prefix is accepted, so that the text has exactly the trunk's law:
+The idea. The block of mtp.py drafts the next tokens. One pass of the trunk computes at each of them
+its own law, a probability distribution of the next token. The drafts are accepted up to one, and
+the rule of section 1 gives the text exactly the law that the trunk alone gives it:
 
     trunk        t₀ t₁ t₂ t₃ ──► h₀ h₁ h₂ h₃ ──► t₄          one token for one pass
-    block        embedding of t₄, h₃ ──► g ──► t₅?           a draft
-                 embedding of t₅?, g ──► g' ─► t₆?           a draft: the block goes on by itself
+    block        embedding of t₄, h₃  ──► g¹ ──► t₅?         a draft
+                 embedding of t₅?, g¹ ──► g² ──► t₆?         a draft: the block goes on by itself
     trunk        t₄ t₅? t₆? in one pass ──► accepts t₅, draws another t₆
     every cache  … t₄ t₅                    goes back to the last accepted token
 
@@ -31,8 +32,9 @@ Left out: batches (rows accept unequal numbers of drafts); trees of drafts; a sh
 decoding.
 """
 
-# The suffixes of tensors are those of mtp.py, section 0, and n is the number of drafts of a pass,
-# N one more. (N after P is the size of a state.)
+# The suffixes of tensors are those of mtp.py, section 0. n is the number of drafts of a pass, N one
+# more (after P it is the size of a state), M the number of pairs of a grid. g¹ is what the block
+# makes of the trunk's h, g² what it makes of g¹. A token with a question mark is a draft.
 
 from __future__ import annotations
 
@@ -64,8 +66,9 @@ from torch import Tensor, nn
 #     together         1/2    1/4    1/4       p
 #
 # For every token: min(p, q) + max(0, p − q) = p. The law is right whatever q is: a bad block costs
-# speed, never quality. A draft passes with probability Σ min(p, q) = 1 − TV(p, q). After n drafts
-# that all pass, the same pass has one law more, and a token is drawn from it.
+# speed, never quality. A draft passes with probability Σ min(p, q) = 1 − TV(p, q), where TV, the
+# total variation distance, is ½ Σ |p − q|. After n drafts that all pass, the same pass of the trunk
+# has one law more, and a token is drawn from it.
 #
 # Greedy decoding is the limit of temperature 0. Both laws are then 1 at their best token, and a
 # draft passes where they agree.
@@ -84,9 +87,10 @@ from torch import Tensor, nn
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The tokens at `uniforms` (...) of cumulated probs (..., V), which may have any positive sum.
 
+    Cumulated in float64: in fp32 rounding hides unlikely tokens of a large vocabulary.
     A token of probability 0 is never drawn. Source: inversion of the distribution function.
     """
-    cumulated = probs.cumsum(dim=-1)
+    cumulated = probs.to(torch.float64).cumsum(dim=-1)
     total = cumulated[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u · total may be rounded up to total
     threshold = uniforms[..., None] * total
@@ -98,7 +102,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 def speculative_sample(
     target_probs: Tensor, draft_probs: Tensor, drafts: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many of n drafts are accepted, and the token after them: two scalars.
+    """How many of n ≥ 0 drafts are accepted, and the token after them: two int64 scalars.
 
     Pure: the outcome is a function of the arguments, and the law of the tokens is the target's.
 
@@ -107,7 +111,8 @@ def speculative_sample(
         draft_probs: (n, V), the laws that the drafts were drawn from. drafts: (n), int64.
         uniforms: (n + 1), independent, in [0, 1): one for each test and one for the draw.
 
-    Raises: ValueError where shapes disagree; on a CPU also for a draft that its own law excludes.
+    Raises: ValueError where shapes disagree, or floats are not fp32 or float64. On a CPU also for a
+        draft that its own law excludes, and for a target that is no law; on a GPU those pass.
     Source: Leviathan et al., 2023, algorithm 1.
     """
     n = len(drafts)
@@ -115,11 +120,17 @@ def speculative_sample(
     shapes = [tuple(x.shape) for x in (target_probs, draft_probs, drafts, uniforms)]
     if shapes != [(n + 1, V), (n, V), (n,), (n + 1,)]:
         raise ValueError(f"shapes {shapes}: they must be (n + 1, V), (n, V), (n), (n + 1)")
+    for x in (target_probs, draft_probs, uniforms):  # bf16 would round each law to another one
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{x.dtype}: upcast logits before the softmax, to fp32 or float64")
     drafts_n1 = drafts[:, None]
     p_n1 = target_probs[:n].gather(1, drafts_n1)
     q_n1 = draft_probs.gather(1, drafts_n1)
     if mtp._has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
+    sum_N = target_probs.sum(dim=-1)
+    if mtp._has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
+        raise ValueError(f"target_probs sum to {sum_N.tolist()}: they must be probabilities")
     u_n1 = uniforms[:n, None]
     passes_n1 = u_n1 * q_n1 < p_n1
     accepted = passes_n1.long().cumprod(dim=0).sum()
@@ -304,12 +315,12 @@ class Decoder(HybridLM):
 
 # ── 3 Generation ──────────────────────────────────────────────────────────────────────────────
 #
-# A pass of the trunk has a window: the tokens that it has not seen (one, after the prompt), then
-# the drafts. Its hidden states are also the next input of the block.
+# A pass of the trunk has a window: the tokens that it has not seen (the prompt in the first pass,
+# one token in each later one), then the drafts. Its hidden states are the block's next input.
 #
 #     known          t₀ … t₃ t₄             the trunk has seen t₀ … t₃; its last law gave t₄
 #     block, t₁…t₄   with h₀ … h₃           one pass over what is new; its last output drafts t₅?
-#     block, t₅?     with its own g¹        drafts t₆?; and so on, beyond the depths of training
+#     block, t₅?     with its own g¹        drafts t₆?, and so on, beyond the depths of training
 #     trunk          t₄ t₅? t₆?             accepts t₅, draws another t₆
 #     block, t₅ t₆   with h₄ h₅             what it kept of t₅? came from a guess: it is replaced
 #
@@ -319,7 +330,7 @@ class Decoder(HybridLM):
 
 
 def next_laws(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities (..., V) in float64. temperature 0: 1 at the largest logit.
+    """Laws (..., V) of the next token, in float64. temperature 0: 1 at the largest logit.
 
     Raises: FloatingPointError for a logit that is not finite. Source: the usual definition.
     """
@@ -456,10 +467,10 @@ def speculative_generate(
         new_n = torch.cat([drafts_n[:accepted], token[None]])
         tokens_1T = torch.cat([tokens_1T, new_n[None]], dim=1)
         if draft_length:
-            right_1TD = hidden_1TD[:, : trunk.tokens - seen]
+            kept_1TD = hidden_1TD[:, : trunk.tokens - seen]
             next_1T = tokens_1T[:, seen + 1 :]
             options = (heads, draft_length, temperature, generator)
-            drafts_n, q_nV = draft(model, right_1TD, next_1T, *options)
+            drafts_n, q_nV = draft(model, kept_1TD, next_1T, *options)
     result.tokens_1T = tokens_1T[:, :end]
     return result
 

@@ -7,10 +7,10 @@ Papers: Nemotron-4 15B Technical Report, Parmar et al., 2024, arXiv 2402.16819;
         Reward-aware Preference Optimization, NVIDIA, 2025, arXiv 2502.00203
 
 The problem. A pretrained model continues text; which of two answers is better, no corpus says. It
-can be learned from pairs of answers, and 98 % of Nemotron-4 340B's alignment data is synthetic.
+can be learned from pairs of answers, and 98 % of Nemotron-4 340B's data for this are synthetic.
 
-The idea. Sample several answers, score them, and move the policy towards the better of two,
-compared with a fixed copy of itself, the reference:
+The idea. Sample several answers, score them (a reward), and move the model that learns, the policy
+π, towards the better of two, compared with a fixed copy of itself, the reference ref:
 
       prompts ──► policy samples K answers ──► verifier, or reward model
                     ▲                                    │  best and worst of K
@@ -18,8 +18,8 @@ compared with a fixed copy of itself, the reference:
         next policy and reference ◄── DPO, RPO ◄── pairs (chosen, rejected)
 
     Δ = [log π(chosen) − log ref(chosen)] − [log π(rejected) − log ref(rejected)]
-    DPO    −log σ(β Δ)                     push Δ up, without end
-    RPO    distance of β Δ from η Δr       until it matches the difference of rewards
+    DPO    −log σ(β Δ)                     push Δ up, without end           σ(x) = 1 / (1 + e^−x)
+    RPO    distance of β Δ from η Δr       until it matches the difference of rewards, Δr
 
 All of it is made of one number per answer: the sum of its tokens' log-probabilities, here from
 logits whose vocabulary is sharded over tensor-parallel ranks.
@@ -34,7 +34,7 @@ Run it (no flag is needed; --help lists them):
     torchrun --nproc-per-node=8 11_preference/preference.py --tp 4 --num-heads 8
 
 Left out: generation with a key-value cache; judging by another language model; published weights;
-GRPO (a later chapter); the papers' tables (preference_tables.py).
+GRPO (chapter 12); the papers' tables (preference_tables.py).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -50,9 +50,9 @@ GRPO (a later chapter); the papers' tables (preference_tables.py).
 #     F  feed-forward size            V  vocabulary entries               v = V, padded, / tp
 #     R  responses of a batch         P  pairs of them, R = 2 · P         f = F / tp
 #
-# A response is what follows a prompt, its end token included. tp is the number of ranks that share
-# one copy of the model; dp is the number of copies, the replicas. "region carried" marks code that
-# is copied from its home chapter, nearly all at the end of the file. Editors fold it.
+# A response is an answer with its end token. tp is the number of ranks that share one copy of the
+# model; dp is the number of copies, the replicas. "region carried" marks code that is copied from
+# its home chapter, nearly all at the end of the file. Editors fold it.
 
 from __future__ import annotations
 
@@ -166,6 +166,7 @@ class GPTConfig:
 # answers reach, and the gradient is NaN. And a token on another rank must contribute 0 before the
 # all-reduce: masked after it, each rank has multiplied away what its neighbours contributed.
 
+# region shared: log-probabilities
 IGNORED = -100  # a target that does not count
 
 
@@ -227,14 +228,15 @@ def vocab_parallel_log_probs(
 
     Args:
         logits_BSv: this rank's shard; rank r holds token ids [r·v, (r + 1)·v). Not modified.
-        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated.
+        targets_BS: int64 token ids in [0, vocab_size), or −100; replicated. Or both without B.
+        group: the ranks that share the vocabulary; None: all ranks. Collective in forward.
         vocab_size: columns from there on are padding. None: no column is.
         chunk: so many tokens are upcast to fp32 at once. It changes no bit of the result.
 
     Returns: log_prob_BS, replicated, at least fp32; 0 where the target is −100.
     Memory: backward keeps the logits as they are, and makes their gradient in the same dtype.
-    Raises: ValueError where shapes disagree, sizes do not fit, or a target is out of range; on a
-        GPU the result of such a target is NaN.
+    Raises: ValueError where shapes disagree, sizes do not fit, a target is out of range (on a GPU
+        its result is NaN), or this rank is not in the group.
     Source: Megatron-LM's cross entropy; NeMo-Aligner's DistributedLogprob.
     """
     columns = logits_BSv.shape[-1] * group_size(group)
@@ -253,6 +255,7 @@ def vocab_parallel_log_probs(
     return torch.where(is_id_BS, log_prob_BS, torch.nan)
 
 
+# endregion
 # ── 1.2 Prompts and responses ───────────────────────────────────────────────────────────────────
 #
 # Position j predicts token j + 1. So the targets are the tokens shifted by one, once, when a batch
@@ -264,12 +267,12 @@ def vocab_parallel_log_probs(
 #     sequence    0  0  0  0  0    0   R         which response a token belongs to; R: none
 #     position    0  1  2  3  4    5   0
 #
-# One shift is right, and two are not: with the mask of responses shifted once more than the tokens,
+# One shift is right, and two are not. With the mask of responses shifted once more than the tokens,
 # the last prompt token counts and the end token does not. The loss falls all the same.
 #
 # The end token counts: without it no policy learns to stop. (Padding with the end token, and then
 # masking whatever equals the padding, is how it gets lost.) The place of the end token is kept:
-# there the reward is read.
+# there the reward model (rounds.py) reads its input.
 #
 # The prompt's tokens are read and predict nothing. Count them, and the policy learns to write
 # prompts as well; in a pair they cancel from Δ only as long as both rows share one prompt.
@@ -279,6 +282,7 @@ def vocab_parallel_log_probs(
 # sees the tokens before it in its own sequence. Positions start anew in each.
 
 
+# region shared: batches of responses
 class Sequences(NamedTuple):
     """R prompts with their responses: padded, or packed. Source: ours."""
 
@@ -327,11 +331,12 @@ def collate(examples: list[Example], row_length: int | None = None, pad: int = 0
     return Sequences(*columns, torch.tensor(ends))
 
 
+# endregion
 def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
     """log π of each response: the sum over its tokens, log_prob_R. Source: DPO, equation 1.
 
-    The sum, and not the mean: π(response) is a product. With means β would mean something else for
-    each length, and a pair of unequal lengths would have no log 2 to start from.
+    The sum, and not the mean: π(response) is a product. With means a token of a long response
+    would weigh less than one of a short response, and β would be another one for each length.
     """
     log_prob_BS = model.log_probs(batch)  # 0 where a target does not count
     sums = log_prob_BS.new_zeros(len(batch.end_R) + 1)
@@ -341,10 +346,11 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 
 # ── 1.3 DPO ─────────────────────────────────────────────────────────────────────────────────────
 #
-# Suppose answers are preferred with probability σ(r(chosen) − r(rejected)), and a policy maximizes
-# r minus β times its distance (KL) from the reference. That policy has r = β log π/ref + a term of
-# the prompt alone, which a difference cancels. So the policy is its own reward model, and the loss
-# of a pair is the log-likelihood of the preference:
+# Suppose answers are preferred with probability σ(r(chosen) − r(rejected)), r being their rewards.
+# Suppose too that a policy maximizes r minus β times its KL divergence from the reference. Then it
+# is ref · exp(r/β), normalised for each prompt, and r = β log(π/ref) + a term of the prompt alone,
+# which a difference cancels. So the policy is its own reward model, h is the difference of its
+# rewards, and the loss of a pair is the negative log-likelihood of the preference:
 #
 #     h = β Δ            loss = −log σ(h)            dloss/dh = −(1 − σ(h))
 #
@@ -352,9 +358,9 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 # −β/2 · (∇log π(chosen) − ∇log π(rejected)). That is a sharp test of everything before it: another
 # dtype, dropout or mask in one of the two models, and the first loss is not log 2.
 #
-# Where both models are right, β says how far the policy may go. The gradient fades once h is about
-# 3, so Δ ends near 3/β: with β = 0.1 a pair's odds have changed by e^30. The 340B report took β
-# from 3e-4 to 3e-3, since its responses have hundreds of tokens, and Δ is a sum over all of them.
+# β says how far the policy may go. The gradient fades once h is about 3, so Δ ends near 3/β: with
+# β = 0.1 the odds of chosen to rejected have changed by e^30. The 340B report took β from 3e-4 to
+# 3e-3, since its responses have hundreds of tokens, and Δ is a sum over all of them.
 #
 # Only Δ counts, and two falling likelihoods have a growing Δ as well. Chosen and rejected share
 # most of their tokens, and what pushes the rejected answer down takes the chosen one along. Both
@@ -365,7 +371,8 @@ def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
 #
 # DPO pushes each Δ without end, however close the two answers are. A rejected answer may be nearly
 # as good as the chosen one, and DPO unlearns it all the same. If rewards are known, so is the right
-# margin g = η (r(chosen) − r(rejected)), and h should match it:
+# margin g = η (r(chosen) − r(rejected)), and h should match it. Bern p has two outcomes, with
+# probabilities p and 1 − p; KL( P ‖ Q ) = Σ P log(P/Q) is 0 where P and Q are equal:
 #
 #     distance        loss                                dloss/dh
 #     backward_kl     KL( Bern σ(g) ‖ Bern σ(h) )         σ(h) − σ(g)             the 340B report's
@@ -387,7 +394,7 @@ def dpo_loss(delta_P: Tensor, beta: float = 0.1) -> Tensor:
     """−log σ(β Δ) of each pair, loss_P.
 
     Args: delta_P: how far log π(chosen) has moved from the reference's, minus how far that of the
-        rejected response has; both are sums over tokens.
+        rejected response has; sums over tokens, at least fp32. loss_P has its dtype; P may be 0.
     Raises: ValueError for β ≤ 0: the loss would stay at log 2 for ever.
     Source: Direct Preference Optimization (Rafailov et al., 2023), equation 7.
     """
@@ -406,16 +413,19 @@ def rpo_loss(
     """Reward-aware RPO, loss_P. (Another method is called RPO as well: iterative *reasoning*
     preference optimization, trl's rpo_alpha, which is DPO with an SFT term.)
 
-    Args: delta_P: as in `dpo_loss`. reward_gap_P: r(chosen) − r(rejected); constants, without
-        gradient. distance: "backward_kl", "forward_kl" or "squared", the table of section 1.4.
-    Raises: ValueError for β ≤ 0 or another distance.
+    Args: delta_P: as in `dpo_loss`. reward_gap_P: r(chosen) − r(rejected), finite; constants, so
+        it gets no gradient. distance: "backward_kl", "forward_kl" or "squared", section 1.4.
+    Raises: ValueError for β ≤ 0, another distance, or unequal shapes.
     Source: Nemotron-4 340B, section 3.3.3; 2502.00203, equation 3; NeMo-Aligner's names.
     """
     if not beta > 0 or distance not in ("backward_kl", "forward_kl", "squared"):
         known = "backward_kl, forward_kl or squared"
         raise ValueError(f"beta={beta}, distance={distance!r}: above 0, and {known}")
+    if delta_P.shape != reward_gap_P.shape:
+        shapes = f"delta_P {tuple(delta_P.shape)} and reward_gap_P {tuple(reward_gap_P.shape)}"
+        raise ValueError(f"{shapes}: give one number per pair")
     h_P = beta * delta_P
-    g_P = eta * reward_gap_P
+    g_P = eta * reward_gap_P.detach()
     if distance == "squared":
         return (h_P - g_P).square()
     if distance == "backward_kl":
@@ -456,8 +466,8 @@ def _bernoulli_kl(a: Tensor, b: Tensor) -> Tensor:
 # 2 · 6144. (48 heads share 8 groups there.)
 #
 # The rows of the fused key-value matrix are ordered (group, {k, v}, D): a shard of rows holds
-# complete groups. (Megatron-LM puts the queries into the same matrix, which saves an all-reduce in
-# backward.) On a single device n = N, g = G and f = F.
+# complete groups. (Megatron-LM puts the queries into the same matrix: one GEMM in place of two.) On
+# a single device n = N, g = G and f = F.
 
 
 class LayerNorm1p(nn.Module):
@@ -716,8 +726,7 @@ class ParallelGPT(GPT):
 # what the one before it has saved.
 #
 # One table says along which dimension each parameter is sharded. LayerNorm is not in it: its
-# weights are replicated. A checkpoint has full tensors, so the next stage
-# of alignment may run on another number of ranks.
+# weights are replicated. A checkpoint has full tensors: the next stage may have other ranks.
 
 SHARD_DIM = {
     "embedding.weight": 0,  # by vocabulary entries
@@ -733,7 +742,7 @@ VOCABULARY = ("embedding.weight", "output.weight")  # padded where V does not di
 
 def shard_dim(name: str) -> int | None:
     """The dimension along which parameter `name` is sharded, or None."""
-    module_and_kind = name.split(".")[-2:]  # of "layers.0.attention.q.weight" the last two
+    module_and_kind = name.split(".")[-2:]  # of "layers.0.q.weight" the last two
     return SHARD_DIM.get(".".join(module_and_kind))
 
 
@@ -748,9 +757,7 @@ def check_tp(config: GPTConfig, tp: int) -> None:
     sizes = (config.num_heads, config.ffn_hidden_size, 2 * G * config.head_size)
     groups_fit = G % tp == 0 or tp % G == 0
     if not groups_fit or any(size % tp for size in sizes):
-        rule = (
-            "it must divide heads, features, keys, and divide the groups or be a multiple of them"
-        )
+        rule = "it must divide heads, features and keys, and divide the groups or be their multiple"
         raise ValueError(f"tp={tp}: {rule}, but this is {config}")
 
 
@@ -810,6 +817,7 @@ def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 
 
+# region shared: replicas
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the device mesh; Mesh() is a process without process groups."""
@@ -834,6 +842,7 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     return Mesh(tp, world // tp, group_rank() // tp, *groups)
 
 
+# endregion
 # ── 4.1 Sums first, one division ────────────────────────────────────────────────────────────────
 #
 # Micro-batches and replicas have unequally many tokens, labels and pairs. A mean of means weighs
@@ -845,8 +854,7 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
 # With pairs 3 and 1 on two replicas, whose losses sum to 3.0 and 2.0, the mean is 5/4 = 1.25, and a
 # mean of means would be (1.0 + 2.0)/2 = 1.5: the single pair would weigh as much as three.
 #
-# SFT counts tokens, the reward model counts labels, DPO and RPO count pairs. Within a pair,
-# log-probabilities are sums over tokens.
+# SFT counts tokens, the reward model counts labels, DPO and RPO count pairs.
 
 
 def sft_objective(model: nn.Module, batch: Sequences) -> tuple[Tensor, Tensor]:
@@ -864,8 +872,8 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class PreferenceObjective:
-    """DPO or RPO with an SFT term: (policy, pairs) to the sum over pairs, and their count, scalars.
-    Raises ValueError for another method."""
+    """DPO or RPO, and `sft_weight` times the chosen responses' −log π: (policy, pairs) to the sum
+    over pairs, and their count, scalars. Raises ValueError for another method."""
 
     method: str = "dpo"  # or "rpo"
     beta: float = 0.1
@@ -892,10 +900,11 @@ class PreferenceObjective:
 
 
 # Each replica has pairs of its own, and not equally many: where all responses to a prompt are
-# equally good, there is no pair. So sums are added over replicas and divided by the global count. A
-# mean of the replicas' means would weigh the pairs of a replica with few of them more.
+# equally good, there is no pair. A replica without any pair has no micro-batch: it adds zeros to
+# sums and counts, and takes part in each collective.
 
 
+# region shared: sums and counts
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay: alignment takes few steps, from weights that are good already."""
     return AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -954,21 +963,17 @@ def train(
         yield loss, norm
 
 
+# endregion
 # ── 4.2 The reference ───────────────────────────────────────────────────────────────────────────
 #
 # Two models are in memory. The reference's log-probabilities do not change while the policy learns,
 # so they are computed once per pair, without gradient, and kept. The reference runs the same
-# function on the same batches as the policy. Computed in other micro-batches, or with another tp,
-# its sums would be rounded differently, and the first h would not be 0: a noise of 0.01 per
-# response is more than a small β learns from. (NeMo-Aligner's repair of such a difference raised
-# MT-Bench from 7.12 to 7.23.)
-#
-# Dropout in one of the two models, another dtype, or a reference that was updated by an average of
-# the policy's weights: each shows in the first loss, which is then not log 2.
+# function on the same batches as the policy. Computed in other micro-batches, with another tp, or
+# without the policy's autocast, its sums would be rounded differently, and the first Δ would be
+# noise. (NeMo-Aligner's repair of such a difference raised MT-Bench from 7.12 to 7.23.)
 #
 # Where do pairs come from? From the policy itself: `rounds.py` samples several responses to a
-# prompt, scores them with a verifier or with a reward model, and pairs the best with the worst. The
-# policy that has learned from them is the next round's reference.
+# prompt, scores them with a verifier or with a reward model, and pairs the best with the worst.
 
 Judged = tuple[Example, Example, float]  # the chosen one, the rejected one, difference of rewards
 
@@ -997,7 +1002,7 @@ def pair_batch(
 #
 # Pairs are made before training: after a few steps the policy no longer writes what it learns from.
 # The next step is to sample in every step, and to reinforce all of several answers by how much
-# better than their mean they are: GRPO, a later chapter.
+# better than their mean they are: GRPO, chapter 12.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 #
@@ -1011,8 +1016,7 @@ def pair_batch(
 #
 # Generated pairs make the methods comparable: each learns from the same pairs, and each reward is
 # exact. The policy's own responses depend on what it has learned so far, so two methods would see
-# different pairs after one step. `rounds.py` has the loop with own responses, by RPO: it prints how
-# both likelihoods move, and the share of right responses after each round.
+# different pairs after one step. `rounds.py` has the loop with own responses, by RPO.
 
 STEPS = 200  # of SFT
 DIGITS = 5  # of a problem
@@ -1099,21 +1103,24 @@ class Learned:
 
 def learn(
     policy: ParallelGPT,
-    pairs: Pairs,
+    pairs: Pairs | None,
     objective: PreferenceObjective,
     args: argparse.Namespace,
     mesh: Mesh,
 ) -> Learned:
-    """Trains on all pairs in each step."""
+    """Trains on all pairs in each step. Args: pairs: this replica's; None: it has none."""
     optimizer = make_optimizer(policy, args.pair_lr)
-    batches = [[pairs]] * args.pair_steps
+    batches = [[pairs] if pairs else []] * args.pair_steps
     steps = train(policy, optimizer, batches, objective, mesh, autocast=dtypes(args)[1])
     losses = [read_step(step, loss, norm)[0] for step, (loss, norm) in enumerate(steps)]
-    with torch.no_grad():
-        moved_R = sequence_log_probs(policy, pairs.sequences) - pairs.reference_R
-    gap_P = pairs.reward_gap_P
-    values_4P = torch.stack([*moved_R.chunk(2), gap_P, torch.ones_like(gap_P)])
-    *totals, count = _all_reduce(values_4P.sum(dim=1), mesh.dp_group).tolist()
+    totals_4 = at_least_fp32(policy.final_norm.weight.new_zeros(4))
+    if pairs:
+        with torch.no_grad():
+            moved_R = sequence_log_probs(policy, pairs.sequences) - pairs.reference_R
+        gap_P = pairs.reward_gap_P
+        values_4P = torch.stack([*moved_R.chunk(2), gap_P, torch.ones_like(gap_P)])
+        totals_4 += values_4P.sum(dim=1)
+    *totals, count = _all_reduce(totals_4, mesh.dp_group).tolist()
     chosen, rejected, gap = (total / count for total in totals)
     h = objective.beta * (chosen - rejected)
     return Learned(losses[0], chosen, rejected, gap, h)

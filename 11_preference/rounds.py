@@ -18,8 +18,9 @@ A model learns to sort digits, a reward model learns to mark its responses, and 
 
 The 340B report starts with another model's responses, trains on them, and lets the result make the
 next ones. Where there is a verifier (mathematics, Python code, checkable instructions), it says
-which response is right; elsewhere the reward model does. A weak reward model is soon exploited: of
-75 % right responses, three rounds by the verifier made 90 %, and by the reward model 60 %.
+which response is right; elsewhere the reward model does. A weak reward model is soon exploited:
+75 % of the responses were right at first, 90 % after three rounds by the verifier, and 60 % after
+three by the reward model.
 """
 
 from __future__ import annotations
@@ -178,7 +179,7 @@ def best_and_worst(examples: list[Example], rewards: list[float]) -> list[Judged
 
 
 def verify(prompt: list[int], response: list[int]) -> float:
-    """The share of right places; 1 for an exact response alone."""
+    """The share of right places; 1 only for an exact response."""
     right = [*sorted(prompt[:-1]), END]
     hits = sum(a == b for a, b in zip(right, response))
     return hits / max(len(right), len(response))
@@ -227,7 +228,8 @@ class Replica:
 
     def mean(self, values: list[float]) -> float:
         """Over the values of all replicas. Collective."""
-        totals_2 = torch.tensor([sum(values), len(values)]).to(self.device)
+        totals_2 = torch.tensor([sum(values), len(values)], dtype=torch.float32)
+        totals_2 = totals_2.to(self.device)  # the dtype is fp32 on a replica without values, too
         total, count = _all_reduce(totals_2, self.mesh.dp_group).tolist()
         return total / max(1, count)
 
@@ -310,7 +312,7 @@ def run(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[tupl
         x = Learned(0.0, 0.0, 0.0, 0.0, 0.0)
         pairs = replica.mean([float(len(judged))])
         if pairs:
-            batch = pair_batch(judged or [(examples[0], examples[0], 0.0)], reference, device)
+            batch = pair_batch(judged, reference, device, autocast) if judged else None
             x = learn(policy, batch, objective, args, mesh)
         exact = replica.exact(policy)
         say(f"{number:5}{pairs:9.0f}{x.moved:>28}{x.h:10.2f}{x.gap:9.2f}{exact:12.1%}")

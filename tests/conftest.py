@@ -45,7 +45,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not __debug__:
         raise pytest.UsageError("PYTHONOPTIMIZE takes the assertions out of the tests: unset it")
-    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PY", "CHAPTER", "ARGS"):
+    for name in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "PY", "CHAPTER", "ARGS", "PROCESSES"):
         os.environ.pop(name, None)  # what `make test PY=...` hands on is not for a test's own make
     torch.set_num_threads(1)  # as in the ranks: two threads on a busy machine are far slower
     ranks.PATHS[:] = [str(ROOT / path) for path in config.getini("pythonpath")]

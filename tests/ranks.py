@@ -22,9 +22,11 @@ from multiprocessing.connection import wait
 import torch
 import torch.distributed as dist
 
+PRELOADED = ["pytest", "hypothesis", "torch", "torch.distributed.run", "torch._dynamo", "ranks"]
 PATHS = []  # where tests and chapters are imported from
 MOST_GROUPS = 24  # each costs a rank a thread that wakes a hundred times a second
 device = torch.device("cpu")  # in a rank: the one that it owns
+backend = "gloo"  # what its tensors on that device travel through
 
 
 class RankFailed(AssertionError):
@@ -40,15 +42,16 @@ def context() -> multiprocessing.context.BaseContext:
     paths = [*PATHS, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))  # the server's
     forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["pytest", "torch", "torch.distributed", "torch._dynamo", "ranks"])
+    forks.set_forkserver_preload(PRELOADED)
     return forks
 
 
 def _serve(
-    rank: int, world: int, store: str, device_type: str, backend: str, detail: bool, connection
+    rank: int, world: int, store: str, device_type: str, through: str, detail: bool, connection
 ) -> None:
     """What a rank does: wait for a function, run it, send back what it returned or raised."""
-    global device
+    global device, backend
+    backend = through
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(1)
@@ -56,10 +59,12 @@ def _serve(
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     device_id = device if backend == "nccl" else None
+    # Some tests make their tensors on the CPU.
+    backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
     options = dict(rank=rank, world_size=world, timeout=timedelta(seconds=60), device_id=device_id)
     if detail:  # what TORCH_DISTRIBUTED_DEBUG=DETAIL sets
         dist.set_debug_level(dist.DebugLevel.DETAIL)
-    dist.init_process_group(backend, init_method=f"file://{store}", **options)
+    dist.init_process_group(backends, init_method=f"file://{store}", **options)
     while True:
         try:
             module, name, kwargs = pickle.loads(connection.recv_bytes())

@@ -4,10 +4,12 @@ a script does on ranks that are there already, which saves the seconds of a star
 """
 
 import contextlib
+import functools
 import io
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +17,12 @@ from unittest import mock
 
 import ranks
 import torch.distributed as dist
+
+
+@functools.cache
+def bytecode() -> tempfile.TemporaryDirectory:
+    """Where processes without docstrings keep their bytecode, which differs from the others'."""
+    return tempfile.TemporaryDirectory()
 
 
 @contextlib.contextmanager
@@ -27,6 +35,9 @@ def started(*command: str, program: str = sys.executable, **options):
     """
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    if sys.dont_write_bytecode and "PYTHONOPTIMIZE" in environment:
+        # Each process would compile all of torch.
+        environment |= {"PYTHONPYCACHEPREFIX": bytecode().name, "PYTHONDONTWRITEBYTECODE": ""}
     process = subprocess.Popen([program, *command], **pipes, env=environment, **options)
     try:
         yield process
@@ -54,7 +65,7 @@ def on_ranks(chapter: ModuleType, *flags: str, main: Callable | None = None) -> 
     In fp32 where they do not say otherwise. main: the one that the script launches, by default its
     function main. Returns: exit code here; what rank 0 printed.
     """
-    setting = ["--ranks", str(dist.get_world_size()), "--backend", dist.get_backend()]
+    setting = ["--ranks", str(dist.get_world_size()), "--backend", ranks.backend]
     setting += ["--device", ranks.device.type, "--dtype", "fp32"]
     code, printed = 0, io.StringIO()
     with mock.patch.object(sys, "argv", [chapter.__file__, *setting, *map(str, flags)]):

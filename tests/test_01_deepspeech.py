@@ -1399,7 +1399,7 @@ def test_the_check(dtype):
         check=True,
         dtype=dtype,
         device=ranks.device.type,
-        backend=dist.get_backend(),
+        backend=ranks.backend,
         ranks=3,
         seed=0,
         timeout=60.0,

@@ -302,7 +302,7 @@ def test_a_rank_outside_the_group_is_refused():
             with pytest.raises(ValueError, match="rank 1 is not in the process group"):
                 call(group=first_alone)
                 pytest.fail(f"{name} accepts a group without this rank")
-        model = tp.ParallelGPT(config(), alone)
+        model = on_device(tp.ParallelGPT(config(), alone))
         for outside in ({"tp_group": first_alone}, {"dp_group": first_alone}):
             mesh = tp.Mesh(**({"tp_group": alone, "dp_group": alone} | outside))
             with pytest.raises(ValueError, match="rank 1 is not in the process group"):

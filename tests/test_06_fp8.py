@@ -12,6 +12,7 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import fp8
 import moe_fp8 as moe
@@ -23,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from proof import Shows, assert_differs, assert_equal, plant, worst_of
+from proof import SavedStorages, Shows, assert_differs, assert_equal, plant, worst_of
 from test_06_moe_fp8 import (
     EVERY_WORLD,
     FROZEN,
@@ -182,11 +183,14 @@ def test_any_numbers_against_fractions(values, format, power_of_two):
 
 @pytest.mark.parametrize("block", [(1, 128), (128, 128), (2, 3)], ids=str)
 @pytest.mark.parametrize("shape", [(5, 130), (130, 257), (2, 3, 7), (0, 128), (1, 1)], ids=str)
-def test_tiles_are_quantised_each_by_itself(shape, block):
+@pytest.mark.parametrize("transposed", [False, True])
+def test_tiles_are_quantised_each_by_itself(shape, block, transposed):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.arange(
         1, shape[-1] + 1
     )
+    x = x.mT.contiguous().mT if transposed else x
     quantized = fp8.quantize_fp8(x, "e4m3", block)
+    assert quantized.codes.is_contiguous()
     back = fp8.dequantize_fp8(quantized)
     assert quantized.codes.shape == back.shape == x.shape
     for rows in range(0, shape[-2], block[0]):
@@ -506,6 +510,22 @@ def test_fp8_training_on_every_layout_starts_with_the_same_loss(latent):
         )
         here, _ = model(share_of(batch[0], "even"))
         assert_equal({"logits": here}, {"logits": share_of(loss_BS.detach(), "even")})
+
+
+@pytest.mark.parametrize("frozen", ["weight", "input"])
+def test_nothing_is_kept_or_computed_for_what_needs_no_gradient(frozen):
+    """A frozen weight keeps no activation; of dgrad and wgrad only the one that is needed runs."""
+    layer, x = fp8_layer(16, 32), torch.ones(16, 16, requires_grad=frozen != "input")
+    layer.weight.requires_grad_(frozen != "weight")
+    with SavedStorages(layer) as saved:
+        y = layer(x)
+    if frozen == "weight":
+        assert saved.bytes == 0
+    else:
+        assert saved.bytes >= x.numel()
+    with mock.patch.object(fp8, "fp8_gemm", wraps=fp8.fp8_gemm) as gemm:
+        y.sum().backward()
+    assert gemm.call_count == 1
 
 
 # ── Planted bugs ──────────────────────────────────────────────────────────────────────────────────
@@ -867,10 +887,22 @@ def test_the_published_largest_values():
         assert fp8.formats()[-1][3] is False
 
 
+def assert_the_claims_hold(printed: str) -> None:
+    assert "FAILED" not in printed and printed.count(" ok\n") == 3
+    assert "In FP8, emulated: all but the first 1 and the last 1 layers" in printed
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", fp8.RECIPES)
-def test_the_fp8_script(recipe):
-    done = scripts.run(SCRIPT, "--steps", "5", "--recipe", recipe, timeout=240)
+def test_the_fp8_script():
+    """In processes of its own."""
+    done = scripts.run(SCRIPT, "--steps", "5", timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 3
-    assert "In FP8, emulated: all but the first 1 and the last 1 layers" in done.stdout
+    assert_the_claims_hold(done.stdout)
+
+
+@pytest.mark.ranks(4, timeout=120)
+@pytest.mark.parametrize("recipe", fp8.RECIPES)
+def test_the_fp8_script_with_each_recipe(recipe):
+    code, printed = scripts.on_ranks(fp8, "--steps", "5", "--recipe", recipe)
+    assert code == 0, printed
+    assert_the_claims_hold(printed)

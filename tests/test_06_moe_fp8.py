@@ -448,6 +448,7 @@ def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
     x = random(13, 5)
     orders = (torch.randperm(8, generator=torch.Generator().manual_seed(t)) for t in range(13))
     experts = torch.stack([order[order != 3][:top_k] for order in orders])  # nobody wants expert 3
+    experts = experts.to(ranks.device)
     here, mine = share_of(x, how), share_of(experts, how)
     plan = moe.plan_dispatch(mine, 8)
     rows = moe.dispatch(here, plan)()
@@ -459,7 +460,7 @@ def test_rows_arrive_in_the_order_of_the_whole_batch(top_k, how):
     assert torch.equal(rows, torch.cat(expected)) and plan.counts == [
         len(part) for part in expected
     ]
-    weights = torch.ones(len(here), top_k, dtype=torch.float64)
+    weights = here.new_ones(len(here), top_k)
     assert_equal_or_empty(moe.combine(rows, weights, plan), top_k * here)
 
 
@@ -1655,6 +1656,18 @@ def test_frozen_parameters(frozen):
     (there, here), grads, expected = frozen_step(frozen, config())
     assert_equal(grads, expected)
     assert_equal({"norm": here.norm}, {"norm": there.norm})
+
+
+@pytest.mark.ranks(2)
+def test_a_gradient_that_one_rank_lacks():
+    """It counts as zero: were it left out, two ranks would all-reduce buffers of unequal size."""
+    first, second = (nn.Parameter(torch.ones(3, device=ranks.device)) for _ in range(2))
+    first.grad = torch.ones_like(first)
+    if dist.get_rank() == 0:
+        second.grad = torch.ones_like(second)
+    moe.sum_gradients([first, second])
+    assert torch.equal(first.grad, torch.full_like(first, 2))
+    assert torch.equal(second.grad, torch.ones_like(second))
 
 
 @pytest.mark.ranks(2)

@@ -1105,6 +1105,21 @@ def test_initial_weights_do_not_depend_on_the_mesh(layout):
     assert all(torch.equal(full[name], x) for name, x in plain.items())
 
 
+@pytest.mark.ranks(2)
+def test_with_gloo_a_message_goes_through_the_memory_of_the_cpu():
+    """gloo reads a GPU's address as its own process's. "meta" stands for the GPU's memory."""
+    if ranks.backend != "gloo":
+        pytest.skip("NCCL sends from GPU to GPU")
+    mesh = mesh_of(1, 2, 1)
+    if mesh.pp_rank == 0:
+        x = torch.ones(3, device=ranks.device)
+        z.exchange(mesh, x, +1, x, receives=False)
+    else:
+        device = ranks.device if ranks.device.type == "cuda" else "meta"
+        like = torch.empty(3, device=device)
+        assert z.exchange(mesh, like, -1, None, receives=True).device == like.device
+
+
 def test_a_wrong_state_dict_is_refused():
     cfg = config()
     full = z.GPT(cfg).state_dict()
@@ -1116,7 +1131,7 @@ def test_a_wrong_state_dict_is_refused():
     ):
         with pytest.raises(ValueError, match="final_norm.bias|extra"):
             z.shard_state_dict(wrong, cfg, z.ParallelMesh())
-    with pytest.raises(ValueError, match="2 state dicts, but the mesh is 1 × 1 × 1"):
+    with pytest.raises(ValueError, match="2 state dicts, but the mesh has 1 ranks"):
         z.merge_state_dicts([full, full], cfg, z.ParallelMesh())
     other = {name: x + 1 for name, x in full.items()}
     with pytest.raises(ValueError, match="the copies of embedding.weight differ between ranks"):

@@ -228,6 +228,23 @@ def test_the_weight_of_the_depths():
     assert torch.allclose(found, torch.tensor([2 + 0.3 / 2 * 12, 2.0, 4.0, 8.0]))
 
 
+def test_bad_losses():
+    """With fewer targets than losses one count would divide all of them."""
+    losses = [torch.ones(2, 4)] * 3
+    targets = [torch.zeros(2, 4, dtype=torch.long)] * 3
+    for bad in (targets[:1], [x[:1] for x in targets]):
+        with pytest.raises(ValueError, match="losses have shapes"):
+            mt.process_mtp_loss(losses, bad, 0.3)
+
+
+def test_losses_in_bf16_are_summed_in_fp32():
+    """2.09375 is the bf16 value of 2.1; a sum of 5000 in bf16 has 8 bits."""
+    losses = [torch.full((1, 4999), 2.1, dtype=torch.bfloat16)]
+    found = mt.process_mtp_loss(losses, [torch.zeros(1, 4999).long()], 0.3)
+    assert found.dtype == torch.float32
+    assert (found - losses[0][0, 0].item()).abs().max() < 1e-5
+
+
 @pytest.mark.ranks(2)
 def test_the_counts_of_section_1_3():
     """Rank 0 has 3 targets with loss 1, rank 1 one with loss 5: their mean is 2, and not 3."""

@@ -177,6 +177,24 @@ def test_bad_arguments_of_the_rule():
     never = torch.tensor([[0.0, 1, 0, 0]], dtype=torch.float64)
     with pytest.raises(ValueError, match=r"a draft of \[2\] has probability 0"):
         sp.speculative_sample(p, never, torch.tensor([2]), u)
+    for bad in (p * 0, p * math.nan, p * math.inf):  # the token would be V, outside the vocabulary
+        with pytest.raises(ValueError, match="target_probs sum to"):
+            sp.speculative_sample(bad, p[:1], torch.tensor([0]), u)
+    for low in (torch.bfloat16, torch.float16):
+        for index in (0, 1, 3):
+            arguments = [p, p[:1], torch.tensor([0]), u]
+            arguments[index] = arguments[index].to(low)
+            with pytest.raises(ValueError, match=f"{low}: upcast logits"):
+                sp.speculative_sample(*arguments)
+
+
+def test_unlikely_tokens_in_fp32():
+    """Each has its own share; cumulated in fp32, the last would have its neighbours', too."""
+    probs = torch.tensor([1.0, 3e-8, 3e-8])
+    found = [
+        sp.draw(probs, torch.tensor(1 - x, dtype=torch.float64)).item() for x in (1e-7, 4e-8, 1e-8)
+    ]
+    assert found == [0, 1, 2]
 
 
 # ── Caches ────────────────────────────────────────────────────────────────────────────────────────

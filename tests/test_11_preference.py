@@ -448,6 +448,8 @@ def test_rpo_by_hand(distance):
             slope = h.sigmoid() * (-h).sigmoid() * (h - g)
     assert_equal({"": found}, {"": expected}, 1e-12)
     assert_equal({"": leaf.grad}, {"": beta * slope}, 1e-12)
+    learned_gap = gap.clone().requires_grad_()  # a reward model gets no gradient
+    assert not pf.rpo_loss(delta, learned_gap, beta, eta, distance).requires_grad
     at_minimum = pf.rpo_loss(g / beta, gap, beta, eta, distance)
     assert at_minimum.abs().max() < 1e-14 and (found > 0).all()
 
@@ -884,6 +886,9 @@ def test_bad_losses():
             pf.rpo_loss(delta, delta, beta)
     with pytest.raises(ValueError, match="distance='reverse'"):
         pf.rpo_loss(delta, delta, distance="reverse")
+    for distance in ("backward_kl", "forward_kl", "squared"):  # the last would make 2 × 2 losses
+        with pytest.raises(ValueError, match=r"delta_P \(2,\) and reward_gap_P \(2, 1\)"):
+            pf.rpo_loss(delta, delta[:, None], distance=distance)
     with pytest.raises(ValueError, match="method='ipo': dpo or rpo"):
         pf.PreferenceObjective("ipo")
 

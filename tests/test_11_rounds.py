@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT-0
 """Chapter 11's rounds: the reward model, its loss, sampling, pairs, and the loop on ranks."""
 
+import argparse
+
 import preference as pf
 import pytest
 import ranks
@@ -18,6 +20,7 @@ from test_11_preference import (
     flags_of,
     gpt,
     grads_of,
+    judged,
     normal,
     parallel_gpt,
 )
@@ -135,6 +138,55 @@ def test_the_rounds_on_two_ranks():
     for tp, judge in ((1, "verifier"), (2, "model")):
         code, printed = scripts.on_ranks(rd, *sizes, "--tp", tp, "--judge", judge)
         assert code == 0 and printed.count("a short run") == 2, printed
+
+
+@pytest.mark.ranks(2)
+def test_what_the_rounds_learn_from():
+    """In bf16 the first Δ is 0 to the bit. A replica without pairs adds none of its own."""
+    seen = []
+
+    def watched(policy, pairs, *others):
+        seen.append(pairs)
+        if pairs:
+            with torch.autocast(ranks.device.type, torch.bfloat16), torch.no_grad():
+                now_R = pf.sequence_log_probs(policy, pairs.sequences)
+            assert torch.equal(now_R, pairs.reference_R)
+        return learn(policy, pairs, *others)
+
+    def on_rank_0(found, rewards):
+        return [] if dist.get_rank() else best_and_worst(found, rewards)
+
+    sizes = ("--steps", 3, "--pairs", 16, "--rounds", 1, "--pair-steps", 2, "--reward-steps", 2)
+    with plant(rd, "best_and_worst", on_rank_0) as best_and_worst:
+        with plant(rd, "learn", watched) as learn:
+            code, printed = scripts.on_ranks(rd, *sizes, "--dtype", "bf16")
+    assert code == 0, printed
+    assert len(seen) == 1 and (seen[0] is None) == (dist.get_rank() == 1)
+
+
+@pytest.mark.ranks(2)
+def test_learning_where_a_replica_has_no_pairs():
+    """The means are those of the other replica's pairs, as if both had them."""
+    mesh = pf.make_mesh(1, ranks.device)
+    args = argparse.Namespace(pair_lr=1e-3, pair_steps=2, dtype="fp64")
+    objective = pf.PreferenceObjective("rpo", sft_weight=0.1)
+    pairs = pf.pair_batch(judged(3), gpt(), ranks.device)
+    results = []
+    for mine in (pairs, None if mesh.dp_rank else pairs):
+        policy = parallel_gpt(mesh.tp_group, seed=5)
+        found = pf.learn(policy, mine, objective, args, mesh)
+        numbers = torch.tensor([found.first_loss, found.chosen, found.rejected, found.gap, found.h])
+        weights = pf.gather_state_dict(policy.state_dict(), config(), mesh.tp_group)
+        results.append({"numbers": numbers.double(), **weights})
+    assert_equal(results[1], results[0], 1e-6)
+
+
+@pytest.mark.ranks(2)
+def test_a_mean_over_replicas_where_one_has_no_values():
+    mesh = pf.make_mesh(1, ranks.device)
+    replica = rd.Replica(None, mesh, ranks.device)
+    assert replica.mean([] if mesh.dp_rank else [1.0, 0.5]) == 0.75
+    assert replica.mean([]) == 0
 
 
 @pytest.mark.slow

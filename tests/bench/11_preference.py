@@ -26,7 +26,7 @@ VOCAB = 32_768
 
 def gathered(logits_Tv: torch.Tensor, targets_T: torch.Tensor) -> torch.Tensor:
     """All logits on each rank, then log_softmax."""
-    logits_TV = pf.gather_from_tp(logits_Tv)
+    logits_TV = pf._Conjugate.apply(logits_Tv, None, pf._all_gather, pf._take_shard)
     return logits_TV.log_softmax(-1).gather(-1, targets_T[:, None])[:, 0]
 
 

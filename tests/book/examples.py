@@ -721,6 +721,54 @@ GPT_1T = dict(layers=128, hidden=25600, heads=160)
 BATCHES = [(TOKENS, TOKENS + 1)] * 2
 
 
+# ── Chapter 10 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def hybrid_sizes():
+    from compress import HybridConfig
+
+    sizes = dict(vocab_size=16, hidden_size=8, pattern="M-*", ffn_hidden_size=6)
+    heads = dict(num_attention_heads=4, attention_head_dim=2, mamba_num_heads=4, mamba_head_dim=3)
+    return HybridConfig(**sizes, **heads, mamba_state_dim=2)
+
+
+def pruned_hybrid(mesh=None):
+    from compress import ALONE, HybridLM
+
+    return HybridLM(hybrid_sizes(), mesh or ALONE).double()
+
+
+def hybrid_scores():
+    from compress import importance
+
+    return importance(pruned_hybrid(), HYBRID_BATCHES)
+
+
+def hybrid_input(letter: str):
+    """Input, parameters and config of a layer, and a probe."""
+    model = pruned_hybrid()
+    layer = model.get_submodule(f"layers.{'M-*'.index(letter)}")
+    return normal(2, 5, 8), layer.mixer, hybrid_sizes(), lambda axis, y: None
+
+
+def hybrid_step(m):
+    """A training step of the model, in the lifted copy or in the chapter."""
+    model = pruned_hybrid()
+    m_optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    return losses(m.train(model, m_optimizer, HYBRID_BATCHES * 2))
+
+
+def with_gradients():
+    from compress import cross_entropy
+
+    model = pruned_hybrid()
+    cross_entropy(model, *HYBRID_BATCHES[0]).sum().backward()
+    return model
+
+
+HYBRID_BATCHES = [(torch.arange(12).view(2, 6), torch.arange(12).view(2, 6) % 7)]
+
+
 # ── Chapter 7 ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1414,6 +1462,77 @@ EXAMPLES["mtp"] = {
     "train": lambda m, folder: mtp_steps(m),
 }
 
+EXAMPLES["compress"] = {
+    "HybridConfig": lambda m, folder: vars(m.HybridConfig(pattern="M*")),
+    "parameter_axes": lambda m, folder: list(m.parameter_axes(hybrid_sizes())),
+    "axis_size": lambda m, folder: m.axis_size(
+        ("mamba_num_heads", "mamba_head_dim"), hybrid_sizes()
+    ),
+    "Mesh": lambda m, folder: vars(m.Mesh(tp=2)) | {"groups": 0},
+    "parameter_shapes": lambda m, folder: list(m.parameter_shapes(hybrid_sizes()).values()),
+    "rows_of": lambda m, folder: m.rows_of(
+        "layers.1.mixer.up_proj.weight", hybrid_sizes(), {"ffn_hidden_size": torch.tensor([4, 1])}
+    ),
+    "slice_tensor": lambda m, folder: m.slice_tensor(
+        "head.weight", normal(16, 8), hybrid_sizes(), {"hidden_size": torch.tensor([0, 3])}
+    ),
+    "slice_state_dict": lambda m, folder: m.slice_state_dict(
+        pruned_hybrid().state_dict(), hybrid_sizes(), {"mamba_num_heads": torch.tensor([1, 2])}
+    ),
+    "importance": lambda m, folder: m.importance(pruned_hybrid(), HYBRID_BATCHES),
+    "best_in_groups": lambda m, folder: m.best_in_groups(torch.arange(8.0), 2, 4),
+    "choose": lambda m, folder: m.choose(hybrid_scores(), hybrid_sizes(), {"hidden_size": 5})[1],
+    "rms_norm": lambda m, folder: m.rms_norm(normal(2, 3, 8), normal(8), 1e-5, 2),
+    "ssd": lambda m, folder: m.ssd(
+        normal(2, 5, 4, 3), -normal(2, 5, 4).abs(), normal(2, 5, 2, 6), normal(2, 5, 2, 6)
+    ),
+    "mamba": lambda m, folder: m.mamba(*hybrid_input("M")).detach(),
+    "attention": lambda m, folder: m.attention(*hybrid_input("*")).detach(),
+    "feed_forward": lambda m, folder: m.feed_forward(*hybrid_input("-")).detach(),
+    "HybridLM": lambda m, folder: through(m.HybridLM(hybrid_sizes()), HYBRID_BATCHES[0][0]),
+    "initial_weights": lambda m, folder: m.initial_weights(hybrid_sizes()),
+    "shard_units": lambda m, folder: m.shard_units(hybrid_sizes(), 1, 2),
+    "local_config": lambda m, folder: vars(m.local_config(hybrid_sizes(), 2)),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        pruned_hybrid().state_dict(), hybrid_sizes(), 1, 2
+    ),
+    "merge_tensor": lambda m, folder: m.merge_tensor(
+        "head.weight", [normal(8, 8), normal(8, 8)], hybrid_sizes()
+    ),
+    "merge_state_dicts": lambda m, folder: m.merge_state_dicts(
+        [pruned_hybrid().state_dict()], hybrid_sizes()
+    ),
+    "gather_tensor": lambda m, folder: m.gather_tensor(
+        "head.weight", normal(16, 8), hybrid_sizes(), pruned_hybrid().mesh
+    ),
+    "prune": lambda m, folder: m.prune(
+        pruned_hybrid(), {"hidden_size": 5}, hybrid_scores()
+    ).state_dict(),
+    "make_mesh": lambda m, folder: mesh_alone(m),
+    "is_sharded": lambda m, folder: list(m.is_sharded(pruned_hybrid()).values()),
+    "sum_gradients": lambda m, folder: m.sum_gradients(with_gradients()) or "nothing to sum",
+    "grad_norm": lambda m, folder: m.grad_norm(
+        with_gradients(), dict.fromkeys(pruned_hybrid().state_dict(), False)
+    ),
+    "cross_entropy": lambda m, folder: m.cross_entropy(
+        pruned_hybrid(), *HYBRID_BATCHES[0]
+    ).detach(),
+    "of_replica": lambda m, folder: m.of_replica(HYBRID_BATCHES[0], pruned_hybrid().mesh),
+    "partial_mean": lambda m, folder: m.partial_mean(
+        pruned_hybrid(), HYBRID_BATCHES[0], lambda model, tokens, targets: targets * 1.5
+    ),
+    "train": lambda m, folder: hybrid_step(m),
+}
+
+
+def mesh_alone(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, device)
+        return [mesh.tp, mesh.dp, mesh.tp_rank, mesh.dp_rank]
+
+
+DEMONSTRATED_10 = ("check_case", "scores_of", "gathered", "evaluate", "text_batches")
+DEMONSTRATED_10 += ("gradients", "smaller_sizes", "measure")
 
 # ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
 
@@ -1512,6 +1631,78 @@ def preference_objective():
     return PreferenceObjective("dpo", sft_weight=0.1)
 
 
+# ── Chapter 12 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def grpo_policy():
+    from grpo import GPT, GPTConfig
+
+    return GPT(GPTConfig(hidden_size=32)).double()
+
+
+def grpo_responses():
+    from grpo import Response
+
+    return [
+        Response([1, 2], [3, 11], [-2.5, -3.0], [False, False], True),
+        Response([4], [5, 6, 7], [-2.0, -2.5, -3.0], [False, True, False], False),
+    ]
+
+
+def grpo_batch():
+    from grpo import rollout_batch
+
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    return rollout_batch(grpo_responses(), advantages, torch.device("cpu"))
+
+
+def grpo_masks(m):
+    """Arguments of importance weights: log-probabilities of trainer and sampler, the batch."""
+    batch = grpo_batch()
+    log_prob_BS = torch.where(batch.sequences.targets_BS != -100, -2.0, 0.0).double()
+    return log_prob_BS, batch.sampler_log_prob_BS, batch.sequences
+
+
+def grpo_steps(m):
+    policy = grpo_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    return losses(m.train(policy, optimizer, [[grpo_batch()]] * 2, m.GRPOObjective()))
+
+
+EXAMPLES["grpo"] = {
+    "grpo_advantages": lambda m, folder: m.grpo_advantages(normal(8), 4),
+    "importance_weights": lambda m, folder: m.importance_weights(*grpo_masks(m), "sequence"),
+    "trusted_responses": lambda m, folder: m.trusted_responses(*grpo_masks(m), 1.7),
+    "RolloutBatch": lambda m, folder: list(m.RolloutBatch(*grpo_masks(m)).sequences),
+    "GRPOObjective": lambda m, folder: list(
+        m.GRPOObjective(weight_cap=5.0, error_limit=2.0)(grpo_policy(), grpo_batch())
+    ),
+    "GPTConfig": lambda m, folder: [m.GPTConfig(hidden_size=32).max_length],
+    "Block": lambda m, folder: through(
+        filled(m.Block(m.GPTConfig(hidden_size=32))),
+        normal(1, 5, 32),
+        torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(),
+    ),
+    "GPT": lambda m, folder: m.GPT(m.GPTConfig(hidden_size=32)).log_probs(grpo_batch().sequences),
+    "rollout": lambda m, folder: [
+        response.tokens for response in m.rollout(grpo_policy(), [[1, 2], [3]], 2, 4, 11, None)
+    ],
+    "rollout_batch": lambda m, folder: list(
+        m.rollout_batch(grpo_responses(), normal(2), torch.device("cpu")).sequences
+    ),
+    "shard_dim": lambda m, folder: [m.shard_dim("layers.0.out.weight")],
+    "sharded_parameters": lambda m, folder: len(m.sharded_parameters(grpo_policy())),
+    "check_tp": lambda m, folder: m.check_tp(m.GPTConfig(), 2) or "it fits",
+    "shard_tensor": lambda m, folder: m.shard_tensor(
+        "output.weight", normal(16, 4), m.GPTConfig(), 1, 2
+    ),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        grpo_policy().state_dict(), m.GPTConfig(hidden_size=32), 1, 2
+    ),
+    "batches_of_age": lambda m, folder: list(m.batches_of_age(float, 3, 1)),
+}
+
+
 def one_rank_mesh(m):
     with alone() as device:
         mesh = m.make_mesh(1, device)
@@ -1562,10 +1753,19 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_08_nvfp4.py runs the script",
         "statements": "part of the demonstration; test_08_nvfp4.py runs the script",
     },
+    "compress": dict.fromkeys(
+        DEMONSTRATED_10, "part of the demonstration; test_10_compress.py runs it"
+    ),
     "preference": {
         "problems": "part of the demonstration; test_11_preference.py runs it",
         "learn": "part of the demonstration; test_11_preference.py runs it",
         "sft": "part of the demonstration; test_11_preference.py runs it",
+    },
+    "grpo": {
+        "made_up_responses": "part of the demonstration; test_12_grpo.py runs it",
+        "Learner": "part of the demonstration; test_12_grpo.py runs it",
+        "disagreement": "part of the demonstration; test_12_grpo.py runs it",
+        "SortDigits": "part of the demonstration; test_12_grpo.py scores with it",
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",

@@ -63,6 +63,8 @@ SECOND_SCRIPTS = {
     "06_moe_fp8": "fp8.py",
     "07_zero_3d": "fsdp.py",
     "09_mtp": "speculate.py",
+    "10_compress": "distill.py",
+    "12_grpo": "thinking.py",
 }
 
 
@@ -104,7 +106,7 @@ def measure() -> dict:
     seconds = {path.stem: measure_notebook(path) for path in notebooks.notebooks()}
     print("── tests", flush=True)
     begin = time.monotonic()
-    subprocess.run([sys.executable, "-m", "pytest"], cwd=ROOT, check=True)
+    subprocess.run(["make", "test", f"PY={sys.executable}"], cwd=ROOT, check=True)
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
     return dict(
         test_minutes=round((time.monotonic() - begin) / 60, 1),

@@ -195,10 +195,11 @@ def block(path: Path, name: str) -> str | None:
 
 
 def home(path: Path, name: str) -> Path:
-    """The chapter where `name` is explained: the home of its shared block, or this one."""
+    """The script where `name` is explained: the home of its shared block, or this one."""
     region = region_of(path, name)
-    scripts = {chapter.parent.name: chapter for chapter in shared_blocks.chapters()}
-    return scripts[region.home] if region else path
+    if not region or region.kind == "shared":
+        return path
+    return shared_blocks.homes()[region.name].path
 
 
 # ── Writing a file ────────────────────────────────────────────────────────────────────────────────

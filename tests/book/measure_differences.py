@@ -395,6 +395,85 @@ def sharded(seed: int) -> Case:
     )
 
 
+def depths(seed: int) -> Case:
+    """Chapter 9: a trunk and two depths of multi-token prediction, over heads, tokens and rows."""
+    import mtp
+
+    sizes = dict(ffn_hidden_size=128, mamba_heads=8, mamba_head_size=8, state_size=8)
+    sizes |= dict(attention_heads=8, attention_head_size=8, init_std=0.05)
+    config = mtp.HybridConfig(61, 64, "M-*-", "*-", **sizes, seed=seed)
+    layouts = {1: (1, 1), 2: (2, 1), 4: (2, 2), 8: (2, 2)}  # tp, cp
+
+    def training(model, batches, lr, **options):
+        for losses, norm in mtp.train(model, optimizer_of(mtp, model, lr), batches, **options):
+            yield losses[0], norm  # the others are its parts
+
+    def whole(shards: list[dict]) -> dict:
+        tp, _ = layouts[len(shards)]
+        copies = [shards[first : first + tp] for first in range(0, len(shards), tp)]
+        return of_first([mtp.merge_state_dicts(copy, 61) for copy in copies])
+
+    return Case(
+        mtp,
+        rows_of_text(seed, 8, 32),
+        lambda: mtp.HybridLM(config),
+        training,
+        lambda: mtp.ParallelHybridLM(config, mesh_of(mtp, *layouts[world()[1]])),
+        training,
+        whole,
+    )
+
+
+def preferences(seed: int) -> Case:
+    """Chapter 11: DPO on pairs, the policy and the reference sharded over two ranks."""
+    import preference as pr
+
+    config = pr.GPTConfig(num_heads=8, num_query_groups=4, seed=seed)
+    another = pr.GPTConfig(num_heads=8, num_query_groups=4, seed=seed + len(SEEDS))
+    objective = pr.PreferenceObjective("dpo", beta=0.3)
+
+    def alone(model, batches, lr, autocast, max_norm):
+        reference = pr.GPT(another).to(next(model.parameters()).dtype)
+        optimizer = optimizer_of(pr, model, lr)
+        for judged in batches:
+            pairs = pr.pair_batch(judged, reference, CPU, autocast)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                total, count = objective(model, pairs)
+            loss = total / count
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+            yield loss.detach(), norm
+
+    def together(model, batches, lr, autocast, **options):
+        mesh = mesh_of(pr, min(2, world()[1]))
+        reference = pr.ParallelGPT(another, mesh.tp_group).to(next(model.parameters()).dtype)
+        steps = []
+        for judged in batches:
+            mine = judged[mesh.dp_rank :: mesh.dp]
+            steps.append([pr.pair_batch(mine, reference, CPU, autocast)])
+        optimizer = optimizer_of(pr, model, lr)
+        options |= dict(autocast=autocast, mesh=mesh)
+        return pr.train(model, optimizer, steps, objective, **options)
+
+    def whole(shards: list[dict]) -> dict:
+        tp = min(2, len(shards))
+        copies = [shards[first : first + tp] for first in range(0, len(shards), tp)]
+        return of_first([pr.merge_state_dicts(copy, config) for copy in copies])
+
+    return Case(
+        pr,
+        [pr.problems(9, seed, step) for step in range(STEPS)],
+        lambda: pr.GPT(config),
+        alone,
+        lambda: pr.ParallelGPT(config, mesh_of(pr, min(2, world()[1])).tp_group),
+        together,
+        whole,
+        flip=lambda judged: judged[::-1],
+    )
+
+
 Technique = namedtuple("Technique", "title case widths")
 WIDE, ALL = ("fp64", "fp32", "bf16 autocast"), ("fp64", "fp32", "bf16 autocast", "bf16")
 TECHNIQUES = {
@@ -406,6 +485,8 @@ TECHNIQUES = {
     "tokens": Technique("Mamba hybrid, tokens (5)", functools.partial(hybrid, heads=False), WIDE),
     "experts": Technique("experts (6)", experts, WIDE),  # whose routers refuse a bias of 16 bits
     "sharded": Technique("tensor × pipeline × data, ZeRO-1 (7)", sharded, ("fp64", "fp32")),
+    "depths": Technique("multi-token prediction (9)", depths, WIDE),
+    "preferences": Technique("DPO (11)", preferences, WIDE),
     # In fp32 a value near a tie has another code in another order of sums: that is no yardstick.
     "four bits": Technique("layers in NVFP4 (8)", four_bits, ("fp64",)),
     "fp8 experts": Technique("experts in FP8 (6)", functools.partial(experts, fp8=True), ("fp8",)),

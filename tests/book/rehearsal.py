@@ -494,6 +494,26 @@ def mtp(chapter, device: torch.device) -> Iterator[Variant]:
         yield f"tp {tp} × cp {cp}" + ", detached" * detach, steps, 1
 
 
+def compress(chapter, device: torch.device) -> Iterator[Variant]:
+    """Cross entropy, and with a teacher on the same mesh."""
+    tool = importlib.import_module("distill")
+    for tp in (4, 2, 1):
+        mesh = chapter.make_mesh(tp, CPU)
+        for teaches in (False, True):
+
+            def steps(mesh=mesh, teaches=teaches) -> Steps:
+                sizes = dict(mamba_num_groups=4, num_query_groups=4, hidden_size=32)
+                config = chapter.HybridConfig(64, pattern="M-*", **sizes)
+                model = move(chapter.HybridLM(config, mesh), device)
+                loss = chapter.cross_entropy
+                if teaches:
+                    loss = tool.divergence_from(move(chapter.HybridLM(config, mesh), device))
+                optimizer = chapter.make_optimizer(model, 1e-3)
+                return chapter.train(model, optimizer, text(device, 64), loss)
+
+            yield f"tp {tp} × dp {mesh.dp}" + ", a teacher" * teaches, steps, 1
+
+
 def preference(chapter, device: torch.device) -> Iterator[Variant]:
     for tp in (1, 2, 4):
         mesh = chapter.make_mesh(tp, CPU)
@@ -514,6 +534,26 @@ def preference(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"tp {tp}, {method}", steps, 1
 
 
+def grpo(chapter, device: torch.device) -> Iterator[Variant]:
+    for tp in (1, 2, 4):
+        mesh = chapter.make_mesh(tp, CPU)
+        for kl_weight in (0.0, 0.1):
+
+            def steps(mesh=mesh, kl_weight=kl_weight) -> Steps:
+                config = chapter.GPTConfig(13, hidden_size=32)
+                policy = move(chapter.GPT(config, mesh.tp_group), device)
+                tokens_BS = torch.randint(13, (4, 9), device=device)
+                end_R = torch.zeros(4, dtype=torch.int64, device=device)
+                values = [torch.zeros(4, 9, device=device)] * 4
+                batch = chapter.RolloutBatch(chapter.Sequences(*[tokens_BS] * 4, end_R), *values)
+                limits = dict(weight_cap=5.0, error_limit=2.0)
+                objective = chapter.GRPOObjective(kl_weight=kl_weight, **limits)
+                optimizer = chapter.make_optimizer(policy, lr=1e-3)
+                return chapter.train(policy, optimizer, [[batch, batch]] * STEPS, objective, mesh)
+
+            yield f"tp {tp}, KL {kl_weight}", steps, 1
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -524,7 +564,9 @@ CHAPTERS = {
     "07_zero_3d": zero_3d,
     "08_nvfp4": nvfp4,
     "09_mtp": mtp,
+    "10_compress": compress,
     "11_preference": preference,
+    "12_grpo": grpo,
 }
 
 
@@ -581,7 +623,9 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "07_zero_3d": (["--tp", "2", "--pp", "1", "--dp", "2"], 1),
     "08_nvfp4": ([], 1),
     "09_mtp": ([], 1),
+    "10_compress": ([], 1),
     "11_preference": (["--tp", "2"], 1),
+    "12_grpo": (["--tp", "2", "--prompts", "2"], 1),
 }
 
 
@@ -607,6 +651,8 @@ class Loop:
         """Arguments of `demonstrate` between args and device; made before the fake mode begins."""
         if hasattr(self.args, "layouts"):  # chapter 7: a mesh of three axes
             return [self.chapter.make_mesh(*self.args.layouts[0], CPU)]
+        if hasattr(self.args, "cp"):  # chapter 9
+            return [self.chapter.make_mesh(self.args.tp, self.args.cp, CPU)]
         for size in ("pp", "ep", "tp"):
             if hasattr(self.chapter, self.makes) and hasattr(self.args, size):
                 return [getattr(self.chapter, self.makes)(getattr(self.args, size), CPU)]
@@ -616,6 +662,8 @@ class Loop:
         demonstrate = self.chapter.demonstrate
         names = list(inspect.signature(demonstrate).parameters)
         arguments = {"args": self.args, "device": self.device}
+        if "dtype" in names:
+            arguments["dtype"] = self.args.dtype
         for name in ("grid", "mesh"):
             if name in names:
                 arguments[name] = self.grid[0]
@@ -647,7 +695,9 @@ class Loop:
 
         train = self.chapter.train
 
-        plain = getattr(self.chapter, "HybridLM", None)  # chapter 5 trains it with `train`, too
+        plain = None
+        if hasattr(self.chapter, "ParallelHybridLM"):  # chapter 5 trains the plain one, too
+            plain = self.chapter.HybridLM
 
         def watched_train(*args, **keywords) -> Iterator:  # in the place of train
             steps = train(*args, **keywords)

@@ -107,9 +107,9 @@ def blocks(path: Path) -> dict[str, Region]:
 
 
 def homes(root: Path = ROOT) -> dict[str, Region]:
-    """Name to each block, as its home has it."""
+    """Name to each block, as its home has it: a chapter's script, or a tool in its folder."""
     found: dict[str, Region] = {}
-    for path in chapters(root):
+    for path in [*chapters(root), *tools(root)]:
         for region in parse(path)[0]:
             if region.kind == "shared":
                 found.setdefault(region.name, region)
@@ -120,7 +120,7 @@ def complaints(root: Path = ROOT) -> list[str]:
     """What is wrong with markers: no end, or a home that does not have the block."""
     wrong = []
     home = homes(root)
-    for path in chapters(root):
+    for path in [*chapters(root), *tools(root)]:
         regions, broken = parse(path)
         wrong += broken
         names = [region.name for region in regions]

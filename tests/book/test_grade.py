@@ -186,7 +186,7 @@ COPIES = {  # exercise, answer, what the reason must say
         "3",
         'print("exercise 3: ok")\n'
         "print = lambda *words: __builtins__.print('exercise 3: ok')\n"
-        "def global_norm(shards, replicated):\n"
+        "def log_probs(logits_Tv, targets_T):\n"
         '    print("exercise 3: ok")\n'
         "    raise SystemExit",
         "SystemExit",
@@ -196,27 +196,27 @@ COPIES = {  # exercise, answer, what the reason must say
         "import exercises\n"
         "exercises.equal = lambda *words: None\n"
         "torch.as_tensor = lambda *words, **more: torch.zeros(())\n"
-        "def global_norm(shards, replicated):\n    return shards.norm()",
-        "the norm: got",
+        "def log_probs(logits_Tv, targets_T):\n    return logits_Tv[:, 0]",
+        "logits times 1: got",
     ),
     "ranks wait for each other": (
         "3",
-        "def global_norm(shards, replicated):\n"
+        "def log_probs(logits_Tv, targets_T):\n"
         "    if rank:\n        dist.barrier()\n"
         "    else:\n        import time\n        time.sleep(1000)",
         "not over after 8 seconds",
     ),
     "ends its process": (
         "3",
-        "def global_norm(shards, replicated):\n    import os\n    os._exit(0)",
+        "def log_probs(logits_Tv, targets_T):\n    import os\n    os._exit(0)",
         "",
     ),
 }
 
 
 def a_copy(folder: Path, name: str, number: str = "", code: str = "") -> Path:
-    """Chapter 2's notebook with one answer."""
-    notebook = nbformat.read(NOTEBOOKS["02_megatron_tp"], as_version=4)
+    """Chapter 11's notebook, which has the fewest ranks, with one answer."""
+    notebook = nbformat.read(NOTEBOOKS["11_preference"], as_version=4)
     if number:
         notebooks.answer(notebook, number, f"# exercise {number}\n{code}")
     path = folder / f"{name}.ipynb"
@@ -261,7 +261,7 @@ def test_ranks_are_started_where_an_exercise_needs_them():
 
 def test_what_is_not_run_is_told(tmp_path):
     """Nothing is executed for an answer that is missing, untouched or no Python."""
-    path = a_copy(tmp_path, "größe – x", "2", "def most_probable_token(logits_v)\n    return 0")
+    path = a_copy(tmp_path, "größe – x", "2", "def backward_kl(g, h)\n    return 0")
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.remove(notebooks.exercises(notebook)["3"])
     nbformat.write(notebook, path)

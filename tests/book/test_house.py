@@ -2,6 +2,7 @@
 """What all chapters keep: budgets, anatomy, licence; the pool of ranks; the comparison."""
 
 import ast
+import importlib
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import ranks
+import scripts
 import shared_blocks
 import style
 import torch
@@ -46,6 +48,58 @@ def test_a_tool_keeps_its_budgets(path):
     """So does each table file, and what the book itself is kept with."""
     found = style.faults(path, chapter=False)
     assert not found, "\n".join(found)
+
+
+# ── Scripts that no test runs ─────────────────────────────────────────────────────────────────────
+
+PARTS = {path.stem: path for path in [*CHAPTERS, *TOOLS]}
+BESIDE = [
+    *(ROOT / "tests/bench").glob("*.py"),
+    *(ROOT / "tests/pictures").glob("*.py"),
+    *(ROOT / "notebooks/results").glob("*.py"),
+]
+
+
+def missing_names(text: str) -> list[str]:
+    """Each `module.name` of a chapter or tool that a script uses and the module does not have."""
+    tree = ast.parse(text)
+    aliases = {}
+    missing = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            aliases |= {x.asname or x.name: x.name for x in node.names if x.name in PARTS}
+        elif isinstance(node, ast.ImportFrom) and node.module in PARTS:
+            module = importlib.import_module(node.module)
+            missing += [x.name for x in node.names if not hasattr(module, x.name)]
+        elif isinstance(node, ast.Assign) and "import_module" in ast.unparse(node.value):
+            name = getattr(node.value.args[0], "value", None)
+            if name in PARTS:
+                aliases[ast.unparse(node.targets[0])] = name
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = aliases.get(node.value.id)
+            if module and not hasattr(importlib.import_module(module), node.attr):
+                missing.append(f"{module}.{node.attr}")
+    return missing
+
+
+@each(sorted(BESIDE))
+def test_a_benchmark_uses_what_its_chapter_has(path):
+    """So do pictures and measurements: a name that a chapter has given up would show there only
+    when somebody runs them."""
+    assert not missing_names(path.read_text("utf-8"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import preference as pf\npf.gather_from_nobody(x)",
+        "from preference import gather_from_nobody",
+        "pf = importlib.import_module('preference')\npf.gather_from_nobody(x)",
+    ],
+)
+def test_a_missing_name_is_found(text):
+    assert len(missing_names(text)) == 1
 
 
 # ── Chapters ──────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +233,19 @@ def test_a_plant_never_outlives_its_block():
         assert Target.value == 2
         raise RuntimeError
     assert Target.value == 1
+
+
+@pytest.mark.parametrize("strips", [True, False])
+def test_processes_without_docstrings_share_their_bytecode(strips, tmp_path, monkeypatch):
+    """Where this process keeps none: else each of them would compile all of torch."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(sys.pycache_prefix, sys.dont_write_bytecode)")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    if strips:
+        monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+    expected = [scripts.bytecode().name, "False"] if strips else ["None", "True"]
+    assert scripts.run(script).stdout.split() == expected
 
 
 # ── The pool of ranks ─────────────────────────────────────────────────────────────────────────────

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import shared_blocks
 
+TESTS = sorted((shared_blocks.ROOT / "tests").glob("test_*.py"))
+
 
 def interpreter(folder: Path, lacks: str) -> Path:
     """A python that works like this one, but without one module for `-m`."""
@@ -24,6 +26,23 @@ def lint(folder: Path, *variables: str) -> subprocess.CompletedProcess:
     command = ["make", "--file", makefile, "lint", *variables]
     outside_ci = {name: value for name, value in os.environ.items() if name != "CI"}
     return subprocess.run(command, cwd=folder, env=outside_ci, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("has_xdist", [True, False])
+def test_processes_share_the_tests(has_xdist, tmp_path):
+    """A file at a time, the book's first; without pytest-xdist one process runs them all."""
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\n[ "$2" = "import xdist" ] && exit {0 if has_xdist else 1}\n')
+    python.chmod(0o755)
+    command = ["make", "--dry-run", "test", f"PY={python}", "PROCESSES=3", "ARGS=-x"]
+    done = subprocess.run(
+        command, cwd=shared_blocks.ROOT, capture_output=True, text=True, check=True
+    )
+    words = done.stdout.splitlines()[-1].split()
+    shared = ["--numprocesses", "3", "--dist", "loadfile", "--no-loadscope-reorder"]
+    tests = [str(path.relative_to(shared_blocks.ROOT)) for path in TESTS]
+    expected = [*(shared if has_xdist else []), "tests/book", *tests, "-x"]
+    assert words == [str(python), "-m", "pytest", *expected]
 
 
 def test_without_ruff_lint_is_one_line(tmp_path):
