@@ -653,7 +653,7 @@ class HybridLM(nn.Module):
         logits_BVT = at_least_fp32(logits_BTV).mT
         return F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED, reduction="none")
 
-    def span(self, document_BT: Documents) -> Span:
+    def span(self, tokens_BT: Tensor, document_BT: Documents) -> Span:
         """What the layers may look back at."""
         return Span(document_BT)
 
@@ -664,7 +664,7 @@ class HybridLM(nn.Module):
         return self.final_norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, document_BT: Documents = None) -> Tensor:
-        span = self.span(document_BT)
+        span = self.span(tokens_BT, document_BT)
         hidden_BTD = self.trunk(tokens_BT, span)
         return self.logits(hidden_BTD)
 
@@ -679,7 +679,7 @@ class HybridLM(nn.Module):
         if documents is None:
             documents = torch.zeros_like(tokens_BT)
         is_last_BT = last_of_documents(documents, group)
-        span = self.span(document_BT)
+        span = self.span(tokens_BT, document_BT)
         hidden_BTD = self.trunk(tokens_BT, span)
         logits_BTV = self.logits(hidden_BTD)
         losses = [self.cross_entropy(logits_BTV, targets_BT)]
@@ -892,7 +892,7 @@ class ParallelHybridLM(HybridLM):
         is_id_BT = _is_id(targets_BT, V, IGNORED)
         return torch.where(is_id_BT, loss_BT, torch.nan)
 
-    def span(self, document_BT: Documents) -> Span:
+    def span(self, tokens_BT: Tensor, document_BT: Documents) -> Span:
         if document_BT is not None and self.mesh.cp > 1:
             document_BT = _all_gather_tokens(document_BT, self.mesh.cp_group)
         return Span(document_BT)
@@ -1161,8 +1161,8 @@ def text_batches(args: argparse.Namespace, device: torch.device) -> Iterator[Bat
     for step in range(args.steps):
         rng = torch.Generator().manual_seed(1000 * args.seed + step)
         start_B = torch.randint(len(windows), (args.batch,), generator=rng)
-        window_BT = windows[start_B]
-        yield window_BT[:, :-1].to(device), window_BT[:, 1:].to(device)
+        window_BT = windows[start_B].to(device)
+        yield window_BT[:, :-1], window_BT[:, 1:]
 
 
 # The learning rate falls as a cosine. Total loss and norm are read once a step, together; the other

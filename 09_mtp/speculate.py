@@ -47,7 +47,7 @@ import mtp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mtp import Attention, Block, HybridConfig, HybridLM, Mamba2Mixer, Span, flag, ssd
+from mtp import Attention, Block, HybridConfig, HybridLM, Mamba2Mixer, Span, _has_values, flag, ssd
 from torch import Tensor, nn
 
 # ── 1 Speculative sampling ────────────────────────────────────────────────────────────────────
@@ -118,7 +118,7 @@ def speculative_sample(
     drafts_n1 = drafts[:, None]
     p_n1 = target_probs[:n].gather(1, drafts_n1)
     q_n1 = draft_probs.gather(1, drafts_n1)
-    if mtp._has_values(q_n1) and not (q_n1 > 0).all():
+    if _has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
     u_n1 = uniforms[:n, None]
     passes_n1 = u_n1 * q_n1 < p_n1

@@ -197,8 +197,7 @@ def block(path: Path, name: str) -> str | None:
 def home(path: Path, name: str) -> Path:
     """The chapter where `name` is explained: the home of its shared block, or this one."""
     region = region_of(path, name)
-    scripts = {chapter.parent.name: chapter for chapter in shared_blocks.chapters()}
-    return scripts[region.home] if region else path
+    return shared_blocks.script_of(region.home) if region else path
 
 
 # ── Writing a file ────────────────────────────────────────────────────────────────────────────────
