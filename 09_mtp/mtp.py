@@ -1156,8 +1156,9 @@ def read_text(path: str, window: int) -> tuple[Tensor, Tensor]:
 
 def text_batches(args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
     """Windows of the first nine tenths; a batch is a function of seed and step."""
-    tokens, _ = read_text(args.data, args.seq_length + 1)
-    windows = tokens.unfold(0, args.seq_length + 1, 1)
+    length = args.seq_length + 1
+    tokens, _ = read_text(args.data, length)
+    windows = tokens.unfold(0, length, 1)
     for step in range(args.steps):
         rng = torch.Generator().manual_seed(1000 * args.seed + step)
         start_B = torch.randint(len(windows), (args.batch,), generator=rng)
