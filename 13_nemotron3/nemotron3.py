@@ -2034,11 +2034,14 @@ def speculative_generate(
     draft_length: int = 0,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    constrain: Callable | None = None,
 ) -> Speculation:
     """Writes `new_tokens` tokens after a prompt; each pass of the trunk verifies drafts.
 
     Args: draft_length: drafts of a pass; 0 is plain decoding. It may exceed the depths of training.
-        temperature: 0 takes the best token. generator: of the tokens' device.
+        temperature: 0 takes the best token. generator: of the tokens' device. constrain: gets the
+        text with n drafts after it, (1, S), and the n + 1 laws (n + 1, V) of the drafts' places and
+        of the next one; returns the laws to take.
     The law of the text does not depend on draft_length, nor does a greedy text.
     Raises: ValueError for an empty prompt or several, for bad numbers, and for drafts without one
         block for all depths. Source: Leviathan et al., 2023; for hybrids vLLM's code.
@@ -2061,6 +2064,9 @@ def speculative_generate(
         hidden_1TD = model.trunk(window_1T, span)
         logits_NV = model.logits(hidden_1TD[:, -n - 1 :])[0]
         p_NV = next_laws(logits_NV, temperature)
+        if constrain is not None:
+            text_1S = torch.cat([tokens_1T, drafts_n[None]], dim=1)
+            p_NV = constrain(text_1S, p_NV)
         uniforms_N = random(n + 1, p_NV, generator)
         accepted, token = speculative_sample(p_NV, q_nV, drafts_n, uniforms_N)
         accepted = int(accepted)  # the lengths of what follows depend on it
@@ -2077,7 +2083,7 @@ def speculative_generate(
     return result
 
 
-# endregion copy 6419ad
+# endregion copy d7f3a9
 
 
 class DecodingMixer(Mamba2Mixer):
