@@ -116,7 +116,7 @@ class NemotronConfig:
 
     vocab_size: int = 256
     hidden_size: int = flag(64, "model width, D", least=1)
-    pattern: str = flag("MEM*E-", "layers: M Mamba-2, * attention, E experts, - feed-forward")
+    pattern: str = flag("MEM*EME", "layers: M Mamba-2, * attention, E experts, - feed-forward")
     mtp_pattern: str = flag("*E", "the layers of the block for multi-token prediction")
     mtp_num_layers: int = flag(2, "depths of multi-token prediction; 0: none")
     mtp_use_repeated_layer: bool = True  # one block for all depths
@@ -132,11 +132,11 @@ class NemotronConfig:
     attention_heads: int = flag(8, "query heads", least=1)
     attention_groups: int = flag(4, "groups of them that share keys and values", least=1)
     attention_head_size: int = 16
-    num_experts: int = flag(8, "experts, E", least=1)
-    top_k: int = flag(2, "experts per token, K", least=1)
+    num_experts: int = flag(16, "experts, E", least=1)
+    top_k: int = flag(4, "experts per token, K", least=1)
     expert_size: int = flag(64, "hidden size of an expert", least=1)
     shared_size: int = flag(128, "hidden size of the expert for every token; 0: none")
-    moe_latent_size: int = flag(0, "elements of a row that is sent, W; 0: the model width")
+    moe_latent_size: int = flag(32, "elements of a row that is sent, W; 0: the model width")
     gate: str = "sigmoid"
     gate_scale: float = 2.5  # the weights of a token's experts add up to this
     norm_eps: float = 1e-5
@@ -1595,6 +1595,9 @@ class ParallelNemotronLM(NemotronLM):
 # parameters are replicated in a tp group, but their gradients there are partial sums.
 
 
+VOCABULARY = ("embedding.weight", "head.weight")
+
+
 @dataclass(frozen=True)
 class Placement:
     """How a parameter is sharded. Source: ours."""
@@ -1608,7 +1611,7 @@ def placement(name: str, config: NemotronConfig, tp: int) -> Placement:
     """The place of the plain model's tensor `name` on a mesh. Source: ours."""
     if name.endswith(("experts.up", "experts.down")):
         return Placement("ep", 0, (config.num_experts,))
-    if name in ("embedding.weight", "head.weight"):
+    if name in VOCABULARY:
         return Placement("tp", 0, (padded_vocab_size(config.vocab_size, tp),))
     if ".shared." in name:
         return Placement("tp", int("down" in name), (config.shared_size,))
@@ -2143,12 +2146,6 @@ class Decoder(NemotronLM):
 # fp64 is the proof; fp32 and bf16 show what rounding does to right code.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
-# The patterns of Nano and of Super in small: Super has latent experts and multi-token prediction.
-SMALL = {
-    "Nano": {"pattern": "MEM*E", "mtp_num_layers": 0},
-    "Super": {"pattern": "MEM*EME", "moe_latent_size": 32, "num_experts": 16, "top_k": 4},
-}
-
 
 def check_case(ranks: int, device: torch.device) -> tuple[NemotronConfig, list[Batch]]:
     """A small odd model with all kinds of layers, and five batches: tokens, replicas and vocabulary
@@ -2227,6 +2224,159 @@ def check(
         mesh = make_mesh(tp, ep, device, args.timeout)
         errors |= equivalence(mesh, device, dtype, autocast)
     return errors
+
+
+# The text is read as bytes, one token each. A small run says nothing about quality: what it shows is
+# that ranks and single device have the same losses, that loads even out, and that a text with
+# drafts is the text without.
+
+
+@dataclass
+class Options:  # the chapter's own flags
+    tp: int | None = flag(None, "ranks that share a replica; None: 2 where that divides", least=1)
+    ep: int | None = flag(None, "ranks that share a set of experts; None: all, up to 4", least=1)
+    seq_length: int = flag(64, "tokens of a sequence, T", least=1)
+    batch: int = flag(8, "sequences per step, over all replicas", least=1)
+    lr: float = flag(3e-3, "learning rate", least=1e-9)
+    alpha: float = flag(1e-4, "weight of the balancing loss")
+    gamma: float = flag(0.01, "step of the routers' biases; the paper's is 0.001")
+    drafts: int = flag(3, "drafts of a pass in writing")
+    data: str = flag("", "a UTF-8 text; by default Python's own sources", metavar="FILE")
+
+
+def configs_of(args: argparse.Namespace) -> dict[str, NemotronConfig]:
+    """Nano in small, without latent experts and further tokens, and what the flags say: Super."""
+    config = config_from(args, NemotronConfig, seed=args.seed, init_std=0.06)
+    nano = replace(config, pattern="MEM*E", moe_latent_size=0, mtp_num_layers=0)
+    return {"Nano in small": nano, "Super in small": config}
+
+
+def text_batches(args: argparse.Namespace, device: torch.device, steps: int) -> Iterator[Batch]:
+    data = TextData(args.data, args.seq_length)
+    for step in range(steps):
+        yield tuple(x.to(device) for x in data.batch(step, args.batch, args.seed))
+
+
+def training(args: argparse.Namespace, model: NemotronLM, steps: int) -> Iterator[Step]:
+    """Trains as the flags say."""
+    _, autocast = dtypes(args)
+    batches = text_batches(args, model.head.weight.device, steps)
+    optimizer = make_optimizer(model, args.lr)
+    return train(model, optimizer, batches, args.alpha, args.gamma, autocast=autocast)
+
+
+def demonstrate(
+    args: argparse.Namespace,
+    mesh: Mesh,
+    device: torch.device,
+    config: NemotronConfig | None = None,
+    alone: Iterable[float] = (),
+) -> tuple[ParallelNemotronLM, list[float]]:
+    """Trains a model on this mesh, and prints losses next to the single device's first ones."""
+    config = config or configs_of(args)["Super in small"]
+    dtype, _ = dtypes(args)
+    model = ParallelNemotronLM(config, mesh).to(device, dtype)
+    alone = list(alone)
+    say("step      loss  single device    norm   trunk, depth 1, 2 …")
+    losses = []
+    for step, (of_step, norm, _) in enumerate(training(args, model, args.steps)):
+        loss, norm = read_step(step, of_step[0], norm)
+        losses.append(loss)
+        if step < 5 or step % 10 == 9:
+            text = f"{alone[step]:.6f}" if step < len(alone) else ""
+            parts = " ".join(f"{part:.3f}" for part in of_step[1:].tolist())
+            say(f"{step:4}  {loss:.6f}  {text:>13}  {norm:6.3f}   {parts}")
+    say()
+    return model, losses
+
+
+def write(args: argparse.Namespace, model: ParallelNemotronLM) -> tuple[int, int, int, int]:
+    """Each rank writes a text with drafts and without. Returns, of all ranks: texts, how many are
+    the same, tokens, and passes with drafts. Collective."""
+    device = model.head.weight.device
+    decoder = Decoder(model.config)
+    decoder.load_state_dict(gather_state_dict(model.state_dict(), model))
+    decoder.to(device, torch.float64)
+    data = TextData(args.data, args.seq_length)
+    tokens_BT, _ = data.batch(group_rank(), 1, args.seed, evaluation=True)
+    prompt_1T = tokens_BT[:, :32].to(device)
+    plain = speculative_generate(decoder, prompt_1T, 40)
+    drafted = speculative_generate(decoder, prompt_1T, 40, args.drafts)
+    same = int(torch.equal(plain.tokens_1T, drafted.tokens_1T))
+    totals = torch.tensor([1, same, 40, drafted.passes], device=device)
+    return tuple(_all_reduce(totals).tolist())
+
+
+def claims(errors: dict[str, float], trained: dict[str, tuple], writing: tuple) -> list[tuple]:
+    """What this run has measured: (claim, paper, here, verdict)."""
+    rows = []
+    for kind in ("loss", "gradient", "norm before clipping", "weight after AdamW", "count of rows"):
+        error = worst(errors, kind)
+        claim = f"every {kind} equals the single device's, all layouts, float64"
+        rows.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
+    for name, (within, bound, first, last) in trained.items():
+        claim = f"{name}: the first losses equal the single device's"
+        rows.append((claim, "equal", f"within {within:.0e}", within <= bound))
+        here = f"{first:.2f}, then {last:.2f}"
+        rows.append((f"{name}: loss", "–", here, "a small model, a short run"))
+    texts, same, tokens, passes = writing
+    here = f"{same} of {texts} texts"
+    rows.append(("greedy text with drafts equals plain decoding's", "equal", here, same == texts))
+    here = f"{tokens / passes:.2f} tokens a pass"
+    rows.append(("drafts", "3.45 with 7 (Super)", here, "a small model, a short run"))
+    return rows
+
+
+def measure(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[tuple]:
+    """Proves the equivalence, trains both models, writes, and returns the claims."""
+    errors = check(args, device, torch.float64)
+    dtype, _ = dtypes(args)
+    trained = {}
+    for name, config in configs_of(args).items():
+        # Every rank trains the plain model for some steps, so that no rank waits for another.
+        plain = NemotronLM(config).to(device, dtype)
+        alone = [step.losses[0].item() for step in training(args, plain, min(3, args.steps))]
+        count = sum(p.numel() for p in plain.parameters())
+        say(f"{name}: {config.pattern}, {config.mtp_num_layers} depths, {count:,} parameters\n")
+        model, losses = demonstrate(args, mesh, device, config, alone)
+        if losses:
+            within = max(abs(x - y) for x, y in zip(losses, alone))
+            last = sum(losses[-5:]) / len(losses[-5:])
+            trained[name] = (within, BOUNDS[args.dtype], losses[0], last)
+    return claims(errors, trained, write(args, model))
+
+
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    mesh = make_mesh(args.tp, args.ep, device, args.timeout)
+    say_setting(args, f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}")
+    if args.check:
+        good = print_errors(check(args, device, *dtypes(args)), BOUNDS[args.dtype])
+    else:
+        good = print_claims(measure(args, mesh, device))
+    if not good:
+        sys.exit(1)
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError where the flags, or the file that they name, do not fit."""
+    configs = configs_of(args)
+    world = args.world_size
+    if args.tp is None:
+        args.tp = math.gcd(2, world)
+    if args.ep is None:
+        args.ep = math.gcd(4, world, args.num_experts)
+    if world % args.tp or world % args.ep:
+        raise ValueError(f"--tp {args.tp} and --ep {args.ep} must both divide the {world} ranks")
+    for config in configs.values():
+        check_layout(config, args.tp, args.ep)
+    if args.drafts and not args.mtp_num_layers:
+        raise ValueError("--mtp-num-layers 0 has no block to draft with: add --drafts 0")
+    args.layouts = [(args.tp, args.ep)]
+    TextData(args.data, max(32, args.seq_length))
+
+
+def flags() -> argparse.Namespace:
+    return parse_flags(__doc__, [Options, NemotronConfig], check_args, ranks=4, steps=40)
 
 
 # ── Carried blocks ──────────────────────────────────────────────────────────────────────────────

@@ -2,7 +2,6 @@
 """Chapter 13's loader: transformers' NemotronH in float64, shards, and what it refuses."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import load
@@ -10,7 +9,6 @@ import nemotron3 as n3
 import pytest
 import torch
 from proof import assert_equal, plant
-from safetensors.torch import load_file, save_file
 
 KINDS = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 
