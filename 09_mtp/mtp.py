@@ -130,8 +130,8 @@ class HybridConfig:
     def __post_init__(self):
         for name in ("pattern", "mtp_pattern"):
             letters = getattr(self, name)
-            if not letters or set(letters) - set("M*-"):
-                raise ValueError(f"{name}={letters!r}: write M, * or - for each layer")
+            if not letters or set(letters) - set(LAYERS):
+                raise ValueError(f"{name}={letters!r}: write {', '.join(LAYERS)} for each layer")
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
             if type(value) in (int, float) and value < least:
