@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: MIT-0
-"""Published Nemotron 3 weights as chapter 13's model, and text that it goes on with.
+"""Chapter 13, second half. Published Nemotron 3 weights, and text with drafts and thinking budgets.
 
-    python 13_nemotron3/load.py FOLDER                              checks the folder
-    python 13_nemotron3/load.py FOLDER --text "Oslo is" --new-tokens 20
-    python 13_nemotron3/load.py FOLDER --prompt 1 17 4 --drafts 3   with multi-token prediction
-    python 13_nemotron3/load.py FOLDER --text "2+2?" --thinking-budget 64
+    python 13_nemotron3/load.py                                     trains nemotron3.py's models on
+                                                                    4 local ranks, then writes
+    python 13_nemotron3/load.py --folder FOLDER                     checks the folder
+    python 13_nemotron3/load.py --folder FOLDER --text "Oslo is" --new-tokens 20
+    python 13_nemotron3/load.py --folder FOLDER --prompt "1 17 4" --drafts 3
+    python 13_nemotron3/load.py --folder FOLDER --text "2+2?" --thinking-budget 64
 
 FOLDER has config.json, safetensors, one file or several with an index, and for --text the file
 tokenizer.json. Papers: Nemotron 3 Nano, 2025, arXiv 2512.20848; Nemotron 3 Super, 2026, 2604.12374.
@@ -24,26 +26,50 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from nemotron3 import (
-    Decoder,
+    LAYERS,
+    Attention,
+    Block,
+    Mamba2Mixer,
     Mesh,
     NemotronConfig,
+    NemotronLM,
+    Options,
+    ParallelNemotronLM,
     Placement,
+    Span,
     StateDict,
+    TextData,
+    _has_values,
+    check_args,
     check_layout,
+    flag,
+    gather_state_dict,
+    group_rank,
+    launch,
+    make_mesh,
+    measure,
+    parse_flags,
     placement,
-    speculative_generate,
+    print_claims,
+    say,
+    say_setting,
+    ssd,
     state_shapes,
 )
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 ALONE = Mesh()
 REPLICATED = Placement()
@@ -328,7 +354,359 @@ def read_shard(
     return x.squeeze(1) if theirs.endswith("conv1d.weight") and x.ndim == 3 else x
 
 
-# ── 3 Text ────────────────────────────────────────────────────────────────────────────────────────
+# ── 3 Decoding ────────────────────────────────────────────────────────────────────────────────────
+#
+# Chapter 9's generation with drafts, on chapter 5's layers: groups of heads, chunks, and three
+# projections in attention. The two layers that look back are new; all else is carried.
+
+
+# region carried: draw, speculative_sample, LayerState, Cache, new_cache (home: 09_mtp/speculate)
+def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
+    """The tokens at `uniforms` (...) of cumulated probs (..., V), which may have any positive sum.
+
+    A token of probability 0 is never drawn. Source: inversion of the distribution function.
+    """
+    cumulated = probs.cumsum(dim=-1)
+    total = cumulated[..., -1:]
+    below = torch.nextafter(total, torch.zeros_like(total))  # u · total may be rounded up to total
+    threshold = uniforms[..., None] * total
+    threshold = torch.minimum(threshold, below)
+    tokens = torch.searchsorted(cumulated, threshold, right=True)
+    return tokens[..., 0]
+
+
+def speculative_sample(
+    target_probs: Tensor, draft_probs: Tensor, drafts: Tensor, uniforms: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many of n drafts are accepted, and the token after them: two scalars.
+
+    Pure: the outcome is a function of the arguments, and the law of the tokens is the target's.
+
+    Args:
+        target_probs: (n + 1, V), the model's laws at the drafts' places and at the next one.
+        draft_probs: (n, V), the laws that the drafts were drawn from. drafts: (n), int64.
+        uniforms: (n + 1), independent, in [0, 1): one for each test and one for the draw.
+
+    Raises: ValueError where shapes disagree; on a CPU also for a draft that its own law excludes.
+    Source: Leviathan et al., 2023, algorithm 1.
+    """
+    n = len(drafts)
+    V = target_probs.shape[-1]
+    shapes = [tuple(x.shape) for x in (target_probs, draft_probs, drafts, uniforms)]
+    if shapes != [(n + 1, V), (n, V), (n,), (n + 1,)]:
+        raise ValueError(f"shapes {shapes}: they must be (n + 1, V), (n, V), (n), (n + 1)")
+    drafts_n1 = drafts[:, None]
+    p_n1 = target_probs[:n].gather(1, drafts_n1)
+    q_n1 = draft_probs.gather(1, drafts_n1)
+    if _has_values(q_n1) and not (q_n1 > 0).all():
+        raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
+    u_n1 = uniforms[:n, None]
+    passes_n1 = u_n1 * q_n1 < p_n1
+    accepted = passes_n1.long().cumprod(dim=0).sum()
+    # After the last draft there is no q: with zeros the residual is p itself.
+    q_NV = F.pad(draft_probs, (0, 0, 0, 1))
+    row_1 = accepted[None]  # a read of its value would stall a GPU
+    p_1V = target_probs.index_select(0, row_1)
+    q_1V = q_NV.index_select(0, row_1)
+    residual_1V = (p_1V - q_1V).clamp(min=0)
+    # Where p = q up to rounding, the residual can be 0 everywhere.
+    residual_1V = torch.where(residual_1V.sum() > 0, residual_1V, p_1V)
+    token_1 = draw(residual_1V, uniforms[n:])
+    return accepted, token_1[0]
+
+
+@dataclass
+class LayerState:
+    """What decoding keeps of earlier tokens in one layer; each kind of layer fills its own fields.
+
+    Source: ours.
+    """
+
+    conv_BTC: Tensor | None = None  # the last K − 1 inputs before the drafts, then the drafts'
+    ssm: list[Tensor] = field(default_factory=list)  # the state before the drafts, after each
+    kv_2BHSP: Tensor | None = None  # keys and values of all tokens
+
+    def keep(self, n: int, drafts: int) -> None:
+        """Keeps `n` of the last `drafts` tokens."""
+        dropped = drafts - n
+        if self.ssm:
+            self.ssm = [self.ssm[n]]
+            last = self.conv_BTC.shape[1] - dropped
+            self.conv_BTC = self.conv_BTC[:, n:last]
+        if self.kv_2BHSP is not None:
+            last = self.kv_2BHSP.shape[3] - dropped
+            self.kv_2BHSP = self.kv_2BHSP[..., :last, :]
+
+
+@dataclass
+class Cache:
+    """The states of several layers, and how many tokens have passed them. Source: ours."""
+
+    layers: list[LayerState]
+    tokens: int = 0  # that have passed, drafts too
+    drafts: int = 0  # the last of them, which `keep` has not decided on yet
+
+    def admit(self, tokens: int, drafts: int) -> DecodingSpan:
+        """Counts a pass of `tokens` tokens, the last `drafts` of them not certain, and returns what
+        its layers may look back at.
+
+        Raises: ValueError for a certain token after one that is not, and changes nothing.
+        """
+        certain = tokens - drafts
+        if certain < 0 or drafts < 0 or (certain and self.drafts):
+            found = f"{certain} certain tokens and {drafts} drafts, after {self.drafts}"
+            raise ValueError(f"{found} drafts: call keep() first")
+        self.tokens += tokens
+        self.drafts += drafts
+        return DecodingSpan(states=self.layers, drafts=drafts)
+
+    def keep(self, n: int) -> None:
+        """Keeps `n` drafts, and rolls every layer back to the last of them.
+
+        Afterwards the cache is what a pass without the other drafts would have left.
+        Raises: ValueError where there are fewer drafts.
+        """
+        if not 0 <= n <= self.drafts:
+            raise ValueError(f"keep({n}), but {self.drafts} drafts have passed since the last one")
+        for state in self.layers:
+            state.keep(n, self.drafts)
+        self.tokens -= self.drafts - n
+        self.drafts = 0
+
+
+def new_cache(layers: Iterable[nn.Module]) -> Cache:
+    """An empty cache for these layers. Source: ours."""
+    return Cache([LayerState() for _ in layers])
+
+
+# endregion copy 9461e7
+# region carried: DecodingSpan, next_laws, Speculation, check_generation (home: 09_mtp/speculate)
+@dataclass(frozen=True)
+class DecodingSpan(Span):
+    """A `Span` of tokens that others came before."""
+
+    states: list[LayerState] = field(default_factory=list)  # of all layers, which update them
+    drafts: int = 0  # how many of the new tokens, the last ones, may be dropped
+    index: int = 0  # of the layer
+
+    def layer(self, index: int) -> DecodingSpan:
+        return replace(self, index=index)
+
+    @property
+    def state(self) -> LayerState:
+        return self.states[self.index]
+
+
+def next_laws(logits: Tensor, temperature: float) -> Tensor:
+    """Probabilities (..., V) in float64. temperature 0: 1 at the largest logit.
+
+    Raises: FloatingPointError for a logit that is not finite. Source: the usual definition.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError("a logit is not finite: the weights are, or the input was, not")
+    logits = logits.to(torch.float64)
+    if temperature == 0:
+        best = logits.argmax(dim=-1)
+        law = F.one_hot(best, logits.shape[-1])
+        return law.to(torch.float64)
+    logits = logits / temperature
+    return logits.softmax(dim=-1)
+
+
+@dataclass
+class Speculation:
+    """A text, and what it took to write it."""
+
+    tokens_1T: Tensor  # prompt and new tokens
+    passes: int  # of the trunk, the prompt's included
+    offered: list[int]  # times that the k-th draft was reached, after those before it had passed
+    accepted: list[int]  # times that it passed
+
+    def count(self, drafts: int, accepted: int) -> None:
+        self.passes += 1
+        for k in range(drafts):
+            self.offered[k] += accepted >= k
+            self.accepted[k] += accepted > k
+
+    def add(self, other: Speculation) -> None:
+        """Adds the counts of another text with as many drafts."""
+        self.passes += other.passes
+        for k, offered in enumerate(other.offered):
+            self.offered[k] += offered
+            self.accepted[k] += other.accepted[k]
+
+
+def check_generation(
+    model: Decoder, tokens_1T: Tensor, new_tokens: int, draft_length: int, temperature: float
+) -> None:
+    """Raises ValueError for what `speculative_generate` cannot do."""
+    shape = tuple(tokens_1T.shape)
+    if len(shape) != 2 or shape[0] != 1 or not shape[1]:
+        raise ValueError(f"tokens of shape {shape}: give one prompt, (1, T)")
+    if new_tokens < 0 or draft_length < 0:
+        found = f"new_tokens={new_tokens}, draft_length={draft_length}"
+        raise ValueError(f"{found}: neither can be negative")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: it must be at least 0, and finite")
+    if draft_length and len(model.mtp) != 1:
+        found = f"{len(model.mtp)} blocks for multi-token prediction"
+        raise ValueError(f"{found}: drafts need one that is repeated (mtp_use_repeated_layer)")
+
+
+# endregion copy 71cd98
+# region carried: random, draft, speculative_generate (home: 09_mtp/speculate)
+def random(count: int, probs: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniforms in [0, 1), (count), of the dtype and the device of `probs`. Source: torch.rand."""
+    options = {"dtype": probs.dtype, "device": probs.device, "generator": generator}
+    return torch.rand(count, **options)
+
+
+@torch.no_grad()
+def draft(
+    model: Decoder,
+    hidden_1TD: Tensor,
+    next_1T: Tensor,
+    cache: Cache,
+    length: int,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Drafts (n) and the laws (n, V) that they were drawn from, n = length > 0.
+
+    Args: hidden_1TD: the trunk's states that the block has not seen. next_1T: the token after each.
+        cache: the block's; it keeps these, and drafts until the next call.
+    Source: Nemotron 3 Super.
+    """
+    cache.keep(0)
+    drafts = []
+    laws = []
+    for k in range(length):
+        embedded_1TD = model.embed(next_1T)
+        span = cache.admit(next_1T.shape[1], int(k > 0))
+        hidden_1TD = model.mtp[0](embedded_1TD, hidden_1TD, span)
+        hidden_1TD = hidden_1TD[:, -1:]
+        logits_1V = model.logits(hidden_1TD)[0]
+        q_1V = next_laws(logits_1V, temperature)
+        draft_1 = draw(q_1V, random(1, q_1V, generator))
+        drafts.append(draft_1)
+        laws.append(q_1V)
+        next_1T = draft_1[None]
+    return torch.cat(drafts), torch.cat(laws)
+
+
+@torch.no_grad()
+def speculative_generate(
+    model: Decoder,
+    tokens_1T: Tensor,
+    new_tokens: int,
+    draft_length: int = 0,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+    constrain: Callable | None = None,
+) -> Speculation:
+    """Writes `new_tokens` tokens after a prompt; each pass of the trunk verifies drafts.
+
+    Args: draft_length: drafts of a pass; 0 is plain decoding. It may exceed the depths of training.
+        temperature: 0 takes the best token. generator: of the tokens' device. constrain: gets the
+        text with n drafts after it, (1, S), and the n + 1 laws (n + 1, V) of the drafts' places and
+        of the next one; returns the laws to take.
+    The law of the text does not depend on draft_length, nor does a greedy text.
+    Raises: ValueError for an empty prompt or several, for bad numbers, and for drafts without one
+        block for all depths. Source: Leviathan et al., 2023; for hybrids vLLM's code.
+    """
+    check_generation(model, tokens_1T, new_tokens, draft_length, temperature)
+    trunk = new_cache(model.layers)
+    heads = new_cache([])
+    if draft_length:
+        heads = new_cache(model.mtp[0].layers)
+    drafts_n = tokens_1T.new_empty(0)
+    V = model.config.vocab_size
+    q_nV = torch.empty(0, V, dtype=torch.float64, device=tokens_1T.device)
+    end = tokens_1T.shape[1] + new_tokens
+    result = Speculation(tokens_1T, 0, [0] * draft_length, [0] * draft_length)
+    while tokens_1T.shape[1] < end:
+        seen = trunk.tokens
+        n = len(drafts_n)
+        window_1T = torch.cat([tokens_1T[:, seen:], drafts_n[None]], dim=1)
+        span = trunk.admit(window_1T.shape[1], n)
+        hidden_1TD = model.trunk(window_1T, span)
+        logits_NV = model.logits(hidden_1TD[:, -n - 1 :])[0]
+        p_NV = next_laws(logits_NV, temperature)
+        if constrain is not None:
+            text_1S = torch.cat([tokens_1T, drafts_n[None]], dim=1)
+            p_NV = constrain(text_1S, p_NV)
+        uniforms_N = random(n + 1, p_NV, generator)
+        accepted, token = speculative_sample(p_NV, q_nV, drafts_n, uniforms_N)
+        accepted = int(accepted)  # the lengths of what follows depend on it
+        trunk.keep(accepted)
+        result.count(n, accepted)
+        new_n = torch.cat([drafts_n[:accepted], token[None]])
+        tokens_1T = torch.cat([tokens_1T, new_n[None]], dim=1)
+        if draft_length:
+            right_1TD = hidden_1TD[:, : trunk.tokens - seen]
+            next_1T = tokens_1T[:, seen + 1 :]
+            options = (heads, draft_length, temperature, generator)
+            drafts_n, q_nV = draft(model, right_1TD, next_1T, *options)
+    result.tokens_1T = tokens_1T[:, :end]
+    return result
+
+
+# endregion copy d7f3a9
+
+
+class DecodingMixer(Mamba2Mixer):
+    """A Mamba-2 layer that goes on from `span.state`. Args of scan: as `ssd`'s. Source: ours."""
+
+    def with_earlier_inputs(self, u_BTC: Tensor, span: DecodingSpan) -> Tensor:
+        state = span.state
+        taps = self.config.conv_kernel
+        if state.conv_BTC is None:
+            state.conv_BTC = u_BTC.new_zeros(len(u_BTC), taps - 1, u_BTC.shape[2])
+        earlier = state.conv_BTC.shape[1]
+        inputs_BTC = torch.cat([state.conv_BTC, u_BTC], dim=1)
+        state.conv_BTC = inputs_BTC[:, inputs_BTC.shape[1] - earlier - span.drafts :]
+        return inputs_BTC[:, earlier - taps + 1 :]
+
+    def scan(self, X: Tensor, a: Tensor, B: Tensor, C: Tensor, span: DecodingSpan) -> Tensor:
+        state = span.state
+        if not state.ssm:
+            state.ssm = [X.new_zeros(len(X), *X.shape[2:], B.shape[3])]
+        certain = X.shape[1] - span.drafts
+        outputs = []
+        if certain:  # of these no states are kept
+            inputs = (x[:, :certain] for x in (X, a, B, C))
+            y_BTHP, after_BHPN = ssd(*inputs, self.config.chunk, state.ssm[-1])
+            state.ssm = [after_BHPN]
+            outputs.append(y_BTHP)
+        for token in range(certain, X.shape[1]):
+            inputs = (x[:, token : token + 1] for x in (X, a, B, C))
+            y_BTHP, after_BHPN = ssd(*inputs, 1, state.ssm[-1])
+            state.ssm.append(after_BHPN)
+            outputs.append(y_BTHP)
+        return torch.cat(outputs, dim=1)
+
+
+class DecodingAttention(Attention):
+    """An attention layer that sees the keys and values in `span.state`, and adds its own."""
+
+    def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: DecodingSpan) -> Tensor:
+        kv_2BGSP = torch.stack([k_BGSP, v_BGSP])
+        if span.state.kv_2BHSP is not None:
+            kv_2BGSP = torch.cat([span.state.kv_2BHSP, kv_2BGSP], dim=3)
+        span.state.kv_2BHSP = kv_2BGSP
+        return super().attend(q_BHTP, *kv_2BGSP, span)
+
+
+class Decoder(NemotronLM):
+    """`NemotronLM` whose layers go on after the tokens of a cache; its weights are the same."""
+
+    def __init__(self, config: NemotronConfig):
+        layers = LAYERS | {"M": DecodingMixer, "*": DecodingAttention}
+        super().__init__(config, partial(Block, layers=layers))
+        self.eval()  # tokens of a text do not count for the bias
+
+
+# ── 4 Text ────────────────────────────────────────────────────────────────────────────────────────
 
 
 def load_decoder(folder: Path | str) -> Decoder:
@@ -475,63 +853,114 @@ class ForcedTokens:
         return torch.where(forced_N1 >= 0, law_NV.to(p_NV.dtype), p_NV)
 
 
-# ── 4 The command ─────────────────────────────────────────────────────────────────────────────────
+# ── 5 Commands ────────────────────────────────────────────────────────────────────────────────────
 
 
-def main(args: argparse.Namespace) -> None:
+@dataclass
+class WritingOptions:  # the flags of this script
+    folder: str = flag("", "a published model; by default a small one is trained")
+    text: str = flag("", "a prompt; needs tokenizer.json in the folder")
+    prompt: str = flag("", "a prompt as token ids, with spaces between them")
+    new_tokens: int = flag(40, "tokens to write", least=1)
+    drafts: int | None = flag(None, "drafts of a pass; None: 3 where the model has a block for it")
+    temperature: float = flag(0.0, "0 takes the best token")
+    thinking_budget: int | None = flag(None, "tokens of a thought until its end is forced")
+    think_tags: str = flag("<think> </think>", "start and end of a thought")
+
+
+def write_from_folder(args: argparse.Namespace) -> None:
+    """Prints what the folder holds and, with a prompt, a text. Raises: OSError; ValueError."""
     model = load_decoder(args.folder)
     config = model.config
     total = sum(x.numel() for x in model.state_dict().values())
     depths = f", MTP {config.mtp_pattern}" if config.mtp_num_layers else ""
-    print(f"{config.pattern}{depths}, {total:,} parameters")
-    tokenizer = None
-    ids = args.prompt
-    if args.text is not None:
-        tokenizer = read_tokenizer(args.folder)
-        ids = tokenizer.encode(args.text).ids
-    if ids is None:
+    say(f"{config.pattern}{depths}, {total:,} parameters")
+    tokenizer = read_tokenizer(args.folder) if args.text else None
+    ids = tokenizer.encode(args.text).ids if tokenizer else [int(x) for x in args.prompt.split()]
+    if not ids:
         return
-    if not ids or min(ids) < 0 or max(ids) >= config.vocab_size:
+    if min(ids) < 0 or max(ids) >= config.vocab_size:
         raise ValueError(f"the prompt is {ids}: give token ids from 0 to {config.vocab_size - 1}")
     constrain = None
     if args.thinking_budget is not None:
-        if tokenizer is None:
-            raise ValueError("--thinking-budget needs --text: its tags are in tokenizer.json")
-        tags = [tokenizer.encode(tag, add_special_tokens=False).ids for tag in args.tags]
-        constrain = ForcedTokens(BudgetController(*tags, args.thinking_budget, 1))
+        constrain = budget_of(args, tokenizer)
+    drafts = args.drafts
+    if drafts is None:
+        drafts = 3 if len(model.mtp) == 1 else 0
     generator = torch.Generator().manual_seed(args.seed)
-    options = (args.new_tokens, args.drafts, args.temperature, generator, constrain)
+    options = (args.new_tokens, drafts, args.temperature, generator, constrain)
     result = speculative_generate(model, torch.tensor([ids]), *options)
     new = result.tokens_1T[0, len(ids) :].tolist()
-    print(*ids, "→", *new)
+    say(" ".join(map(str, [*ids, "→", *new])))
     if tokenizer is not None:
-        print(tokenizer.decode(new, skip_special_tokens=False))
-    print(f"{len(new)} tokens in {result.passes} passes")
+        say(tokenizer.decode(new, skip_special_tokens=False))
+    say(f"{len(new)} tokens in {result.passes} passes, {drafts} drafts each")
+
+
+def budget_of(args: argparse.Namespace, tokenizer: Any) -> ForcedTokens:
+    """The thinking budget of the flags. Raises: ValueError without a tokenizer or two tags."""
+    tags = args.think_tags.split()
+    if tokenizer is None or len(tags) != 2:
+        need = "it needs --text, for the tags are in tokenizer.json, and two --think-tags"
+        raise ValueError(f"--thinking-budget {args.thinking_budget}: {need}")
+    ids = [tokenizer.encode(tag, add_special_tokens=False).ids for tag in tags]
+    return ForcedTokens(BudgetController(*ids, args.thinking_budget, rows=1))
+
+
+def write(args: argparse.Namespace, model: ParallelNemotronLM) -> list[tuple]:
+    """Each rank writes a text with drafts and without. Returns the claims. Collective."""
+    device = model.head.weight.device
+    decoder = Decoder(model.config)
+    decoder.load_state_dict(gather_state_dict(model.state_dict(), model))
+    decoder.to(device, torch.float64)
+    data = TextData(args.data, args.seq_length)
+    tokens_BT, _ = data.batch(group_rank(), 1, args.seed, evaluation=True)
+    prompt_1T = tokens_BT[:, :32].to(device)
+    plain = speculative_generate(decoder, prompt_1T, args.new_tokens)
+    drafted = speculative_generate(decoder, prompt_1T, args.new_tokens, args.drafts)
+    same = int(torch.equal(plain.tokens_1T, drafted.tokens_1T))
+    totals = torch.tensor([1, same, args.new_tokens, drafted.passes], device=device)
+    dist.all_reduce(totals)
+    texts, same, tokens, passes = totals.tolist()
+    claim = f"greedy text with {args.drafts} drafts equals plain decoding's"
+    rows = [(claim, "equal", f"{same} of {texts} texts", same == texts)]
+    here = f"{tokens / passes:.2f}"
+    note = "a small model, a short run"
+    return [*rows, ("tokens a pass", "3.45 with 7 drafts (Super)", here, note)]
+
+
+def main(args: argparse.Namespace, device: torch.device) -> None:
+    if args.folder:
+        write_from_folder(args)
+        return
+    mesh = make_mesh(args.tp, args.ep, device, args.timeout)
+    say_setting(args, f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}")
+    claims, model = measure(args, mesh, device)
+    if not print_claims(claims + write(args, model)):
+        sys.exit(1)
+
+
+def check_writing_args(args: argparse.Namespace) -> None:
+    """Raises ValueError or OSError where flags, ranks and folder do not fit."""
+    if args.folder:
+        if args.world_size > 1 and args.ranks != 1:
+            args.ranks = args.world_size = 1  # one process writes
+        read_config(args.folder)
+        return
+    for name in ("text", "prompt", "thinking_budget"):
+        if getattr(args, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs --folder")
+    check_args(args)
+    if args.drafts is None:
+        args.drafts = 3 if args.mtp_num_layers else 0
+    if args.drafts and not args.mtp_num_layers:
+        raise ValueError(f"--mtp-num-layers 0 has no block for --drafts {args.drafts}")
 
 
 def flags() -> argparse.Namespace:
-    description = (__doc__ or "").partition("\n")[0]  # python -OO strips docstrings
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("folder", metavar="FOLDER")
-    parser.add_argument("--text", help="a prompt; needs tokenizer.json")
-    parser.add_argument("--prompt", type=int, nargs="+", help="a prompt as token ids")
-    parser.add_argument("--new-tokens", type=int, default=16)
-    parser.add_argument("--drafts", type=int, default=0, help="drafts of a pass")
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--thinking-budget", type=int, help="tokens until the end tag is forced")
-    tags = {"nargs": 2, "default": ["<think>", "</think>"], "metavar": ("START", "END")}
-    parser.add_argument("--tags", help="of a thought", **tags)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if args.text is not None and args.prompt is not None:
-        parser.error("--text and --prompt: give one of them")
-    return args
+    configs = [WritingOptions, Options, NemotronConfig]
+    return parse_flags(__doc__, configs, check_writing_args, ranks=4, steps=40)
 
 
 if __name__ == "__main__":
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
-    try:
-        main(flags())
-    except (OSError, ValueError) as error:
-        sys.exit(f"load.py: {error}")
+    launch(main, flags())

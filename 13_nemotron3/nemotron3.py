@@ -1747,7 +1747,13 @@ def check_layout(config: NemotronConfig, tp: int, ep: int) -> None:
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 #
 # Each rank's loss is a sum divided by the count of all replicas. So gradients are added only, and
-# never divided.
+# never divided. With 3 targets on one replica and 1 on the other, a mean of means would count the
+# single one three times.
+#
+# The ranks of a tp group compute the same loss, each from its vocabulary entries. That is no reason
+# to divide: backward goes through g, and its reduce-scatter adds what each rank's entries have
+# contributed. A replica may have no sequence at all. It still takes part in each message, in the
+# order of the others, with empty tensors.
 #
 # The counts for the bias are those of all ranks: with sequence parallelism the ranks of a replica
 # have routed different tokens. Summed over dp, each tp rank would move its copy of β by its own
@@ -1865,13 +1871,19 @@ def train(
 
 # ── What remains ────────────────────────────────────────────────────────────────────────────────
 #
-# This is the whole model, and not the whole training. Optimizer states are replicated over dp and
+# This is all of the model, and not all of its training. Optimizer states are replicated over dp and
 # edp: chapter 7 shards them. Layers are not cut into stages: chapter 3 does so, and a stage of
 # Nemotron 3 must count layers by their cost, because an M and an E take different times. Sequences
 # are not sharded over replicas: chapter 5 does so for M and *, and an E needs nothing for it.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
+# The proof trains a small odd model for five steps on four layouts of the ranks and on the single
+# device, and compares each tensor. The model has all four kinds of layers, latent experts and two
+# depths of multi-token prediction. Its batches have what breaks wrong code: tokens that do not
+# divide over tp, sequences that do not divide over dp (so one replica has none), documents that end
+# inside a rank's rows, targets that do not count, and an expert that no token chooses.
+#
 # fp64 is the proof; fp32 and bf16 show what rounding does to right code.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
