@@ -1187,7 +1187,8 @@ class NemotronLM(HybridLM):
     def counts(self) -> Tensor:
         """How often this rank's tokens chose each expert since the last update, (layers, E)."""
         counts = [router.counts for router in self.routers()]
-        return torch.stack(counts) if counts else torch.zeros(0, self.config.num_experts)
+        none_0E = self.head.weight.new_zeros(0, self.config.num_experts, dtype=torch.int64)
+        return torch.stack(counts) if counts else none_0E
 
     def take(self, weights: StateDict) -> None:
         """Puts weights in place of shapes without memory: of a model built on the device "meta"."""
@@ -1894,7 +1895,7 @@ def check_case(ranks: int, device: torch.device) -> tuple[NemotronConfig, list[B
     sizes = {"hidden_size": 16, "ffn_hidden_size": 4 * ranks, "shared_size": 2 * ranks}
     sizes |= {"mamba_heads": 2 * ranks, "mamba_head_size": 4, "mamba_groups": ranks}
     sizes |= {"attention_heads": 2 * ranks, "attention_head_size": 4, "attention_groups": ranks}
-    sizes |= {"num_experts": 2 * ranks, "expert_size": 12, "moe_latent_size": 8}
+    sizes |= {"num_experts": 4 * ranks, "top_k": 2, "expert_size": 12, "moe_latent_size": 8}
     more = {"state_size": 6, "chunk": 4, "init_std": 0.1, "dt_init": (0.05, 0.5)}
     config = NemotronConfig(61, pattern="ME*-E", **sizes, **more)
     rng = torch.Generator().manual_seed(1)

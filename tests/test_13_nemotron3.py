@@ -54,7 +54,8 @@ def one_step(model: n3.NemotronLM) -> dict[str, torch.Tensor]:
     step = next(n3.train(model, optimizer, [batch()], alpha=0.1, gamma=0.01, max_norm=1e9))
     found = {name: p.grad for name, p in model.named_parameters()}
     found |= {name: x for name, x in model.state_dict().items() if name.endswith("router.bias")}
-    return found | {"losses": step.losses, "norm": step.norm}
+    found |= {"losses": step.losses, "norm": step.norm}
+    return found | ({"counts": step.counts.double()} if len(step.counts) else {})
 
 
 @lru_cache
@@ -158,10 +159,10 @@ def test_messages_of_a_layer():
         span = n3.Span(None, (2, 4))
         with megatron_tp.Counter() as counter, torch.no_grad():
             block(torch.randn(4, 16, device=ranks.device), span)
-        found[letter] = sorted(message.op for message in counter.messages)
+        found[letter] = sorted(message.op.removesuffix("_base") for message in counter.messages)
     for letter in "M*-":
         assert found[letter] == ["all_gather", "reduce_scatter"]
-    assert found["E"] == ["all_gather", "all_gather", *["all_to_all"] * 3, "reduce_scatter"]
+    assert found["E"] == ["all_gather", "all_gather", *["alltoall"] * 3, "reduce_scatter"]
 
 
 @given(st.integers(0, 5), st.integers(1, 7), st.integers(1, 6))
@@ -283,7 +284,7 @@ def test_counts_without_tp():
     with plant(n3, "_all_reduce", over_dp):
         here, there = seen_on(2, 4)
     wrong = assert_differs(here, there)
-    assert all(name.endswith("router.bias") for name in wrong)
+    assert all(name == "counts" or name.endswith("router.bias") for name in wrong)
     return shows(here, there)
 
 
@@ -299,7 +300,7 @@ def test_padding_is_routed():
 
     with plant(n3, "rows_of_rank", all_rows):
         here, there = seen_on(2, 4)
-    assert abs(here["losses"][0] / there["losses"][0] - 1) < 1e-12
+    assert assert_differs(here, there)[0] == "counts"
     return shows(here, there)
 
 
@@ -335,8 +336,9 @@ def test_norm_of_experts_as_of_heads():
 
     with plant(n3, "gradient_norm", wrong):
         here, there = seen_on(2, 4)
-    assert assert_differs(here, there) == ["norm"] and mesh.dp == 2
-    return shows(here, there)
+    # Here experts are a small part of the norm; right code is near 1e-16.
+    assert assert_differs(here, there, 1e-8) == ["norm"] and mesh.dp == 2
+    return Shows((here["losses"][0] / there["losses"][0] - 1).item(), "right, but for the norm")
 
 
 @pytest.mark.ranks(4)
@@ -417,8 +419,8 @@ def test_impossible_sizes(changes, message):
 @pytest.mark.parametrize(
     "tp, ep, changes, message",
     [
-        (4, 1, {}, "mamba_groups=2 does not divide over tp=4 ranks"),
-        (4, 1, {"mamba_groups": 4}, "attention_groups=2 does not divide over tp=4 ranks"),
+        (4, 1, {}, "attention_groups=2 does not divide over tp=4 ranks"),
+        (4, 1, {"attention_groups": 4, "shared_size": 0}, "mamba_groups=2 does not divide"),
         (1, 3, {}, "num_experts=8 does not divide over 3 ranks"),
         (2, 1, {"shared_size": 5}, "shared_size=5 does not divide over tp=2 ranks"),
         (2, 1, {"ffn_hidden_size": 5}, "ffn_hidden_size=5 does not divide over tp=2"),
