@@ -54,7 +54,8 @@ sizes and layouts (nemotron3_tables.py); pipelines (chapter 7); context parallel
 # tp ranks are a replica; world = tp · dp = ep · edp.
 #
 # "region carried" marks code that is copied from its home, nearly all of this file. What is not
-# carried is new here: how the pieces are put together.
+# carried is new here: how the pieces are put together. Read a carried piece at its home, where its
+# lecture stands.
 
 from __future__ import annotations
 
@@ -88,6 +89,8 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.optim import AdamW, Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 # region carried: Group, Parameters, StateDict, Documents, Batch, Autocast, IGNORED (home: 09_mtp)
@@ -1198,6 +1201,11 @@ class NemotronLM(HybridLM):
 
 
 # The initial weights do not depend on the mesh: one full tensor at a time is drawn, and cut.
+#
+# A model of 120 billion parameters fits in no process, so it is built in two steps. On the device
+# "meta" it has shapes alone. Then `take` puts shards in their place, drawn here or read by load.py.
+# What is in no state dict, the counts of routers, must be made by hand: on "meta" there is no
+# memory.
 
 
 def state_shapes(config: NemotronConfig) -> dict[str, torch.Size]:
@@ -1661,6 +1669,12 @@ class ParallelNemotronLM(NemotronLM):
 # and 2, and b+d on 1 and 3: copies of one parameter drift apart. Heads summed over all ranks are tp
 # times too large, and Adam hides that. Experts summed over dp add up gradients of other experts.
 
+
+# Three names, and what the table says for tp 2 and ep 4:
+#
+#     layers.0.mixer.in_proj.weight     tp, rows, five components: z, x, B, C and dt, each in halves
+#     layers.1.mixer.experts.up         ep, the first dimension: a quarter of the experts
+#     layers.1.mixer.router.weight      replicated: each rank chooses among all experts
 
 VOCABULARY = ("embedding.weight", "head.weight")
 
@@ -2379,6 +2393,30 @@ def print_claims(claims: list[tuple[str, str, str, bool | str]]) -> bool:
 
 
 # endregion copy 7f35e3
+# region carried: counter (home: 01_deepspeech)
+Message = namedtuple("Message", "op bytes group")  # bytes: of the input or the output, the larger
+
+
+class Counter(TorchDispatchMode):
+    """`with Counter() as counter:` lists this rank's collectives and sends in counter.messages."""
+
+    def __enter__(self) -> Counter:
+        self.messages: list[Message] = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.name().removeprefix("c10d::").strip("_")  # allreduce, or allgather_base
+        if function.namespace == "c10d" and name != "barrier":
+            op = name.replace("allreduce", "all_reduce").replace("allgather", "all_gather")
+            tensors = [[x for x in tree_leaves(arg) if isinstance(x, Tensor)] for arg in args]
+            size = max(sum(x.nbytes for x in xs) for xs in tensors)
+            boxed = [x for x in args if isinstance(x, torch.ScriptObject)]
+            group = next(x for x in boxed if "ProcessGroup" in str(x._type()))
+            self.messages.append(Message(op, size, dist.ProcessGroup.unbox(group).group_name))
+        return function(*args, **(kwargs or {}))
+
+
+# endregion copy a5766d
 # region carried: flags (home: 01_deepspeech)
 @dataclass
 class RunConfig:
