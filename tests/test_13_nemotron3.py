@@ -378,8 +378,7 @@ def test_counts_of_targets_are_local():
 
 
 @pytest.mark.planted_bug(
-    symptom="the shared block's balancing loss is not divided by the depths",
-    seen_in=None,
+    symptom="the shared block's balancing loss is not divided by the depths", seen_in=None
 )
 def test_balance_of_the_block_counts_every_depth():
     there = reference()

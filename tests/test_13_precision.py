@@ -9,7 +9,7 @@ import torch
 from proof import assert_equal
 
 SIZES = dict(hidden_size=32, ffn_hidden_size=32, shared_size=32, expert_size=16, init_std=0.1)
-SIZES |= dict(mamba_heads=8, mamba_head_size=8, mamba_groups=2, state_size=4, chunk=8)
+SIZES |= dict(mamba_heads=16, mamba_head_size=4, mamba_groups=2, state_size=8, chunk=8)
 SIZES |= dict(attention_heads=4, attention_head_size=8, num_experts=8, top_k=2)
 
 

@@ -1641,6 +1641,8 @@ WITHOUT_EXAMPLE = {
 }
 EXAMPLES["nemotron3"] = {
     "NemotronConfig": lambda m, folder: list(vars(m.NemotronConfig(13, pattern="ME")).values()),
+    "Span": lambda m, folder: list(m.Span(None, (2, 3)).layer(1).shape),
+    "Mesh": lambda m, folder: [m.Mesh(tp=2, tp_rank=1).tp],
     "make_mesh": lambda m, folder: nemotron_groups(m),
     "all_tokens": lambda m, folder: m.all_tokens(normal(6, 3), nemotron_span()),
     "own_rows": lambda m, folder: m.own_rows(normal(1, 6, 3)),
@@ -1681,7 +1683,7 @@ EXAMPLES["nemotron3"] = {
         "layers.1.mixer.experts.up", normal(4, 6, 8), small_nemotron(), nemotron_mesh(ep=2)
     ),
     "merge_tensor": lambda m, folder: m.merge_tensor(
-        "layers.1.mixer.experts.up", [normal(2, 6, 8)] * 2, small_nemotron(), nemotron_mesh()
+        "layers.1.mixer.experts.up", [normal(2, 6, 8)] * 2, small_nemotron(), nemotron_mesh(ep=2)
     ),
     "gather_state_dict": lambda m, folder: list(
         m.gather_state_dict(nemotron().state_dict(), nemotron()).values()
