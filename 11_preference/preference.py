@@ -34,7 +34,7 @@ Run it (no flag is needed; --help lists them):
     torchrun --nproc-per-node=8 11_preference/preference.py --tp 4 --num-heads 8
 
 Left out: generation with a key-value cache; judging by another language model; published weights;
-GRPO (a later chapter); the papers' tables (preference_tables.py).
+GRPO (chapter 12); the papers' tables (preference_tables.py).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -166,6 +166,7 @@ class GPTConfig:
 # answers reach, and the gradient is NaN. And a token on another rank must contribute 0 before the
 # all-reduce: masked after it, each rank has multiplied away what its neighbours contributed.
 
+# region shared: log-probabilities
 IGNORED = -100  # a target that does not count
 
 
@@ -253,6 +254,7 @@ def vocab_parallel_log_probs(
     return torch.where(is_id_BS, log_prob_BS, torch.nan)
 
 
+# endregion
 # ── 1.2 Prompts and responses ───────────────────────────────────────────────────────────────────
 #
 # Position j predicts token j + 1. So the targets are the tokens shifted by one, once, when a batch
@@ -279,6 +281,7 @@ def vocab_parallel_log_probs(
 # sees the tokens before it in its own sequence. Positions start anew in each.
 
 
+# region shared: batches of responses
 class Sequences(NamedTuple):
     """R prompts with their responses: padded, or packed. Source: ours."""
 
@@ -327,6 +330,7 @@ def collate(examples: list[Example], row_length: int | None = None, pad: int = 0
     return Sequences(*columns, torch.tensor(ends))
 
 
+# endregion
 def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
     """log π of each response: the sum over its tokens, log_prob_R. Source: DPO, equation 1.
 
@@ -810,6 +814,7 @@ def gather_state_dict(tensors: StateDict, config: GPTConfig, group: Group = None
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
 
 
+# region shared: replicas
 @dataclass(frozen=True)
 class Mesh:
     """This rank's place in the device mesh; Mesh() is a process without process groups."""
@@ -834,6 +839,7 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     return Mesh(tp, world // tp, group_rank() // tp, *groups)
 
 
+# endregion
 # ── 4.1 Sums first, one division ────────────────────────────────────────────────────────────────
 #
 # Micro-batches and replicas have unequally many tokens, labels and pairs. A mean of means weighs
@@ -896,6 +902,7 @@ class PreferenceObjective:
 # mean of the replicas' means would weigh the pairs of a replica with few of them more.
 
 
+# region shared: sums and counts
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay: alignment takes few steps, from weights that are good already."""
     return AdamW(model.parameters(), lr, betas=(0.9, 0.98), weight_decay=0.0)
@@ -954,6 +961,7 @@ def train(
         yield loss, norm
 
 
+# endregion
 # ── 4.2 The reference ───────────────────────────────────────────────────────────────────────────
 #
 # Two models are in memory. The reference's log-probabilities do not change while the policy learns,
@@ -997,7 +1005,7 @@ def pair_batch(
 #
 # Pairs are made before training: after a few steps the policy no longer writes what it learns from.
 # The next step is to sample in every step, and to reinforce all of several answers by how much
-# better than their mean they are: GRPO, a later chapter.
+# better than their mean they are: GRPO, chapter 12.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 #

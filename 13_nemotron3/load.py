@@ -754,7 +754,7 @@ class BudgetController:
         the logits say, so call the controller after every other mask.
     No value is read on the host. Each row is by itself; on tensor-parallel ranks all rows agree.
     Raises: ValueError for an empty tag, a negative id, a negative budget, or other shapes.
-    Source: Nemotron Nano 2 (2025), section 3.4; as a logits processor in vLLM and TensorRT-LLM.
+    Source: Nemotron Nano 2 (2025), budget control; as a logits processor in vLLM and TensorRT-LLM.
     """
 
     def __init__(
@@ -823,7 +823,7 @@ class BudgetController:
         return size_B
 
 
-# endregion copy 56064f
+# endregion copy 36248b
 
 
 class ForcedTokens:

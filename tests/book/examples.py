@@ -1566,6 +1566,78 @@ def preference_objective():
     return PreferenceObjective("dpo", sft_weight=0.1)
 
 
+# ── Chapter 12 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def grpo_policy():
+    from grpo import GPT, GPTConfig
+
+    return GPT(GPTConfig(hidden_size=32)).double()
+
+
+def grpo_responses():
+    from grpo import Response
+
+    return [
+        Response([1, 2], [3, 11], [-2.5, -3.0], [False, False], True),
+        Response([4], [5, 6, 7], [-2.0, -2.5, -3.0], [False, True, False], False),
+    ]
+
+
+def grpo_batch():
+    from grpo import rollout_batch
+
+    advantages = torch.tensor([1.0, -1.0], dtype=torch.float64)
+    return rollout_batch(grpo_responses(), advantages, torch.device("cpu"))
+
+
+def grpo_masks(m):
+    """Arguments of importance weights: log-probabilities of trainer and sampler, the batch."""
+    batch = grpo_batch()
+    log_prob_BS = torch.where(batch.sequences.targets_BS != -100, -2.0, 0.0).double()
+    return log_prob_BS, batch.sampler_log_prob_BS, batch.sequences
+
+
+def grpo_steps(m):
+    policy = grpo_policy()
+    optimizer = torch.optim.SGD(policy.parameters(), 0.1)
+    return losses(m.train(policy, optimizer, [[grpo_batch()]] * 2, m.GRPOObjective()))
+
+
+EXAMPLES["grpo"] = {
+    "grpo_advantages": lambda m, folder: m.grpo_advantages(normal(8), 4),
+    "importance_weights": lambda m, folder: m.importance_weights(*grpo_masks(m), "sequence"),
+    "trusted_responses": lambda m, folder: m.trusted_responses(*grpo_masks(m), 1.7),
+    "RolloutBatch": lambda m, folder: list(m.RolloutBatch(*grpo_masks(m)).sequences),
+    "GRPOObjective": lambda m, folder: list(
+        m.GRPOObjective(weight_cap=5.0, error_limit=2.0)(grpo_policy(), grpo_batch())
+    ),
+    "GPTConfig": lambda m, folder: [m.GPTConfig(hidden_size=32).max_length],
+    "Block": lambda m, folder: through(
+        filled(m.Block(m.GPTConfig(hidden_size=32))),
+        normal(1, 5, 32),
+        torch.ones(1, 1, 5, 5, dtype=torch.bool).tril(),
+    ),
+    "GPT": lambda m, folder: m.GPT(m.GPTConfig(hidden_size=32)).log_probs(grpo_batch().sequences),
+    "rollout": lambda m, folder: [
+        response.tokens for response in m.rollout(grpo_policy(), [[1, 2], [3]], 2, 4, 11, None)
+    ],
+    "rollout_batch": lambda m, folder: list(
+        m.rollout_batch(grpo_responses(), normal(2), torch.device("cpu")).sequences
+    ),
+    "shard_dim": lambda m, folder: [m.shard_dim("layers.0.out.weight")],
+    "sharded_parameters": lambda m, folder: len(m.sharded_parameters(grpo_policy())),
+    "check_tp": lambda m, folder: m.check_tp(m.GPTConfig(), 2) or "it fits",
+    "shard_tensor": lambda m, folder: m.shard_tensor(
+        "output.weight", normal(16, 4), m.GPTConfig(), 1, 2
+    ),
+    "shard_state_dict": lambda m, folder: m.shard_state_dict(
+        grpo_policy().state_dict(), m.GPTConfig(hidden_size=32), 1, 2
+    ),
+    "batches_of_age": lambda m, folder: list(m.batches_of_age(float, 3, 1)),
+}
+
+
 def one_rank_mesh(m):
     with alone() as device:
         mesh = m.make_mesh(1, device)
@@ -1620,6 +1692,12 @@ WITHOUT_EXAMPLE = {
         "problems": "part of the demonstration; test_11_preference.py runs it",
         "learn": "part of the demonstration; test_11_preference.py runs it",
         "sft": "part of the demonstration; test_11_preference.py runs it",
+    },
+    "grpo": {
+        "made_up_responses": "part of the demonstration; test_12_grpo.py runs it",
+        "Learner": "part of the demonstration; test_12_grpo.py runs it",
+        "disagreement": "part of the demonstration; test_12_grpo.py runs it",
+        "SortDigits": "part of the demonstration; test_12_grpo.py scores with it",
     },
     "moe_fp8": {
         "model_config": "takes the command line's arguments",

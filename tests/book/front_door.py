@@ -63,6 +63,7 @@ SECOND_SCRIPTS = {
     "06_moe_fp8": "fp8.py",
     "07_zero_3d": "fsdp.py",
     "09_mtp": "speculate.py",
+    "12_grpo": "thinking.py",
     "13_nemotron3": "load.py",
 }
 

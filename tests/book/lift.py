@@ -195,9 +195,14 @@ def block(path: Path, name: str) -> str | None:
 
 
 def home(path: Path, name: str) -> Path:
-    """The chapter where `name` is explained: the home of its shared block, or this one."""
+    """The script where `name` is explained: the home of its shared block, or this one."""
     region = region_of(path, name)
-    return shared_blocks.script_of(region.home) if region else path
+    if not region or region.kind == "shared":
+        return path
+    marked = shared_blocks.homes().get(region.name)
+    if marked and marked.home == region.home:
+        return marked.path
+    return shared_blocks.script_of(region.home)
 
 
 # ── Writing a file ────────────────────────────────────────────────────────────────────────────────

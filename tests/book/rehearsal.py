@@ -514,6 +514,26 @@ def preference(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"tp {tp}, {method}", steps, 1
 
 
+def grpo(chapter, device: torch.device) -> Iterator[Variant]:
+    for tp in (1, 2, 4):
+        mesh = chapter.make_mesh(tp, CPU)
+        for kl_weight in (0.0, 0.1):
+
+            def steps(mesh=mesh, kl_weight=kl_weight) -> Steps:
+                config = chapter.GPTConfig(13, hidden_size=32)
+                policy = move(chapter.GPT(config, mesh.tp_group), device)
+                tokens_BS = torch.randint(13, (4, 9), device=device)
+                end_R = torch.zeros(4, dtype=torch.int64, device=device)
+                values = [torch.zeros(4, 9, device=device)] * 4
+                batch = chapter.RolloutBatch(chapter.Sequences(*[tokens_BS] * 4, end_R), *values)
+                limits = dict(weight_cap=5.0, error_limit=2.0)
+                objective = chapter.GRPOObjective(kl_weight=kl_weight, **limits)
+                optimizer = chapter.make_optimizer(policy, lr=1e-3)
+                return chapter.train(policy, optimizer, [[batch, batch]] * STEPS, objective, mesh)
+
+            yield f"tp {tp}, KL {kl_weight}", steps, 1
+
+
 def nemotron3(chapter, device: torch.device) -> Iterator[Variant]:
     """Two layers of experts, or one and a depth; the answer is moe_fp8's."""
     for tp, ep, depths in ((1, 4, 0), (2, 4, 0), (2, 4, 1), (2, 2, 1)):
@@ -543,6 +563,7 @@ CHAPTERS = {
     "08_nvfp4": nvfp4,
     "09_mtp": mtp,
     "11_preference": preference,
+    "12_grpo": grpo,
     "13_nemotron3": nemotron3,
 }
 
@@ -601,6 +622,7 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "08_nvfp4": ([], 1),
     "09_mtp": ([], 1),
     "11_preference": (["--tp", "2"], 1),
+    "12_grpo": (["--tp", "2", "--prompts", "2"], 1),
     # 128 tokens a rank, four experts each, from four ranks.
     "13_nemotron3": (["--pattern", "MEM*E", "--mtp-num-layers", "0"], 128 * 4 // 4),
 }

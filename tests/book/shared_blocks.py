@@ -119,9 +119,9 @@ def blocks(path: Path) -> dict[str, Region]:
 
 
 def homes(root: Path = ROOT) -> dict[str, Region]:
-    """Name to each block, as its home has it."""
+    """Name to each block, as its home has it: a chapter's script, or a tool in its folder."""
     found: dict[str, Region] = {}
-    for path in chapters(root):
+    for path in [*chapters(root), *tools(root)]:
         for region in parse(path)[0]:
             if region.kind == "shared":
                 found.setdefault(region.name, region)

@@ -41,6 +41,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "08_nvfp4": 4,  # sharded and not, both kinds of rounding
     "09_mtp": 4,  # three layouts, and detached heads
     "11_preference": 6,  # three meshes, two losses
+    "12_grpo": 6,  # three meshes, with a penalty and without
     "13_nemotron3": 4,  # three layouts, with a depth and without
 }
 HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
@@ -106,15 +107,17 @@ def test_every_loop_but_these_reads_by_one_function():
 @pytest.mark.parametrize("folder", sorted(set(MODULES) - HAVE_NO_LOG))
 def test_the_loop_of_the_demonstration_reads_once_a_step(folder):
     """Besides, a batch is copied to the device, one copy a tensor; chapter 5 copies the window that
-    both tensors are views of."""
-    tensors = {"01_deepspeech": 4, "05_mamba_hybrid": 1, "11_preference": 5}.get(folder, 2)
+    both tensors are views of. Chapter 12 samples its batch: prompts and their padding are copied
+    before, and all sampled tokens are read once."""
+    tensors = {"01_deepspeech": 4, "05_mamba_hybrid": 1, "11_preference": 5, "12_grpo": 9}
+    sampled = {"12_grpo": {"forward": 1}}.get(folder, {})
     steps = rehearsed(folder)["loop"]
     assert len(steps) == 3
     for waits in steps:
         copies = [wait for wait in waits if wait["what"] == "copy to the device"]
         others = Counter(wait["part"] for wait in waits if wait not in copies)
-        assert others == {"loop": 1, **EXPECTED[folder]}, waits
-        assert len(copies) == tensors, waits
+        assert others == {"loop": 1, **EXPECTED[folder], **sampled}, waits
+        assert len(copies) == tensors.get(folder, 2), waits
 
 
 # ── The machinery can fail ──────────────────────────────────────────────────────────────────────

@@ -78,6 +78,15 @@ def test_an_empty_block_is_filled_and_follows_its_home(tmp_path):
         assert text in carrier.read_text() and carrier.read_text().endswith("other = 0\n")
 
 
+def test_a_tool_may_be_the_home(tmp_path):
+    _, carrier = book(tmp_path, "x = 1\n", EMPTY)
+    tool = tmp_path / "01_one/tool.py"
+    tool.write_text(HOME, "utf-8")
+    assert shared_blocks.homes(tmp_path)["two"].path == tool
+    assert shared_blocks.update(tmp_path) == [carrier]
+    assert "return 2" in carrier.read_text()
+
+
 def test_an_edited_copy_is_never_overwritten(tmp_path):
     """Neither by itself nor where its home has changed too; then nothing at all is written."""
     home, edited, untouched = paths = book(tmp_path, HOME, EMPTY, EMPTY)
