@@ -256,7 +256,10 @@ ALL = Span()  # one document
 
 @dataclass(frozen=True)
 class Mesh:
-    """This rank's place in the device mesh; Mesh() is a process without process groups."""
+    """This rank's place in the device mesh; Mesh() is a process without process groups.
+
+    Source: Megatron-LM's groups.
+    """
 
     tp: int = 1  # ranks that share the heads and the tokens of a replica
     ep: int = 1  # ranks that share one set of experts
@@ -275,6 +278,7 @@ def make_mesh(tp: int, ep: int, device: torch.device, timeout: float = 60.0) -> 
     """Lays all ranks out as (dp, tp) and as (edp, ep), neighbours in tp and ep groups. Collective.
 
     Args: timeout in seconds. Raises: ValueError where tp or ep does not divide the ranks.
+    Source: Megatron-LM's layout.
     """
     world = dist.get_world_size()
     if min(tp, ep) < 1 or world % tp or world % ep:
@@ -377,25 +381,37 @@ def multiple_above(least: int, divisor: int) -> int:
 
 
 def all_tokens(x_rD: Tensor, span: Span, group: Group = None) -> Tensor:
-    """g: this rank's rows to all tokens of the replica, (B, T, D), without padding."""
+    """g: this rank's rows to all tokens of the replica, (B, T, D), without padding.
+
+    Source: chapter 4's operator; the padding is ours.
+    """
     B, T = span.shape
     x_RD = gather_from_sp(x_rD, group)
     return x_RD[: B * T].unflatten(0, (B, T))
 
 
 def own_rows(partial_x_BTD: Tensor, group: Group = None) -> Tensor:
-    """ḡ: partial sums of all tokens to this rank's rows, (r, D), the last ones padding."""
+    """ḡ: partial sums of all tokens to this rank's rows, (r, D), the last ones padding.
+
+    Source: chapter 4's operator; the padding is ours.
+    """
     return reduce_scatter_to_sp(padded_rows(partial_x_BTD.flatten(0, 1), group), group)
 
 
 def padded_rows(x_U: Tensor, group: Group = None) -> Tensor:
-    """Rows (U, ...) and rows of zeros after them, (R, ...), R a multiple of the ranks."""
+    """Rows x_U (U, ...) and rows of zeros after them, (R, ...), R a multiple of the ranks.
+
+    Source: ours.
+    """
     padding = -len(x_U) % group_size(group)
     return torch.cat([x_U, x_U.new_zeros(padding, *x_U.shape[1:])])
 
 
 def rows_of_rank(span: Span, mesh: Mesh) -> tuple[int, int]:
-    """r, the rows of each rank of a replica, and u, how many of this rank's are tokens."""
+    """r, the rows of each rank of a replica, and u, how many of this rank's are tokens.
+
+    Source: ours.
+    """
     tokens = math.prod(span.shape)
     r = math.ceil(tokens / mesh.tp)
     return r, min(max(tokens - mesh.tp_rank * r, 0), r)
@@ -928,7 +944,10 @@ class MoELayer(nn.Module):
 
 
 class ExpertLayer(MoELayer):
-    """Chapter 6's layer in a hybrid: x_BTD to (B, T, D); its balancing loss joins the span's."""
+    """Chapter 6's layer in a hybrid: x_BTD to (B, T, D); its balancing loss joins the span's.
+
+    Source: Nemotron 3 Nano.
+    """
 
     def forward(self, x_BTD: Tensor, span: Span) -> Tensor:
         y_BTD, balance_B = super().forward(x_BTD)
