@@ -43,7 +43,7 @@ import moe_fp8 as moe
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from moe_fp8 import Experts, Group, Mesh, MoELM, gemm_dtype
+from moe_fp8 import Experts, Group, Mesh, MoELM, _all_reduce, gemm_dtype
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -151,7 +151,7 @@ def quantize_fp8(
     amax = _amax(x, block)
     amax = amax.nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop NaN
     if shared:
-        moe._all_reduce(amax, amax_group, dist.ReduceOp.MAX)
+        _all_reduce(amax, amax_group, dist.ReduceOp.MAX)
     # largest / amax would be computed as largest · (1 / amax), which rounds twice.
     scale = torch.full_like(amax, largest) / amax
     # The limit keeps the inverse a normal number.

@@ -130,8 +130,8 @@ class HybridConfig:
     def __post_init__(self):
         for name in ("pattern", "mtp_pattern"):
             letters = getattr(self, name)
-            if not letters or set(letters) - set("M*-"):
-                raise ValueError(f"{name}={letters!r}: write M, * or - for each layer")
+            if not letters or set(letters) - set(LAYERS):
+                raise ValueError(f"{name}={letters!r}: write {', '.join(LAYERS)} for each layer")
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
             if type(value) in (int, float) and value < least:
@@ -658,7 +658,7 @@ class HybridLM(nn.Module):
         logits_BVT = at_least_fp32(logits_BTV).mT
         return F.cross_entropy(logits_BVT, targets_BT, ignore_index=IGNORED, reduction="none")
 
-    def span(self, document_BT: Documents) -> Span:
+    def span(self, tokens_BT: Tensor, document_BT: Documents) -> Span:
         """What the layers may look back at."""
         return Span(document_BT)
 
@@ -669,7 +669,7 @@ class HybridLM(nn.Module):
         return self.final_norm(x_BTD)
 
     def forward(self, tokens_BT: Tensor, document_BT: Documents = None) -> Tensor:
-        span = self.span(document_BT)
+        span = self.span(tokens_BT, document_BT)
         hidden_BTD = self.trunk(tokens_BT, span)
         return self.logits(hidden_BTD)
 
@@ -684,7 +684,7 @@ class HybridLM(nn.Module):
         if documents is None:
             documents = torch.zeros_like(tokens_BT)
         is_last_BT = last_of_documents(documents, group)
-        span = self.span(document_BT)
+        span = self.span(tokens_BT, document_BT)
         hidden_BTD = self.trunk(tokens_BT, span)
         logits_BTV = self.logits(hidden_BTD)
         losses = [self.cross_entropy(logits_BTV, targets_BT)]
@@ -896,7 +896,7 @@ class ParallelHybridLM(HybridLM):
         is_id_BT = _is_id(targets_BT, V, IGNORED)
         return torch.where(is_id_BT, loss_BT, torch.nan)
 
-    def span(self, document_BT: Documents) -> Span:
+    def span(self, tokens_BT: Tensor, document_BT: Documents) -> Span:
         if document_BT is not None and self.mesh.cp > 1:
             document_BT = _all_gather_tokens(document_BT, self.mesh.cp_group)
         return Span(document_BT)
@@ -1160,8 +1160,9 @@ def read_text(path: str, window: int) -> tuple[Tensor, Tensor]:
 
 def text_batches(args: argparse.Namespace, device: torch.device) -> Iterator[Batch]:
     """Windows of the first nine tenths; a batch is a function of seed and step."""
-    tokens, _ = read_text(args.data, args.seq_length + 1)
-    windows = tokens.unfold(0, args.seq_length + 1, 1)
+    length = args.seq_length + 1
+    tokens, _ = read_text(args.data, length)
+    windows = tokens.unfold(0, length, 1)
     for step in range(args.steps):
         rng = torch.Generator().manual_seed(1000 * args.seed + step)
         start_B = torch.randint(len(windows), (args.batch,), generator=rng)

@@ -41,7 +41,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -49,7 +49,7 @@ import mtp
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from mtp import Attention, Block, HybridConfig, HybridLM, Mamba2Mixer, Span, flag, ssd
+from mtp import Attention, Block, HybridConfig, HybridLM, Mamba2Mixer, Span, _has_values, flag, ssd
 from torch import Tensor, nn
 
 # ── 1 Speculative sampling ────────────────────────────────────────────────────────────────────
@@ -126,7 +126,7 @@ def speculative_sample(
     drafts_n1 = drafts[:, None]
     p_n1 = target_probs[:n].gather(1, drafts_n1)
     q_n1 = draft_probs.gather(1, drafts_n1)
-    if mtp._has_values(q_n1) and not (q_n1 > 0).all():
+    if _has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
     sum_N = target_probs.sum(dim=-1)
     if mtp._has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
@@ -432,11 +432,14 @@ def speculative_generate(
     draft_length: int = 0,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    constrain: Callable | None = None,
 ) -> Speculation:
     """Writes `new_tokens` tokens after a prompt; each pass of the trunk verifies drafts.
 
     Args: draft_length: drafts of a pass; 0 is plain decoding. It may exceed the depths of training.
-        temperature: 0 takes the best token. generator: of the tokens' device.
+        temperature: 0 takes the best token. generator: of the tokens' device. constrain: gets the
+        text with n drafts after it, (1, S), and the n + 1 laws (n + 1, V) of the drafts' places and
+        of the next one; returns the laws to take.
     The law of the text does not depend on draft_length, nor does a greedy text.
     Raises: ValueError for an empty prompt or several, for bad numbers, and for drafts without one
         block for all depths. Source: Leviathan et al., 2023; for hybrids vLLM's code.
@@ -459,6 +462,9 @@ def speculative_generate(
         hidden_1TD = model.trunk(window_1T, span)
         logits_NV = model.logits(hidden_1TD[:, -n - 1 :])[0]
         p_NV = next_laws(logits_NV, temperature)
+        if constrain is not None:
+            text_1S = torch.cat([tokens_1T, drafts_n[None]], dim=1)
+            p_NV = constrain(text_1S, p_NV)
         uniforms_N = random(n + 1, p_NV, generator)
         accepted, token = speculative_sample(p_NV, q_nV, drafts_n, uniforms_N)
         accepted = int(accepted)  # the lengths of what follows depend on it

@@ -385,7 +385,7 @@ def test_tiles_have_no_amax_of_several_ranks(rows):
     def waits(*args):
         raise AssertionError("no other rank calls this all-reduce")
 
-    with plant(moe, "_all_reduce", waits):
+    with plant(fp8, "_all_reduce", waits):
         fp8.quantize_fp8(torch.ones(rows, 128), *fp8.TILE, amax_group="any")
         with pytest.raises(AssertionError, match="no other rank"):
             fp8.quantize_fp8(torch.ones(rows, 128), amax_group="any")

@@ -7,6 +7,7 @@ computed. A shared block's functions stand under its home.
 """
 
 import contextlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -1534,6 +1535,59 @@ def mesh_alone(m):
 DEMONSTRATED_10 = ("check_case", "scores_of", "gathered", "evaluate", "text_batches")
 DEMONSTRATED_10 += ("gradients", "smaller_sizes", "measure")
 
+# ── Chapter 13 ────────────────────────────────────────────────────────────────────────────────────
+
+
+def small_nemotron(pattern="ME", **changes):
+    from nemotron3 import NemotronConfig
+
+    sizes = dict(mamba_heads=2, mamba_head_size=4, state_size=4, attention_heads=2)
+    sizes |= dict(attention_head_size=4, num_experts=4, top_k=2, expert_size=6, shared_size=6)
+    sizes |= dict(moe_latent_size=8, mtp_pattern="*E", init_std=0.3)
+    return NemotronConfig(13, 16, pattern, **(sizes | changes))
+
+
+def nemotron():
+    from nemotron3 import NemotronLM
+
+    return NemotronLM(small_nemotron()).double()
+
+
+def nemotron_span(B=1, T=6):
+    from nemotron3 import Span
+
+    return Span(None, (B, T))
+
+
+def nemotron_mesh(**sizes):
+    from nemotron3 import Mesh
+
+    return Mesh(**sizes)
+
+
+def nemotron_step(m):
+    model = nemotron()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    return list(next(m.train(model, optimizer, [(TWO_DOCUMENTS, TWO_DOCUMENTS)])))
+
+
+def with_gradients():
+    model = nemotron()
+    model.loss(TWO_DOCUMENTS, TWO_DOCUMENTS)[0].backward()
+    return model
+
+
+def of_layers(module, x, span):
+    """What a layer returns, and the balancing loss that it has left in the span."""
+    return [module.double()(x, span), *span.balance]
+
+
+def nemotron_groups(m):
+    with alone() as device:
+        mesh = m.make_mesh(1, 1, device)
+    return [mesh.tp, mesh.ep, mesh.dp, mesh.ep_rank]
+
+
 # ── Chapter 11 ────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1784,6 +1838,73 @@ WITHOUT_EXAMPLE = {
         "measure": "trains and prints; test_09_mtp.py runs the script",
     },
     "zero_3d": {"text_batches": "part of the demonstration; test_07_zero_3d.py runs it"},
+}
+EXAMPLES["nemotron3"] = {
+    "NemotronConfig": lambda m, folder: list(vars(m.NemotronConfig(13, pattern="ME")).values()),
+    "Span": lambda m, folder: list(m.Span(None, (2, 3)).layer(1).shape),
+    "Mesh": lambda m, folder: [m.Mesh(tp=2, tp_rank=1).tp],
+    "make_mesh": lambda m, folder: nemotron_groups(m),
+    "all_tokens": lambda m, folder: m.all_tokens(normal(6, 3), nemotron_span()),
+    "own_rows": lambda m, folder: m.own_rows(normal(1, 6, 3)),
+    "padded_rows": lambda m, folder: m.padded_rows(normal(5, 3)),
+    "rows_of_rank": lambda m, folder: m.rows_of_rank(
+        nemotron_span(1, 5), nemotron_mesh(tp=2, tp_rank=1)
+    ),
+    "ExpertLayer": lambda m, folder: of_layers(
+        filled(m.ExpertLayer(small_nemotron())), normal(1, 6, 16), nemotron_span()
+    ),
+    "NemotronLM": lambda m, folder: list(
+        m.NemotronLM(small_nemotron()).loss_and_balance(TWO_DOCUMENTS, TWO_DOCUMENTS)
+    ),
+    "state_shapes": lambda m, folder: [
+        math.prod(shape) for shape in m.state_shapes(small_nemotron()).values()
+    ],
+    "initial_weights": lambda m, folder: [x for _, x in m.initial_weights(small_nemotron())],
+    "initialize": lambda m, folder: (
+        (model := nemotron(), m.initialize(model)) and [*model.parameters()]
+    ),
+    "ParallelExpertLayer": lambda m, folder: of_layers(
+        filled(m.ParallelExpertLayer(small_nemotron(), nemotron_mesh())),
+        normal(6, 16),
+        nemotron_span(),
+    ),
+    "ParallelBlock": lambda m, folder: of_layers(
+        filled(m.ParallelBlock("*", small_nemotron(), nemotron_mesh())),
+        normal(6, 16),
+        nemotron_span(),
+    ),
+    "ParallelNemotronLM": lambda m, folder: list(
+        m.ParallelNemotronLM(small_nemotron()).loss(TWO_DOCUMENTS, TWO_DOCUMENTS)
+    ),
+    "placement": lambda m, folder: list(
+        vars(m.placement("layers.0.mixer.in_proj.weight", small_nemotron(), 2)).values()
+    ),
+    "shard_tensor": lambda m, folder: m.shard_tensor(
+        "layers.1.mixer.experts.up", normal(4, 6, 8), small_nemotron(), nemotron_mesh(ep=2)
+    ),
+    "merge_tensor": lambda m, folder: m.merge_tensor(
+        "layers.1.mixer.experts.up", [normal(2, 6, 8)] * 2, small_nemotron(), nemotron_mesh(ep=2)
+    ),
+    "gather_state_dict": lambda m, folder: list(
+        m.gather_state_dict(nemotron().state_dict(), nemotron()).values()
+    ),
+    "check_layout": lambda m, folder: [m.check_layout(small_nemotron(), 2, 4) is None],
+    "parameters_by_place": lambda m, folder: [
+        len(found) for found in m.parameters_by_place(nemotron()).values()
+    ],
+    "reduce_gradients": lambda m, folder: (
+        (model := with_gradients(), m.reduce_gradients(model))
+        and [p.grad for p in model.parameters()]
+    ),
+    "gradient_norm": lambda m, folder: m.gradient_norm(with_gradients()),
+    "train": lambda m, folder: nemotron_step(m),
+}
+WITHOUT_EXAMPLE["nemotron3"] = {
+    "check_case": "part of the demonstration; test_13_nemotron3.py runs it",
+    "configs_of": "takes the command line's arguments",
+    "text_batches": "part of the demonstration; test_13_nemotron3.py runs it",
+    "training": "takes the command line's arguments",
+    "measure": "trains and prints; test_13_nemotron3.py runs the script",
 }
 # What every chapter has, and every chapter's tests run: the command line and the demonstration.
 DEMONSTRATION = {"main", "flags", "config_of", "claims", "check", "equivalence", "demonstrate"}

@@ -65,6 +65,7 @@ SECOND_SCRIPTS = {
     "09_mtp": "speculate.py",
     "10_compress": "distill.py",
     "12_grpo": "thinking.py",
+    "13_nemotron3": "load.py",
 }
 
 

@@ -199,7 +199,10 @@ def home(path: Path, name: str) -> Path:
     region = region_of(path, name)
     if not region or region.kind == "shared":
         return path
-    return shared_blocks.homes()[region.name].path
+    marked = shared_blocks.homes().get(region.name)
+    if marked and marked.home == region.home:
+        return marked.path
+    return shared_blocks.script_of(region.home)
 
 
 # ── Writing a file ────────────────────────────────────────────────────────────────────────────────

@@ -554,6 +554,24 @@ def grpo(chapter, device: torch.device) -> Iterator[Variant]:
             yield f"tp {tp}, KL {kl_weight}", steps, 1
 
 
+def nemotron3(chapter, device: torch.device) -> Iterator[Variant]:
+    """Two layers of experts, or one and a depth; the answer is moe_fp8's."""
+    for tp, ep, depths in ((1, 4, 0), (2, 4, 0), (2, 4, 1), (2, 2, 1)):
+        mesh = chapter.make_mesh(tp, ep, CPU)
+
+        def steps(mesh=mesh, depths=depths) -> Steps:
+            sizes = dict(hidden_size=32, ffn_hidden_size=32, mamba_heads=4, num_experts=mesh.ep**2)
+            pattern = "ME*-" + "E" * (1 - depths)
+            config = chapter.NemotronConfig(61, pattern=pattern, mtp_num_layers=depths, **sizes)
+            config = chapter.replace(config, top_k=2)
+            model = move(chapter.ParallelNemotronLM(config, mesh), device)
+            optimizer = chapter.make_optimizer(model, 1e-3)
+            results = chapter.train(model, optimizer, text(device, 61))
+            return ((step.losses[0], step.norm) for step in results)
+
+        yield f"tp {tp} × ep {ep}, {depths} depths", steps, 16 * 2 // ep
+
+
 CHAPTERS = {
     "01_deepspeech": deepspeech,
     "02_megatron_tp": megatron_tp,
@@ -567,6 +585,7 @@ CHAPTERS = {
     "10_compress": compress,
     "11_preference": preference,
     "12_grpo": grpo,
+    "13_nemotron3": nemotron3,
 }
 
 
@@ -626,6 +645,8 @@ LOOPS = {  # flags, and the answer to a read of row counts (see moe_fp8 above)
     "10_compress": ([], 1),
     "11_preference": (["--tp", "2"], 1),
     "12_grpo": (["--tp", "2", "--prompts", "2"], 1),
+    # 128 tokens a rank, four experts each, from four ranks.
+    "13_nemotron3": (["--pattern", "MEM*E", "--mtp-num-layers", "0"], 128 * 4 // 4),
 }
 
 

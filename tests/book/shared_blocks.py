@@ -15,6 +15,7 @@ The checksum stands at the copy, not in a file of its own, so that it stays with
 every merge. The history of git would not do: a home may be edited twice before a commit.
 """
 
+import ast
 import hashlib
 import re
 import sys
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-START = re.compile(r"# region (shared|carried): ([^()]+?)(?: \(home: (\w+)\))?$")
+START = re.compile(r"# region (shared|carried): ([^()]+?)(?: \(home: ([\w/]+)\))?$")
 END = re.compile(r"# endregion(?: copy (\w+))?$")
 ANY_MARKER = re.compile(r"\s*#\s*(region|endregion)\b")
 
@@ -42,6 +43,17 @@ def tools(root: Path = ROOT) -> list[Path]:
     """The other scripts in the folders of chapters: 03_pipeline/plan.py."""
     others = {*chapters(root), *tables(root)}
     return sorted(path for path in root.glob("[0-9][0-9]_*/*.py") if path not in others)
+
+
+def carriers(root: Path = ROOT) -> list[Path]:
+    """The scripts that may carry blocks: chapters and their tools."""
+    return [*chapters(root), *tools(root)]
+
+
+def script_of(home: str, root: Path = ROOT) -> Path:
+    """The script that a home names: 05_mamba_hybrid, or its tool 05_mamba_hybrid/fast_scan."""
+    folder, _, tool = home.partition("/")
+    return root / folder / f"{tool or folder[3:]}.py"
 
 
 @dataclass
@@ -116,11 +128,54 @@ def homes(root: Path = ROOT) -> dict[str, Region]:
     return found
 
 
+def definitions(path: Path, names: list[str]) -> str | None:
+    """The text of these functions, classes and constants of a script; None where one is not there.
+
+    Two blank lines stand around functions and classes, as ruff formats them.
+    """
+    if not path.is_file():
+        return None
+    text = path.read_text("utf-8")
+    lines = text.splitlines(keepends=True)
+    body = ""
+    missing = set(names)
+    is_block = False  # the last one is a function or a class
+    for node in ast.parse(text).body:
+        named = [getattr(target, "id", None) for target in getattr(node, "targets", [])]
+        named.append(getattr(node, "name", None))
+        found = missing.intersection(named)
+        if not found:
+            continue
+        missing -= found
+        was_block = is_block
+        is_block = hasattr(node, "name")
+        if body and (was_block or is_block):
+            body += "\n\n"
+        decorators = getattr(node, "decorator_list", [])
+        first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+        body += "".join(lines[first - 1 : node.end_lineno])
+    if is_block:
+        body += "\n\n"
+    return None if missing else body
+
+
+def home_text(region: Region, home: dict[str, Region], root: Path = ROOT) -> str | None:
+    """What the home of a region says: its marked block, or its definitions; None: it has neither.
+
+    Args: home: `homes`.
+    """
+    marked = home.get(region.name)
+    if marked and marked.home == region.home:
+        return marked.body
+    names = re.split(r",\s*", region.name)
+    return definitions(script_of(region.home, root), names) if region.kind == "carried" else None
+
+
 def complaints(root: Path = ROOT) -> list[str]:
     """What is wrong with markers: no end, or a home that does not have the block."""
     wrong = []
     home = homes(root)
-    for path in [*chapters(root), *tools(root)]:
+    for path in carriers(root):
         regions, broken = parse(path)
         wrong += broken
         names = [region.name for region in regions]
@@ -128,9 +183,9 @@ def complaints(root: Path = ROOT) -> list[str]:
             f"{r.place} stands there twice" for n, r in enumerate(regions) if r.name in names[:n]
         ]
         for region in regions:
-            known = home.get(region.name)
-            if known and known.home == region.home:
+            if home_text(region, home, root) is not None:
                 continue
+            known = home.get(region.name)
             if region.kind == "shared":
                 wrong.append(f"{region.place} has a home already, {known.home}")
                 continue
@@ -144,21 +199,21 @@ def complaints(root: Path = ROOT) -> list[str]:
 def refusals(root: Path = ROOT) -> list[str]:
     """Each copy that was edited where it stands, and is not what its home says."""
     home = homes(root)
-    copies = [region for path in chapters(root) for region in parse(path)[0] if region.edited]
+    copies = [region for path in carriers(root) for region in parse(path)[0] if region.edited]
     return [
         f"{region.place} was edited here and would be lost: edit {region.home}, and empty this copy"
         for region in copies
-        if region.body != home[region.name].body
+        if region.body != home_text(region, home, root)
     ]
 
 
-def copied(path: Path, home: dict[str, Region]) -> str:
-    """The text of a chapter with every carried block as its home has it."""
+def copied(path: Path, home: dict[str, Region], root: Path = ROOT) -> str:
+    """The text of a script with every carried block as its home has it."""
     lines = path.read_text("utf-8").splitlines(keepends=True)
     for region in reversed(parse(path)[0]):
         if region.kind == "carried":
             last = region.line + region.body.count("\n")
-            body = home[region.name].body
+            body = home_text(region, home, root)
             lines[region.line : last + 1] = [body, f"# endregion copy {checksum(body)}\n"]
     return "".join(lines)
 
@@ -171,7 +226,7 @@ def update(root: Path = ROOT) -> list[Path]:
     if wrong := complaints(root) or refusals(root):
         raise ValueError("\n".join(wrong))
     home = homes(root)
-    texts = {path: copied(path, home) for path in chapters(root)}
+    texts = {path: copied(path, home, root) for path in carriers(root)}
     changed = [path for path, text in texts.items() if path.read_text("utf-8") != text]
     for path in changed:
         path.write_text(texts[path], "utf-8")

@@ -28,6 +28,7 @@ MODULES = {folder: folder[3:] for folder in rehearsal.CHAPTERS}
 # says why), and the rehearsed model has two.
 EXPECTED = {folder: {} for folder in rehearsal.CHAPTERS}
 EXPECTED["06_moe_fp8"] = {"forward": 2}
+EXPECTED["13_nemotron3"] = {"forward": 2}
 
 VARIANTS = {  # at least so many ways to train are rehearsed
     "01_deepspeech": 3,  # two networks; the layer that is cut in time
@@ -42,6 +43,7 @@ VARIANTS = {  # at least so many ways to train are rehearsed
     "10_compress": 6,  # three meshes, cross entropy and distillation
     "11_preference": 6,  # three meshes, two losses
     "12_grpo": 6,  # three meshes, with a penalty and without
+    "13_nemotron3": 4,  # three layouts, with a depth and without
 }
 HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
 

@@ -8,16 +8,16 @@ import sys
 import pytest
 import shared_blocks
 
-CHAPTERS = shared_blocks.chapters()
+CHAPTERS = shared_blocks.carriers()
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda path: path.stem)
 
 
 @each_chapter
 def test_shared_blocks_are_equal_to_the_letter(chapter):
     home = shared_blocks.homes()
-    for name, region in shared_blocks.blocks(chapter).items():
+    for region in shared_blocks.blocks(chapter).values():
         assert region.body.strip(), f"{region.place} is empty: run make shared"
-        assert region.body == home[name].body, (
+        assert region.body == shared_blocks.home_text(region, home), (
             f"{region.place} is not its home's text: run make shared"
         )
         assert not region.edited, f"{region.place} lacks its checksum: run make shared"
@@ -138,6 +138,58 @@ def test_a_wrong_marker_is_named(tmp_path, text, message):
     book(tmp_path, HOME, text)
     with pytest.raises(ValueError, match=re.escape(message)):
         shared_blocks.update(tmp_path)
+
+
+DEFINITIONS = """import os
+
+# A lecture.
+LIMIT = 2
+Pair = tuple[int, int]
+
+
+# A comment above.
+@staticmethod
+def two():
+    return LIMIT
+
+
+OTHER = 3
+
+
+class Three:
+    pass
+"""
+LISTED = "# region carried: Three, two, LIMIT, Pair (home: 01_one)\n# endregion\n"
+
+
+def test_definitions_need_no_marker_at_home(tmp_path):
+    """They stand in the home's order, with decorators, without comments and what is not listed."""
+    home, carrier = book(tmp_path, DEFINITIONS, LISTED)
+    assert shared_blocks.update(tmp_path) == [carrier]
+    body = shared_blocks.blocks(carrier)["Three, two, LIMIT, Pair"].body
+    assert body == (
+        "LIMIT = 2\nPair = tuple[int, int]\n\n\n@staticmethod\ndef two():\n    return LIMIT\n\n\n"
+        "class Three:\n    pass\n\n\n"
+    )
+    home.write_text(DEFINITIONS.replace("LIMIT = 2", "LIMIT = 5"))
+    assert shared_blocks.update(tmp_path) == [carrier] and "LIMIT = 5" in carrier.read_text()
+    carrier.write_text(carrier.read_text().replace("LIMIT = 5", "LIMIT = 6"))
+    with pytest.raises(ValueError, match="was edited here"):
+        shared_blocks.update(tmp_path)
+    carrier.write_text(LISTED.replace("Pair", "Pear"))
+    with pytest.raises(ValueError, match="01_one has no '# region shared: Three, two, LIMIT, Pear"):
+        shared_blocks.update(tmp_path)
+
+
+def test_a_tool_may_be_home_and_may_carry(tmp_path):
+    """Its home is named by folder and file."""
+    _, second = book(tmp_path, "", "")
+    tool = tmp_path / "01_one/tool.py"
+    tool.write_text(DEFINITIONS)
+    carrier = second.parent / "other.py"
+    carrier.write_text("# region carried: two (home: 01_one/tool)\n# endregion\n")
+    assert shared_blocks.update(tmp_path) == [carrier] and "def two" in carrier.read_text()
+    assert shared_blocks.script_of("01_one/tool", tmp_path) == tool
 
 
 def test_the_command_refuses_with_one_line(tmp_path):
