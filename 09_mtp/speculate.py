@@ -129,7 +129,7 @@ def speculative_sample(
     if _has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
     sum_N = target_probs.sum(dim=-1)
-    if mtp._has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
+    if _has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
         raise ValueError(f"target_probs sum to {sum_N.tolist()}: they must be probabilities")
     u_n1 = uniforms[:n, None]
     passes_n1 = u_n1 * q_n1 < p_n1

@@ -364,9 +364,10 @@ def read_shard(
 def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
     """The tokens at `uniforms` (...) of cumulated probs (..., V), which may have any positive sum.
 
+    Cumulated in float64: in fp32 rounding hides unlikely tokens of a large vocabulary.
     A token of probability 0 is never drawn. Source: inversion of the distribution function.
     """
-    cumulated = probs.cumsum(dim=-1)
+    cumulated = probs.to(torch.float64).cumsum(dim=-1)
     total = cumulated[..., -1:]
     below = torch.nextafter(total, torch.zeros_like(total))  # u · total may be rounded up to total
     threshold = uniforms[..., None] * total
@@ -378,7 +379,7 @@ def draw(probs: Tensor, uniforms: Tensor) -> Tensor:
 def speculative_sample(
     target_probs: Tensor, draft_probs: Tensor, drafts: Tensor, uniforms: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """How many of n drafts are accepted, and the token after them: two scalars.
+    """How many of n ≥ 0 drafts are accepted, and the token after them: two int64 scalars.
 
     Pure: the outcome is a function of the arguments, and the law of the tokens is the target's.
 
@@ -387,7 +388,8 @@ def speculative_sample(
         draft_probs: (n, V), the laws that the drafts were drawn from. drafts: (n), int64.
         uniforms: (n + 1), independent, in [0, 1): one for each test and one for the draw.
 
-    Raises: ValueError where shapes disagree; on a CPU also for a draft that its own law excludes.
+    Raises: ValueError where shapes disagree, or floats are not fp32 or float64. On a CPU also for a
+        draft that its own law excludes, and for a target that is no law; on a GPU those pass.
     Source: Leviathan et al., 2023, algorithm 1.
     """
     n = len(drafts)
@@ -395,11 +397,17 @@ def speculative_sample(
     shapes = [tuple(x.shape) for x in (target_probs, draft_probs, drafts, uniforms)]
     if shapes != [(n + 1, V), (n, V), (n,), (n + 1,)]:
         raise ValueError(f"shapes {shapes}: they must be (n + 1, V), (n, V), (n), (n + 1)")
+    for x in (target_probs, draft_probs, uniforms):  # bf16 would round each law to another one
+        if x.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{x.dtype}: upcast logits before the softmax, to fp32 or float64")
     drafts_n1 = drafts[:, None]
     p_n1 = target_probs[:n].gather(1, drafts_n1)
     q_n1 = draft_probs.gather(1, drafts_n1)
     if _has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
+    sum_N = target_probs.sum(dim=-1)
+    if _has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
+        raise ValueError(f"target_probs sum to {sum_N.tolist()}: they must be probabilities")
     u_n1 = uniforms[:n, None]
     passes_n1 = u_n1 * q_n1 < p_n1
     accepted = passes_n1.long().cumprod(dim=0).sum()
@@ -479,7 +487,7 @@ def new_cache(layers: Iterable[nn.Module]) -> Cache:
     return Cache([LayerState() for _ in layers])
 
 
-# endregion copy 9461e7
+# endregion copy b2737c
 # region carried: DecodingSpan, next_laws, Speculation, check_generation (home: 09_mtp/speculate)
 @dataclass(frozen=True)
 class DecodingSpan(Span):
@@ -498,7 +506,7 @@ class DecodingSpan(Span):
 
 
 def next_laws(logits: Tensor, temperature: float) -> Tensor:
-    """Probabilities (..., V) in float64. temperature 0: 1 at the largest logit.
+    """Laws (..., V) of the next token, in float64. temperature 0: 1 at the largest logit.
 
     Raises: FloatingPointError for a logit that is not finite. Source: the usual definition.
     """
@@ -553,7 +561,7 @@ def check_generation(
         raise ValueError(f"{found}: drafts need one that is repeated (mtp_use_repeated_layer)")
 
 
-# endregion copy 71cd98
+# endregion copy 64d218
 # region carried: random, draft, speculative_generate (home: 09_mtp/speculate)
 def random(count: int, probs: Tensor, generator: torch.Generator | None) -> Tensor:
     """Uniforms in [0, 1), (count), of the dtype and the device of `probs`. Source: torch.rand."""
@@ -643,15 +651,15 @@ def speculative_generate(
         new_n = torch.cat([drafts_n[:accepted], token[None]])
         tokens_1T = torch.cat([tokens_1T, new_n[None]], dim=1)
         if draft_length:
-            right_1TD = hidden_1TD[:, : trunk.tokens - seen]
+            kept_1TD = hidden_1TD[:, : trunk.tokens - seen]
             next_1T = tokens_1T[:, seen + 1 :]
             options = (heads, draft_length, temperature, generator)
-            drafts_n, q_nV = draft(model, right_1TD, next_1T, *options)
+            drafts_n, q_nV = draft(model, kept_1TD, next_1T, *options)
     result.tokens_1T = tokens_1T[:, :end]
     return result
 
 
-# endregion copy d7f3a9
+# endregion copy 166f07
 
 
 class DecodingMixer(Mamba2Mixer):

@@ -812,16 +812,16 @@ def update_expert_bias(routers: Iterable[Router], counts_LE: Tensor, gamma: floa
     Raises: ValueError for a bias below fp32, in which steps of gamma vanish.
     Source: Wang et al., 2024.
     """
-    for router, counts_E in zip(routers, counts_LE, strict=True):
+    # In integers, sign(E · count − sum): a mean would be rounded, and an even load would move.
+    excess_LE = counts_LE * counts_LE.shape[1] - counts_LE.sum(1, keepdim=True)
+    for router, excess_E in zip(routers, excess_LE, strict=True):
         if router.bias.dtype.itemsize < 4:
             raise ValueError(f"{router.bias.dtype} bias: steps of {gamma} vanish; keep it in fp32")
-        # In integers, sign(E · count − sum): a mean would be rounded, and an even load would move.
-        excess_E = counts_E * len(counts_E) - counts_E.sum()
         router.bias -= gamma * excess_E.sign()
         router.counts.zero_()
 
 
-# endregion copy 990420
+# endregion copy f36644
 # region carried: CPU_DTYPES, GROUPED_MM_DTYPES, _has_grouped_mm, gemm_dtype (home: 06_moe_fp8)
 CPU_DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 GROUPED_MM_DTYPES = {"cuda": [torch.bfloat16], "cpu": CPU_DTYPES}
@@ -963,7 +963,7 @@ def from_next_rank(first_B1: Tensor, end: int, group: Group = None) -> Tensor:
     """The next rank's first token ids (B, 1) of a sharded sequence; `end` on the last rank.
 
     Args: group: the ranks that share the sequence; None: it is not sharded. Collective.
-    Sends an id per sequence to each rank; a send to the neighbour alone would do. Source: ours.
+    Gathers an id per sequence from each rank; a send to the neighbour would do. Source: ours.
     """
     if group is None or group_size(group) == 1:
         return torch.full_like(first_B1, end)
@@ -988,24 +988,24 @@ def last_of_documents(document_Bt: Tensor, group: Group = None) -> Tensor:
 def roll_tensor(x_Bt: Tensor, is_last_Bt: Tensor, fill: int = 0, group: Group = None) -> Tensor:
     """Moves token ids to the left by one inside each document, (B, t); its last place gets `fill`.
 
-    Args: is_last_Bt: `last_of_documents`. group: the ranks that share the sequence, in order; None:
-        it is not sharded. Collective.
-    Source: Megatron-LM's code.
+    Args: x_Bt: int64, as large on each rank. is_last_Bt: `last_of_documents`. group: the ranks that
+        share the sequence, in order; None: it is not sharded. Collective.
+    Raises: ValueError on a rank outside the group. Source: Megatron-LM's code.
     """
     next_B1 = from_next_rank(x_Bt[:, :1], fill, group)
     rolled_Bt = torch.cat([x_Bt[:, 1:], next_B1], dim=1)
     return torch.where(is_last_Bt, fill, rolled_Bt)
 
 
-# endregion copy 4d3692
+# endregion copy 2aeddc
 # region carried: MultiTokenPredictionLayer, process_mtp_loss, Block, run_layers (home: 09_mtp)
 class MultiTokenPredictionLayer(nn.Module):
     """One depth: the embedding of the next token and a hidden state to the next hidden state.
 
     embedded and hidden (B, t, D) to (B, t, D), normalised. Parameters have the published names.
 
-    Args: block: builds a layer from its letter and the config. span: as `Mamba2Mixer`'s.
-    Source: DeepSeek-V3, section 2.2; Nemotron 3 Super.
+    Args: block: builds a layer from its letter and the config. span: what its layers may look back
+        at, section 2.1. Source: DeepSeek-V3, section 2.2; Nemotron 3 Super.
     """
 
     def __init__(self, config: HybridConfig, block: Callable):
@@ -1034,14 +1034,19 @@ def process_mtp_loss(
     Args:
         losses: of the trunk, then of each depth, per token (B, t), 0 where a target is −100.
         targets: theirs (B, t). scaling_factor: λ.
-        group: the ranks that hold other tokens; each gets its partial sum. None: there are none.
+        group: the ranks that hold other tokens (not tp). Each gets partial sums, at least fp32: add
+            them and their gradients over `group` (DDP takes means). None: no such rank. Collective.
 
-    Collective. A depth without any target has loss 0. Source: Nemotron 3 Super; Megatron-LM's code.
+    A depth without any target has loss 0. Raises: ValueError where shapes of losses and targets
+    differ, and on a rank outside the group. Source: Nemotron 3 Super; Megatron-LM's code.
     """
+    shapes = [x.shape for x in losses]
+    if shapes != [x.shape for x in targets]:
+        raise ValueError(f"losses have shapes {shapes}: give each its targets, of equal shape")
     counts = torch.stack([(targets_Bt != IGNORED).sum() for targets_Bt in targets])
     if group is not None:
         _all_reduce(counts, group)
-    sums = torch.stack([loss_Bt.sum() for loss_Bt in losses])
+    sums = torch.stack([at_least_fp32(loss_Bt).sum() for loss_Bt in losses])
     means = sums / counts.clamp(min=1)
     weight = scaling_factor / max(1, len(losses) - 1)
     total = means[0] + weight * means[1:].sum()
@@ -1074,7 +1079,7 @@ def run_layers(layers: nn.ModuleList, x: Tensor, span: Span) -> Tensor:
     return x
 
 
-# endregion copy 6e5477
+# endregion copy e2ffc4
 
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 #

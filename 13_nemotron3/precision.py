@@ -56,8 +56,13 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     """The largest |x|, or one per tile, of which the last ones may be smaller."""
     if block is None:
         return x.abs().amax() if x.numel() else x.new_zeros(())
+    height, width = block
+    rows, columns = x.shape[-2:]
     size = x.abs()
-    return F.max_pool2d(size[None], block, ceil_mode=True)[0]
+    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    tiles = size.unfold(-2, height, height)
+    tiles = tiles.unfold(-2, width, width)
+    return tiles.amax((-2, -1))
 
 
 def _per_element(scale: Tensor, block: tuple[int, int] | None, shape: torch.Size) -> Tensor:
@@ -98,6 +103,8 @@ def quantize_fp8(
     x = x.to(torch.float32)
     shared = amax_group is not None and block is None  # also where this rank's shard is empty
     block = block if x.numel() else None
+    if block:
+        x = x.contiguous()  # the tiles of a transposed tensor would be read across its rows
     amax = _amax(x, block)
     amax = amax.nan_to_num(torch.inf, torch.inf)  # a maximum over ranks may drop NaN
     if shared:
@@ -115,7 +122,7 @@ def quantize_fp8(
     return Quantized(codes.contiguous(), 1 / scale, block)
 
 
-# endregion copy d817b9
+# endregion copy d8aa0e
 # region carried: dequantize_fp8, fp8_gemm, _quantize_both, _FP8Linear (home: 06_moe_fp8/fp8)
 def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · inverse scale, (...), in `dtype`, fp32 or higher. Source: Nemotron-H."""

@@ -1571,7 +1571,7 @@ def nemotron_step(m):
     return list(next(m.train(model, optimizer, [(TWO_DOCUMENTS, TWO_DOCUMENTS)])))
 
 
-def with_gradients():
+def nemotron_with_gradients():
     model = nemotron()
     model.loss(TWO_DOCUMENTS, TWO_DOCUMENTS)[0].backward()
     return model
@@ -1893,10 +1893,10 @@ EXAMPLES["nemotron3"] = {
         len(found) for found in m.parameters_by_place(nemotron()).values()
     ],
     "reduce_gradients": lambda m, folder: (
-        (model := with_gradients(), m.reduce_gradients(model))
+        (model := nemotron_with_gradients(), m.reduce_gradients(model))
         and [p.grad for p in model.parameters()]
     ),
-    "gradient_norm": lambda m, folder: m.gradient_norm(with_gradients()),
+    "gradient_norm": lambda m, folder: m.gradient_norm(nemotron_with_gradients()),
     "train": lambda m, folder: nemotron_step(m),
 }
 WITHOUT_EXAMPLE["nemotron3"] = {
