@@ -131,7 +131,7 @@ class HybridConfig:
         for name in ("pattern", "mtp_pattern"):
             letters = getattr(self, name)
             if not letters or set(letters) - set(LAYERS):
-                raise ValueError(f"{name}={letters!r}: write {', '.join(LAYERS)} for each layer")
+                raise ValueError(f"{name}={letters!r}: the letters are {list(LAYERS)}")
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
             if type(value) in (int, float) and value < least:
@@ -344,9 +344,8 @@ def process_mtp_loss(
     A depth without any target has loss 0. Raises: ValueError where shapes of losses and targets
     differ, and on a rank outside the group. Source: Nemotron 3 Super; Megatron-LM's code.
     """
-    shapes = [x.shape for x in losses]
-    if shapes != [x.shape for x in targets]:
-        raise ValueError(f"losses have shapes {shapes}: give each its targets, of equal shape")
+    if [x.shape for x in losses] != [x.shape for x in targets]:
+        raise ValueError(f"{len(losses)} losses: give each its targets, of equal shape")
     counts = torch.stack([(targets_Bt != IGNORED).sum() for targets_Bt in targets])
     if group is not None:
         _all_reduce(counts, group)
@@ -1079,8 +1078,8 @@ def check_case(ranks: int, device: torch.device) -> tuple[HybridConfig, Batch]:
     rng = torch.Generator().manual_seed(1)
     B = 2 * ranks
     T = 6 * ranks
-    tokens_BT = torch.randint(61, (B, T), generator=rng).to(device)
-    targets_BT = torch.randint(61, (B, T), generator=rng).to(device)
+    ids_2BT = torch.randint(61, (2, B, T), generator=rng).to(device)
+    tokens_BT, targets_BT = ids_2BT
     targets_BT[0, :3] = IGNORED
     targets_BT[-1, -2:] = IGNORED
     document_BT = torch.zeros_like(tokens_BT)

@@ -149,14 +149,14 @@ class HybridConfig:
         for name in ("pattern", "mtp_pattern"):
             letters = getattr(self, name)
             if not letters or set(letters) - set(LAYERS):
-                raise ValueError(f"{name}={letters!r}: write {', '.join(LAYERS)} for each layer")
+                raise ValueError(f"{name}={letters!r}: the letters are {list(LAYERS)}")
         for name, value in vars(self).items():
             least = LEAST.get(name, 1)
             if type(value) in (int, float) and value < least:
                 raise ValueError(f"{name}={value}: it must be at least {least}")
 
 
-# endregion copy 74af2e
+# endregion copy 76a020
 
 
 @dataclass
@@ -1040,9 +1040,8 @@ def process_mtp_loss(
     A depth without any target has loss 0. Raises: ValueError where shapes of losses and targets
     differ, and on a rank outside the group. Source: Nemotron 3 Super; Megatron-LM's code.
     """
-    shapes = [x.shape for x in losses]
-    if shapes != [x.shape for x in targets]:
-        raise ValueError(f"losses have shapes {shapes}: give each its targets, of equal shape")
+    if [x.shape for x in losses] != [x.shape for x in targets]:
+        raise ValueError(f"{len(losses)} losses: give each its targets, of equal shape")
     counts = torch.stack([(targets_Bt != IGNORED).sum() for targets_Bt in targets])
     if group is not None:
         _all_reduce(counts, group)
@@ -1079,7 +1078,7 @@ def run_layers(layers: nn.ModuleList, x: Tensor, span: Span) -> Tensor:
     return x
 
 
-# endregion copy e2ffc4
+# endregion copy d3efdf
 
 # ── 2 The model ─────────────────────────────────────────────────────────────────────────────────
 #

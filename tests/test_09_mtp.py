@@ -233,7 +233,7 @@ def test_bad_losses():
     losses = [torch.ones(2, 4)] * 3
     targets = [torch.zeros(2, 4, dtype=torch.long)] * 3
     for bad in (targets[:1], [x[:1] for x in targets]):
-        with pytest.raises(ValueError, match="losses have shapes"):
+        with pytest.raises(ValueError, match="give each its targets"):
             mt.process_mtp_loss(losses, bad, 0.3)
 
 

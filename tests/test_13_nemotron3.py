@@ -398,8 +398,8 @@ def test_balance_of_the_block_counts_every_depth():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"pattern": "MX"}, "pattern='MX': write M, *, -, E for each layer"),
-        ({"pattern": ""}, "pattern='': write"),
+        ({"pattern": "MX"}, "pattern='MX': the letters are ['M', '*', '-', 'E']"),
+        ({"pattern": ""}, "pattern='': the letters"),
         ({"mtp_pattern": "?"}, "mtp_pattern"),
         ({"top_k": 9}, "top_k=9: choose at most num_experts=8"),
         ({"mamba_groups": 3}, "mamba_heads=4 do not divide into mamba_groups=3"),
