@@ -199,6 +199,11 @@ def home(path: Path, name: str) -> Path:
     region = region_of(path, name)
     if not region or region.kind == "shared":
         return path
+    return home_of_block(region)
+
+
+def home_of_block(region: shared_blocks.Region) -> Path:
+    """The script from which a block is carried; it may be a tool."""
     marked = shared_blocks.homes().get(region.name)
     if marked and marked.home == region.home:
         return marked.path

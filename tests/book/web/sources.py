@@ -72,7 +72,6 @@ class Source:
 @lru_cache
 def home_of(path: Path) -> dict[str, Path]:
     """Each name of a script to the script that explains it: a carried block's home, or itself."""
-    chapters = {chapter.parent.name: chapter for chapter in shared_blocks.chapters()}
     homes = {}
     for definition in lift.read(path).definitions:
         homes |= dict.fromkeys(definition.names, path)
@@ -80,7 +79,7 @@ def home_of(path: Path) -> dict[str, Path]:
         lines = range(region.line, region.line + region.body.count("\n") + 1)
         for definition in lift.read(path).definitions:
             if region.kind == "carried" and definition.first in lines:
-                homes |= dict.fromkeys(definition.names, chapters[region.home])
+                homes |= dict.fromkeys(definition.names, lift.home_of_block(region))
     return homes
 
 
