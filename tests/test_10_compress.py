@@ -1042,11 +1042,11 @@ def test_check_in_low_precision():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["compress.py", "distill.py"])
-def test_a_script(name):
+@pytest.mark.parametrize("name, judged", [("compress.py", 4), ("distill.py", 5)])
+def test_a_script(name, judged):
     done = scripts.run(SCRIPT.parent / name, timeout=280)
     assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 5
+    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == judged
 
 
 def flags_of(*words: str, module=c):

@@ -461,6 +461,6 @@ def test_damaged_files_are_named(folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_demonstration():
-    done = scripts.run(Path(load.__file__), "--steps", 2, "--new-tokens", 4)
+    done = scripts.run(Path(load.__file__), "--steps", "2", "--new-tokens", "4")
     assert done.returncode == 0, done.stderr
     assert "4 of 4 texts" in done.stdout

@@ -485,7 +485,7 @@ def test_wrong_flags_are_one_line(flags_of, capsys, words, message):
 
 @pytest.mark.slow
 def test_the_script():
-    done = scripts.run(SCRIPT, "--steps", 2)
+    done = scripts.run(SCRIPT, "--steps", "2")
     assert done.returncode == 0, done.stderr
     assert "tp 2 × dp 2, ep 4" in done.stdout and done.stdout.count(" ok\n") == 7
     assert json.dumps(done.stdout).count("FAILED") == 0

@@ -97,7 +97,8 @@ class ScriptPages:
             if region.name in shared_blocks.homes():
                 where = f"[chapter {int(region.home[:2])}](#{label})"
             else:  # a list of definitions, which has no mark at home
-                where = f"chapter {self.chapter_link(lift.home_of_block(region), page)}"
+                home = self.places.first_page(lift.home_of_block(region))
+                where = f"[chapter {int(region.home[:2])}]({relative(page, home)})"
             name = region.name[0].upper() + region.name[1:]
             return f"{{.carried}}\n{name}, {lines} lines: word for word as in {where}.\n\n"
         carriers = [self.chapter_link(path, page) for path in self.carriers.get(region.name, [])]
