@@ -94,11 +94,13 @@ class ScriptPages:
         label = target(f"block-{region.name}").replace(" ", "-")
         if region.kind == "carried":
             lines = region.body.count("\n")
-            if region.name in shared_blocks.homes():
-                where = f"[chapter {int(region.home[:2])}](#{label})"
-            else:  # a list of definitions, which has no mark at home
-                home = self.places.first_page(lift.home_of_block(region))
-                where = f"[chapter {int(region.home[:2])}]({relative(page, home)})"
+            there = f"#{label}"
+            if region.name not in shared_blocks.homes():  # definitions, without a mark at home
+                home = lift.home_of_block(region)
+                first = self.places.first_page(home)
+                there = relative(page, first)
+            chapter = int(region.home[:2])
+            where = f"[chapter {chapter}]({there})"
             name = region.name[0].upper() + region.name[1:]
             return f"{{.carried}}\n{name}, {lines} lines: word for word as in {where}.\n\n"
         carriers = [self.chapter_link(path, page) for path in self.carriers.get(region.name, [])]
