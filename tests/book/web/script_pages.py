@@ -95,8 +95,9 @@ class ScriptPages:
         if region.kind == "carried":
             lines = region.body.count("\n")
             there = f"#{label}"
-            if region.name not in shared_blocks.homes():  # definitions, without a mark at home
-                home = lift.home_of_block(region)
+            home = lift.home_of_block(region)
+            is_marked = region.name in shared_blocks.homes()
+            if not is_marked or home not in shared_blocks.chapters():  # a tool's page is one block
                 first = self.places.first_page(home)
                 there = relative(page, first)
             chapter = int(region.home[:2])
