@@ -958,7 +958,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: HybridConfig) -> Tenso
     """
     if not is_sharded(name):
         for rank, shard in enumerate(shards):
-            if not torch.equal(shard.nan_to_num(), shards[0].nan_to_num()):
+            if not shard.isclose(shards[0], 0, 0, equal_nan=True).all():
                 same = "should be the same on all ranks that hold it"
                 raise ValueError(f"{name} {same}, but rank {rank}'s differs")
         return shards[0].clone()

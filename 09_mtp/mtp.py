@@ -942,7 +942,7 @@ def merge_state_dicts(shards: list[StateDict], vocab_size: int) -> StateDict:
             continue
         full[name] = first.clone()
         for rank, x in enumerate(tensors):
-            if not torch.equal(x.nan_to_num(), first.nan_to_num()):
+            if not x.isclose(first, 0, 0, equal_nan=True).all():
                 raise ValueError(f"{name} should be replicated, but rank {rank}'s differs")
     return full
 

@@ -210,7 +210,7 @@ def factor(
 
 
 def bias(found: Tensor, right: Tensor) -> float:
-    """How far `found` (...) is from any multiple of `right`, as a share of its length."""
+    """How far `found` (...) is from any multiple of `right`, relative to its length."""
     scale = (found * right).sum() / right.square().sum()
     return ((found - scale * right).norm() / found.norm()).item()
 

@@ -1747,7 +1747,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: NemotronConfig, mesh: 
     place = placement(name, config, mesh.tp)
     ranks = getattr(mesh, place.over) if place.over else 1
     for rank, shard in enumerate(shards):
-        if not torch.equal(shard.nan_to_num(), shards[rank % ranks].nan_to_num()):
+        if not shard.isclose(shards[rank % ranks], 0, 0, equal_nan=True).all():
             raise ValueError(f"{name}: rank {rank}'s differs from rank {rank % ranks}'s")
     if not place.over:
         return shards[0].clone()
@@ -1755,9 +1755,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: NemotronConfig, mesh: 
     parts_of_ranks = [shard.split(sizes, place.dim) for shard in shards[:ranks]]
     merged = [torch.cat(parts, place.dim) for parts in zip(*parts_of_ranks)]
     full = torch.cat(merged, place.dim)
-    return (
-        full[: config.vocab_size].clone() if name in ("embedding.weight", "head.weight") else full
-    )
+    return full[: config.vocab_size].clone() if name in VOCABULARY else full
 
 
 def gather_state_dict(tensors: StateDict, model: NemotronLM) -> StateDict:

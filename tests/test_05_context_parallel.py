@@ -540,6 +540,10 @@ def test_state_dicts_that_do_not_fit():
         match="layers.0.mixer.conv_bias should be the same on all ranks that hold it, but copies",
     ):
         cp.merge_from_mesh(shards, cfg)
+    for rank in range(4):  # NaN in one copy alone, and 0 in the other
+        shards[rank]["layers.0.mixer.conv_bias"][-1] = torch.nan if rank == 1 else 0
+    with pytest.raises(ValueError, match="but copies differ"):
+        cp.merge_from_mesh(shards, cfg)
 
 
 GROUP_USERS = {

@@ -1316,6 +1316,14 @@ def test_state_dicts_that_do_not_fit():
         mh.merge_state_dicts(shards, cfg)
 
 
+def test_nan_on_one_rank_alone_is_a_difference():
+    """On all ranks it is none: a model that has diverged can be gathered."""
+    x, nan = torch.zeros(24), torch.full((24,), torch.nan)
+    with pytest.raises(ValueError, match="final_norm.weight should be the same"):
+        mh.merge_tensor("final_norm.weight", [x, nan], config())
+    assert mh.merge_tensor("final_norm.weight", [nan, nan], config()).isnan().all()
+
+
 # A group that this rank is not in: torch answers −1 for its size, and −1 is not above 1.
 
 GROUP_USERS = {

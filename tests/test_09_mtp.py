@@ -403,6 +403,14 @@ def test_weights_to_the_bit_over_any_number_of_ranks():
         mt.merge_state_dicts(shards, 61)
 
 
+def test_nan_on_one_rank_alone_is_a_difference():
+    """On all ranks it is none: a model that has diverged can be gathered."""
+    x, nan = torch.zeros(2), torch.full((2,), torch.nan)
+    with pytest.raises(ValueError, match="norm.weight should be replicated, but rank 1"):
+        mt.merge_state_dicts([{"norm.weight": x}, {"norm.weight": nan}], 61)
+    assert mt.merge_state_dicts([{"norm.weight": nan}] * 2, 61)["norm.weight"].isnan().all()
+
+
 @pytest.mark.ranks(2)
 def test_a_run_is_reproducible_and_learns():
     """The script's demonstration, on ranks that are there: losses of all depths fall."""

@@ -447,6 +447,15 @@ def test_refusals_on_every_rank():
         n3.gather_state_dict(model.state_dict(), model)
 
 
+def test_nan_on_one_rank_alone_is_a_difference():
+    """On all ranks it is none: a model that has diverged can be gathered."""
+    x, nan = torch.zeros(16), torch.full((16,), torch.nan)
+    mesh = n3.Mesh(tp=2, ep=2)
+    with pytest.raises(ValueError, match="final_norm.weight: rank 1's differs from rank 0's"):
+        n3.merge_tensor("final_norm.weight", [x, nan], small(), mesh)
+    assert n3.merge_tensor("final_norm.weight", [nan, nan], small(), mesh).isnan().all()
+
+
 @pytest.fixture
 def flags_of(monkeypatch, capsys):
     def read(*words):
