@@ -1116,15 +1116,19 @@ def gradients(model: HybridLM) -> StateDict:
 
 
 def check(
-    args: Args, device: torch.device, dtype: torch.dtype, autocast: Autocast = None
+    args: Args,
+    device: torch.device,
+    dtype: torch.dtype,
+    autocast: Autocast = None,
+    proof: Callable = equivalence,
 ) -> dict[str, float]:
-    """`equivalence` on every mesh of the ranks."""
+    """The errors of a proof on every mesh of the ranks."""
     errors = {}
     world = group_size()
     for tp in range(1, world + 1):
         if world % tp == 0:
             mesh = make_mesh(tp, device, args.timeout)
-            found = equivalence(mesh, device, dtype, autocast)
+            found = proof(mesh, device, dtype, autocast)
             errors |= {f"{name}, tp {tp}": error for name, error in found.items()}
     return errors
 
