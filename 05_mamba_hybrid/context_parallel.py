@@ -246,7 +246,7 @@ def drop_copies(name: str, x: Tensor, config: HybridConfig, tp: int) -> Tensor:
         if copies > 1:
             of_copies = part.unflatten(dim, (-1, copies, larger // tp))
             first = of_copies.narrow(dim + 1, 0, 1)
-            if not of_copies.isclose(first, 0, 0, equal_nan=True).all():
+            if not torch.allclose(of_copies, first, 0, 0, equal_nan=True):
                 same = "should be the same on all ranks that hold it"
                 raise ValueError(f"{name} {same}, but copies differ")
             part = first.flatten(dim, dim + 2)

@@ -958,7 +958,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: HybridConfig) -> Tenso
     """
     if not is_sharded(name):
         for rank, shard in enumerate(shards):
-            if not shard.isclose(shards[0], 0, 0, equal_nan=True).all():
+            if not torch.allclose(shard, shards[0], 0, 0, equal_nan=True):
                 same = "should be the same on all ranks that hold it"
                 raise ValueError(f"{name} {same}, but rank {rank}'s differs")
         return shards[0].clone()

@@ -942,7 +942,7 @@ def merge_state_dicts(shards: list[StateDict], vocab_size: int) -> StateDict:
             continue
         full[name] = first.clone()
         for rank, x in enumerate(tensors):
-            if not x.isclose(first, 0, 0, equal_nan=True).all():
+            if not torch.allclose(x, first, 0, 0, equal_nan=True):
                 raise ValueError(f"{name} should be replicated, but rank {rank}'s differs")
     return full
 

@@ -1747,7 +1747,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: NemotronConfig, mesh: 
     place = placement(name, config, mesh.tp)
     ranks = getattr(mesh, place.over) if place.over else 1
     for rank, shard in enumerate(shards):
-        if not shard.isclose(shards[rank % ranks], 0, 0, equal_nan=True).all():
+        if not torch.allclose(shard, shards[rank % ranks], 0, 0, equal_nan=True):
             raise ValueError(f"{name}: rank {rank}'s differs from rank {rank % ranks}'s")
     if not place.over:
         return shards[0].clone()

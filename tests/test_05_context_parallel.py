@@ -59,7 +59,7 @@ def joined(tensors: dict, cfg: mh.HybridConfig, grid: cp.Mesh) -> dict:
 def rank_0s(tensors: dict, cfg: mh.HybridConfig, grid: cp.Mesh) -> dict:
     """`joined` for planted bugs: where copies differ, the last rank's."""
     shards = everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group)
-    with plant(torch, "equal", lambda a, b: True):
+    with plant(torch, "allclose", lambda *_, **__: True):
         return cp.merge_from_mesh(shards, cfg)
 
 

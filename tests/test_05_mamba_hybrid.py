@@ -507,7 +507,7 @@ def joined(tensors: dict, cfg: mh.HybridConfig) -> dict:
 
 def rank_0s(tensors: dict, cfg: mh.HybridConfig) -> dict:
     """`joined` for planted bugs: where copies differ, rank 0's."""
-    with plant(torch, "equal", lambda a, b: True):
+    with plant(torch, "allclose", lambda *_, **__: True):
         return mh.gather_state_dict(tensors, cfg)
 
 
