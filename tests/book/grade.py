@@ -140,7 +140,12 @@ def execute(notebook: nbformat.NotebookNode, limit: float) -> str:
         return limit if cell.metadata.get("role") else START_LIMIT
 
     client = nbclient.NotebookClient(
-        notebook, timeout_func=seconds, iopub_timeout=60, resources=folder, allow_errors=True
+        notebook,
+        timeout_func=seconds,
+        iopub_timeout=60,
+        resources=folder,
+        allow_errors=True,
+        extra_arguments=[*notebooks.QUIET],
     )
     try:
         client.execute()

@@ -18,6 +18,7 @@ import nbformat
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = re.compile(r"^%%px|^cluster = ", re.MULTILINE)  # in the cells that start the ranks
+QUIET = ["--log-level=CRITICAL"]  # of a kernel: no remark on its transport, nor on being ended
 CHECK = r"(?:exercises|hunt)\.check\((\d+),"  # in the cell that checks an exercise
 
 
@@ -29,7 +30,10 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """The executed notebook, in memory. Raises where a cell fails."""
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
-    nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, resources=folder, extra_arguments=[*QUIET]
+    )
+    client.execute()
     return notebook
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -136,11 +137,21 @@ def tried(names: list[str]) -> dict[str, tuple[nbformat.NotebookNode, list]]:
     return {name: (notebook, tries) for name, (notebook, _, tries) in found.items()}
 
 
-def graded(path: Path, limit: float) -> tuple[dict[str, grade.Verdict], list[str]]:
-    """The verdicts on a copy, and what is left afterwards of the processes that graded it."""
-    verdicts = grade.grade(path, limit)
+def graded(path: Path, limit: float) -> tuple[dict[str, grade.Verdict], str, list[str]]:
+    """The verdicts on a copy, what a kernel wrote to the terminal, and what is left afterwards of
+    the processes that graded it."""
+    errors = os.dup(2)
+    with tempfile.TemporaryFile("w+") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            verdicts = grade.grade(path, limit)
+        finally:
+            os.dup2(errors, 2)
+        file.seek(0)
+        written = file.read()
     marks = {process: grade.mark_of(process) for process in psutil.process_iter()}
-    return verdicts, [str(p) for p, mark in marks.items() if mark.startswith(f"{os.getpid()} ")]
+    left = [str(p) for p, mark in marks.items() if mark.startswith(f"{os.getpid()} ")]
+    return verdicts, written, left
 
 
 @pytest.fixture(scope="module")
@@ -230,12 +241,12 @@ def a_copy(folder: Path, name: str, number: str = "", code: str = "") -> Path:
 def test_a_copy_is_graded(name, runs):
     """Also where an answer would be taken for right by its output, or does not end."""
     number, _, reason = COPIES[name]
-    verdicts, left = runs[name].result()
+    verdicts, written, left = runs[name].result()
     assert list(verdicts) == ["1", "2", "3"]
     assert verdicts["1"].reason == "not attempted"
     assert not verdicts[number].solved
     assert reason in verdicts[number].reason
-    assert not left
+    assert not written and not left
 
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
