@@ -106,10 +106,13 @@ def grade_exercise(
         return Verdict(False, f"SyntaxError: {error.msg} (line {error.lineno})")
 
     notebook = notebook_of(original, number, code)
-    check = next(cell for cell in notebook.cells if cell.metadata.get("role") == "check")
+    cells = {cell.metadata.get("role"): cell for cell in notebook.cells}
+    check = cells["check"]
     began = time.monotonic()
     broken = execute(notebook, limit)
-    return judged(check, number, ranks_of(original, check), broken, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    ranks = ranks_of(original, check)
+    return judged(check, number, ranks, broken, seconds, error_of(cells["answer"]))
 
 
 def notebook_of(original: nbformat.NotebookNode, number: str, code: str) -> nbformat.NotebookNode:
@@ -121,6 +124,8 @@ def notebook_of(original: nbformat.NotebookNode, number: str, code: str) -> nbfo
     cell.source = magic + code
     cell.metadata["role"], check.metadata["role"] = "answer", "check"
     notebook.cells = notebooks.needed(notebook, only=number)
+    for kept in notebook.cells:
+        kept.outputs = []  # what is printed here says nothing of this answer
     place = notebook.cells.index(cell)
     path = f"import sys; sys.path.append({str(notebooks.ROOT / 'tests/book')!r})\n"
     before = f"{magic}{path}import exercises\nexercises.remember(globals())"
@@ -188,8 +193,24 @@ def ranks_of(notebook: nbformat.NotebookNode, cell: dict) -> int:
     return int(re.search(r"ipp\.Cluster\(n=(\d+)", text)[1])
 
 
-def judged(check: dict, number: str, ranks: int, broken: str, seconds: float) -> Verdict:
-    """The verdict from what the check's cell printed, and from nothing else."""
+def error_of(cell: dict) -> str:
+    """The last line of the error with which a cell ended, of one rank on ranks; or ""."""
+    for output in cell.outputs:
+        if output.output_type == "error" and output.ename != "AlreadyDisplayedError":
+            return f"{output.ename}: {output.evalue}".removesuffix(": ")
+    text = "\n".join(notebooks.text_of(output) for output in cell.outputs)
+    plain = re.sub(r"\x1b\[[\d;]*m", "", text)  # ranks print their errors in colour
+    found = re.findall(r"^\w+(?:Error|Exception|Exit): .*", plain, re.MULTILINE)
+    return found[-1] if found else ""
+
+
+def judged(
+    check: dict, number: str, ranks: int, broken: str, seconds: float, error: str = ""
+) -> Verdict:
+    """The verdict from what the check's cell printed, and from nothing else.
+
+    `error` is the answer's own: where the check fails it is the reason.
+    """
     oks, reasons, errors = 0, [], []
     for output in check.get("outputs", []):
         for line in notebooks.text_of(output).splitlines():
@@ -201,7 +222,7 @@ def judged(check: dict, number: str, ranks: int, broken: str, seconds: float) ->
         if output.output_type == "error":
             errors.append(f"{output.ename}: {output.evalue}")
     if broken or errors or reasons or oks != ranks:
-        why = [*reasons, broken, *errors, f"{oks} of {ranks} ranks said ok"]
+        why = [error, *reasons, broken, *errors, f"{oks} of {ranks} ranks said ok"]
         return Verdict(False, next(filter(None, why)), seconds)
     return Verdict(True, "", seconds)
 

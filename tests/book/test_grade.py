@@ -258,6 +258,7 @@ def test_the_check_of_an_exercise_is_executed_last(name):
         cells = grade.notebook_of(original, number, code).cells
         roles = [cell.metadata.get("role") for cell in cells]
         assert roles.index("answer") < roles.index("check")
+        assert not any(cell.outputs for cell in cells if cell.cell_type == "code")
         assert cells[roles.index("check")].source == check.source
 
 
@@ -268,6 +269,27 @@ def test_ranks_are_started_where_an_exercise_needs_them():
         for number in notebooks.exercises(original)
     }
     assert starts == {"1": False, "2": True, "3": False}
+
+
+def test_the_reason_is_the_error_of_the_answer_itself():
+    """A missing import, not the name that is missing after it; from ranks it comes as text."""
+    new_output = nbformat.v4.new_output
+    header = "\x1b[31mNameError\x1b[39m         Traceback (most recent call last)\n"
+    on_ranks = [
+        new_output("stream", text=f"[1:execute]\n{header}\x1b[31mNameError\x1b[39m: name 'np'\n"),
+        new_output("error", ename="AlreadyDisplayedError", evalue="4 errors"),
+    ]
+    answer = nbformat.v4.new_code_cell(outputs=on_ranks)
+    assert grade.error_of(answer) == "NameError: name 'np'"
+    answer.outputs = [new_output("error", ename="SystemExit", evalue="")]
+    assert grade.error_of(answer) == "SystemExit"
+    answer.outputs = [
+        new_output("stream", text="NameError: hm\n")
+    ]  # only printed: a reason at most
+    check = nbformat.v4.new_code_cell(outputs=[new_output("stream", text="exercise 1: ok\n")])
+    assert grade.judged(check, "1", 1, "", 0, grade.error_of(answer)).solved
+    check.outputs = [new_output("stream", text="exercise 1: not solved yet: NameError: name 'f'\n")]
+    assert grade.judged(check, "1", 1, "", 0, "NameError: name 'np'").reason.endswith("'np'")
 
 
 def test_what_is_not_run_is_told(tmp_path):
