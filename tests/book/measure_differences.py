@@ -21,7 +21,7 @@ import sys
 import time
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -395,6 +395,40 @@ def sharded(seed: int) -> Case:
     )
 
 
+def fully_sharded(seed: int) -> Case:
+    """Chapter 7's second script: as `sharded`, but the parameters are sharded too.
+
+    They have no values between steps, so the ranks train a stage of their own. What a step has
+    found is gathered and put where the other chapters have it.
+    """
+    import fsdp
+    import zero_3d as z
+
+    case = sharded(seed)
+
+    def together(model, batches, lr, autocast=None, **options):
+        def make(groups):  # all of them decay, as in OPTIMIZERS
+            pieces = [piece for group in groups for piece in group["params"]]
+            return optimizer_of(z, SimpleNamespace(parameters=lambda: pieces), lr)
+
+        stage = z.Stage(model.config, model.mesh).to(next(model.parameters()).dtype)
+        stage.load_state_dict(model.state_dict())
+        layers = [stage.layers[i] for i in stage.mine]
+        units = fsdp.FullySharded(stage, layers, model.mesh.dp_group, ("embedding.weight",))
+        for result in z.train(stage, fsdp.FSDPOptimizer(units, make), batches, 1, **options):
+            model.load_state_dict(units.state_dict())
+            for unit in units.units:
+                unit.data, unit.grad = unit.grad, unit.data
+            gradients = units.state_dict()
+            for unit in units.units:
+                unit.data, unit.grad = unit.grad, unit.data
+            for name, p in model.named_parameters():
+                p.grad = gradients[name]
+            yield result
+
+    return replace(case, together=together)
+
+
 def depths(seed: int) -> Case:
     """Chapter 9: a trunk and two depths of multi-token prediction, over heads, tokens and rows."""
     import mtp
@@ -485,6 +519,7 @@ TECHNIQUES = {
     "tokens": Technique("Mamba hybrid, tokens (5)", functools.partial(hybrid, heads=False), WIDE),
     "experts": Technique("experts (6)", experts, WIDE),  # whose routers refuse a bias of 16 bits
     "sharded": Technique("tensor × pipeline × data, ZeRO-1 (7)", sharded, ("fp64", "fp32")),
+    "fully sharded": Technique("tensor × pipeline × FSDP (7)", fully_sharded, ("fp64", "fp32")),
     "depths": Technique("multi-token prediction (9)", depths, WIDE),
     "preferences": Technique("DPO (11)", preferences, WIDE),
     # In fp32 a value near a tie has another code in another order of sums: that is no yardstick.
