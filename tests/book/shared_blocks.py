@@ -20,6 +20,7 @@ import hashlib
 import re
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,10 +90,17 @@ def checksum(body: str) -> str:
 
 def parse(path: Path) -> tuple[list[Region], list[str]]:
     """A chapter's blocks in order, and what is wrong with its markers."""
+    found, wrong = parse_text(path, path.read_text("utf-8"))
+    return list(found), list(wrong)
+
+
+@lru_cache(maxsize=128)  # whoever asks for the home of every name reads each script many times
+def parse_text(path: Path, text: str) -> tuple[list[Region], list[str]]:
+    """The same of a text that the file has."""
     found = []
     wrong = []
     inside = None  # the region that is being read
-    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+    for number, line in enumerate(text.splitlines(keepends=True), 1):
         start = START.match(line.rstrip("\n"))
         end = END.match(line.rstrip("\n"))
         here = f"{path.parent.name}/{path.name}:{number}"

@@ -34,6 +34,7 @@ INFRASTRUCTURE = ("config fields", "process groups", "reports", "counter", "flag
 HEADING = re.compile(r"^# ── (\d)(?:\.(\d+))? ")
 
 
+@functools.cache
 def sections(path: Path) -> dict[int, tuple[int, int]]:
     """Line to heading: (2, 1) is section 2.1, (2, 0) the heading of part 2."""
     matches = (
