@@ -160,8 +160,8 @@ LEAST |= {"init_std": 0, "seed": 0}
 #
 # Each depth loses a target in each document. The mistakes here are silent, and the loss falls:
 #
-# · A roll over the whole sequence gives depth 1 at position 2 the target e: the beginning of
-#   another document.
+# · A roll over the whole sequence gives depth 1 at position 3 the token e and the target f: both
+#   are of another document.
 # · A target that is not moved makes depth 1 predict t_{i+1}, the token that it has just read. It
 #   learns to copy within some steps, its loss is nearly 0, and its drafts are useless.
 # · A mask that is not moved with the targets counts others than it should: a prompt's last token,
@@ -362,7 +362,7 @@ def process_mtp_loss(
 #     from the loss of a depth      to                     without detaching it
 #     the trunk's hidden state      every trunk layer      the trunk is trained for both losses
 #     the embedding of t_{i+k}      the embedding table    it moves although the trunk is frozen
-#     the output weight             the output layer       the same, and the trunk's law with it
+#     the output weight             the output layer       the same, and the trunk's logits with it
 #
 # So the block can be trained on, or anew, after the trunk is finished: Super does so during and
 # after reinforcement learning, on the model's own text. Then the trunk's loss is no part of the
@@ -1046,8 +1046,8 @@ def train(
 # one pass of the trunk are the input of the block, as they are here.
 #
 # Drafts are wasted where many sequences decode at once, because the pass is then no longer limited
-# by reading weights. The prompt's states and each Mamba layer's n + 1 states take memory. And the
-# acceptance of a block falls when the trunk is trained on without it: after reinforcement learning
+# by reading weights. Each Mamba layer's states take memory, one for each draft and one more. And
+# fewer drafts pass when the trunk is trained on without the block: after reinforcement learning
 # Super trains the block again, alone, on the model's own text (`mtp_detach_heads`).
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────

@@ -389,7 +389,7 @@ def speculative_sample(
         uniforms: (n + 1), independent, in [0, 1): one for each test and one for the draw.
 
     Raises: ValueError where shapes disagree, or floats are not fp32 or float64. On a CPU also for a
-        draft that its own law excludes, and for a target that is no law; on a GPU those pass.
+        draft that its own law excludes, and for laws that do not sum to 1; on a GPU those pass.
     Source: Leviathan et al., 2023, algorithm 1.
     """
     n = len(drafts)
@@ -405,9 +405,10 @@ def speculative_sample(
     q_n1 = draft_probs.gather(1, drafts_n1)
     if _has_values(q_n1) and not (q_n1 > 0).all():
         raise ValueError(f"a draft of {drafts.tolist()} has probability 0 in draft_probs")
-    sum_N = target_probs.sum(dim=-1)
-    if _has_values(sum_N) and not ((sum_N > 0) & sum_N.isfinite()).all():
-        raise ValueError(f"target_probs sum to {sum_N.tolist()}: they must be probabilities")
+    for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
+        sum_N = probs.sum(dim=-1)
+        if _has_values(sum_N) and not ((sum_N - 1).abs() < 1e-3).all():
+            raise ValueError(f"{name} sum to {sum_N.tolist()}: they must be probabilities")
     u_n1 = uniforms[:n, None]
     passes_n1 = u_n1 * q_n1 < p_n1
     accepted = passes_n1.long().cumprod(dim=0).sum()
@@ -487,7 +488,7 @@ def new_cache(layers: Iterable[nn.Module]) -> Cache:
     return Cache([LayerState() for _ in layers])
 
 
-# endregion copy b2737c
+# endregion copy 589391
 # region carried: DecodingSpan, next_laws, Speculation, check_generation (home: 09_mtp/speculate)
 @dataclass(frozen=True)
 class DecodingSpan(Span):
@@ -617,7 +618,7 @@ def speculative_generate(
     Args: draft_length: drafts of a pass; 0 is plain decoding. It may exceed the depths of training.
         temperature: 0 takes the best token. generator: of the tokens' device. constrain: gets the
         text with n drafts after it, (1, S), and the n + 1 laws (n + 1, V) of the drafts' places and
-        of the next one; returns the laws to take.
+        of the next one; returns the laws to take, each with sum 1.
     The law of the text does not depend on draft_length, nor does a greedy text.
     Raises: ValueError for an empty prompt or several, for bad numbers, and for drafts without one
         block for all depths. Source: Leviathan et al., 2023; for hybrids vLLM's code.
@@ -659,7 +660,7 @@ def speculative_generate(
     return result
 
 
-# endregion copy 166f07
+# endregion copy fd120d
 
 
 class DecodingMixer(Mamba2Mixer):

@@ -180,6 +180,11 @@ def test_bad_arguments_of_the_rule():
     for bad in (p * 0, p * math.nan, p * math.inf):  # the token would be V, outside the vocabulary
         with pytest.raises(ValueError, match="target_probs sum to"):
             sp.speculative_sample(bad, p[:1], torch.tensor([0]), u)
+    for index, name in enumerate(("target_probs", "draft_probs")):
+        laws = [p, p[:1]]
+        laws[index] = laws[index] / 2  # as after a mask that is not normalised again
+        with pytest.raises(ValueError, match=f"{name} sum to"):
+            sp.speculative_sample(*laws, torch.tensor([0]), u)
     for low in (torch.bfloat16, torch.float16):
         for index in (0, 1, 3):
             arguments = [p, p[:1], torch.tensor([0]), u]
