@@ -10,8 +10,8 @@ model has its tokens over ranks, in any lengths, and documents may begin anywher
 layout of the ranks in float64, with a group for each tp rank and with one in all, trains on text
 next to the plain model, and prints the claims that it has measured. Exit code 1 where one is wrong.
 
-Left out: load balance of attention over cp (later ranks have more keys), and messages that are
-hidden under GEMMs, as ring attention does.
+Left out: load balance of attention over cp (later ranks have more keys); attention without a mask
+of t × S elements, and messages that are hidden under GEMMs, as ring attention has them.
 """
 
 from __future__ import annotations

@@ -347,8 +347,8 @@ def ssd(
 #       in = 0                  in = own₀               in = decay₁·own₀ + own₁
 #                       y_i += exp(a_0 + … + a_i) · in · C_i                      no communication
 #
-# decay is that of the rank's whole segment, not of its last chunk: two ranks cannot show this
-# mistake, because rank 1 needs no decay.
+# decay is that of the rank's whole segment, not of its last chunk. On two ranks only the last state
+# shows this mistake, because what enters rank 1 needs no decay.
 #
 # With scalars: the ranks' tokens leave own = 8, 4 and 2 from zero, and their decays are 1/2, 1/4
 # and 1/2. Then in = 0 on rank 0, 8 on rank 1, and 1/4 · 8 + 4 = 6 on rank 2. The last state is
@@ -425,8 +425,8 @@ def ssd_context_parallel(
 # the rank before, and attention all earlier keys and values. The latter message grows with the
 # sequence: the price of exact recall. context_parallel.py has these two, and the full model.
 #
-# Megatron-LM's context parallelism exchanges tokens for heads by an all-to-all before the
-# convolution, and back after the scan. Its messages are as large as the activations.
+# Megatron-LM's context parallelism exchanges tokens for heads by an all-to-all (chapter 6) before
+# the convolution, and back after the scan. Its messages are as large as the activations.
 
 # ── 1.3 Heads over ranks ────────────────────────────────────────────────────────────────────────
 #
@@ -776,8 +776,8 @@ class HybridLM(nn.Module):
 
 
 # The initial dt and A decide what a Mamba layer can learn: over the heads, exp(dt·A) must range
-# from "forget at once" to "keep for a thousand tokens". dt_bias is softplus's inverse of the drawn
-# dt. The matrices that write to the residual stream are smaller by 1/√L, for L layers.
+# from "forget within a few tokens" to "keep for a thousand". dt_bias is softplus's inverse of the
+# drawn dt. The matrices that write to the residual stream are smaller by 1/√L, for L layers.
 
 
 def initial_value(
@@ -1077,12 +1077,11 @@ BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
 
 
 def scan_inputs(T: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Random X, a, B and C of two sequences, four heads in two groups; they want gradients."""
+    """Random X, a, B and C of two sequences, four heads in two groups, as leaves."""
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(1), dtype=dtype)
     X = draw(2, T, 4, 3)
     a = -draw(2, T, 4).exp()
-    B = draw(2, T, 2, 5)
-    C = draw(2, T, 2, 5)
+    B, C = draw(2, 2, T, 2, 5)
     return [x.to(device).requires_grad_() for x in (X, a, B, C)]
 
 
@@ -1091,15 +1090,16 @@ def scan_equivalence(device: torch.device, dtype: torch.dtype) -> Errors:
     lengths = [5 + 2 * rank for rank in range(group_size())]
     inputs = scan_inputs(sum(lengths), device, dtype)
     mine = [x.split(lengths, 1)[group_rank()] for x in inputs]
-    y, _ = ssd_context_parallel(*mine, chunk=4)
-    y_full, _ = ssd_recurrent(*inputs)
+    y, state = ssd_context_parallel(*mine, chunk=4)
+    y_full, state_full = ssd_recurrent(*inputs)
     found = {"y": y}
     expected = {"y": y_full.split(lengths, 1)[group_rank()]}
+    if group_rank() == group_size() - 1:
+        found["last state"] = state
+        expected["last state"] = state_full
     partial_grads = torch.autograd.grad(y.square().sum(), inputs)  # zeros at other ranks' tokens
-    grads = torch.autograd.grad(y_full.square().sum(), inputs)
-    for name, partial_grad, grad in zip("XaBC", partial_grads, grads):
-        found[name] = _all_reduce(partial_grad)
-        expected[name] = grad
+    found |= zip("XaBC", map(_all_reduce, partial_grads))
+    expected |= zip("XaBC", torch.autograd.grad(y_full.square().sum(), inputs))
     return over_all_ranks(relative_errors("tensor of the scan", found, expected))
 
 

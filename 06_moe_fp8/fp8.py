@@ -4,11 +4,11 @@
 Papers: Nemotron-H, NVIDIA, 2025, arXiv 2504.03624, one scale per tensor;
         Nemotron Nano 2, NVIDIA, 2025, arXiv 2508.14444, a scale for each tile
 
-The problem. A GEMM in bf16 reads 16 bits for each element of its operands, and as many of them are
-multiplied per second as the tensor cores can take.
+The problem. A GEMM in bf16 reads 16 bits for each element of its operands, and the time of training
+is mostly that of such GEMMs.
 
-The idea. An FP8 value has 8 bits, of which 2 or 3 are the mantissa, and the tensor cores multiply
-twice as many of them per second as in bf16. The range of the format is small, so each tensor is
+The idea. An FP8 value has 8 bits, of which 2 or 3 are the mantissa, and tensor cores multiply twice
+as many of them per second as values in bf16. The range of the format is small, so each tensor is
 scaled to fill it before it is rounded. Weights, activations and gradients are rounded for the GEMMs
 alone. Norms, the router, sums and the optimizer keep their precision:
 
@@ -51,8 +51,8 @@ from torch.autograd.function import once_differentiable
 #
 # A floating-point value is sign · 2^exponent · 1.mantissa. FP8 has two ways to spend its bits:
 #
-#     E4M3   4 bits exponent, 3 mantissa   ±448     relative error ≤ 1/16   weights, activations
-#     E5M2   5 bits exponent, 2 mantissa   ±57344   relative error ≤ 1/8    gradients: more range
+#     E4M3   4 bits exponent, 3 mantissa   ±448     relative error ≤ 1/17   weights, activations
+#     E5M2   5 bits exponent, 2 mantissa   ±57344   relative error ≤ 1/9    gradients: more range
 #
 # The value 20 in both, and its neighbours:
 #
@@ -186,8 +186,9 @@ def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> 
 # transposed operand has other tiles and is rounded anew, from the unrounded tensor. For wgrad x is
 # kept as codes: 1 byte per element and not 4.
 #
-# A scale may be taken out of a GEMM where it is the same for all terms of the sum: Σ_h (q_rh / s)
-# (p_fh / z) = (Σ_h q_rh · p_fh) / (s · z). The tensor cores add codes, and multiply once.
+# A scale may be taken out of a GEMM where it is the same for all terms of the sum. With codes q and
+# scale s of x, and p and z of w: Σ_h (q_rh / s) (p_fh / z) = (Σ_h q_rh · p_fh) / (s · z). Tensor
+# cores add products of codes, and each sum is multiplied once.
 #
 # A recipe is data: the format of each operand of each GEMM, and the number of layers at both ends
 # that keep their precision. The router, norms, embedding and output layer always do.
@@ -411,7 +412,7 @@ def recipe_of(args: argparse.Namespace, device: torch.device) -> FP8Recipe:
 
 
 def equivalence(mesh: Mesh, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """An FP8 model's loss and logits on this mesh, next to a single device's: name to error.
+    """An FP8 model's logits on this mesh, next to a single device's: name to error.
 
     Two experts get no token; the last rank has none where there are several.
     """

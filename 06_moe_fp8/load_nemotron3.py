@@ -142,9 +142,9 @@ def read_config(path: Path) -> MoEConfig:
     if "M" in pattern:
         has = f"{path} has Mamba layers ({pattern})"
         raise ValueError(f"{has}: this chapter has none, see chapter 5, mamba_hybrid")
-    missing = [key for key in SIZES.values() if key not in theirs]
+    missing = [key for key in SIZES.values() if type(theirs.get(key)) not in (int, float)]
     if missing:
-        raise ValueError(f"{path} lacks {missing}: is it the file of a Nemotron 3 model?")
+        raise ValueError(f"{path} lacks {missing}, or has no number there: is it a Nemotron 3's?")
     other = {key: theirs[key] for key, only in FIXED.items() if theirs.get(key, only) != only}
     known = {*SIZES.values(), *FIXED, *OTHER_KEYS, "moe_latent_size"}
     other |= {key: theirs[key] for key in sorted(theirs.keys() - known) if theirs[key]}

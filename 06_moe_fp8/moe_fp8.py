@@ -249,10 +249,10 @@ class Router(nn.Module):
 # An auxiliary loss, small (α = 0.0001), balances each sequence. For a sequence of S tokens,
 #
 #     f_i = fraction of its choices that fell on i, times E   a count: no gradient
-#     P_i = mean over its tokens of s_i / Σ s                 over all E experts: has the gradient
-#     loss = Σ_i f_i · P_i                                    1 if balanced, at most E / K
+#     p_i = mean over its tokens of s_i / Σ s                 over all E experts: has the gradient
+#     loss = Σ_i f_i · p_i                                    1 if balanced, at most E / K
 #
-# Where f is large the gradient lowers P: the scores of overloaded experts shrink. f counts the
+# Where f is large the gradient lowers p: the scores of overloaded experts shrink. f counts the
 # choice without β, so that the scores become balanced by themselves. (As quoted in public, Nano
 # has the loss over all tokens in pretraining and this one, without communication, in fine-tuning.)
 
@@ -353,7 +353,7 @@ class Experts(nn.Module):
         width = config.moe_latent_size or config.hidden_size
         up_EFH = torch.randn(config.num_experts, config.expert_size, width)
         self.up = nn.Parameter(up_EFH * std)
-        self.down = nn.Parameter(torch.randn_like(up_EFH.mT) * std)  # E H F
+        self.down = nn.Parameter(torch.randn(up_EFH.mT.shape) * std)  # E H F
         self.gemm = grouped_gemm  # fp8.py sets another one
 
     def forward(self, rows_RH: Tensor, counts: list[int]) -> Tensor:
@@ -409,8 +409,8 @@ class MoELayer(nn.Module):
         counts = count_rows(routing.experts_TK, self.config.num_experts).tolist()
         z_TW = self.into_latent(x_TH)
         rows_RW = self.experts(z_TW[token_R], counts)
-        weight_R = routing.weights_TK.flatten()[order_R]
-        weighted_RW = rows_RW * weight_R[:, None]
+        weight_R1 = routing.weights_TK.flatten()[order_R, None]
+        weighted_RW = rows_RW * weight_R1
         sum_TW = weighted_RW.new_zeros(z_TW.shape).index_add(0, token_R, weighted_RW)
         y_TH = self.out_of_latent(sum_TW.to(rows_RW.dtype))
         return y_TH + self.shared(x_TH) if self.shared else y_TH

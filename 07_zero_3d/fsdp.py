@@ -667,6 +667,8 @@ def check_args(args: argparse.Namespace) -> None:
         args.layouts = [tuple(size or 1 for size in given)]
     config = z.config_from(args, z.GPTConfig)
     args.batch = args.batch or 2 * args.micro_batch * world
+    if not args.check and args.steps < 2:
+        raise ValueError(f"--steps {args.steps}: memory is that of the second step, so take 2")
     for layout in args.layouts:
         if math.prod(layout) != world:
             raise ValueError(f"(tp, pp, dp) = {layout}: the product is not {world} ranks")

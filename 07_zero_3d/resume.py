@@ -167,6 +167,8 @@ def join_pieces(name: str, pieces: list[dict[str, Any]], shape: torch.Size) -> z
     pieces = sorted(pieces, key=lambda piece: piece["start"])
     end = 0
     for piece in pieces:
+        if piece["start"] < end:
+            raise ValueError(f"{name}: element {piece['start']} is in two pieces: one shard twice?")
         if piece["start"] == end:
             end += len(piece["master"])
     if end != shape.numel():

@@ -21,9 +21,9 @@ once a step. So each of the dp ranks keeps and updates the state of one part onl
           └──────────── all-gather ────────────┘
     parameters, all                    parameters, all         bf16
 
-A ring all-reduce of gradients is a reduce-scatter and an all-gather, so nothing is sent twice. What
-is hard is the rest of the step: some gradients are partial sums over tp, one parameter lives on two
-stages, and a norm must count each element once. Sections 1.1 to 1.4 are about that.
+A ring all-reduce is a reduce-scatter and an all-gather, so this sends no more than an all-reduce of
+the gradients. What is hard is the rest of the step: some gradients are partial sums over tp, one
+parameter lives on two stages, and a norm must count each element once: sections 1.1 to 1.4.
 
 Run it (no flag is needed; --help lists them):
 
@@ -41,8 +41,8 @@ fp32 masters. It prints the bytes of the optimizer's state, and the claims that 
 
 Left out: the papers' tables (zero_3d_tables.py); interleaved schedules and messages in flight
 (chapter 3); GEMMs that overlap with collectives, and selective recomputation (chapters 2 and 4);
-dropout; evaluation; a check of token ids; stages on GPUs with gloo; an all-gather that overlaps
-with the next forward; the batch ramp, and checkpoints that another mesh loads (resume.py).
+dropout; evaluation; a check of token ids; an all-gather that overlaps with the next forward; the
+batch ramp, and checkpoints that another mesh loads (resume.py).
 """
 
 # ── 0 Notation ──────────────────────────────────────────────────────────────────────────────────
@@ -410,8 +410,8 @@ class ParamAndGradBuffer:
 #
 # `step` runs on every rank, also where a shard is all padding: the all-gather needs them all. The
 # result equals the unsharded optimizer to the bit, given equal gradients: AdamW and SGD compute
-# each element by itself. (Given equal batches there is a rounding difference, since sums over ranks
-# are added in another order.)
+# each element by itself. (The gradients of equal batches are equal up to rounding, since sums over
+# ranks are added in another order.)
 
 
 @dataclass
@@ -578,7 +578,7 @@ def clip_grad_norm_(optimizer: DistributedOptimizer, max_norm: float, mesh: Para
 #
 # ── 2.1 The plain model ─────────────────────────────────────────────────────────────────────────
 #
-# BLOOM has no positions. ALiBi adds to the score of query i and key j a bias that grows with their
+# BLOOM has no positions. ALiBi adds to the score of query i and key j a bias that falls with their
 # distance, slope · (j − i), with one slope per head: 2^-1 to 2^-8 for 8 heads. [arXiv 2108.12409]
 # Where the number of heads is no power of two, as BLOOM's 112, the slopes are those of the next
 # lower power, 64, and then every other one of twice that, 128:
@@ -981,7 +981,7 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig, mesh: Parallel
 # and its gradient is sent back. For each micro-batch in flight a stage holds that leaf, and the
 # edge at which backward enters its graph. Both are dropped after the micro-batch's backward.
 #
-# Chapter 3 derives the schedule: p − rank − 1 forwards run ahead, then forwards and backwards
+# Chapter 3 derives the schedule: pp − pp_rank − 1 forwards run ahead, then forwards and backwards
 # alternate. One column below is the forward of micro-batch `column` and the backward of micro-batch
 # `column − ahead`. What two neighbours have for each other at the same time is one batch of
 # messages (`batch_isend_irecv`): if both sent first, both could wait for ever.
@@ -1160,8 +1160,11 @@ def train_alone(
 # Of the 18 bytes a parameter, ZeRO-1 shards 12. Sharding the gradients too (stage 2) would need a
 # reduce-scatter per micro-batch, since no rank could accumulate a full gradient: with a pipeline of
 # many micro-batches that costs more messages than it saves memory. Sharding the parameters (stage
-# 3, PyTorch's FSDP) gathers each layer before it is used: it needs no tensor parallelism or
-# pipeline, and many more bytes on the network. fsdp.py does it, on top of this script.
+# 3, PyTorch's FSDP) gathers each layer before it is used. That needs no tensor parallelism and no
+# pipeline, but it sends half as many elements again, in each micro-batch. fsdp.py does it, on top
+# of this script.
+#
+# And all GEMMs of this chapter are in 16 bits. Chapter 6 has them in 8, and chapter 8 in 4.
 
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
@@ -1268,12 +1271,10 @@ def claims(args: argparse.Namespace, found: dict[str, float]) -> list[tuple]:
     for kind in ("gradient", "norm before clipping", "weight after AdamW"):
         error = worst(found, kind)
         claim = f"every {kind} equals the single device's, float64"
-        here = f"worst {error:.1e} relative"
-        rows.append((claim, "exact", here, error <= BOUNDS["fp64"]))
+        rows.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
     within = worst(found, f"{args.dtype} difference")
     claim = f"the first losses equal the single device's, {args.dtype}"
-    here = f"within {within:.0e}"
-    rows.append((claim, "equal", here, within <= BOUNDS[args.dtype]))
+    rows.append((claim, "equal", f"within {within:.0e}", within <= BOUNDS[args.dtype]))
     state = worst(found, "bf16 state")
     claim = "optimizer bytes of a rank / (12·P/dp)"
     rows.append((claim, "1", f"{state:.3f}", state <= 1.02))
@@ -1281,7 +1282,9 @@ def claims(args: argparse.Namespace, found: dict[str, float]) -> list[tuple]:
     without = worst(found, "bf16 without")
     here = f"{masters:.0%}, {without:.0%}"
     claim = "norm weights exactly 1.0 in bf16, with masters, without"
-    rows.append((claim, "–", here, masters < 0.9 < without))
+    is_default = args.steps >= 20 and args.lr == 1e-3
+    verdict = masters < 0.9 < without if is_default else "needs the default run"
+    rows.append((claim, "–", here, verdict))
     return rows
 
 
@@ -1332,7 +1335,7 @@ def flags() -> argparse.Namespace:
             if math.prod(layout) != args.world_size:
                 sizes = f"(tp, pp, dp) = {layout}"
                 raise ValueError(f"{sizes}: the product is not {args.world_size} ranks")
-            mesh = ParallelMesh(*layout, sp=not args.no_sp)
+            mesh = ParallelMesh(*layout)
             check_heads(config, mesh.tp)
             place_layers(config.num_layers, mesh.pp)
             check_batch((args.batch, args.seq_length), args.micro_batch, mesh)

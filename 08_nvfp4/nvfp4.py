@@ -5,8 +5,8 @@ Papers: NVIDIA Nemotron 3: Efficient and Open Intelligence, NVIDIA, 2025, arXiv 
         Nemotron 3 Super, NVIDIA, 2026, arXiv 2604.12374;
         Pretraining Large Language Models with NVFP4, NVIDIA, 2025, arXiv 2509.25149
 
-The problem. Four bits have 16 codes, and a GEMM of them runs at several times the speed of bf16.
-But eight magnitudes from 0 to 6 cannot follow a tensor whose values span many powers of two.
+The problem. GEMMs of 4 bits run at twice the speed of chapter 6's 8 bits, or more. But eight
+magnitudes from 0 to 6 cannot follow a tensor whose values span many powers of two.
 
 The idea. Two levels of scales, one per 16 values and one per tensor. And each operand is rounded
 for the GEMM that reads it, so that its blocks of 16 lie along the dimension which is summed:
@@ -324,9 +324,9 @@ def nvfp4_dequantize(quantized: NVFP4Tensor, dtype: torch.dtype = torch.float32)
 #
 # Each GEMM is a · bᵀ of two matrices with the summed dimension last. A scale can be taken out of a
 # sum of 16 terms only where it is the same for all 16, so blocks lie along that dimension. With
-# blocks b of 16 terms, an FP4 tensor core computes
+# blocks b, scales s of x and scales z of w, an FP4 tensor core computes an element of y as
 #
-#     y_rf = 1 / (s_enc · z_enc) · Σ_b  s_b · z_b · Σ_{h in b} code_rh · code_fh
+#     y[r, f] = 1 / (s_enc · z_enc) · Σ_b  s_b · z_b · Σ_{h in b} code[r, h] · code[f, h]
 #
 # The inner sum has products of two codes, the outer one two E4M3 scales, and the first factor is
 # one fp32 for all. So each GEMM has its own copies:
@@ -431,8 +431,8 @@ def random_hadamard(x: Tensor) -> Tensor:
 # Embeddings, norms, softmax, the output layer and the optimizer keep their precision: they are a
 # few per cent of the arithmetic. So do some layers as a whole, those whose rounding costs most. In
 # the study of 2509.25149 these are the last layers of a model, and the first two. Super keeps only
-# the last 14 of 88, 16 %. So do the projections of attention, of latent experts and of multi-token
-# prediction, and Mamba's output. Which layers is data.
+# the last 14 of 88, 16 %, and in all layers the projections of attention and of latent experts,
+# Mamba's output (in 8 bits) and multi-token prediction (chapter 9). The choice is data: a recipe.
 
 
 @dataclass(frozen=True)
@@ -472,7 +472,7 @@ SUPER = NVFP4Recipe(first=0, last=14)  # of 88 layers  [2604.12374]
 # wgrad's copies are gathered along tokens, their last dimension. Rounding after the gather would
 # give the same values, send 3.6 times as many bytes, and round each value on every rank.
 #
-# For H = 4096 and 8 ranks, a token's gather sends 4096 · 4.5 / 8 = 2304 bytes, in bf16 8192.
+# For H = 4096 the values of a token take 4096 · 4.5 bits, which are 2304 bytes, and in bf16 8192.
 #
 # A rank rounds its shard as the single device rounds the full tensor, to the bit, if two things
 # hold. The amax is that of all shards: an all-reduce(max) of one value. A maximum rounds nothing,
@@ -654,10 +654,10 @@ class NVFP4Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         tokens = len(rows)
         if self.sharding == "inputs":
-            tokens //= self.tp
+            tokens /= self.tp  # not //: any remainder is refused
         if not tokens or tokens % BLOCK:
             remedy = "choose another batch or sequence length, or pad"
-            raise ValueError(f"{tokens} tokens on a rank, no multiple of {BLOCK}: {remedy}")
+            raise ValueError(f"{tokens:g} tokens on a rank, no multiple of {BLOCK}: {remedy}")
         y = _NVFP4Linear.apply(rows, self.weight, self)
         return y.unflatten(0, (-1, *x.shape[1:-1]))
 
@@ -760,9 +760,9 @@ class GPT(nn.Module):
 #     x_bSH ─ norm ─ qkv: gather ─► B rows, n heads ─ attention ─ out: reduce-scatter ─► + ─► x_bSH
 #     x_bSH ─ norm ─ up: gather ──► B rows, f features ─ relu² ── down: reduce-scatter ► + ─► x_bSH
 #
-# It is chapter 4's sequence
-# parallelism, cut between sequences. All other layers are replicated, and compute this rank's rows.
-# (A large model shards those too, with chapter 4's layers. Here they would hide the technique.)
+# It is chapter 4's sequence parallelism, cut between sequences. All other layers are replicated,
+# and compute this rank's rows. (A large model shards those too, with chapter 4's layers. Here they
+# would hide the technique.)
 
 SHARDING = {"qkv": "outputs", "up": "outputs", "out": "inputs", "down": "inputs"}
 
@@ -941,8 +941,8 @@ def train(
 
 # ── What remains ──────────────────────────────────────────────────────────────────────────────────
 #
-# Weights and optimizer states are still in fp32, 16 bytes per parameter, and chapter 7 shards them.
-# Each all-reduce of an amax is waited for here, five in a layer; production stacks them. And FP4
+# Weights, gradients and moments are still in fp32, 16 bytes per parameter; chapter 7 shards them.
+# Each all-reduce of an amax is waited for here, six in a linear layer; production stacks them. FP4
 # GEMMs are limited by memory where few tokens pass through them: in generation, one per sequence.
 # The next chapter predicts several tokens in one forward pass.
 
@@ -970,10 +970,9 @@ def equivalence(
     targets_BS[0] = -100
     plain = to_nvfp4(GPT(config).to(device, dtype), NEAREST)
     parallel = to_nvfp4(GPT(config).to(device, dtype), NEAREST, dist.group.WORLD)
-    lr = 1e-3
     batches = [(tokens_BS, targets_BS)] * 5
-    alone = train_alone(plain, make_optimizer(plain, lr), batches, 0.1, autocast)
-    steps = train(parallel, make_optimizer(parallel, lr), batches, None, 0.1, autocast)
+    alone = train_alone(plain, make_optimizer(plain, 1e-3), batches, 0.1, autocast)
+    steps = train(parallel, make_optimizer(parallel, 1e-3), batches, None, 0.1, autocast)
     errors = {}
     for step, ((loss_alone, norm_alone), (loss, norm)) in enumerate(zip(alone, steps)):
         errors[f"loss {step}"] = abs(loss / loss_alone - 1).item()
@@ -1207,6 +1206,8 @@ def check_args(args: argparse.Namespace) -> None:
     args.hidden_size = args.hidden_size or multiple_above(128, BLOCK * args.num_heads)
     args.batch = args.batch or multiple_above(8, tp)
     check_tp(config_from(args, GPTConfig), tp)
+    if not (args.check or args.steps):
+        raise ValueError("--steps 0: the run compares losses; for equivalence alone, --check")
     tokens = args.batch // tp * args.seq_length  # of a rank
     if args.batch % tp or tokens % BLOCK:
         sizes = f"--batch {args.batch} × --seq-length {args.seq_length}"

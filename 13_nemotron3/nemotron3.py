@@ -877,7 +877,7 @@ class Experts(nn.Module):
         width = config.moe_latent_size or config.hidden_size
         up_EFH = torch.randn(config.num_experts, config.expert_size, width)
         self.up = nn.Parameter(up_EFH * std)
-        self.down = nn.Parameter(torch.randn_like(up_EFH.mT) * std)  # E H F
+        self.down = nn.Parameter(torch.randn(up_EFH.mT.shape) * std)  # E H F
         self.gemm = grouped_gemm  # fp8.py sets another one
 
     def forward(self, rows_RH: Tensor, counts: list[int]) -> Tensor:
@@ -933,14 +933,14 @@ class MoELayer(nn.Module):
         counts = count_rows(routing.experts_TK, self.config.num_experts).tolist()
         z_TW = self.into_latent(x_TH)
         rows_RW = self.experts(z_TW[token_R], counts)
-        weight_R = routing.weights_TK.flatten()[order_R]
-        weighted_RW = rows_RW * weight_R[:, None]
+        weight_R1 = routing.weights_TK.flatten()[order_R, None]
+        weighted_RW = rows_RW * weight_R1
         sum_TW = weighted_RW.new_zeros(z_TW.shape).index_add(0, token_R, weighted_RW)
         y_TH = self.out_of_latent(sum_TW.to(rows_RW.dtype))
         return y_TH + self.shared(x_TH) if self.shared else y_TH
 
 
-# endregion copy 8ff1b4
+# endregion copy 9ca9b8
 
 
 class ExpertLayer(MoELayer):

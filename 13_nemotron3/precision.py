@@ -637,10 +637,10 @@ class NVFP4Linear(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         tokens = len(rows)
         if self.sharding == "inputs":
-            tokens //= self.tp
+            tokens /= self.tp  # not //: any remainder is refused
         if not tokens or tokens % BLOCK:
             remedy = "choose another batch or sequence length, or pad"
-            raise ValueError(f"{tokens} tokens on a rank, no multiple of {BLOCK}: {remedy}")
+            raise ValueError(f"{tokens:g} tokens on a rank, no multiple of {BLOCK}: {remedy}")
         y = _NVFP4Linear.apply(rows, self.weight, self)
         return y.unflatten(0, (-1, *x.shape[1:-1]))
 
@@ -665,7 +665,7 @@ def seed_rounding(model: nn.Module, seed: int, step: int, rank: int = 0) -> None
             module.rounding_seed = zlib.crc32(repr(place).encode())
 
 
-# endregion copy 405892
+# endregion copy 0d5b87
 
 # MXFP8 has blocks of 32 values and powers of two for scales: chapter 6's blockwise recipe with
 # other tiles.

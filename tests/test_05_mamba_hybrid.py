@@ -1491,6 +1491,22 @@ def test_an_error_that_is_not_a_number_is_the_worst_on_every_rank(where):
         mh.worst(errors, "what nobody has")
 
 
+@pytest.mark.ranks(1, 2, 3)
+def test_the_proof_compares_the_last_state():
+    """No y depends on the state that the last rank returns."""
+
+    def fading(*args, original=mh.ssd_context_parallel, **options):
+        y, state = original(*args, **options)
+        return y, 0.9 * state
+
+    right = mh.scan_equivalence(ranks.device, torch.float64)
+    with plant(mh, "ssd_context_parallel", fading):
+        wrong = mh.scan_equivalence(ranks.device, torch.float64)
+    assert mh.worst(right) < 1e-12
+    differs = [name for name, error in wrong.items() if error > 1e-12]
+    assert differs == ["tensor of the scan last state"]
+
+
 @pytest.mark.slow
 def test_a_whole_script():
     """A short run ends in its claims, none of them failed."""

@@ -132,8 +132,12 @@ def test_a_latent_that_config_json_denies_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("key", load.SIZES.values())
-def test_a_config_without_a_key_names_it(key, folder, tmp_path):
+def test_a_config_without_a_number_names_its_key(key, folder, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
+    for value in (None, "64", [64]):
+        (tmp_path / "config.json").write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(ValueError, match=rf"config.json lacks \['{key}'\], or has no number"):
+            load.load_nemotron3(tmp_path)
     del settings[key]
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"config.json lacks \['{key}'\]"):

@@ -395,6 +395,13 @@ def test_weights_are_a_function_of_the_configuration():
     assert not torch.equal(a["head.weight"], moe.MoELM(config(seed=4)).state_dict()["head.weight"])
 
 
+def test_parameters_are_contiguous():
+    """safetensors refuses others, and NCCL does."""
+    for build in (moe.MoELM, moe.ParallelMoELM, moe.MoELayer, moe.ExpertParallelMoELayer):
+        for name, x in build(config()).state_dict().items():
+            assert x.is_contiguous(), f"{build.__name__}: {name}"
+
+
 # ── 2.1 Rows that change ranks ────────────────────────────────────────────────────────────────────
 
 

@@ -1061,6 +1061,7 @@ def test_the_check():
         (["--tp", "4", "--num-heads", "2"], "num_heads=2, tp=4"),
         (["--dp", "4", "--batch", "6"], "a batch of 6: choose a multiple of micro_batch · dp = 8"),
         (["--reshard", "yes"], "unrecognized arguments"),
+        (["--steps", "1"], "--steps 1: memory is that of the second step"),
     ],
     ids=str,
 )

@@ -210,8 +210,16 @@ def test_a_missing_shard_is_refused():
         resume.merge_optimizer_states(states[:1], CONFIG, mesh)
     with pytest.raises(ValueError, match="is in no piece: lost a shard"):
         resume.merge_optimizer_states([states[0], {}], CONFIG, mesh)
-    with pytest.raises(ValueError, match="is in no piece: lost a shard"):
+    with pytest.raises(ValueError, match="is in two pieces: one shard twice"):
         resume.merge_optimizer_states([states[0], states[0]], CONFIG, mesh)
+
+
+@pytest.mark.parametrize("starts", [(0, 0), (0, 2), (0, 3, 3)])
+def test_an_element_in_two_pieces_is_refused(starts):
+    """Also where every element is in some piece."""
+    pieces = [{"start": start, "master": torch.zeros(4 - start)} for start in starts]
+    with pytest.raises(ValueError, match="w: element [023] is in two pieces"):
+        resume.join_pieces("w", pieces, torch.Size([4]))
 
 
 @pytest.mark.ranks(2)

@@ -103,6 +103,13 @@ def test_a_row_that_fails_fails_the_command(capsys):
     assert stop.value.code == 1 and "FAILED" in capsys.readouterr().out
 
 
+def test_a_wrong_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [tables.__file__, "--what"])
+    with pytest.raises(SystemExit, match="2"):
+        tables.flags()
+    assert "unrecognized arguments" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.slow
 def test_the_command():
     done = scripts.run(Path(tables.__file__))

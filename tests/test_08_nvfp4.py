@@ -1420,6 +1420,8 @@ def test_sizes_that_do_not_divide_over_the_ranks():
     layer = nf.NVFP4Linear(linear(64, 64), NEAREST, "inputs", dist.group.WORLD)
     with pytest.raises(ValueError, match="8 tokens on a rank, no multiple of 16"):
         layer(random(8 * world, 64 // world))
+    with pytest.raises(ValueError, match=r"16\.[0-9]+ tokens on a rank, no multiple of 16"):
+        layer(random(16 * world + 1, 64 // world))  # as many as 16 on each, and one more
     model = nf.to_nvfp4(gpt(), NEAREST, dist.group.WORLD)
     optimizer = nf.make_optimizer(model, 1e-3)
     with pytest.raises(ValueError, match=f"3 sequences on {world} ranks: take a multiple"):
@@ -1546,6 +1548,7 @@ def flags_of(*words: str):
         (("--batch", "6"), "--batch 6 × --seq-length 64 on 4 ranks"),
         (("--batch", "4", "--seq-length", "24"), "a multiple of 16 tokens"),
         (("--data", "/nowhere"), "No such file"),
+        (("--steps", "0"), "--steps 0: the run compares losses"),
         (("--dropout", "0.1"), "unrecognized arguments: --dropout"),
     ],
     ids=str,
