@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Time and memory of one more token, after 1K to 32K others.
 
-    python notebooks/results/measure_05_decode.py        two minutes
+    python notebooks/results/measure_05_decode.py        20 seconds
 
 Writes 05_decode.json next to this file: times of `Decoder` and bytes of its cache, for three models
 of 16 layers on one thread. Rounds alternate between the models; the median is kept.
