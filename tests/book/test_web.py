@@ -34,6 +34,17 @@ def test_a_sketch_may_follow_its_paragraph_directly():
     assert text.endswith("\n\nand no more.\n")
 
 
+def test_papers_stand_one_below_the_other():
+    """What cites them is indented, and no sketch; each goes on to its number."""
+    papers = ["Papers: One, A et al., 2014, 1412.5567;", "Two, of two lines, B, 1512.02595"]
+    one, two, more = papers[0], "        Two, of two lines,", "        B, 1512.02595"
+    assert written("\n".join([one, two, more])) == "\\\n".join(papers) + "\n"
+    assert (
+        written("Sources: Three, 2019,\n         1912.0001.")
+        == "Sources: Three, 2019, 1912.0001.\n"
+    )
+
+
 def test_a_list_has_items_of_several_lines():
     assert written("· one\n  goes on\n· two") == "- one goes on\n- two\n"
 

@@ -26,6 +26,9 @@ WORDS_LIKE_NAMES = {"LayerNorm", "BatchNorm", "PyTorch", "DeepSpeech", "DeepSeek
 ARXIV = re.compile(r"arXiv (\d{4}\.\d{4,5})")
 CHAPTER = re.compile(r"\b[Cc]hapter (\d+)(?:, (?:section|part) (\d(?:\.\d)?))?(?![\d.]*\d)")
 
+CITES = ("Paper: ", "Papers: ", "Sources: ")  # what these begin goes on in indented lines
+CITED = re.compile(r"\d{4}\.\d{4,5}(, section [\d.]+)?[;.]?$")
+
 Link = Callable[[str], str | None]  # a name or a chapter to a link in Markdown, or to none
 
 
@@ -41,6 +44,8 @@ def markdown(lines: list[str], link: Link) -> str:
         elif BULLET.match(block[0]):
             items = (inline(" ".join(item), link) for item in bullets(block))
             parts.append("\n".join(f"- {item}" for item in items))
+        elif block[0].startswith(CITES):
+            parts.append("\\\n".join(inline(cited, link) for cited in citations(block)))
         else:
             parts.append(paragraph(" ".join(line.strip() for line in block), link))
     return "\n\n".join(parts) + "\n" if parts else ""
@@ -69,7 +74,7 @@ def blocks(lines: list[str]) -> list[list[str]]:
 
 
 def in_item(found: list[list[str]]) -> bool:
-    return bool(found) and bool(BULLET.match(found[-1][0]) or found[-1][0].startswith("Paper"))
+    return bool(found) and bool(BULLET.match(found[-1][0]) or found[-1][0].startswith(CITES))
 
 
 def is_sketch(block: list[str]) -> bool:
@@ -104,6 +109,16 @@ def bullets(block: list[str]) -> list[list[str]]:
         else:
             items[-1].append(line.strip())
     return items
+
+
+def citations(block: list[str]) -> list[str]:
+    """The lines that one paper needs are one; where a line ends in a paper's number it is cited."""
+    found = [""]
+    for line in block:
+        found[-1] += f" {line.strip()}"
+        if CITED.search(line):
+            found.append("")
+    return [text.strip() for text in found if text]
 
 
 def inline(text: str, link: Link) -> str:
