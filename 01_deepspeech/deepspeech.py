@@ -51,8 +51,9 @@ bigram outputs, Mandarin, GPU kernels.
 #     C  channels of a convolution     V  symbols             P  CTC problems solved together, 2B
 #     H  hidden size                   D  directions, 2
 #
-# A digit is a literal size. N is the number of ranks, r the index of this rank. (F with a dot after
-# it is torch.nn.functional.) "region shared" marks code that later chapters copy; editors fold it.
+# A digit is a literal size. N is the number of ranks, r the index of this rank. In formulas W and U
+# are weights, as in the papers: of a layer's input and of its last state. (F with a dot after it is
+# torch.nn.functional.) "region shared" marks code that later chapters copy; editors fold it.
 
 from __future__ import annotations
 
@@ -159,8 +160,8 @@ class DeepSpeechConfig:
 #     all-gather       a           b           →    [a b]       [a b]
 #     all-to-all       [a₀ a₁]     [b₀ b₁]     →    [a₀ b₀]     [a₁ b₁]      part i goes to rank i
 #
-# An all-reduce is a reduce-scatter and then an all-gather: section 1.2 builds it so. (This book
-# never broadcasts: its ranks draw equal weights from one seed.) Point-to-point messages are the
+# An all-reduce is a reduce-scatter and then an all-gather: section 1.2 builds it so. (No weight is
+# broadcast in this book: ranks draw equal ones from one seed.) Point-to-point messages are the
 # other kind: a send on one rank, a receive on another.
 #
 # If one rank does not call a collective, the others wait for it until the timeout, and fail. So
@@ -236,7 +237,8 @@ def wait_for_all() -> None:
 # N ranks hold a vector of K elements each, and all need the sum. If all sent their vectors to one
 # rank, its link would carry (N − 1)·K elements. In a ring each rank sends to its right neighbour
 # only, and all links work at the same time. The vector is cut into N segments. In step i rank r
-# sends segment r − i to the right, and segment r − i − 1 arrives from the left (modulo N):
+# sends segment r − i to the right, and segment r − i − 1 arrives from the left (modulo N; in the
+# second lap i goes on counting):
 #
 #     first lap, N − 1 steps     what arrives is added: a reduce-scatter. At its end rank r holds
 #                                the full sum of segment r + 1
@@ -343,7 +345,8 @@ class GradientRing:
         for this ring alone (`make_group`); None: a single rank. bucket_bytes: a bucket is closed
         when it holds that much.
     Call finish() on every rank after each backward, and not two backwards before it: the first sum
-    would be in flight already. close() removes the hooks.
+    would be in flight already. Gradients must be None or zero before a backward: a sum of earlier
+    ones would be summed over the ranks again. close() removes the hooks.
     Raises: ValueError for several ranks without a group.
     Source: Deep Speech 2 (Amodei et al., 2015), section 4.1; buckets as in PyTorch's
     DistributedDataParallel.
@@ -411,8 +414,8 @@ class GradientRing:
 #
 # Two things must be right. Padding frames do not count: they would pull mean and variance towards
 # zero, and the more so the more the lengths differ. And "all utterances" are those of all ranks, or
-# each rank would be another network. Ranks hold unequal numbers of frames, so sums and counts are
-# all-reduced, never means:
+# each rank would compute another function. Ranks hold unequal numbers of frames, so sums and counts
+# are all-reduced, never means:
 #
 #     Σ x, count       ─ all-reduce ─►   E
 #     Σ (x − E)²       ─ all-reduce ─►   Var
@@ -507,7 +510,8 @@ class SequenceBatchNorm(nn.BatchNorm1d):
 #     state      0     1     2     3     4      in each frame a path stays, steps to the next state,
 #     symbol     _     c     _     a     _      or skips a blank between two different labels
 #
-# Let alpha_t(s) be the probability of being in state s after frame t, over all ways to get there:
+# The network gives symbol k the probability y_t(k) in frame t. Let alpha_t(s) be the probability of
+# being in state s after frame t, over all ways to get there:
 #
 #     alpha_t(s) = y_t(symbol of s) · [ alpha_{t−1}(s) + alpha_{t−1}(s−1) + alpha_{t−1}(s−2) ]
 #                                        stay            step               skip, where allowed
@@ -534,8 +538,8 @@ IMPOSSIBLE = -1e30
 def _alpha(log_y_TSP: Tensor, skip_cost_UP: Tensor, start_P: Tensor) -> Tensor:
     """log alpha before any frame and after each: (T + 1, S, P).
 
-    Args: skip_cost_UP: 0 where the label after this one may be reached by a skip, else IMPOSSIBLE.
-        start_P: the state in which a path is before its first frame.
+    Args: skip_cost_UP: a row for each label but the last; 0 where the next label may be reached by
+        a skip, else IMPOSSIBLE. start_P: the state in which a path is before its first frame.
     """
     T, S, P = log_y_TSP.shape
     alpha = log_y_TSP.new_full((T + 1, S, P), IMPOSSIBLE)
@@ -694,8 +698,8 @@ def valid_frames(lengths_B: Tensor, T: int) -> Tensor:
 # ── 1.6 A recurrent layer, cut in time ──────────────────────────────────────────────────────────
 #
 # h_t = clip(x_t + h_{t−1} U) is a loop over frames that cannot be shortened, so each step should
-# be cheap. Autograd would record four operators per step. Written out, backward is one GEMM per
-# step, from the end to the start:
+# be cheap. Autograd would record four operators per step. Written out, backward is one GEMM (a
+# matmul) per step, from the end to the start:
 #
 #     a_t  = (dL/dh_t + a_{t+1} Uᵀ) · [0 < h_t < 20]         the gradient at the input of the clip
 #     dL/dx_t = a_t            dL/dU = Σ_t h_{t−1}ᵀ a_t      one GEMM over all steps, after the loop
@@ -820,7 +824,7 @@ def time_parallel_birnn(x_tBH: Tensor, weight_DHH: Tensor, group: Group = None) 
     Args: x_tBH: this rank's frames, which follow those of the rank before; ranks may hold unequal
         numbers of frames, or none. Zero after the end of each utterance. weight_DHH: U of both
         directions, replicated; its gradient is summed over `group` here.
-    Source: Deep Speech (Hannun et al., 2014), section 4.2.
+    Source: Deep Speech (Hannun et al., 2014), section 3.2.
     """
 
     def recurrence(x_tDBH: Tensor, weight_DHH: Tensor) -> Tensor:
@@ -986,15 +990,16 @@ def parallel_model(config: DeepSpeechConfig, group: Group = None) -> DeepSpeech2
 def check_replicas(model: nn.Module, group: Group = None) -> None:
     """Raises ValueError, on every rank, where the model's state differs between ranks of `group`.
 
-    Compares the lowest with the highest value of each element, bit for bit.
+    Compares the lowest with the highest value of each byte. Of the elements themselves they would
+    hide a NaN on one rank: a collective may drop it from a minimum, and from a maximum.
     """
     for name, x in model.state_dict().items():
-        x = x.detach().contiguous()
-        low = _all_reduce(x.clone(), group, dist.ReduceOp.MIN)
-        high = _all_reduce(x.clone(), group, dist.ReduceOp.MAX)
+        octets = x.flatten().view(torch.uint8)
+        low = _all_reduce(octets.clone(), group, dist.ReduceOp.MIN)
+        high = _all_reduce(octets.clone(), group, dist.ReduceOp.MAX)
         if not torch.equal(low, high):
-            gap = f"differs by {(high - low).abs().max():.1e}"
-            raise ValueError(f"{name} should be the same on every rank, but {gap}")
+            found = f"{(low != high).sum()} of its bytes differ"
+            raise ValueError(f"{name} should be the same on every rank, but {found}")
 
 
 # ── 4 Training ──────────────────────────────────────────────────────────────────────────────────
@@ -1052,7 +1057,8 @@ def parallel_gradients(
     """`plain_gradients` for the utterances of all ranks, the same on every rank. Collective.
 
     Args: batch: this rank's utterances, which may be none; one rank of `group` must have one.
-        ring: of the model's parameters. group: the data-parallel ranks.
+        ring: of the model's parameters, whose gradients are None or zero before. group: the
+        data-parallel ranks.
     Returns: the loss, a scalar.
     """
     # torch.full is computed on the device. torch.tensor would be copied there, and the CPU waits.

@@ -253,7 +253,7 @@ def mix_noise(wave_W: Tensor, noise_W: Tensor, snr_db: float) -> Tensor:
     """wave_W + noise, scaled so that the wave has snr_db decibels more power: (W,).
 
     Args: noise_W, of any length: it is repeated. Raises: ValueError for noise without power.
-    Source: Deep Speech, section 3.2 (superposition).
+    Source: Deep Speech, section 4.1 (superposition).
     """
     if not noise_W.numel() or not noise_W.square().mean() > 0:
         raise ValueError(f"noise of {noise_W.numel()} samples has no power to be scaled")
@@ -422,7 +422,7 @@ def beam_search(
         beam: prefixes that are kept after each frame (the papers: 500 to 8,000).
         lm: as `NGram`; None: no language model, and no β.
         cutoff, most: a frame's symbols are tried from the most probable on, until they add up to
-            `cutoff`, at most `most` of them (Deep Speech 2, section 7.2). 1.0 tries all.
+            `cutoff`, at most `most` of them (Deep Speech 2, section 7.3). 1.0 tries `most`.
     With a beam that holds every prefix the sum over paths is exact. A smaller one may lose the best
     text, since it compares prefixes by the frames so far.
     Raises: ValueError for beam < 1, and for a probability or score that is NaN.

@@ -357,8 +357,8 @@ def simulate(
 # ── 1.3 Messages: one clock for all ranks ───────────────────────────────────────────────────────
 #
 # Where an operation needs one of another rank, a tensor must be sent, so the table implies the
-# messages. In chapters 1 and 2 all ranks of a group met in each collective. A point-to-point
-# message has two ends: one rank calls `isend` with a tensor, the other `irecv` with an empty tensor
+# messages. In a collective all ranks of a group meet. A point-to-point message, as in chapter 1's
+# ring, has two ends: one rank calls `isend` with a tensor, the other `irecv` with an empty tensor
 # of the same shape and dtype. Both return at once, with something to wait for.
 #
 # Their *order* is the hard part. A receive waits for its send, a send may wait for its receive, and
@@ -907,8 +907,8 @@ def seed_dropout(
 # checkpoint does not depend on the number of stages.
 #
 # Where p·v divides the layers, every stage gets equally many. Where it does not, stages in the
-# middle get one more, the first only where half of the stages do, since it has the embedding. The
-# last never does, since its output layer and loss cost most.
+# middle get one more, the first only where at least half of the stages do, since it has the
+# embedding. The last never does, since its output layer and loss cost most.
 #
 # With a tied output layer the first rank and the last each have a copy of the embedding table. The
 # copies start equal and get the same gradient: the sum of both parts. With p = 1 it is one tensor.

@@ -4,7 +4,7 @@
 Paper: Reducing Activation Recomputation in Large Transformer Models,
        Korthikanti et al., 2022, arXiv 2205.05198
 
-    python 04_seq_parallel/seq_parallel_tables.py        15 s on two CPU cores
+    python 04_seq_parallel/seq_parallel_tables.py        7 s on two CPU cores
 
 Column "paper" has the printed figure, "formula" a computed one. "here" is counted in forward and
 backward of one layer of a published model on 8 ranks. That needs neither GPUs nor memory: the
