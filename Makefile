@@ -1,5 +1,6 @@
 # make run · tables · test · lift FROM=02 NAME=function · numbers · differences · notebooks · lab · bench · bugs
 #      robustness · pictures · lint · style · shared · grade NOTEBOOK=mine.ipynb · handout TO=folder
+#      project PROJECT=1 FILE=mine.py
 #      book · test-book · browser
 #
 #   CHAPTER=2      only that chapter            ARGS="--steps 5"     flags for the scripts, pytest or the benchmarks
@@ -33,7 +34,7 @@ DEV := .venv/.installed-dev
 WEB := .venv/.installed-book
 endif
 
-.PHONY: run tables test lift numbers differences notebooks lab grade handout bench bugs robustness pictures lint style shared
+.PHONY: run tables test lift numbers differences notebooks lab grade project handout bench bugs robustness pictures lint style shared
 .PHONY: book test-book browser
 
 run: $(RUN)
@@ -91,6 +92,9 @@ lab: $(DEV)
 
 grade: $(DEV)
 	$(PY) tests/book/grade.py "$(NOTEBOOK)" $(ARGS)
+
+project: $(DEV)
+	$(PY) tests/book/projects.py "$(PROJECT)" "$(FILE)" $(ARGS)
 
 handout: $(DEV)
 	$(PY) tests/book/handout.py $(ONLY) $(if $(TO),--to "$(TO)")
