@@ -348,8 +348,9 @@ class ParamAndGradBuffer:
     Use: zero_grad(); backward of each micro-batch, with `is_last_microbatch` set before the last;
     finish_reduce_scatter(). After it only this rank's shard of each bucket's `grad` is valid.
 
-    Args: named: named_parameters(); frozen ones are left out. group: the replicas. elements: the
-        least size of a bucket. alone: names that get a bucket of their own.
+    Args: named: named_parameters(), of one dtype, to which others would be cast; frozen ones are
+        left out. group: the replicas. elements: the least size of a bucket. alone: names that get a
+        bucket of their own.
     Source: Megatron-LM's param_and_grad_buffer.
     """
 
