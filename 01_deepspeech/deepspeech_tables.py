@@ -15,6 +15,7 @@ Left out: error rates, which need the recordings and weeks of GPU time.
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -218,6 +219,11 @@ def print_table(title: str, rows: list[Row]) -> bool:
     return all(row.verdict != "FAILED" for row in rows)
 
 
+def flags() -> argparse.Namespace:
+    """There are none but --help; any other is refused."""
+    return argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+
+
 def main() -> None:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")  # terminals that are not UTF-8
@@ -227,4 +233,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    flags()
     main()

@@ -112,3 +112,10 @@ def test_the_whole_script():
     assert len(found) == 3
     rows = [row for table in found for row in table["rows"]]
     assert [row[-1] for row in rows].count("ok") >= 10
+
+
+def test_a_wrong_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [tables.__file__, "--what"])
+    with pytest.raises(SystemExit, match="2"):
+        tables.flags()
+    assert "unrecognized arguments" in capsys.readouterr().err.splitlines()[-1]

@@ -135,3 +135,10 @@ def test_a_failed_row_is_the_exit_code(capsys):
     del rows["Another"]
     with plant(tables, "tables", lambda: rows):
         assert tables.main() is None
+
+
+def test_a_wrong_flag_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [tables.__file__, "--what"])
+    with pytest.raises(SystemExit, match="2"):
+        tables.flags()
+    assert "unrecognized arguments" in capsys.readouterr().err.splitlines()[-1]

@@ -58,7 +58,8 @@ def with_contents(texts: dict[str, str], places: Places) -> dict[str, str]:
         first, *pages = chapter_pages(chapter, places)
         texts[first] += contents(pages, places)
         chapters.append(first)
-    course = ["notebooks/index.md", *sorted(page for page in texts if "notebooks/00_" in page)]
+    hunts = sorted(page for page in texts if page.startswith("notebooks/00_"))
+    course = ["notebooks/index.md", *hunts, "notebooks/projects/index.md"]
     reference = ["GLOSSARY.md", "functions.md", "bugs.md", *(f"{name}.md" for name in REFERENCE)]
     for pages, caption in (chapters, "Chapters"), (course, "Course"), (reference, "Reference"):
         there = [page for page in pages if page in texts]

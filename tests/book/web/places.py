@@ -46,6 +46,7 @@ class Places:
         for path in [
             *root.glob("*.md"),
             *root.glob("[0-9n]*/*.md"),
+            *root.glob("notebooks/*/*.md"),
             *root.glob("notebooks/*.ipynb"),
         ]:
             name = self.name(path)
