@@ -188,7 +188,7 @@ def prune_layers(model: HybridLM, num_layers: int, score_L: Tensor) -> HybridLM:
 #
 # With a temperature τ both logits are divided by τ. The gradient then shrinks by about τ², so the
 # loss is multiplied by τ² (Hinton's convention; some tools leave it out, and with τ = 2 their
-# learning rate is in effect a quarter): d/d logit = τ (q − p). The papers have τ = 1.
+# gradient is a quarter of this): d/d logit = τ (q − p). The papers have τ = 1.
 #
 # Both output layers are column-parallel: a rank has v = V / tp logits of each. As in chapter 2's
 # cross entropy, nothing of size V is gathered. With maxima m_t, m_s of teacher and student:
@@ -205,7 +205,7 @@ def prune_layers(model: HybridLM, num_layers: int, score_L: Tensor) -> HybridLM:
 # large. So forward and backward are one Function.
 #
 # Four mistakes are silent. F.kl_div's "mean" divides by V as well, and "batchmean" by B alone: the
-# learning rate is then V times too small, or T times too large. Padding columns must be −∞ in both,
+# gradient is then V times too small, or T times too large. Padding columns must be −∞ in both,
 # and 0 · (−∞ − −∞) is NaN: their products are replaced. And in bf16 two nearly equal distributions
 # have a difference of rounding errors, so that the gradient gets worse the better the student is.
 

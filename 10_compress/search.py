@@ -176,8 +176,9 @@ def layer_options(
 ) -> list[list[Option]]:
     """Options of each layer: keep it, remove it, or keep a feed-forward layer with fewer features.
 
-    Args: scores: of each layer; one that keeps a part of its features counts √ of that part, and
-        one that is removed 0. A measured score takes that place in earnest.
+    Args: ffn_sizes: features to choose from, the present number among them where a layer may stay
+        as it is. scores: of each layer; one that keeps a part of its features counts √ of that
+        part, and one that is removed 0. A measured score takes that place in earnest.
     Costs are parameters. Raises: ValueError where scores and layers differ in number. Source: ours.
     """
     if len(scores) != len(config.pattern):

@@ -6,8 +6,8 @@ Papers: Nemotron-4 15B Technical Report, Parmar et al., 2024, arXiv 2402.16819;
         Direct Preference Optimization, Rafailov et al., 2023, arXiv 2305.18290;
         Reward-aware Preference Optimization, NVIDIA, 2025, arXiv 2502.00203
 
-The problem. A pretrained model continues text; which of two answers is better, no corpus says. It
-can be learned from pairs of answers, and 98 % of Nemotron-4 340B's data for this are synthetic.
+The problem. A pretrained model continues text, and no corpus says which of two answers is better.
+That is learned from pairs of answers, and 98 % of Nemotron-4 340B's data for this are synthetic.
 
 The idea. Sample several answers, score them (a reward), and move the model that learns, the policy
 π, towards the better of two, compared with a fixed copy of itself, the reference ref:
@@ -156,7 +156,7 @@ class GPTConfig:
 # Forward takes two passes over the logits, for the maximum and for the sum, and backward a third
 # one. A gather of all logits to each rank would send V values per token, where this sends three.
 # The chunk changes no bit of the result: each token's sum is computed by itself. It bounds what is
-# upcast at once: 256 tokens × 32,000 columns take 33 MB, and 4,096 tokens would take 524 MB.
+# upcast at once: with tp = 8, 256 tokens × 32,000 columns take 33 MB, and 4,096 would take 524 MB.
 #
 # Policy and reference both need these values, the policy with a gradient. Cross entropy is the same
 # function with another sign, and chapter 2 has it. There the softmax is kept for backward, in fp32:
@@ -333,7 +333,7 @@ def collate(examples: list[Example], row_length: int | None = None, pad: int = 0
 
 # endregion
 def sequence_log_probs(model: GPT, batch: Sequences) -> Tensor:
-    """log π of each response: the sum over its tokens, log_prob_R. Source: DPO, equation 1.
+    """log π of each response: the sum over its tokens, log_prob_R. Source: DPO, equation 7.
 
     The sum, and not the mean: π(response) is a product. With means a token of a long response
     would weigh less than one of a short response, and β would be another one for each length.
@@ -416,7 +416,7 @@ def rpo_loss(
     Args: delta_P: as in `dpo_loss`. reward_gap_P: r(chosen) − r(rejected), finite; constants, so
         it gets no gradient. distance: "backward_kl", "forward_kl" or "squared", section 1.4.
     Raises: ValueError for β ≤ 0, another distance, or unequal shapes.
-    Source: Nemotron-4 340B, section 3.3.3; 2502.00203, equation 3; NeMo-Aligner's names.
+    Source: Nemotron-4 340B, section 3.3; 2502.00203, equation 3; NeMo-Aligner's names.
     """
     if not beta > 0 or distance not in ("backward_kl", "forward_kl", "squared"):
         known = "backward_kl, forward_kl or squared"
@@ -986,7 +986,8 @@ def pair_batch(
     autocast: Autocast = None,
     row_length: int | None = None,
 ) -> Pairs:
-    """Pairs as tensors, with the reference's log-probabilities. Args: row_length: as `collate`'s.
+    """Pairs as tensors, with the reference's log-probabilities. Args: judged: at least one pair.
+    row_length: as `collate`'s.
 
     Source: Nemotron-4 340B, section 3.3.
     """

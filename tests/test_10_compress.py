@@ -7,6 +7,7 @@ loops written from the definitions, PyTorch's dense losses, brute force, and the
 
 import itertools
 import math
+import re
 import sys
 from dataclasses import replace
 from functools import lru_cache
@@ -350,10 +351,15 @@ def test_shards_merge_to_the_bit():
         merged = c.merge_state_dicts(shards, config())
         assert merged.keys() == full.keys()
         assert all(torch.equal(x, merged[name]) for name, x in full.items())
-        shards[-1]["final_norm.weight"] += 1e-9
         if tp > 1:
-            with pytest.raises(ValueError, match=r"final_norm.weight should be replicated, but"):
-                c.merge_state_dicts(shards, config())
+            for value in (1 + 1e-9, math.nan):  # on one rank alone
+                shards[-1]["final_norm.weight"][0] = value
+                message = f"final_norm.weight should be replicated, but rank {tp - 1}'s differs"
+                with pytest.raises(ValueError, match=message):
+                    c.merge_state_dicts(shards, config())
+            for shard in shards:  # a model that has diverged is no disagreement of ranks
+                shard["final_norm.weight"][0] = math.nan
+            assert c.merge_state_dicts(shards, config())["final_norm.weight"][0].isnan()
 
 
 def test_prune_then_shard_is_shard_then_prune_for_balanced_sets():
@@ -939,8 +945,15 @@ def test_bad_configurations_and_sizes():
         c.prune(net, {}, scores | {"hidden_size": torch.ones(8, 1)})
     with pytest.raises(ValueError, match=r"missing, unknown or of another shape.*head.weight"):
         c.slice_state_dict({}, net.config, {})
-    with pytest.raises(ValueError, match=r"hidden_size keeps \[16\], but 16 are there"):
-        c.slice_state_dict(net.state_dict(), net.config, {"hidden_size": torch.tensor([16])})
+    for index, wrong in ((torch.tensor([16]), "[16]"), (torch.tensor([0, 0]), "[0, 0]")):
+        with pytest.raises(ValueError, match=re.escape(f"hidden_size keeps {wrong}, but 16 are")):
+            c.slice_state_dict(net.state_dict(), net.config, {"hidden_size": index})
+    mask = torch.arange(16) < 12  # 16 elements, of which each would be index 0 or 1
+    with pytest.raises(ValueError, match="hidden_size keeps .*, but 16 are there, each once"):
+        c.slice_state_dict(net.state_dict(), net.config, {"hidden_size": mask})
+    for key in ("hidden", "layers.9.ffn_hidden_size", "mixer.hidden_size"):
+        with pytest.raises(ValueError, match=f"'{key}' is neither an axis nor a place"):
+            c.slice_state_dict(net.state_dict(), net.config, {key: torch.arange(4)})
 
 
 def test_bad_calibration_text():

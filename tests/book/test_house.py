@@ -126,6 +126,7 @@ def missing_places(chapter: Path) -> list[str]:
         "README.md": f"| [{folder}]({folder}/)",
         "CLAIMS.md": f"<!-- claims of {folder} -->",
         "notebooks/README.md": f"](../{folder}/{chapter.name})",
+        "tests/book/rehearsal.py": f'"{folder}": ',
         "pyproject.toml": f'"{folder}"',
     }
     missing = [name for name in files if not (ROOT / name).exists()]
@@ -137,7 +138,7 @@ def missing_places(chapter: Path) -> list[str]:
 
 def test_a_chapter_without_its_places_is_told():
     missing = missing_places(ROOT / "99_dummy/dummy.py")
-    assert len(missing) == 9 and missing[0] == "99_dummy/README.md"
+    assert len(missing) == 10 and missing[0] == "99_dummy/README.md"
     assert "README.md without '| [99_dummy](99_dummy/)'" in missing
 
 
