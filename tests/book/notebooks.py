@@ -13,9 +13,6 @@ import re
 import symtable
 from pathlib import Path
 
-import nbclient
-import nbformat
-
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = re.compile(r"^%%px|^cluster = ", re.MULTILINE)  # in the cells that start the ranks
 CHECK = r"(?:exercises|hunt)\.check\((\d+),"  # in the cell that checks an exercise
@@ -25,8 +22,11 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
+def execute(path: Path) -> dict:
     """The executed notebook, in memory. Raises where a cell fails."""
+    import nbclient  # a second of CPU, which ranks that import front_door do not spend
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
     nbclient.NotebookClient(notebook, timeout=300, resources=folder).execute()
@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--chapter", default="")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
     args = parser.parse_args()
+    import nbformat
+
     if not notebooks(args.chapter):
         raise SystemExit(f"no notebook of chapter {args.chapter}")
     for path in notebooks(args.chapter):
