@@ -12,6 +12,7 @@ pytest --device cuda --backend nccl --ranks 8
     the same tests on GPUs; tests that need more ranks are skipped
 """
 
+import gc
 import os
 from pathlib import Path
 
@@ -57,9 +58,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("world", marker.args, ids=lambda size: f"{size}ranks")
 
 
+def pytest_collection_finish():
+    gc.freeze()  # modules and tests stay: no garbage is looked for among them
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_runtest_setup():
+def pytest_runtest_setup(item):
     torch.manual_seed(0)  # as in the ranks: a test draws the same values in every run
+    if item.get_closest_marker("slow") and not item.get_closest_marker("ranks"):
+        close_pools()  # a whole script has ranks of its own; the threads of idle ones do not sleep
 
 
 def pytest_runtest_teardown(item, nextitem):

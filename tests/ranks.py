@@ -8,6 +8,7 @@ threads of gloo's groups never sleep for long. A rank ends by itself when the pr
 it is gone.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -54,6 +55,7 @@ def _serve(
     backend = through
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    gc.freeze()  # what the server has imported stays: looking for garbage in it would copy it
     torch.set_num_threads(1)
     if device_type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())

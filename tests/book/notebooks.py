@@ -13,9 +13,6 @@ import re
 import symtable
 from pathlib import Path
 
-import nbclient
-import nbformat
-
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = re.compile(r"^%%px|^cluster = ", re.MULTILINE)  # in the cells that start the ranks
 QUIET = ["--log-level=CRITICAL"]  # of a kernel: no remark on its transport, nor on being ended
@@ -26,8 +23,11 @@ def notebooks(chapter: str = "") -> list[Path]:
     return sorted((ROOT / "notebooks").glob(f"{chapter or '[0-9][0-9]'}_*.ipynb"))
 
 
-def execute(path: Path) -> nbformat.NotebookNode:
+def execute(path: Path) -> dict:
     """The executed notebook, in memory. Raises where a cell fails."""
+    import nbclient  # a second of CPU, which ranks that import front_door do not spend
+    import nbformat
+
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = nbclient.NotebookClient(
@@ -198,6 +198,8 @@ def main() -> None:
     parser.add_argument("--chapter", default="")
     parser.add_argument("--save", action="store_true", help="write the outputs into the notebooks")
     args = parser.parse_args()
+    import nbformat
+
     if not notebooks(args.chapter):
         raise SystemExit(f"no notebook of chapter {args.chapter}")
     for path in notebooks(args.chapter):

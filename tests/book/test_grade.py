@@ -156,8 +156,8 @@ def graded(path: Path, limit: float) -> tuple[dict[str, grade.Verdict], str, lis
 
 @pytest.fixture(scope="module")
 def runs(request, tmp_path_factory):
-    """Name of each notebook and copy that is to be tested to its execution. Two processes execute
-    them, since most of what each does is to wait for ranks."""
+    """Name of each notebook and copy that is to be tested to its execution. One process executes
+    the notebooks and another the copies, since much of what each does is to wait for ranks."""
     asked_for = {
         test: [x.callspec.params["name"] for x in request.session.items if x.function is test]
         for test in (test_each_answer_gets_its_verdict, test_a_copy_is_graded)
@@ -165,8 +165,8 @@ def runs(request, tmp_path_factory):
     names = asked_for[test_each_answer_gets_its_verdict]
     folder, found = tmp_path_factory.mktemp("copies"), {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        for half in filter(None, (names[::2], names[1::2])):
-            found |= dict.fromkeys(half, pool.submit(tried, half))
+        if names:
+            found |= dict.fromkeys(names, pool.submit(tried, names))
         for name in asked_for[test_a_copy_is_graded]:
             number, code, reason = COPIES[name]
             limit = 8 if "not over" in reason else 60
@@ -175,7 +175,7 @@ def runs(request, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # the first one waits for half of the notebooks
+@pytest.mark.timeout(900)  # the first one waits for all notebooks
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_each_answer_gets_its_verdict(name, runs):
     """The solutions, the other right answers, and the wrong ones, on one set of ranks."""
