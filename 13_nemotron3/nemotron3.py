@@ -1338,7 +1338,7 @@ def sizes_of_rank(config: NemotronConfig, letters: str, tp: int) -> NemotronConf
 
 
 class AttentionOfGroup(Attention):
-    """`Attention` of this rank's heads, which share one group of keys and values.
+    """`Attention` of this rank's heads, which share a group of keys and values: x_BTD to (B, T, D).
 
     Args: config: with the rank's sizes. groups: of the full model; k_proj and v_proj have them all.
     Source: ours.
@@ -1961,8 +1961,9 @@ def train(
 # divide over tp, sequences that do not divide over dp (so one replica has none), documents that end
 # inside a rank's rows, targets that do not count, and an expert that no token chooses.
 #
-# fp64 is the proof; fp32 and bf16 show what rounding does to right code.
-BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+# fp64 is the proof; fp32 and bf16 show what rounding does to right code. In bf16 it sends some
+# tokens to other experts, whose gradients then differ by tens of percents.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 5e-1}
 
 
 def check_case(ranks: int, device: torch.device) -> tuple[NemotronConfig, list[Batch]]:

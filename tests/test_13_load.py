@@ -215,6 +215,20 @@ def test_a_folder_with_multi_token_prediction(tmp_path):
             assert torch.equal(here[name], n3.shard_tensor(name, x, config, mesh)), name
 
 
+def test_more_ranks_than_groups_of_keys(tmp_path):
+    """Each of four ranks reads both groups of keys and values, and its own heads' queries."""
+    publish(tmp_path, "*E")
+    config = load.read_config(tmp_path)
+    full = load.read_weights(tmp_path, config)
+    for rank in range(4):
+        mesh = n3.Mesh(tp=4, tp_rank=rank)
+        here = load.read_weights(tmp_path, config, mesh)
+        for name, x in full.items():
+            assert torch.equal(here[name], n3.shard_tensor(name, x, config, mesh)), name
+        keys = here["layers.0.mixer.k_proj.weight"]
+        assert torch.equal(keys, full["layers.0.mixer.k_proj.weight"])
+
+
 def test_blocks_of_their_own_for_each_depth(tmp_path):
     config = n3.NemotronConfig(mtp_num_layers=2, mtp_use_repeated_layer=False)
     names = [load.published_name(name, config) for name in n3.state_shapes(config)]
