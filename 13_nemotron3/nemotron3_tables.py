@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Chapter 13's tables: Nano, Super and Ultra at full size on simulated groups, without memory.
 
-Sources: Sizes: Nemotron 3 Nano, 2025, arXiv 2512.20848; the white paper, 2025, arXiv 2512.20856;
+Sources. Sizes: Nemotron 3 Nano, 2025, arXiv 2512.20848; the white paper, 2025, arXiv 2512.20856;
          Nemotron 3 Super, 2026, arXiv 2604.12374. Ultra: its published configuration and its name,
          550B-A55B; the order of its layers and its state size are assumed. Layouts: the public
          recipes of Megatron-Bridge.

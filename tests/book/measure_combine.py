@@ -373,7 +373,10 @@ def is_good(pair: str, entry: dict) -> bool:
 
 def cell(pair: str, entry: dict, reasons: list[str]) -> str:
     if "error" in entry:
-        return f"{entry['error']:.0e}".replace("e-0", "e-") if is_good(pair, entry) else "**wrong**"
+        text = f"{entry['error']:.0e}".replace("e-0", "e-")
+        if not is_good(pair, entry):
+            return f"**wrong: {text}**"
+        return f"*{text}*" if RUNS[entry["run"]].ranks == 1 else text
     return f"({reasons.index(entry['refused']) + 1})" if "refused" in entry else "·"
 
 

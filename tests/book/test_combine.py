@@ -54,7 +54,7 @@ def test_the_page_says_what_is_kept():
     changed = json.loads(json.dumps(RESULTS))
     changed["pairs"]["tensor × data"]["error"] = 1.0
     assert text != combine.rendered(text, changed)
-    assert "**wrong**" in combine.markdown(changed)
+    assert "**wrong: 1e+00**" in combine.markdown(changed)
 
 
 @pytest.mark.parametrize("index", range(len(combine.ATTEMPTS)))
