@@ -1,4 +1,4 @@
-# make run · tables · test · lift FROM=02 NAME=function · numbers · differences · notebooks · lab · bench · bugs
+# make run · tables · test · lift FROM=02 NAME=function · numbers · differences · combine · notebooks · lab · bench · bugs
 #      robustness · pictures · lint · style · shared · grade NOTEBOOK=mine.ipynb · handout TO=folder
 #      project PROJECT=1 FILE=mine.py
 #      book · test-book · browser
@@ -34,7 +34,7 @@ DEV := .venv/.installed-dev
 WEB := .venv/.installed-book
 endif
 
-.PHONY: run tables test lift numbers differences notebooks lab grade project handout bench bugs robustness pictures lint style shared
+.PHONY: run tables test lift numbers differences combine notebooks lab grade project handout bench bugs robustness pictures lint style shared
 .PHONY: book test-book browser
 
 run: $(RUN)
@@ -65,6 +65,9 @@ bench: $(DEV)
 
 differences: $(DEV)
 	$(PY) tests/book/measure_differences.py
+
+combine: $(DEV)
+	$(PY) tests/book/measure_combine.py
 
 pictures: $(DEV)
 	@$(if $(DRAWERS),,echo "no picture of chapter $(CHAPTER)"; exit 1;)

@@ -121,14 +121,15 @@ READ = """
     hybrid_override_pattern layers_block_type layer_types num_hidden_layers time_step_limit
     mtp_hybrid_override_pattern mtp_layers_block_type
 """
-# How the file came to be, token ids, initial weights and kernels.
+# How the file came to be, token ids, initial weights and kernels. The published files also set
+# rotary embeddings, which no layer of these models has.
 HARMLESS = """
     _name_or_path architectures auto_map bos_token_id dtype eos_token_id expand id2label
     initializer_range label2id mamba_ssm_cache_dtype max_position_embeddings
     moe_shared_expert_overlap num_logits_to_keep output_attentions output_hidden_states
-    output_router_logits pad_token_id rescale_prenorm_residual return_dict time_step_floor
-    time_step_max time_step_min time_step_rank torch_dtype transformers_version use_cache
-    use_mamba_kernels
+    output_router_logits pad_token_id partial_rotary_factor rescale_prenorm_residual return_dict
+    rope_theta time_step_floor time_step_max time_step_min time_step_rank torch_dtype
+    transformers_version use_cache use_mamba_kernels
 """
 LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"}
 LETTERS |= {"moe": "E", "mlp": "-"} | {letter: letter for letter in "M*E-"}
@@ -149,8 +150,9 @@ def read_config(folder: Path | str) -> NemotronConfig:
     missing += [key for key in numbers if type(theirs.get(key)) not in (int, float)]
     if missing:
         raise ValueError(f"{file} has no number for {missing}: is it of a Nemotron 3 model?")
-    known = {*FIXED, *SIZES.values(), *READ.split(), *HARMLESS.split()}
-    other = {key: theirs[key] for key, only in FIXED.items() if theirs.get(key, only) != only}
+    fixed = FIXED | {"norm_eps": theirs["layer_norm_epsilon"]}  # Nano's file says it twice
+    known = {*fixed, *SIZES.values(), *READ.split(), *HARMLESS.split()}
+    other = {key: theirs[key] for key, only in fixed.items() if theirs.get(key, only) != only}
     other |= {key: theirs[key] for key in sorted(theirs.keys() - known) if theirs[key]}
     limit = theirs.get("time_step_limit")
     if limit is not None and not _is_no_limit(limit):
@@ -877,9 +879,12 @@ class WritingOptions:  # the flags of this script
     think_tags: str = flag("<think> </think>", "start and end of a thought")
 
 
-def write_from_folder(args: argparse.Namespace) -> None:
-    """Prints what the folder holds and, with a prompt, a text. Raises: OSError; ValueError."""
-    model = load_decoder(args.folder)
+def write_from_folder(args: argparse.Namespace, device: torch.device) -> None:
+    """Prints what the folder holds and, with a prompt, a text. Numbers keep the folder's dtype.
+
+    Raises: OSError; ValueError.
+    """
+    model = load_decoder(args.folder).to(device)
     config = model.config
     total = sum(x.numel() for x in model.state_dict().values())
     depths = f", MTP {config.mtp_pattern}" if config.mtp_num_layers else ""
@@ -892,13 +897,14 @@ def write_from_folder(args: argparse.Namespace) -> None:
         raise ValueError(f"the prompt is {ids}: give token ids from 0 to {config.vocab_size - 1}")
     constrain = None
     if args.thinking_budget is not None:
-        constrain = budget_of(args, tokenizer)
+        constrain = budget_of(args, tokenizer, device)
     drafts = args.drafts
     if drafts is None:
         drafts = 3 if len(model.mtp) == 1 else 0
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = torch.Generator(device).manual_seed(args.seed)
     options = (args.new_tokens, drafts, args.temperature, generator, constrain)
-    result = speculative_generate(model, torch.tensor([ids]), *options)
+    prompt_1T = torch.tensor([ids], device=device)
+    result = speculative_generate(model, prompt_1T, *options)
     new = result.tokens_1T[0, len(ids) :].tolist()
     say(" ".join(map(str, [*ids, "→", *new])))
     if tokenizer is not None:
@@ -906,14 +912,14 @@ def write_from_folder(args: argparse.Namespace) -> None:
     say(f"{len(new)} tokens in {result.passes} passes, {drafts} drafts each")
 
 
-def budget_of(args: argparse.Namespace, tokenizer: Any) -> ForcedTokens:
+def budget_of(args: argparse.Namespace, tokenizer: Any, device: torch.device) -> ForcedTokens:
     """The thinking budget of the flags. Raises: ValueError without a tokenizer or two tags."""
     tags = args.think_tags.split()
     if tokenizer is None or len(tags) != 2:
         need = "it needs --text, for the tags are in tokenizer.json, and two --think-tags"
         raise ValueError(f"--thinking-budget {args.thinking_budget}: {need}")
     ids = [tokenizer.encode(tag, add_special_tokens=False).ids for tag in tags]
-    return ForcedTokens(BudgetController(*ids, args.thinking_budget, rows=1))
+    return ForcedTokens(BudgetController(*ids, args.thinking_budget, rows=1, device=device))
 
 
 def write(args: argparse.Namespace, model: ParallelNemotronLM) -> list[tuple]:
@@ -940,7 +946,7 @@ def write(args: argparse.Namespace, model: ParallelNemotronLM) -> list[tuple]:
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
     if args.folder:
-        write_from_folder(args)
+        write_from_folder(args, device)
         return
     mesh = make_mesh(args.tp, args.ep, device, args.timeout)
     say_setting(args, f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}")
@@ -956,9 +962,11 @@ def check_writing_args(args: argparse.Namespace) -> None:
         if args.world_size > 1 and args.ranks != 1:
             args.ranks = args.world_size = 1  # one process writes
         read_config(args.folder)
+        if args.text and args.prompt:
+            raise ValueError("--text and --prompt are both prompts: give one")
         return
     for name in ("text", "prompt", "thinking_budget"):
-        if getattr(args, name):
+        if getattr(args, name) not in ("", None):
             raise ValueError(f"--{name.replace('_', '-')} needs --folder")
     check_args(args)
     if args.drafts is None:

@@ -71,7 +71,7 @@ import threading
 import time
 import zlib
 from collections import namedtuple
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import partial
@@ -230,8 +230,8 @@ MoEConfig = NemotronConfig  # its name in chapter 6
 #     U = 5, R = 6, r = 3          rank 0: t₀ t₁ t₂      u = 3
 #                                  rank 1: t₃ t₄ –       u = 2
 #
-# Tokens of all sequences are in one row, so a rank's part may end inside a sequence: with T = 3 the
-# first sequence is t₀ t₁ t₂, and with T = 4 it would be on both ranks.
+# Tokens of all sequences are in one row, so a rank's part may end inside a sequence: with B = 1 and
+# T = 5 as here, the only sequence is on both ranks.
 #
 # Padding must end before anything that looks at all tokens. M, * and - take the first U rows after
 # the gather, and a rank routes its first u rows. A row of padding that is routed has a loss of
@@ -286,9 +286,8 @@ def make_mesh(tp: int, ep: int, device: torch.device, timeout: float = 60.0) -> 
     ranks = torch.arange(world, device="cpu")
     tp_lists = ranks.view(-1, tp)
     ep_lists = ranks.view(-1, ep)
-    groups = []
-    for lists in (tp_lists, ep_lists, tp_lists.T, ep_lists.T):
-        groups.append(make_group(lists.tolist(), device, timeout))
+    kinds = (tp_lists, ep_lists, tp_lists.T, ep_lists.T)
+    groups = [make_group(lists.tolist(), device, timeout) for lists in kinds]
     rank = dist.get_rank()
     return Mesh(tp, ep, world // tp, rank % tp, rank % ep, rank // tp, *groups)
 
@@ -385,9 +384,8 @@ def all_tokens(x_rD: Tensor, span: Span, group: Group = None) -> Tensor:
 
     Source: chapter 4's operator; the padding is ours.
     """
-    B, T = span.shape
     x_RD = gather_from_sp(x_rD, group)
-    return x_RD[: B * T].unflatten(0, (B, T))
+    return x_RD[: math.prod(span.shape)].unflatten(0, span.shape)
 
 
 def own_rows(partial_x_BTD: Tensor, group: Group = None) -> Tensor:
@@ -1212,9 +1210,8 @@ class NemotronLM(HybridLM):
 
     def counts(self) -> Tensor:
         """How often this rank's tokens chose each expert since the last update, (layers, E)."""
-        counts = [router.counts for router in self.routers()]
         none_0E = self.head.weight.new_zeros(0, self.config.num_experts, dtype=torch.int64)
-        return torch.stack(counts) if counts else none_0E
+        return torch.cat([none_0E, *(router.counts[None] for router in self.routers())])
 
     def take(self, weights: StateDict) -> None:
         """Puts weights in place of shapes without memory: of a model built on the device "meta"."""
@@ -1244,10 +1241,9 @@ def initial_weights(config: NemotronConfig) -> Iterator[tuple[str, Tensor]]:
     """
     generator = torch.Generator().manual_seed(config.seed)
     for name, shape in state_shapes(config).items():
-        if name.endswith("router.bias"):
-            yield name, torch.zeros(shape, device="cpu")
-            continue
         value = initial_value(name, shape, config, generator)
+        if name.endswith("router.bias"):
+            value.zero_()
         if name.endswith(("experts.down", "shared.down.weight")):
             value /= math.sqrt(len(config.pattern))
         yield name, value
@@ -1262,9 +1258,17 @@ def initialize(model: NemotronLM) -> None:
 # ── 2.2 The parallel model ──────────────────────────────────────────────────────────────────────
 #
 # M, *, - and the shared expert are plain layers with this rank's sizes, between g and ḡ. So tp must
-# divide heads, groups and features. Nano has 8 groups of Mamba heads, but 2 groups of keys and
-# values: with more than 2 ranks each would hold a copy of keys, whose gradient is a partial sum
-# again (chapter 5, context_parallel.py). That is refused here.
+# divide heads, groups and features. Nano and Super have 8 groups of Mamba heads. But they have 2
+# groups of keys and values, and Nano's recipe has tp 4:
+#
+#     rank                 0          1          2           3
+#     query heads          0 … 7      8 … 15     16 … 23     24 … 31
+#     keys and values of   group 0    group 0    group 1     group 1
+#
+# Two ranks need the same keys. Then each rank has k_proj and v_proj in full, and its heads take
+# their group. Its gradient is that of its own heads: a partial sum, as a norm's is. So keys move to
+# the last line of the table in part 3, and nothing else is new. (Chapter 5's context_parallel.py
+# has copies of one group alone: less memory and fewer FLOPs, and sums over more kinds of groups.)
 
 # region carried: SHARDED_SIZES, local_config, components (home: 05_mamba_hybrid)
 SHARDED_SIZES = {
@@ -1318,7 +1322,38 @@ def components(name: str, config: HybridConfig) -> tuple[int, list[int]]:
 
 
 # endregion copy 2427a4
-SHARDED_SIZES["E"] = ["shared_size"]
+SHARDED_SIZES["E"] = ["shared_size"]  # chapter 5 has no experts, and `local_config` reads this
+
+
+def keys_are_replicated(config: NemotronConfig, tp: int) -> bool:
+    """Whether several of `tp` ranks share a group of keys and values. Source: ours."""
+    groups = config.attention_groups
+    return groups < tp and tp % groups == 0 and config.attention_heads % tp == 0
+
+
+def sizes_of_rank(config: NemotronConfig, letters: str, tp: int) -> NemotronConfig:
+    """`local_config` for layers of these letters; one group of keys where they are replicated."""
+    groups = tp if keys_are_replicated(config, tp) else config.attention_groups
+    return local_config(replace(config, pattern=letters, attention_groups=groups), tp)
+
+
+class AttentionOfGroup(Attention):
+    """`Attention` of this rank's heads, which share a group of keys and values: x_BTD to (B, T, D).
+
+    Args: config: with the rank's sizes. groups: of the full model; k_proj and v_proj have them all.
+    Source: ours.
+    """
+
+    def __init__(self, config: NemotronConfig, groups: int, mesh: Mesh):
+        super().__init__(config)
+        keys = groups * config.attention_head_size
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.group = mesh.tp_rank * groups // mesh.tp
+
+    def attend(self, q_BHTP: Tensor, k_BGSP: Tensor, v_BGSP: Tensor, span: Span) -> Tensor:
+        own = slice(self.group, self.group + 1)
+        return super().attend(q_BHTP, k_BGSP[:, own], v_BGSP[:, own], span)
 
 
 # region carried: _exchange, _AllToAll, _check_splits, all_to_all, _Transfer (home: 06_moe_fp8)
@@ -1562,8 +1597,7 @@ class ParallelExpertLayer(ExpertParallelMoELayer):
         r, u = rows_of_rank(span, self.mesh)
         routing = self.router(x_rD[:u])
         y_rD = self.mix(x_rD, routing)
-        scores_uE = routing.log_scores_TE
-        scores_rE = torch.cat([scores_uE, scores_uE.new_zeros(r - u, scores_uE.shape[1])])
+        scores_rE = F.pad(routing.log_scores_TE, (0, 0, 0, r - u))
         scores_RE = gather_from_sp(scores_rE, self.mesh.tp_group, backward="split")
         scores_BTE = scores_RE[: math.prod(span.shape)].unflatten(0, span.shape)
         span.balance.append(load_balancing_loss(scores_BTE, self.config.top_k))
@@ -1571,24 +1605,18 @@ class ParallelExpertLayer(ExpertParallelMoELayer):
 
     def mix(self, x_rD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum over each token's experts, plus the shared expert; without padding."""
-        r = len(x_rD)
         u = len(routing.experts_TK)
         plan = plan_dispatch(routing.experts_TK, self.config.num_experts, self.group)
         z_uW = self.into_latent(x_rD[:u])
         wait = dispatch(z_uW.to(gemm_dtype(x_rD)), plan)
-        shared_rD = self.shared_expert(x_rD)
+        shared_rD = 0
+        if self.shared:
+            partial_y_RD = self.shared(gather_from_sp(x_rD, self.mesh.tp_group))
+            shared_rD = reduce_scatter_to_sp(partial_y_RD, self.mesh.tp_group)
         rows_W = self.experts(wait(), plan.counts)
         sum_uW = combine(rows_W, routing.weights_TK, plan)
         y_uD = self.out_of_latent(sum_uW)
-        y_rD = torch.cat([y_uD, y_uD.new_zeros(r - u, y_uD.shape[1])])
-        return y_rD + shared_rD
-
-    def shared_expert(self, x_rD: Tensor) -> Tensor | int:
-        """(r, D), of features over tp; 0 where there is none."""
-        if self.shared is None:
-            return 0
-        partial_y_RD = self.shared(gather_from_sp(x_rD, self.mesh.tp_group))
-        return reduce_scatter_to_sp(partial_y_RD, self.mesh.tp_group)
+        return F.pad(y_uD, (0, 0, 0, len(x_rD) - u)) + shared_rD
 
 
 class ParallelBlock(Block):
@@ -1596,7 +1624,9 @@ class ParallelBlock(Block):
 
     def __init__(self, letter: str, config: NemotronConfig, mesh: Mesh):
         layers = LAYERS | {"E": partial(ParallelExpertLayer, mesh=mesh)}
-        super().__init__(letter, local_config(replace(config, pattern=letter), mesh.tp), layers)
+        if keys_are_replicated(config, mesh.tp):
+            layers["*"] = partial(AttentionOfGroup, groups=config.attention_groups, mesh=mesh)
+        super().__init__(letter, sizes_of_rank(config, letter, mesh.tp), layers)
         self.group = mesh.tp_group
 
     def mix(self, x_rD: Tensor, span: Span) -> Tensor:
@@ -1629,10 +1659,11 @@ def vocab_parallel_embedding(
 
 
 class ParallelNemotronLM(NemotronLM):
-    """`NemotronLM` on a mesh: this replica's tokens_BT to logits_Rv, in rows, of all its tokens.
+    """`NemotronLM` on a mesh: this replica's tokens_BT to logits_Rv, a row for each of its tokens.
 
-    `loss` has the sums of this replica over the counts of all: the same on its tp ranks. Its
-    weights are those of NemotronLM(config), for every mesh.
+    Rows from B · T on are padding, as are entries from vocab_size on. `loss` has the sums of this
+    replica over the counts of all: the same on its tp ranks. Its weights are those of
+    NemotronLM(config), for every mesh.
     Raises: ValueError where sizes do not divide, and for a token id outside the vocabulary (on a
     GPU: NaN). Source: Nemotron 3; Megatron-LM's layout.
     """
@@ -1671,10 +1702,12 @@ class ParallelNemotronLM(NemotronLM):
 # One table decides all. Over which ranks is a parameter sharded, and over which ranks is its
 # gradient a partial sum?
 #
-#     sharded over    parameters                                  gradient is summed over
-#     ep              experts                                     edp        has seen all rows of ep
-#     tp              M, *, -, shared expert, vocabulary          dp         has seen its replica
-#     –               norms, router, latent and MTP projections   tp × dp    has seen one rank's
+#     sharded   parameters                                  a rank's gradient     is summed
+#     over                                                  has seen              over
+#     ep        experts                                     all rows of ep        edp
+#     tp        M, *, -, shared expert, vocabulary          its replica's tokens  dp
+#     –         norms, router, latent and MTP projections   its own tokens        tp × dp
+#               keys and values where tp > groups           its own heads         tp × dp
 #
 # In the first line ep may be larger than tp: an expert gets rows of several replicas, and what is
 # left to sum is less than dp. In the last line sequence parallelism makes the difference: those
@@ -1719,22 +1752,28 @@ def placement(name: str, config: NemotronConfig, tp: int) -> Placement:
         return Placement("tp", 0, (padded_vocab_size(config.vocab_size, tp),))
     if ".shared." in name:
         return Placement("tp", int("down" in name), (config.shared_size,))
-    if "mixer." in name and not any(part in name for part in ("router.", "_latent.")):
+    replicated = ["router.", "_latent."]
+    if keys_are_replicated(config, tp):
+        replicated += ["k_proj.", "v_proj."]
+    if "mixer." in name and not any(part in name for part in replicated):
         dim, sizes = components(name, config)
         return Placement("tp", dim, tuple(sizes))
     return Placement()
 
 
 def shard_tensor(name: str, full: Tensor, config: NemotronConfig, mesh: Mesh) -> Tensor:
-    """This rank's shard of `full`, the plain model's tensor `name` (...); a copy."""
+    """This rank's shard of `full`, the plain model's tensor `name` (...); a copy.
+
+    Raises: RuntimeError where a sharded dimension has not the configuration's size.
+    """
     place = placement(name, config, mesh.tp)
     if not place.over:
         return full.clone()
     ranks = getattr(mesh, place.over)
     rank = getattr(mesh, f"{place.over}_rank")
-    missing = sum(place.sizes) - full.shape[place.dim]
-    if missing:  # of the vocabulary
-        full = F.pad(full, (0, 0, 0, missing))
+    if name in VOCABULARY:
+        padding = sum(place.sizes) - config.vocab_size
+        full = F.pad(full, (0, 0, 0, padding))
     parts = [part.chunk(ranks, place.dim)[rank] for part in full.split(place.sizes, place.dim)]
     return torch.cat(parts, place.dim).clone()
 
@@ -1761,7 +1800,7 @@ def merge_tensor(name: str, shards: list[Tensor], config: NemotronConfig, mesh: 
 def gather_state_dict(tensors: StateDict, model: NemotronLM) -> StateDict:
     """All ranks' shards (by parameter name) to full tensors, on the CPU of every rank. Collective.
 
-    Raises: as `merge_tensor`.
+    Each rank holds the shards of all ranks for a while. Raises: as `merge_tensor`.
     """
     mine = {name: x.detach().cpu() for name, x in tensors.items()}
     shards = [mine] * group_size()
@@ -1775,8 +1814,9 @@ def gather_state_dict(tensors: StateDict, model: NemotronLM) -> StateDict:
 
 def check_layout(config: NemotronConfig, tp: int, ep: int) -> None:
     """Raises ValueError where heads, groups, features or experts do not divide over the ranks."""
-    local_config(replace(config, pattern=config.pattern + config.mtp_pattern), tp)
-    if "E" in config.pattern + config.mtp_pattern:
+    letters = config.pattern + (config.mtp_pattern if config.mtp_num_layers else "")
+    sizes_of_rank(config, letters, tp)
+    if "E" in letters:
         check_ep(config.num_experts, ep)
 
 
@@ -1874,10 +1914,11 @@ def train(
     max_norm: float = 1.0,
     autocast: Autocast = None,
 ) -> Iterator[Step]:
-    """Trains the model, on its mesh or alone. Every rank must iterate it, with the same batches.
+    """Trains the model, on its mesh or alone; yields the `Step` of all replicas after each.
 
-    Args: batches are global; replicas may get unequally many rows, or none. alpha: weight of the
-        balancing loss. gamma: step of the routers' biases.
+    Every rank must iterate it, with the same batches. Args: batches: (B, T) tensors of all
+    replicas, on the model's device; a replica may get more rows than another, or none. alpha:
+    weight of the balancing loss. gamma: step of the routers' biases.
     """
     mesh = model.mesh
     parallel = mesh.tp * mesh.dp > 1
@@ -1920,8 +1961,9 @@ def train(
 # divide over tp, sequences that do not divide over dp (so one replica has none), documents that end
 # inside a rank's rows, targets that do not count, and an expert that no token chooses.
 #
-# fp64 is the proof; fp32 and bf16 show what rounding does to right code.
-BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 1e-1}
+# fp64 is the proof; fp32 and bf16 show what rounding does to right code. In bf16 it sends some
+# tokens to other experts, whose gradients then differ by tens of percents.
+BOUNDS = {"fp64": 1e-10, "fp32": 1e-4, "bf16": 5e-1}
 
 
 def check_case(ranks: int, device: torch.device) -> tuple[NemotronConfig, list[Batch]]:
@@ -1953,9 +1995,8 @@ def equivalence(
     config, batches = check_case(group_size(), device)
     plain = NemotronLM(config).to(device, dtype)
     parallel = ParallelNemotronLM(config, mesh).to(device, dtype)
-    for model in (plain, parallel):
-        for router in model.routers():
-            router.bias[:1] = -10
+    for router in plain.routers() + parallel.routers():
+        router.bias[:1] = -10
     lr = 1e-3
     options = {"alpha": 0.01, "gamma": 0.01, "max_norm": 0.1, "autocast": autocast}
     alone = train(plain, make_optimizer(plain, lr), batches, **options)
@@ -1963,15 +2004,13 @@ def equivalence(
     place = f"tp {mesh.tp} ep {mesh.ep},"
     errors = {}
     for step, (here, there) in enumerate(zip(steps, alone)):
-        found = {"loss": here.losses, "norm before clipping": here.norm}
-        expected = {"loss": there.losses, "norm before clipping": there.norm}
+        kinds = {"loss": "losses", "norm before clipping": "norm"}
         if dtype == torch.float64:  # elsewhere rounding may decide between nearly equal experts
-            found["count of rows"] = here.counts
-            expected["count of rows"] = there.counts
-        for kind, x in found.items():
-            errors |= relative_errors(
-                f"{kind}, {place}", {f"{step}": x}, {f"{step}": expected[kind]}
-            )
+            kinds["count of rows"] = "counts"
+        for kind, name in kinds.items():
+            found = {f"{step}": getattr(here, name)}
+            expected = {f"{step}": getattr(there, name)}
+            errors |= relative_errors(f"{kind}, {place}", found, expected)
         if step == 0:
             full = gather_state_dict(gradients(parallel), parallel)
             errors |= relative_errors(f"gradient, {place}", full, gradients(plain))
@@ -1985,7 +2024,8 @@ def equivalence(
 def layouts_of(ranks: int) -> list[tuple[int, int]]:
     """(tp, ep): no groups, half of the ranks in both, tp within ep, and experts alone."""
     half = ranks // 2 if ranks % 2 == 0 else ranks
-    return list(dict.fromkeys([(1, 1), (half, half), (half, ranks), (1, ranks)]))
+    layouts = [(1, 1), (half, half), (half, ranks), (1, ranks)]
+    return list(dict.fromkeys(layouts))
 
 
 def check(
@@ -2006,7 +2046,7 @@ def check(
 @dataclass
 class Options:  # the chapter's own flags
     tp: int | None = flag(None, "ranks that share a replica; None: 2 where that divides", least=1)
-    ep: int | None = flag(None, "ranks that share a set of experts; None: all, up to 4", least=1)
+    ep: int | None = flag(None, "ranks that share experts; None: 4, or what divides", least=1)
     seq_length: int = flag(64, "tokens of a sequence, T", least=1)
     batch: int = flag(8, "sequences per step, over all replicas", least=1)
     lr: float = flag(3e-3, "learning rate", least=1e-9)
@@ -2016,7 +2056,7 @@ class Options:  # the chapter's own flags
 
 
 def configs_of(args: argparse.Namespace) -> dict[str, NemotronConfig]:
-    """Nano in small, without latent experts and further tokens, and what the flags say: Super."""
+    """Nano in small, without latent experts and MTP, and what the flags say: Super in small."""
     config = config_from(args, NemotronConfig, seed=args.seed, init_std=0.06)
     nano = replace(config, pattern="MEM*E", moe_latent_size=0, mtp_num_layers=0)
     return {"Nano in small": nano, "Super in small": config}
@@ -2041,13 +2081,12 @@ def demonstrate(
     mesh: Mesh,
     device: torch.device,
     config: NemotronConfig | None = None,
-    alone: Iterable[float] = (),
+    alone: Sequence[float] = (),
 ) -> tuple[ParallelNemotronLM, list[float]]:
     """Trains a model on this mesh, and prints losses next to the single device's first ones."""
     config = config or configs_of(args)["Super in small"]
     dtype, _ = dtypes(args)
     model = ParallelNemotronLM(config, mesh).to(device, dtype)
-    alone = list(alone)
     say("step      loss  single device    norm   trunk, depth 1, 2 …")
     losses = []
     for step, (of_step, norm, _) in enumerate(training(args, model, args.steps)):
@@ -2064,15 +2103,25 @@ def demonstrate(
 def claims(errors: dict[str, float], trained: dict[str, tuple]) -> list[tuple]:
     """What this run has measured: (claim, paper, here, verdict)."""
     rows = []
-    for kind in ("loss", "gradient", "norm before clipping", "weight after AdamW", "count of rows"):
+    kinds = ("loss", "gradient", "norm before clipping", "weight after AdamW", "count of rows")
+    for kind in kinds:
         error = worst(errors, kind)
         claim = f"every {kind} equals the single device's, all layouts, float64"
-        rows.append((claim, "exact", f"worst {error:.1e} relative", error <= BOUNDS["fp64"]))
-    for name, (within, bound, first, last) in trained.items():
+        here = f"worst {error:.1e} relative"
+        is_good = error <= BOUNDS["fp64"]
+        rows.append((claim, "exact", here, is_good))
+    for name, (losses, alone, bound) in trained.items():
+        gaps = [abs(x - y) for x, y in zip(losses, alone)]
+        within = max(gaps)
         claim = f"{name}: the first losses equal the single device's"
-        rows.append((claim, "equal", f"within {within:.0e}", within <= bound))
-        here = f"{first:.2f}, then {last:.2f}"
-        rows.append((f"{name}: loss", "–", here, "a small model, a short run"))
+        here = f"within {within:.0e}"
+        rows.append((claim, "equal", here, within <= bound))
+        recent = losses[-5:]
+        last = sum(recent) / len(recent)
+        here = f"{losses[0]:.2f}, then {last:.2f}"
+        claim = f"{name}: loss"
+        note = "a small model, a short run"
+        rows.append((claim, "–", here, note))
     return rows
 
 
@@ -2086,22 +2135,24 @@ def measure(
     for name, config in configs_of(args).items():
         # Every rank trains the plain model for some steps, so that no rank waits for another.
         plain = NemotronLM(config).to(device, dtype)
-        alone = [step.losses[0].item() for step in training(args, plain, min(3, args.steps))]
+        first = training(args, plain, min(3, args.steps))
+        alone = [step.losses[0].item() for step in first]
         count = sum(p.numel() for p in plain.parameters())
         say(f"{name}: {config.pattern}, {config.mtp_num_layers} depths, {count:,} parameters\n")
         model, losses = demonstrate(args, mesh, device, config, alone)
         if losses:
-            within = max(abs(x - y) for x, y in zip(losses, alone))
-            last = sum(losses[-5:]) / len(losses[-5:])
-            trained[name] = (within, BOUNDS[args.dtype], losses[0], last)
+            trained[name] = (losses, alone, BOUNDS[args.dtype])
     return claims(errors, trained), model
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
     mesh = make_mesh(args.tp, args.ep, device, args.timeout)
-    say_setting(args, f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}")
+    layout = f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}"
+    say_setting(args, layout)
     if args.check:
-        good = print_errors(check(args, device, *dtypes(args)), BOUNDS[args.dtype])
+        errors = check(args, device, *dtypes(args))
+        bound = BOUNDS[args.dtype]
+        good = print_errors(errors, bound)
     else:
         rows, _ = measure(args, mesh, device)
         good = print_claims(rows)
@@ -2111,22 +2162,20 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
 
 def check_args(args: argparse.Namespace) -> None:
     """Raises ValueError or OSError where the flags, or the file that they name, do not fit."""
-    configs = configs_of(args)
     world = args.world_size
-    if args.tp is None:
-        args.tp = math.gcd(2, world)
-    if args.ep is None:
-        args.ep = math.gcd(4, world, args.num_experts)
+    args.tp = args.tp or math.gcd(2, world)
+    args.ep = args.ep or math.gcd(4, world, args.num_experts)
     if world % args.tp or world % args.ep:
         raise ValueError(f"--tp {args.tp} and --ep {args.ep} must both divide the {world} ranks")
-    for config in configs.values():
+    for config in configs_of(args).values():
         check_layout(config, args.tp, args.ep)
     args.layouts = [(args.tp, args.ep)]
     TextData(args.data, args.seq_length)
 
 
 def flags() -> argparse.Namespace:
-    return parse_flags(__doc__, [Options, NemotronConfig], check_args, ranks=4, steps=40)
+    configs = [Options, NemotronConfig]
+    return parse_flags(__doc__, configs, check_args, ranks=4, steps=40)
 
 
 # ── Carried blocks ──────────────────────────────────────────────────────────────────────────────

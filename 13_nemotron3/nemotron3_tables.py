@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: MIT-0
 """Chapter 13's tables: Nano, Super and Ultra at full size on simulated groups, without memory.
 
-Sources: Sizes: Nemotron 3 Nano, 2025, arXiv 2512.20848; the white paper, 2025, arXiv 2512.20856;
+Sources. Sizes: Nemotron 3 Nano, 2025, arXiv 2512.20848; the white paper, 2025, arXiv 2512.20856;
          Nemotron 3 Super, 2026, arXiv 2604.12374. Ultra: its published configuration and its name,
          550B-A55B; the order of its layers and its state size are assumed. Layouts: the public
          recipes of Megatron-Bridge.
@@ -106,12 +106,12 @@ def block_parameters(config: NemotronConfig) -> int:
 
 # ── 2 Layouts ─────────────────────────────────────────────────────────────────────────────────────
 #
-# The recipes for pretraining on H100 have tp 4 and ep 8. With 2 groups of keys and values that
-# needs copies of them, which this chapter does not have: its tp is 2.
+# Nano's recipe for pretraining on H100 has tp 4 and ep 8. Its 2 groups of keys and values are then
+# replicated on all ranks.
 
 LAYOUTS = [  # model, ranks, tp, ep, where from
     ("Nano", 8, 1, 8, "recipe, fine-tuning"),
-    ("Nano", 8, 2, 8, "recipe, pretraining, with tp 4"),
+    ("Nano", 8, 4, 8, "recipe, pretraining"),
     ("Super", 64, 1, 64, "recipe, GB300"),
     ("Super", 64, 2, 64, "recipe, GB200"),
     ("Ultra", 256, 2, 64, "ours"),
@@ -140,6 +140,8 @@ def held_by_formula(config: NemotronConfig, tp: int, ep: int) -> int:
         over = 1
         if ".experts." in name:
             over = ep
+        elif tp > config.attention_groups and ("k_proj" in name or "v_proj" in name):
+            over = 1
         elif "mixer." in name and "router" not in name and "_latent." not in name:
             over = tp
         elif name in ("embedding.weight", "head.weight"):

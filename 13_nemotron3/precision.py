@@ -16,7 +16,8 @@ Papers: the Nemotron 3 white paper, 2025, arXiv 2512.20856; Nemotron 3 Super, 20
     MTP, embedding, output layer, router, norms, first and last layers    –
 
 "–" keeps its precision. Experts may be sharded over ranks in FP8: codes are then the single
-device's to the bit, because ranks agree on each amax. In NVFP4 each rank rounds its own tokens.
+device's to the bit, because ranks agree on each amax. In NVFP4 each rank rounds its own tokens, so
+several ranks differ from the single device.
 With tp > 1 both are refused: chapter 6 has no tensor parallelism, and chapter 8 proved NVFP4 on
 layers of its own. All GEMMs are emulated.
 """
@@ -705,7 +706,8 @@ def nvfp4_grouped_gemm(
 def to_nvfp4(model: NemotronLM, recipe: NVFP4Recipe) -> NemotronLM:
     """Puts the trunk's layers that Super's recipe names in NVFP4, in place, and returns the model.
 
-    Tokens of a rank must be a multiple of 16. Raises: ValueError where the recipe covers no layer,
+    Tokens of a rank must be a multiple of 16. `seed_rounding` does not reach experts: their random
+    values are of PyTorch's default generator. Raises: ValueError where the recipe covers no layer,
     sizes are no multiples of 16, and with tp > 1; nothing is changed then.
     Source: Nemotron 3 Super, table 3.
     """

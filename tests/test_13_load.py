@@ -215,6 +215,20 @@ def test_a_folder_with_multi_token_prediction(tmp_path):
             assert torch.equal(here[name], n3.shard_tensor(name, x, config, mesh)), name
 
 
+def test_more_ranks_than_groups_of_keys(tmp_path):
+    """Each of four ranks reads both groups of keys and values, and its own heads' queries."""
+    publish(tmp_path, "*E")
+    config = load.read_config(tmp_path)
+    full = load.read_weights(tmp_path, config)
+    for rank in range(4):
+        mesh = n3.Mesh(tp=4, tp_rank=rank)
+        here = load.read_weights(tmp_path, config, mesh)
+        for name, x in full.items():
+            assert torch.equal(here[name], n3.shard_tensor(name, x, config, mesh)), name
+        keys = here["layers.0.mixer.k_proj.weight"]
+        assert torch.equal(keys, full["layers.0.mixer.k_proj.weight"])
+
+
 def test_blocks_of_their_own_for_each_depth(tmp_path):
     config = n3.NemotronConfig(mtp_num_layers=2, mtp_use_repeated_layer=False)
     names = [load.published_name(name, config) for name in n3.state_shapes(config)]
@@ -369,6 +383,36 @@ def test_the_command(folder, command):
         command("--folder", folder, "--prompt", "61")
     with pytest.raises(ValueError, match="--thinking-budget 3: it needs --text"):
         command("--folder", folder, "--prompt", "1", "--thinking-budget", 3)
+    with pytest.raises(SystemExit):
+        command("--folder", folder, "--prompt", "1", "--text", "a")
+
+
+def test_the_command_writes_on_its_device(folder, monkeypatch):
+    """--device is the model's, the tokens', the generator's and the controller's."""
+    write_tokenizer(folder)
+    words = ("--folder", folder, "--text", "a<think>", "--thinking-budget", 2, "--new-tokens", 3)
+    monkeypatch.setattr("sys.argv", ["load.py", *map(str, words)])
+    seen = {}
+
+    def watched(model, tokens_1T, new_tokens, drafts, temperature, generator, constrain):
+        seen.update(model=model.head.weight, tokens=tokens_1T, thought=constrain.controller.start)
+        return load.Speculation(torch.zeros(1, 5, dtype=torch.int64), 1, [], [])
+
+    made = torch.Generator
+    with (
+        plant(load, "speculative_generate", watched),
+        plant(torch, "Generator", lambda device="cpu": seen.update(generator=device) or made()),
+    ):
+        load.main(load.flags(), torch.device("meta"))
+    found = {name: torch.device(getattr(x, "device", x)).type for name, x in seen.items()}
+    assert found == dict.fromkeys(("model", "tokens", "thought", "generator"), "meta")
+
+
+def test_settings_that_the_published_files_have_too(folder, tmp_path):
+    """Rotary embeddings that no layer has, and the norms' ε once more: all else is as without."""
+    more = dict(rope_theta=10000, partial_rotary_factor=1.0, norm_eps=1e-4, sliding_window=None)
+    more |= dict(mamba_ssm_cache_dtype="float32", num_logits_to_keep=1, expand=2)
+    assert load.read_config(changed(folder, tmp_path, **more)) == load.read_config(folder)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +420,7 @@ def test_the_command(folder, command):
     [
         (("--text", "a"), "--text needs --folder"),
         (("--thinking-budget", 3), "--thinking-budget needs --folder"),
+        (("--thinking-budget", 0), "--thinking-budget needs --folder"),
         (("--folder", "/nowhere"), "No such file"),
         (("--mtp-num-layers", 0, "--drafts", 2), "has no block for --drafts 2"),
     ],
@@ -408,7 +453,8 @@ REFUSED = {
     r"'norm_topk_prob': False": dict(norm_topk_prob=False),
     r"'tie_word_embeddings': True": dict(tie_word_embeddings=True),
     r"'num_experts_per_tok': 1": dict(num_experts_per_tok=1),
-    r"'rope_theta': 10000.0": dict(rope_theta=1e4),
+    r"'rope_scaling': \{'factor': 2\}": dict(rope_scaling={"factor": 2}),
+    r"'norm_eps': 1e-05": dict(norm_eps=1e-5),
     r"'time_step_limit': \[0.0, 0.1\]": dict(time_step_limit=[0.0, 0.1]),
     r"'num_hidden_layers': 9": dict(num_hidden_layers=9),
     r"no number for \['mamba_num_heads'\]": dict(mamba_num_heads=None),

@@ -34,6 +34,8 @@ def test_elements_of_a_rank():
     mesh = tables.simulated_mesh(8, 4, 8)
     assert tables.held(config, mesh) == tables.held_by_formula(config, 4, 8)
     assert tables.held_by_formula(config, 1, 1) == tables.counted(config)
+    config = tables.replace(config, attention_groups=2)  # keys and values are replicated
+    assert tables.held(config, mesh) == tables.held_by_formula(config, 4, 8)
 
 
 def test_every_row_agrees_or_says_why():

@@ -1863,6 +1863,19 @@ EXAMPLES["nemotron3"] = {
     "initialize": lambda m, folder: (
         (model := nemotron(), m.initialize(model)) and [*model.parameters()]
     ),
+    "keys_are_replicated": lambda m, folder: [
+        m.keys_are_replicated(small_nemotron(attention_heads=4), 4)
+    ],
+    "sizes_of_rank": lambda m, folder: [m.sizes_of_rank(small_nemotron(), "*", 2).attention_groups],
+    "AttentionOfGroup": lambda m, folder: of_layers(
+        filled(
+            m.AttentionOfGroup(
+                small_nemotron(attention_groups=1), 2, nemotron_mesh(tp=4, tp_rank=2)
+            )
+        ),
+        normal(1, 6, 16),
+        nemotron_span(),
+    ),
     "ParallelExpertLayer": lambda m, folder: of_layers(
         filled(m.ParallelExpertLayer(small_nemotron(), nemotron_mesh())),
         normal(6, 16),

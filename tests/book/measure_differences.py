@@ -508,6 +508,40 @@ def preferences(seed: int) -> Case:
     )
 
 
+def assembled(seed: int) -> Case:
+    """Chapter 13: Mamba-2, attention, latent experts and two depths, over heads, tokens, experts
+    and rows."""
+    import nemotron3 as n3
+
+    sizes = dict(mamba_heads=8, mamba_head_size=8, mamba_groups=2, state_size=8, chunk=8)
+    sizes |= dict(attention_heads=8, attention_head_size=8, num_experts=8, top_k=2, expert_size=32)
+    sizes |= dict(moe_latent_size=16, shared_size=64, init_std=0.05, dt_init=(0.01, 0.2))
+    config = n3.NemotronConfig(61, 64, "ME*E", "*E", seed=seed, **sizes)
+    layouts = {1: (1, 1), 2: (2, 2), 4: (2, 4), 8: (2, 4)}  # tp, ep
+
+    def training(model, batches, lr, **options):
+        for step in n3.train(model, optimizer_of(n3, model, lr), batches, **options):
+            yield step.losses[0], step.norm  # the other losses are its parts
+
+    def whole(shards: list[dict]) -> dict:
+        tp, ep = layouts[len(shards)]
+        mesh = n3.Mesh(tp, ep)
+        merged = {}
+        for name in shards[0]:
+            merged[name] = n3.merge_tensor(name, [x[name] for x in shards], config, mesh)
+        return merged
+
+    return Case(
+        n3,
+        rows_of_text(seed, 9, 17),
+        lambda: n3.NemotronLM(config),
+        training,
+        lambda: n3.ParallelNemotronLM(config, mesh_of(n3, *layouts[world()[1]])),
+        training,
+        whole,
+    )
+
+
 Technique = namedtuple("Technique", "title case widths")
 WIDE, ALL = ("fp64", "fp32", "bf16 autocast"), ("fp64", "fp32", "bf16 autocast", "bf16")
 TECHNIQUES = {
@@ -522,6 +556,7 @@ TECHNIQUES = {
     "fully sharded": Technique("tensor × pipeline × FSDP (7)", fully_sharded, ("fp64", "fp32")),
     "depths": Technique("multi-token prediction (9)", depths, WIDE),
     "preferences": Technique("DPO (11)", preferences, WIDE),
+    "assembled": Technique("Nemotron 3, all of it (13)", assembled, WIDE),
     # In fp32 a value near a tie has another code in another order of sums: that is no yardstick.
     "four bits": Technique("layers in NVFP4 (8)", four_bits, ("fp64",)),
     "fp8 experts": Technique("experts in FP8 (6)", functools.partial(experts, fp8=True), ("fp8",)),
