@@ -106,7 +106,7 @@ def test_thresholds_of_the_notebook():
 
 def test_the_readmes_table():
     lines = measure.markdown(RESULTS).splitlines()
-    assert len(lines) <= 2 + 20 and {line.count("|") for line in lines} == {10}
+    assert len(lines) <= 2 + 22 and {line.count("|") for line in lines} == {10}
 
 
 @pytest.mark.ranks(2)
