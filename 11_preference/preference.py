@@ -206,6 +206,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             x_Uv = _upcast(logits_Tv[span])
             x_Uv -= log_sum_T[span, None]
             x_Uv.exp_().mul_(-grad_T[span, None])
+            x_Uv.masked_fill_(grad_T[span, None] == 0, 0)  # 0 · NaN is NaN
             x_Uv[:, ctx.columns :] = 0
             x_Uv.scatter_add_(-1, row_T1[span], (grad_T[span] * is_local_T[span])[:, None])
             grad_Tv[span] = x_Uv

@@ -8,7 +8,7 @@ Paper: Nemotron 3 Nano, NVIDIA, 2025, arXiv 2512.20848, post-training
 
 A policy learns to sort two to four digits, and to reverse them, in the same batches. The problems
 are fixed. Their pass rates are measured before each stage; solved ones are dropped, and the others
-are drawn around a target that moves from easy to hard.
+are drawn around a target that moves from easy to hard. All pass rates are of these problems.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def curriculum_weights(
     """How likely each prompt is drawn, probability_P; 0 where the pass rate is 1.
 
     Args: progress: from 0 to 1 over the run; the mean pass rate moves from `easy` to `hard`.
-    Raises: ValueError for another progress, or where each prompt is solved already.
+    Raises: ValueError for another progress, or where each prompt is solved already (on a GPU all
+        weights are NaN then).
     Source: Nemotron 3 Nano, post-training; the width is ours.
     """
     is_open_P = pass_rates_P < 1

@@ -136,10 +136,10 @@ class GPTConfig:
 #
 # a constant factor, and no more. The deviation that r − b is divided by is another matter. That of
 # the others does not depend on y, so each prompt's expected gradient is c · ∇E[r] with
-# c = E[1/std]. With G = 16 and rewards 0 and 1, c is 2.0 for a pass rate of 1/2, 2.5 for 1/16 and
-# 1.4 for 1/100: prompts that are seldom solved count for a little more. That of the group depends
-# on y, and the expected gradient has another direction. grpo_tables.py enumerates both. One success
-# of 16, by convention:
+# c = E[1/std]. With G = 16 and rewards 0 and 1, c is 2.0 for a pass rate of 1/2, 2.5 for 1/16 or
+# 15/16, and 1.4 for 1/100 or 99/100: no prompt counts for much more than another. The deviation of
+# the group depends on y, and the expected gradient has another direction. grpo_tables.py enumerates
+# both. One success of 16, by convention:
 #
 #     baseline       divided by                     the success    each failure
 #     group          nothing                         0.9375        -0.0625
@@ -149,12 +149,11 @@ class GPTConfig:
 #     leave-one-out  std of the others (NeMo-RL)     1.0           -0.258       the sum is not 0
 #
 # In the last line all others of the success are equal: their std is 0, and then r − b is divided by
-# nothing. Which line a paper means is seldom said, and a factor of four is not small: look at the
-# code.
+# nothing. Which line a paper means is seldom said, and a factor of four is not small.
 #
 # Groups without variance teach nothing, and must give exactly 0. Sixteen times 0.1, added up and
-# divided by 16, need not be 0.1. A remainder of 1e-17, divided by a std of 1e-17, is an advantage
-# of 1. So the code branches on max = min.
+# divided by 16, need not be 0.1. A remainder divided by a std of remainders is an advantage of 1,
+# and eps hides that of small rewards only. So the code branches on max = min.
 
 DEVIATIONS = ("none", "leave_one_out", "sample", "population")
 
@@ -181,10 +180,10 @@ def grpo_advantages(
     if G < 2 or len(rewards_R) % G or deviation not in DEVIATIONS:
         found = f"{len(rewards_R)} rewards, group_size={G}, deviation={deviation!r}"
         raise ValueError(f"{found}: complete groups of 2 or more, and one of {DEVIATIONS}")
-    rewards_PG = at_least_fp32(rewards_R).view(-1, G)
+    rewards_PG = rearrange(at_least_fp32(rewards_R), "(P G) -> P G", G=G)  # P may be 0
     place = torch.arange(G, device=rewards_R.device)
-    # The others of response i are i + 1, i + 2, ... around the group.
-    others_PGO = rewards_PG[:, (place[:, None] + place[1:]) % G]
+    other_GO = (place[:, None] + place[1:]) % G  # of response i: i + 1, i + 2, ... in a circle
+    others_PGO = rewards_PG[:, other_GO]
     group_PGO = rewards_PG[:, None].expand(-1, G, -1)
     baseline_PG = (others_PGO if leave_one_out else group_PGO).mean(dim=-1)
     advantage_PG = rewards_PG - baseline_PG
@@ -222,9 +221,8 @@ def _is_flat(x_PGO: Tensor) -> Tensor:
 #
 # More updates on the same responses move the ratio. The clip stops a token that has moved far
 # enough in the direction of its advantage: for A > 0 no gradient above 1.28, for A < 0 none below
-# 0.8. A token that moved the wrong way is never clipped. DAPO's upper clip is the larger one, since
-# a token of probability 0.01 would be stopped at 0.012, and 0.0128 is hardly more; one of 0.9 never
-# is.
+# 0.8. A token that moved the wrong way is never clipped. DAPO's upper clip is the larger one: 0.2
+# stops a token of probability 0.01 at 0.012, and one of 0.9 never. Exploration needs the rare ones.
 #
 # One update per batch needs no clip. Nemotron 3's two recipes have 0.2 and 0.28 in their files, and
 # neither uses them: Nano takes 2,048 responses for one update, and Super sets
@@ -250,12 +248,12 @@ def grpo_loss(
         clip_low, clip_high: the ratio counts in [1 − clip_low, 1 + clip_high]; infinite: no clip.
     Source: GRPO (Shao et al., 2024), equation 3; the two clips are DAPO's (2025), equation 10.
     """
-    ratio_BS = (log_prob_BS - old_log_prob_BS).exp()
+    # Masked before exp and product, not after: 0 · inf is NaN, in the gradient as well.
+    ratio_BS = torch.where(mask_BS, log_prob_BS - old_log_prob_BS, 0).exp()
     clipped_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high)
     gain_BS = torch.minimum(ratio_BS * advantage_BS, clipped_BS * advantage_BS)
-    if weight_BS is not None:
-        gain_BS = gain_BS * weight_BS
-    return -torch.where(mask_BS, gain_BS, 0).sum()
+    weight_BS = torch.where(mask_BS, 1 if weight_BS is None else weight_BS, 0)
+    return -(gain_BS * weight_BS).sum()
 
 
 # ── 1.4 The sampler is another policy ───────────────────────────────────────────────────────────
@@ -396,6 +394,7 @@ class RolloutBatch:
 class GRPOObjective:
     """(policy, rollout batch) to the sum over tokens, and their count: scalars.
 
+    The penalty takes all tokens as samples of the policy itself, as Super's recipe does.
     Raises: ValueError for a negative option, or without a reference where one is needed.
     Source: NeMo-RL's loss, whose options these are.
     """
@@ -427,8 +426,9 @@ class GRPOObjective:
         if self.kl_weight:
             if batch.reference_log_prob_BS is None:
                 raise ValueError(f"kl_weight={self.kl_weight} needs a reference in each batch")
-            kl_BS = kl_penalty(log_prob_BS, batch.reference_log_prob_BS)
-            loss = loss + self.kl_weight * torch.where(mask_BS, kl_BS, 0).sum()
+            # Where no token counts, the policy is its own reference: its penalty is 0.
+            reference_BS = torch.where(mask_BS, batch.reference_log_prob_BS, log_prob_BS)
+            loss = loss + self.kl_weight * kl_penalty(log_prob_BS, reference_BS).sum()
         return loss, mask_BS.sum()
 
 
@@ -436,8 +436,7 @@ class GRPOObjective:
 #
 # A server limits a thought by a counter: at the budget it puts the end tag there, and the answer
 # follows. The tag was not sampled, so it has no loss; what follows it was. thinking.py has the
-# controller, and shows that a policy must have seen a few thoughts that were cut. `rollout` below
-# takes such a controller.
+# controller, and shows that a policy must have seen a few thoughts that were cut.
 #
 # ── 1.8 Environments ────────────────────────────────────────────────────────────────────────────
 #
@@ -561,10 +560,9 @@ class GPT(nn.Module):
 # ── 2.2 Rollouts ────────────────────────────────────────────────────────────────────────────────
 #
 # A rollout continues each prompt G times. Prompts of unequal lengths are padded on the left, as
-# another sequence, so that all rows go on at the same place. Each replica takes prompts of its own
-# with all G responses: a group is never torn, so advantages need no communication. The tp ranks of
-# a replica must draw the same tokens: their log-probabilities are equal, and so are their
-# generators.
+# another sequence, so that all rows go on at one place. Each replica takes prompts of its own with
+# all G responses: a group is never torn, so advantages need no communication. The tp ranks of a
+# replica must draw the same tokens: their log-probabilities and generators are equal.
 #
 # Nothing is read until all tokens are there: one host synchronisation for a batch. What follows an
 # end token is cut off on the host. An inference engine stops there, keeps keys and values of
@@ -598,24 +596,26 @@ def rollout(
         max_tokens: of a response.
         generator: in one state on the tp ranks of a replica; None: the most likely token each time.
         controller: a fresh `BudgetController` of all rows (thinking.py); it reads the prompts.
-    Raises: ValueError without prompts, or for more tokens than the policy has positions.
+    Raises: ValueError without prompts, for an empty one, or for more tokens than positions.
     Source: ours.
     """
+    shortest = min(map(len, prompts), default=0)
     longest = max(map(len, prompts), default=0)
-    if not longest or longest + max_tokens > policy.config.max_length:
-        found = f"{len(prompts)} prompts of up to {longest} tokens, and {max_tokens} more"
+    if not shortest or longest + max_tokens > policy.config.max_length:
+        found = f"{len(prompts)} prompts of {shortest} to {longest} tokens, and {max_tokens} more"
         raise ValueError(f"{found}: the policy has {policy.config.max_length} positions")
     prompts = [prompt for prompt in prompts for _ in range(group_size)]
     device = policy.output.weight.device
     padding = [longest - len(prompt) for prompt in prompts]
     padding_B1 = torch.tensor(padding, device=device)[:, None]
-    rows = [[0] * count + prompt for count, prompt in zip(padding, prompts)]
+    rows = [[-1] * count + prompt for count, prompt in zip(padding, prompts)]
     tokens_BS = torch.tensor(rows, device=device)
     place_1S = torch.arange(longest + max_tokens, device=device)[None]
     sequence_BS = (place_1S >= padding_B1).long()
     position_BS = (place_1S - padding_B1).clamp(min=0)
     if controller:
         controller.read(tokens_BS)
+    tokens_BS = tokens_BS.clamp(min=0)  # the controller takes padding, -1, for no part of a tag
     columns = []
     for size in range(longest, longest + max_tokens):
         log_p_BV = policy.next_log_probs(tokens_BS, sequence_BS[:, :size], position_BS[:, :size])
@@ -629,8 +629,8 @@ def rollout(
         tokens_BS = torch.cat([tokens_BS, next_B1], dim=1)
         log_prob_B = log_p_BV.gather(-1, next_B1)[:, 0]
         columns.append(torch.stack([next_B.double(), is_forced_B, log_prob_B]))
-    values_3BN = torch.stack(columns, dim=-1).tolist()  # the one time that values are read
-    return [_cut(end_id, *row) for row in zip(prompts, *values_3BN)]
+    values_3BS = torch.stack(columns, dim=-1).tolist()  # the one time that values are read
+    return [_cut(end_id, *row) for row in zip(prompts, *values_3BS)]
 
 
 def _cut(end_id: int, prompt: list[int], ids: list, forced: list, log_probs: list) -> Response:
@@ -655,6 +655,7 @@ def rollout_batch(
     """Responses as tensors; log-probabilities of other policies are computed here, once.
 
     Args:
+        advantage_R: its dtype is that of the sampler's log-probabilities here.
         old_policy: for several updates per batch; None: the ratio is 1.
         overlong_filter: a response that was cut has no loss.
         row_length: packs responses into rows, as `collate` does.
@@ -942,7 +943,8 @@ def equivalence(
     shard = partial(shard_state_dict, config=config, rank=group_rank(mesh.tp_group), tp=mesh.tp)
     errors = {}
     for step, (here, there) in enumerate(zip(*results)):
-        loss, norm = (torch.stack(here) / torch.stack(there) - 1).abs().tolist()
+        ratio_2 = torch.stack(here) / torch.stack(there)  # of loss and norm
+        loss, norm = (ratio_2 - 1).abs().tolist()
         errors |= {f"loss {step}": loss, f"norm before clipping {step}": norm}
         if step == 0:
             grads = {name: p.grad for name, p in policy.named_parameters()}
@@ -985,12 +987,14 @@ class Learner:
         """
         responses = self.respond(self.args.prompts, self.args.group_size, False, step)
         advantage_R = grpo_advantages(torch.tensor(self.rewards), self.args.group_size)
-        return rollout_batch(responses, advantage_R.to(dtypes(self.args)[0]), self.device)
+        dtype, _ = dtypes(self.args)  # of the policy's parameters
+        return rollout_batch(responses, advantage_R.to(dtype), self.device)
 
     def means(self) -> tuple[float, float]:
         """Reward, and share of exact responses, of the last ones of all replicas. Collective."""
         exact = sum(reward == 1 for reward in self.rewards)
-        totals_3 = torch.tensor([sum(self.rewards), exact, len(self.rewards)]).to(self.device)
+        totals = [sum(self.rewards), exact, len(self.rewards)]
+        totals_3 = torch.tensor(totals).to(self.device)  # of this replica
         reward, exact, count = _all_reduce(totals_3, self.mesh.dp_group).tolist()
         return reward / count, exact / count
 
@@ -1127,6 +1131,7 @@ class _VocabParallelLogProbs(torch.autograd.Function):
             x_Uv = _upcast(logits_Tv[span])
             x_Uv -= log_sum_T[span, None]
             x_Uv.exp_().mul_(-grad_T[span, None])
+            x_Uv.masked_fill_(grad_T[span, None] == 0, 0)  # 0 · NaN is NaN
             x_Uv[:, ctx.columns :] = 0
             x_Uv.scatter_add_(-1, row_T1[span], (grad_T[span] * is_local_T[span])[:, None])
             grad_Tv[span] = x_Uv
@@ -1176,7 +1181,7 @@ def vocab_parallel_log_probs(
     return torch.where(is_id_BS, log_prob_BS, torch.nan)
 
 
-# endregion copy 818059
+# endregion copy 40ff80
 # region carried: batches of responses (home: 11_preference)
 class Sequences(NamedTuple):
     """R prompts with their responses: padded, or packed. Source: ours."""

@@ -112,7 +112,8 @@ def limited(value: float) -> str:
 #
 # A policy is a table: logits for the first token, and for the second one after each first. All its
 # answers can be listed, and all groups of them. The expected gradient is the gradient of the losses
-# of all groups, each times its probability under the sampler.
+# of all groups, each times its probability under the sampler. Suffixes here: Y answers, T tokens of
+# an answer, V vocabulary entries, M groups, G answers of a group, R = M · G.
 
 
 @dataclass

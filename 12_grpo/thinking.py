@@ -80,7 +80,8 @@ class BudgetController:
             tokens_B, is_forced_B = controller(sampled_B)
 
     Args:
-        start, end: token ids of the two tags, one or several each. They count as no thought.
+        start, end: token ids of the two tags, one or several each. They count as no thought, but
+            the first ids of an end tag do until it is complete: they may be none.
         budget: so many tokens of thought in each row, or one number a row, int64 (B,). None: no
             limit. A thought begins anew, with a new count, after each start tag outside a thought.
         rows: B. device: of all tensors here; None: the CPU.
@@ -165,8 +166,8 @@ class BudgetController:
 # ── 2 Length control ────────────────────────────────────────────────────────────────────────────
 #
 # Where rewards are equal, the shorter response is the better one. A bonus for it must sum to zero
-# in each group: otherwise it is a reward for the mere number of tokens. It is added before
-# advantages are taken, once for the thought and once for the answer:
+# in each group: otherwise it is a reward for the mere number of tokens. Super adds half of it for
+# the thought and half for the answer to the reward, before advantages are taken:
 #
 #     lengths    100     300     500      900
 #     bonus      0.4375  0.1875  -0.0625  -0.5625
@@ -183,7 +184,7 @@ def length_bonus(lengths_R: Tensor, group_size: int) -> Tensor:
     lengths_PG = at_least_fp32(lengths_R).view(-1, group_size)
     least_P1 = lengths_PG.amin(dim=-1, keepdim=True)
     span_P1 = lengths_PG.amax(dim=-1, keepdim=True) - least_P1
-    bonus_PG = 1 - (lengths_PG - least_P1) / span_P1.clamp(min=1)
+    bonus_PG = 1 - (lengths_PG - least_P1) / span_P1  # 0 / 0, NaN, where all are equal
     centred_PG = bonus_PG - bonus_PG.mean(dim=-1, keepdim=True)
     return torch.where(span_P1 > 0, centred_PG, 0).flatten()
 
@@ -298,7 +299,7 @@ def claims(args: argparse.Namespace, mesh: Mesh, device: torch.device) -> list[t
     say()
     short = None if args.steps >= STEPS else "a short run"
     cut = BUDGETS[:-1]
-    never = min(found[FIRST, 0.0, budget][0] for budget in cut)
+    never = max(found[FIRST, 0.0, budget][0] for budget in cut)
     few = min(found[FIRST, 0.03, budget][0] for budget in cut)
     right = found[FIRST, 0.03, 2][1]
     chance = found[SECOND, 0.03, 2][1]

@@ -270,6 +270,23 @@ def test_log_probs_are_those_of_log_softmax(scale, vocab):
         assert torch.equal(values, results[0][0]) and torch.equal(grads, results[0][1])
 
 
+@EVERY_WORLD
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_logits_that_overflow_where_no_target_is(value):
+    """Tokens with −100 give 0 and no gradient whatever their logits are; the others keep theirs."""
+    full, targets = logits_and_targets()
+    targets[[3, 7]] = -100
+    right = own(full).requires_grad_()
+    pf.vocab_parallel_log_probs(right, targets, None, 13, 4).sum().backward()
+    full[3] = value
+    full[7, :5] = value
+    shard = own(full).requires_grad_()
+    found = pf.vocab_parallel_log_probs(shard, targets, None, 13, 4)
+    found.sum().backward()
+    assert found[[3, 7]].eq(0).all() and found.isfinite().all()
+    assert torch.equal(shard.grad, right.grad)
+
+
 @pytest.mark.ranks(2)
 def test_the_example_of_section_1_1():
     shard = own(torch.tensor([[1.0, 3.0, 0.0, 2.0]], dtype=torch.float64, device=ranks.device))

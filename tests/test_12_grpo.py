@@ -181,6 +181,7 @@ def test_examples_of_section_1_2():
     assert_equal({"": found}, {"": (16 / 15 * plain).flatten()}, 1e-14)
     assert gr.grpo_advantages(rewards, 16, clip=0.5).abs().max() == 0.5
     assert gr.grpo_advantages(torch.tensor([0.0, 1.0]), 2).tolist() == [-1.0, 1.0]
+    assert gr.grpo_advantages(torch.zeros(0), 2).shape == (0,)  # a replica without prompts
 
 
 def test_groups_without_variance_give_exactly_0():
@@ -593,7 +594,9 @@ def test_five_steps_on_every_mesh(optimizer):
                 shards = cpu(grads_of(net))
         assert_equal(found, expected)
         rank = gr.group_rank(mesh.tp_group)
-        assert_equal(shards, gr.shard_state_dict(grads, net.config, rank, tp))
+        assert_equal(shards, gr.shard_state_dict(grads, net.config, rank, tp), 1e-12)
+        for name in ("loss 0", "norm 0"):
+            assert_equal({"": found[name]}, {"": expected[name]}, 1e-12)
         right = gr.shard_state_dict(plain.state_dict(), net.config, rank, tp)
         floor = 5e-3 if optimizer == "AdamW" else 0.0
         assert_equal(cpu(net.state_dict()), cpu(right), floor=floor)
@@ -642,6 +645,26 @@ def test_options_do_what_they_say():
     assert gr.GRPOObjective(error_limit=2.0)(net, batch)[1] < count
     nothing = gr.GRPOObjective(error_limit=1.0)(net, batch)
     assert [x.item() for x in nothing] == [0, 0]
+
+
+def test_a_dropped_response_leaves_no_nan():
+    """Its sampler's log-probability is −inf, so its weight is infinite, and its reference is far
+    off: loss and gradients are those of the other responses."""
+    net = policy()
+    responses = own_samples(net)
+    broken = [-math.inf] * len(responses[2].tokens)
+    batch = batch_of([*responses[:2], replace(responses[2], log_probs=broken), *responses[3:]])
+    advantages = normal(len(responses), seed=len(responses))
+    kept = [0, 1, 3, 4, 5]
+    clean = batch_of([responses[i] for i in kept], advantages[kept])
+    for batch_ in (batch, clean):
+        batch_.reference_log_prob_BS = 0.9 * net.log_probs(batch_.sequences).detach()
+    is_broken_BS = batch.sequences.sequence_BS == 2
+    batch.reference_log_prob_BS[is_broken_BS] = 1e4
+    objective = gr.GRPOObjective(error_limit=2.0, kl_weight=0.1)
+    found, right = (losses_and_grads(net, x, objective) for x in (batch, clean))
+    assert_equal(found[0], right[0], 1e-12)
+    assert_equal(found[1], right[1], 1e-12)
 
 
 # ── Planted bugs ──────────────────────────────────────────────────────────────────────────────────
@@ -856,7 +879,7 @@ def test_stale_tokens_without_their_weights():
     symptom="the ratio is detached: the loss is right, and nothing learns", seen_in=None
 )
 def test_a_ratio_without_gradient():
-    bug = edited(gr.grpo_loss, ("old_log_prob_BS).exp()", "old_log_prob_BS).exp().detach()"))
+    bug = edited(gr.grpo_loss, ("old_log_prob_BS, 0).exp()", "old_log_prob_BS, 0).exp().detach()"))
     net = policy()
     batch = batch_of(*rewarded(net))
     expected = losses_and_grads(net, batch)
@@ -874,7 +897,7 @@ def test_weights_with_a_gradient():
         gr.importance_weights,
         ("(log_prob_BS - sampler_log_prob_BS).detach()", "log_prob_BS - sampler_log_prob_BS"),
     )
-    loss = edited(gr.grpo_loss, ("- old_log_prob_BS)", "- old_log_prob_BS.detach())"))
+    loss = edited(gr.grpo_loss, ("- old_log_prob_BS, 0)", "- old_log_prob_BS.detach(), 0)"))
     bug = edited(
         gr.GRPOObjective.__call__,
         ("old_BS = log_prob_BS.detach()", "old_BS = log_prob_BS"),
@@ -959,9 +982,12 @@ def test_bad_input():
         "hidden_size must be a multiple of num_heads": lambda: config(hidden_size=30),
         "tp=3 must divide num_heads=4": lambda: gr.check_tp(config(), 3),
         "2 advantages for 3 responses": lambda: batch_of(made_up(3), torch.zeros(2)),
-        "0 prompts of up to 0": lambda: gr.rollout(policy(), [], 2, 3, gr.END, None),
-        "1 prompts of up to 9 tokens, and 60 more": lambda: gr.rollout(
+        "0 prompts of 0 to 0": lambda: gr.rollout(policy(), [], 2, 3, gr.END, None),
+        "1 prompts of 9 to 9 tokens, and 60 more": lambda: gr.rollout(
             policy(), [[1] * 9], 2, 60, gr.END, None
+        ),
+        "2 prompts of 0 to 2 tokens": lambda: gr.rollout(
+            policy(), [[], [1, 2]], 2, 3, gr.END, None
         ),
         "example 0 is": lambda: batch_of([gr.Response([], [1], [0.0], [False], True)]),
         "kl_weight=0.1 needs a reference": lambda: gr.GRPOObjective(kl_weight=0.1)(

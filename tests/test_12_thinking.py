@@ -171,10 +171,22 @@ def test_rollouts_with_a_budget():
     assert (batch.sequences.targets_BS != -100).sum() == total - forced and forced > 0
 
 
+def test_padding_is_no_part_of_a_tag():
+    """Token id 0 opens a thought; the padding of shorter prompts does not."""
+    net = gr.GPT(gr.GPTConfig(hidden_size=32))
+    controller = BudgetController((0,), (th.ANSWER,), 1, 3)
+    prompts = [[5, 3, gr.EQUALS], [7], [4, 0]]
+    found = gr.rollout(net, prompts, 1, 4, 99, torch.Generator().manual_seed(1), controller)
+    assert not any(found[0].is_forced[:2]) and not any(found[1].is_forced[:2])
+    assert found[2].is_forced[:2] == [False, True] and found[2].tokens[1] == th.ANSWER
+
+
 def test_length_bonus():
     """By hand; zero-sum; exactly 0 for equal lengths; groups by themselves."""
     found = th.length_bonus(torch.tensor([100, 300, 500, 900, 5, 5, 5, 5]), 4)
     assert found.tolist() == [0.4375, 0.1875, -0.0625, -0.5625, 0, 0, 0, 0]
+    found = th.length_bonus(torch.tensor([0.1, 0.3, 0.5, 0.9]), 4)  # in thousands
+    assert (found - torch.tensor([0.4375, 0.1875, -0.0625, -0.5625])).abs().max() < 1e-6
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 1000, (24,), generator=generator).double()
     sums = th.length_bonus(lengths, 6).view(4, 6).sum(dim=1)

@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import math
+import random
 import sys
 import time
 from collections import namedtuple
@@ -508,6 +509,80 @@ def preferences(seed: int) -> Case:
     )
 
 
+def groups(seed: int) -> Case:
+    """Chapter 12: GRPO's loss, weighted tokens and the penalty, from given responses; the policy
+    and the reference are sharded over two ranks."""
+    import grpo as gr
+
+    config = gr.GPTConfig(17, num_heads=8, seed=seed)
+    another = gr.GPTConfig(17, num_heads=8, seed=seed + len(SEEDS))
+    objective = gr.GRPOObjective(weight_cap=5.0, kl_weight=0.1)
+
+    def judged(step: int) -> tuple[list, Tensor]:
+        rng = random.Random(STEPS * seed + step)
+        responses = []
+        for _ in range(12):
+            prompt = rng.choices(range(10), k=rng.randint(1, 5))
+            tokens = rng.choices(range(17), k=rng.randint(1, 9))
+            log_probs = [rng.uniform(-3.2, -2.5) for _ in tokens]
+            responses.append(gr.Response(prompt, tokens, log_probs, [False] * len(tokens), True))
+        rewards_R = torch.tensor([rng.random() for _ in responses], dtype=torch.float64)
+        return responses, gr.grpo_advantages(rewards_R, 4)
+
+    def own_group():
+        return mesh_of(gr, 1).tp_group if world()[1] > 1 else None
+
+    def alone(model, batches, lr, autocast, max_norm):
+        dtype = next(model.parameters()).dtype
+        reference = gr.GPT(another, own_group()).to(dtype)
+        optimizer = optimizer_of(gr, model, lr)
+        for responses, advantage_R in batches:
+            batch = gr.rollout_batch(responses, advantage_R.to(dtype), CPU, reference=reference)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", autocast, enabled=autocast is not None):
+                total, count = objective(model, batch)
+            loss = total / count
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+            yield loss.detach(), norm
+
+    def together(model, batches, lr, **options):
+        mesh = mesh_of(gr, min(2, world()[1]))
+        dtype = next(model.parameters()).dtype
+        reference = gr.GPT(another, mesh.tp_group).to(dtype)
+        mine = slice(mesh.dp_rank, None, mesh.dp)
+        steps = []
+        for responses, advantage_R in batches:
+            part = (responses[mine], advantage_R[mine].to(dtype), CPU)
+            steps.append([gr.rollout_batch(*part, reference=reference)])
+        return gr.train(model, optimizer_of(gr, model, lr), steps, objective, mesh, **options)
+
+    def merged(shards: list[dict]) -> dict:
+        full = {}
+        for name, x in shards[0].items():
+            dim = gr.shard_dim(name)
+            full[name] = x if dim is None else torch.cat([shard[name] for shard in shards], dim)
+        full["output.weight"] = full["output.weight"][: config.vocab_size]
+        return full
+
+    def whole(shards: list[dict]) -> dict:
+        tp = min(2, len(shards))
+        copies = [shards[first : first + tp] for first in range(0, len(shards), tp)]
+        return of_first([merged(copy) for copy in copies])
+
+    return Case(
+        gr,
+        [judged(step) for step in range(STEPS)],
+        lambda: gr.GPT(config, own_group()),
+        alone,
+        lambda: gr.GPT(config, mesh_of(gr, min(2, world()[1])).tp_group),
+        together,
+        whole,
+        flip=lambda batch: (batch[0][::-1], batch[1].flip(0)),
+    )
+
+
 def assembled(seed: int) -> Case:
     """Chapter 13: Mamba-2, attention, latent experts and two depths, over heads, tokens, experts
     and rows."""
@@ -556,6 +631,7 @@ TECHNIQUES = {
     "fully sharded": Technique("tensor × pipeline × FSDP (7)", fully_sharded, ("fp64", "fp32")),
     "depths": Technique("multi-token prediction (9)", depths, WIDE),
     "preferences": Technique("DPO (11)", preferences, WIDE),
+    "groups": Technique("GRPO and its penalty (12)", groups, WIDE),
     "assembled": Technique("Nemotron 3, all of it (13)", assembled, WIDE),
     # In fp32 a value near a tie has another code in another order of sums: that is no yardstick.
     "four bits": Technique("layers in NVFP4 (8)", four_bits, ("fp64",)),

@@ -30,7 +30,7 @@ def advantages(**options) -> list[float]:
 
 
 def learned(lr: float) -> list[float]:
-    """The share of exact responses, step by step."""
+    """The mean reward of all responses, step by step."""
     args = SimpleNamespace(seed=0, dtype="fp32", prompts=32, group_size=8)
     policy = gr.GPT(gr.GPTConfig())
     learner = gr.Learner(args, gr.Mesh(), torch.device("cpu"), policy, gr.SortDigits())
