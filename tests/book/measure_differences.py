@@ -517,6 +517,8 @@ def groups(seed: int) -> Case:
     config = gr.GPTConfig(17, num_heads=8, seed=seed)
     another = gr.GPTConfig(17, num_heads=8, seed=seed + len(SEEDS))
     objective = gr.GRPOObjective(weight_cap=5.0, kl_weight=0.1)
+    # The group of this rank alone. All ranks make it here: `alone` runs on one of them.
+    own_group = mesh_of(gr, 1).tp_group if world()[1] > 1 else None
 
     def judged(step: int) -> tuple[list, Tensor]:
         rng = random.Random(STEPS * seed + step)
@@ -529,12 +531,9 @@ def groups(seed: int) -> Case:
         rewards_R = torch.tensor([rng.random() for _ in responses], dtype=torch.float64)
         return responses, gr.grpo_advantages(rewards_R, 4)
 
-    def own_group():
-        return mesh_of(gr, 1).tp_group if world()[1] > 1 else None
-
     def alone(model, batches, lr, autocast, max_norm):
         dtype = next(model.parameters()).dtype
-        reference = gr.GPT(another, own_group()).to(dtype)
+        reference = gr.GPT(another, own_group).to(dtype)
         optimizer = optimizer_of(gr, model, lr)
         for responses, advantage_R in batches:
             batch = gr.rollout_batch(responses, advantage_R.to(dtype), CPU, reference=reference)
@@ -574,7 +573,7 @@ def groups(seed: int) -> Case:
     return Case(
         gr,
         [judged(step) for step in range(STEPS)],
-        lambda: gr.GPT(config, own_group()),
+        lambda: gr.GPT(config, own_group),
         alone,
         lambda: gr.GPT(config, mesh_of(gr, min(2, world()[1])).tp_group),
         together,
