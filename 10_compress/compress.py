@@ -272,7 +272,8 @@ def rows_of(name: str, config: HybridConfig, kept: Units) -> dict[int, Tensor]:
                 every = torch.arange(size)
                 units = kept.get(f"{place}.{factor}", kept.get(factor, every))
                 indices = units.tolist()  # a mask's True is 1, given twice
-                if len(set(indices) & set(range(size))) < len(indices):
+                are_units = len(set(indices) & set(range(size))) == len(indices)
+                if _has_values(units) and not are_units:
                     raise ValueError(f"{factor} keeps {indices}, but {size} are there, each once")
                 is_cut |= units is not every
                 index = index[:, None] * size + units

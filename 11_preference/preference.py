@@ -987,8 +987,7 @@ def pair_batch(
     autocast: Autocast = None,
     row_length: int | None = None,
 ) -> Pairs:
-    """Pairs as tensors, with the reference's log-probabilities. Args: judged: at least one pair.
-    row_length: as `collate`'s.
+    """One pair or more as tensors, with the reference's log-probs. Args: row_length: `collate`'s.
 
     Source: Nemotron-4 340B, section 3.3.
     """
