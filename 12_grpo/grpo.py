@@ -975,7 +975,7 @@ class Learner:
         generator = None
         if not greedy:  # crc32: Python's hash() differs between processes
             generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode()))
-        responses = rollout(self.policy, rows, group_size, DIGITS + 2, END, generator)
+        responses = rollout(self.policy, rows, group_size, DIGITS + 1, END, generator)
         self.rewards = [self.environment.reward(x.prompt, x.tokens) for x in responses]
         return responses
 
