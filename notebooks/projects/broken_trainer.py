@@ -8,15 +8,10 @@ What it should do is written in trainer.py, whose model it trains. It runs in ev
 loss falls. The mark is that of project 1: the repaired file equals the single device.
 """
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-sys.path.append(str(Path.cwd() / "notebooks/projects"))
 from trainer import MAX_NORM, Batches, Config, Model, State, make_optimizer, summed_loss
 
 

@@ -459,6 +459,18 @@ def depths(seed: int) -> Case:
     )
 
 
+def step_alone(model, optimizer, objective, batch, autocast, max_norm) -> tuple[Tensor, Tensor]:
+    """A single device's step on an objective of chapter 11 or 12: loss and norm."""
+    optimizer.zero_grad()
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
+        total, count = objective(model, batch)
+    loss = total / count
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    optimizer.step()
+    return loss.detach(), norm
+
+
 def preferences(seed: int) -> Case:
     """Chapter 11: DPO on pairs, the policy and the reference sharded over two ranks."""
     import preference as pr
@@ -472,14 +484,7 @@ def preferences(seed: int) -> Case:
         optimizer = optimizer_of(pr, model, lr)
         for judged in batches:
             pairs = pr.pair_batch(judged, reference, CPU, autocast)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                total, count = objective(model, pairs)
-            loss = total / count
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            yield loss.detach(), norm
+            yield step_alone(model, optimizer, objective, pairs, autocast, max_norm)
 
     def together(model, batches, lr, autocast, **options):
         mesh = mesh_of(pr, min(2, world()[1]))
@@ -537,14 +542,7 @@ def groups(seed: int) -> Case:
         optimizer = optimizer_of(gr, model, lr)
         for responses, advantage_R in batches:
             batch = gr.rollout_batch(responses, advantage_R.to(dtype), CPU, reference=reference)
-            optimizer.zero_grad()
-            with torch.autocast("cpu", autocast, enabled=autocast is not None):
-                total, count = objective(model, batch)
-            loss = total / count
-            loss.backward()
-            norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            yield loss.detach(), norm
+            yield step_alone(model, optimizer, objective, batch, autocast, max_norm)
 
     def together(model, batches, lr, **options):
         mesh = mesh_of(gr, min(2, world()[1]))

@@ -68,15 +68,21 @@ def share_of_operations(own: ModuleType, batches: list, tp: int, pp: int, dp: in
     return SHARE * (blocks / (tp * pp * dp) + head / dp)
 
 
+def handed_in(path: Path) -> ModuleType:
+    """A student's file, which may import trainer.py."""
+    sys.path.append(str(ROOT / "notebooks/projects"))
+    return load(path)
+
+
 def attempt(path: str, layout: tuple[int, int, int]) -> str:
     """On a rank: what is wrong with this file's `train` in a layout, or ""."""
     own = load(ROOT / "notebooks/projects/trainer.py")
     config, weights, batches = example(own)
     losses, expected = own.train_alone(config, weights, batches)
     copies = {name: x.clone() for name, x in weights.items()}
-    sys.path.append(str(ROOT / "notebooks/projects"))
+    theirs = handed_in(Path(path))
     with FlopCounterMode(display=False) as counter:
-        found, weights_found = load(Path(path)).train(config, copies, batches, *layout)
+        found, weights_found = theirs.train(config, copies, batches, *layout)
     share = share_of_operations(own, batches, *layout)
     if counter.get_total_flops() > share:
         return f"a rank computes {counter.get_total_flops():,} operations of at most {share:,.0f}"

@@ -86,7 +86,7 @@ def pool():
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_trainers(name, pool, tmp_path):
     path = tmp_path / "mine.py"
-    path.write_text(RIGHT[name].replace("Path(__file__).resolve().parents[3]", "Path.cwd()"))
+    path.write_text(RIGHT[name])
     for layout in projects.LAYOUTS:
         reasons = pool.run("projects", "attempt", dict(path=str(path), layout=layout))
         assert reasons == [""] * projects.RANKS
@@ -101,6 +101,21 @@ def test_wrong_trainers(name, tmp_path):
     limit = 3 if "not over" in expected else 60
     [(_, reason)] = projects.mark_trainer(path, limit, projects.LAYOUTS[:1])
     assert expected in reason
+
+
+def losses_of_the_broken_one(layout: tuple[int, int, int]) -> list[float]:
+    """On a rank: six steps on one batch."""
+    own = projects.load(FOLDER / "trainer.py")
+    config, weights, batches = projects.example(own)
+    broken = projects.handed_in(FOLDER / "broken_trainer.py")
+    return broken.train(config, weights, batches[:1] * 6, *layout)[0]
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_broken_trainer_falls(pool):
+    for layout in projects.LAYOUTS:
+        losses, *_ = pool.run("test_projects", "losses_of_the_broken_one", dict(layout=layout))
+        assert losses == sorted(losses, reverse=True)
 
 
 DAYS = "def days(layers, hidden, vocab, seq, gpus, tflops, tokens):\n    {}"

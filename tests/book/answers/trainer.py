@@ -2,15 +2,10 @@
 """Another right answer to project 1: chapter 2's operators, messages as autograd's, and a full
 optimizer on every rank."""
 
-import sys
-from pathlib import Path
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron_tp import copy_to_tp, reduce_from_tp
-
-sys.path.append(str(Path(__file__).resolve().parents[3] / "notebooks/projects"))
 from trainer import MAX_NORM, make_optimizer, summed_loss
 
 DIMS = {"up.weight": 0, "up.bias": 0, "down.weight": 1}
