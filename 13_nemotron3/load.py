@@ -755,8 +755,8 @@ class BudgetController:
             tokens_B, is_forced_B = controller(sampled_B)
 
     Args:
-        start, end: token ids of the two tags, one or several each. They count as no thought, but
-            the first ids of an end tag do until it is complete: they may be none.
+        start, end: token ids of the two tags, one or several each. They count as no thought. The
+            first ids of an end tag do until it is complete, since they may be another word.
         budget: so many tokens of thought in each row, or one number a row, int64 (B,). None: no
             limit. A thought begins anew, with a new count, after each start tag outside a thought.
         rows: B. device: of all tensors here; None: the CPU.
@@ -835,7 +835,7 @@ class BudgetController:
         return size_B
 
 
-# endregion copy 8061b9
+# endregion copy d22f4e
 
 
 class ForcedTokens:
