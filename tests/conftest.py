@@ -65,8 +65,6 @@ def pytest_collection_finish():
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     torch.manual_seed(0)  # as in the ranks: a test draws the same values in every run
-    if item.get_closest_marker("slow") and not item.get_closest_marker("ranks"):
-        close_pools()  # a whole script has ranks of its own; the threads of idle ones do not sleep
 
 
 def pytest_runtest_teardown(item, nextitem):

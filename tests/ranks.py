@@ -3,9 +3,8 @@
 
 The ranks are forked from a server that has imported torch already, make their process group once,
 and then take one test after the other. After a failure, or a test that takes too long, they are
-killed and started anew: a test fails alone. So are ranks that hold many process groups, because the
-threads of gloo's groups never sleep for long. A rank ends by itself when the process that started
-it is gone.
+killed and started anew: a test fails alone. So are ranks that hold many process groups. A rank ends
+by itself when the process that started it is gone.
 """
 
 import gc
@@ -25,7 +24,7 @@ import torch.distributed as dist
 
 PRELOADED = ["pytest", "hypothesis", "torch", "torch.distributed.run", "torch._dynamo", "ranks"]
 PATHS = []  # where tests and chapters are imported from
-MOST_GROUPS = 24  # each costs a rank a thread that wakes a hundred times a second
+MOST_GROUPS = 64  # each holds a connection to every other rank
 device = torch.device("cpu")  # in a rank: the one that it owns
 backend = "gloo"  # what its tensors on that device travel through
 
@@ -60,6 +59,7 @@ def _serve(
     if device_type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    _share_a_device()
     device_id = device if backend == "nccl" else None
     # Some tests make their tensors on the CPU.
     backends = "cpu:gloo,cuda:nccl" if backend == "nccl" else backend
@@ -80,6 +80,20 @@ def _serve(
             reply = ("skipped", str(error)) if skipped else ("failed", traceback.format_exc())
         groups = len(dist.distributed_c10d._world.pg_map)
         connection.send_bytes(pickle.dumps((*reply, groups)))
+
+
+def _share_a_device() -> None:
+    """Process groups of this rank, however many, send and receive by one thread: gloo starts one
+    for each of its devices, which wakes a hundred times a second."""
+    shared = dist.ProcessGroupGloo.create_default_device()
+    make = dist.ProcessGroupGloo.__init__
+
+    def init(group, store, rank, size, timeout) -> None:
+        options = dist.ProcessGroupGloo._Options()
+        options._devices, options._threads, options._timeout = [shared], 2, timeout
+        make(group, store, rank, size, options)
+
+    dist.ProcessGroupGloo.__init__ = init
 
 
 class Pool:

@@ -24,6 +24,7 @@ import functools
 import importlib
 import inspect
 import json
+import os
 import sys
 import traceback
 import types
@@ -921,8 +922,12 @@ def rehearse_plants() -> dict[str, dict]:
     return found
 
 
-if __name__ == "__main__":
+def results(subject: str) -> dict[str, dict]:
+    """Of a chapter, or of "plants". To be called once in a process."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
-    subject = sys.argv[1]
-    results = rehearse_plants() if subject == "plants" else rehearse_chapter(subject)
-    print(json.dumps(results, indent=1))
+    return rehearse_plants() if subject == "plants" else rehearse_chapter(subject)
+
+
+if __name__ == "__main__":
+    print(json.dumps(results(sys.argv[1]), indent=1))

@@ -281,7 +281,7 @@ def makes_a_group() -> None:
 
 
 def test_ranks_with_many_groups_start_anew():
-    """Each group of gloo has a thread that wakes all the time, and lives as long as its rank."""
+    """Each group holds connections, and lives as long as its rank."""
     pool, here = ranks.Pool(2), __name__
     try:
         pool.run(here, "ready")

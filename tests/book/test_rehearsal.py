@@ -2,23 +2,23 @@
 """Each chapter's training step on a simulated accelerator: no device mismatch, and the stated
 host synchronisations.
 
-`rehearsal.py` says how. A process has one world and one simulated device: a subprocess a chapter.
+`rehearsal.py` says how. A process has one world and one simulated device: a process a chapter.
 """
 
 import importlib
-import json
 import math
-import os
-import subprocess
-import sys
 from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from functools import lru_cache
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import ranks
 import rehearsal
+import scripts
 import torch
+import torch.distributed as dist
 
 ROOT = rehearsal.ROOT
 SCRIPT = Path(rehearsal.__file__)
@@ -49,27 +49,23 @@ HAVE_NO_LOG = set()  # chapters whose loop does not use `read_step`
 
 
 SUBJECTS = [*rehearsal.CHAPTERS, "plants"]
-POOL = ThreadPoolExecutor(2)
+
+
+@lru_cache
+def pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(2, ranks.context(), max_tasks_per_child=1)
 
 
 def rehearsed(subject: str) -> dict[str, dict]:
     """The subject's results; the next subject is started as well, on the second core."""
     number = SUBJECTS.index(subject)
     futures = [started(name) for name in SUBJECTS[number : number + 2]]
-    return futures[0].result()
+    return futures[0].result(timeout=120)
 
 
 @lru_cache
 def started(subject: str) -> Future:
-    return POOL.submit(run_alone, subject)
-
-
-def run_alone(subject: str) -> dict[str, dict]:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), subject]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert run.returncode == 0, run.stderr[-3000:]
-    return json.loads(run.stdout)
+    return pool().submit(rehearsal.results, subject)
 
 
 @pytest.mark.parametrize("folder", rehearsal.CHAPTERS)
@@ -196,45 +192,23 @@ def test_a_step_that_is_not_finite_raises_and_is_named(folder, loss, norm):
     assert chapter.read_step(7, torch.tensor(1.5), torch.tensor(2.0)) == (1.5, 2.0)
 
 
-NAN_RUN = """
-import sys
-from pathlib import Path
-import torch
-import torch.distributed as dist
-import pipeline as chapter
+@pytest.mark.ranks(2)
+def test_a_nan_weight_on_one_rank_ends_the_run_on_all_in_that_step():
+    chapter = importlib.import_module("pipeline")
+    train, yielded = chapter.train, []
 
-train = chapter.train
+    def broken(stage, *args, **options):
+        for step, result in enumerate(train(stage, *args, **options)):
+            yielded.append(step)
+            yield result
+            if step == 2 and dist.get_rank() == 1:
+                with torch.no_grad():
+                    next(stage.parameters()).view(-1)[0] = torch.nan
 
-def broken(stage, *args, **options):
-    for step, result in enumerate(train(stage, *args, **options)):
-        yield result
-        if step == 2 and dist.get_rank() == 1:
-            with torch.no_grad():
-                next(stage.parameters()).view(-1)[0] = torch.nan
-
-def main(args, device):
-    try:
-        chapter.main(args, device)
-    except FloatingPointError as error:
-        (Path(__file__).parent / f"rank{dist.get_rank()}").write_text(str(error))
-        raise
-
-chapter.train = broken
-chapter.equivalence = lambda *args: {}
-chapter.launch(main, chapter.flags())
-"""
-
-
-def test_a_nan_weight_on_one_rank_ends_the_run_on_all_in_that_step(tmp_path):
-    script = tmp_path / "run.py"
-    script.write_text(NAN_RUN)
-    path = str(ROOT / "03_pipeline")
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
-    command = [sys.executable, str(script), "--ranks", "2", "--steps", "6"]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert run.returncode != 0
-    assert "FloatingPointError: step 3: loss nan" in run.stderr
-    for rank in range(2):
-        assert (tmp_path / f"rank{rank}").read_text().startswith("step 3: loss nan")
-    steps = [line.split()[0] for line in run.stdout.splitlines() if line[:4].strip().isdigit()]
-    assert steps == ["0", "1", "2"]  # and nothing after them
+    with (
+        mock.patch.object(chapter, "train", broken),
+        mock.patch.object(chapter, "equivalence", lambda *args: {}),
+        pytest.raises(FloatingPointError, match="^step 3: loss nan"),
+    ):
+        scripts.on_ranks(chapter, "--steps", 6)
+    assert yielded == [0, 1, 2, 3]
