@@ -59,6 +59,7 @@ def _serve(
     if device_type == "cuda":
         device = torch.device("cuda", rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
+    _stay_on_a_core(rank, world)
     _share_a_device()
     device_id = device if backend == "nccl" else None
     # Some tests make their tensors on the CPU.
@@ -94,6 +95,14 @@ def _share_a_device() -> None:
         make(group, store, rank, size, options)
 
     dist.ProcessGroupGloo.__init__ = init
+
+
+def _stay_on_a_core(rank: int, world: int) -> None:
+    """While gloo's thread on one core waits for a lock that another thread of the rank holds, it
+    does not sleep: with more ranks than cores, that is most of a collective's time."""
+    if world > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, [cores[rank % len(cores)]])
 
 
 class Pool:
