@@ -45,6 +45,8 @@ tables: $(RUN)
 	@$(if $(TABLES),,echo "no tables of $(if $(CHAPTER),chapter $(CHAPTER),any chapter)"; $(if $(CHAPTER),exit 1;))
 	@set -e; for script in $(TABLES); do echo "── $$script"; $(PY) $$script $(ARGS); echo; done
 
+# Hundreds of processes would each compile the chapters.
+test: export PYTHONDONTWRITEBYTECODE :=
 test: $(DEV) lint
 	@$(if $(TESTS),,echo "no tests of chapter $(CHAPTER)"; exit 1;)
 	$(PY) -m pytest $(SHARED) $(if $(CHAPTER),,tests/book) $(TESTS) $(ARGS)
