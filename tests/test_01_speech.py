@@ -826,6 +826,10 @@ def test_ranks_that_read_or_search_longer_than_others_are_waited_for():
     assert called == ["wait", "train", "check", "search", "wait", "gather"]
 
 
+def on_these_ranks(flags: list[str]) -> tuple[int, str]:
+    return scripts.on_ranks(speech, *flags)
+
+
 @pytest.mark.slow
 def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
     """Two ranks learn from files; one process reads the model, and prints rate and text."""
@@ -839,12 +843,15 @@ def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
         lines.append(json.dumps(dict(audio_filepath=f"{i}.wav", duration=1.0, text=words)))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
-    small = '{"hidden_size": 8}'
-    trained = scripts.run(
-        SCRIPT, "--data", manifest, "--epochs", "2", "--distort", "--model", small, "--save", model
-    )
-    assert trained.returncode == 0, trained.stderr
-    rate = next(line for line in trained.stdout.splitlines() if line.startswith("word error rate"))
+    flags = ["--data", manifest, "--epochs", "2", "--distort", "--save", model]
+    flags += ["--model", '{"hidden_size": 8}']
+    pool = ranks.Pool(2)
+    try:
+        ((code, trained), _) = pool.run(__name__, "on_these_ranks", dict(flags=flags), 120)
+    finally:
+        pool.close()
+    assert code == 0
+    rate = next(line for line in trained.splitlines() if line.startswith("word error rate"))
     use = ["--load", model, "--evaluate", manifest, "--transcribe", str(tmp_path / "3.wav")]
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *use])
     speech.use_model(speech.flags())

@@ -12,8 +12,10 @@ import os
 import shutil
 import signal
 import sys
+import time
 import types
 import zlib
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,7 +33,7 @@ from proof import assert_equal, plant
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 SCRIPT = Path(pretrain.__file__)
 WORLDS = pytest.mark.ranks(1, 2, 4)
@@ -267,35 +269,48 @@ def published(folder: Path, shard_size: str = "5GB", **changes):
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**settings)).eval()
     for p in theirs.parameters():  # biases and norms start at 0 and 1, which would hide a mistake
         nn.init.normal_(p, mean=float(p.ndim == 1 and p.mean() == 1), std=0.3)
-    theirs.save_pretrained(folder, max_shard_size=shard_size)  # on the first rank alone
+    theirs.save_pretrained(folder, max_shard_size=shard_size)
     return theirs
 
 
+@pytest.fixture(params=["5GB", "20KB"])
+def transformers_says(request, tmp_path):
+    """A published folder, and a file of what transformers' GPT-2 computes, which no rank imports.
+
+    Logits in fp32 and float64, the gradient of the embedding, and greedy text.
+    """
+    theirs = published(tmp_path, request.param)
+    tokens = batch_of()[0].cpu()
+    found = {}
+    for dtype in (torch.float32, torch.float64):
+        found[dtype] = theirs.to(dtype)(tokens).logits
+    F.cross_entropy(found[dtype].flatten(0, 1), tokens.flatten(), reduction="sum").backward()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    found["text"] = theirs.generate(tokens[:1, :8], **options)[0]
+    found["gradient"] = theirs.transformer.wte.weight.grad
+    torch.save(tree_map(torch.Tensor.detach, found), tmp_path / "transformers.pt")
+    return request.param, tmp_path
+
+
 @pytest.mark.ranks(1, 2, 4, timeout=120)
-@pytest.mark.parametrize("shard_size", ["5GB", "20KB"])
-def test_published_gpt2(tmp_path, shard_size):
+def test_published_gpt2(transformers_says):
     """transformers' GPT-2 at every tp: logits in fp32 and float64, a gradient, greedy text."""
-    theirs = published(tmp_path, shard_size)
-    dist.barrier()
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_size == "20KB")
-    cfg, full = pretrain.load_gpt2(tmp_path)
+    shard_size, folder = transformers_says
+    theirs = torch.load(folder / "transformers.pt")
+    assert (folder / "model.safetensors.index.json").exists() == (shard_size == "20KB")
+    cfg, full = pretrain.load_gpt2(folder)
     parallel = tp.ParallelGPT(cfg).to(ranks.device).eval()
     shards = tp.shard_state_dict(full, cfg, dist.get_rank(), dist.get_world_size())
     parallel.load_state_dict(shards)
     tokens = batch_of()[0]
     for dtype, bound in ((torch.float32, 1e-5), (torch.float64, 1e-10)):  # fp32: another order
-        parallel, theirs = parallel.to(dtype), theirs.to(ranks.device, dtype)
-        logits = tp.gather_from_tp(parallel(tokens))[..., :61]
-        assert_equal({"logits": logits}, {"logits": theirs(tokens).logits}, bound=bound)
+        logits = tp.gather_from_tp(parallel.to(dtype)(tokens))[..., :61]
+        assert_equal({"logits": logits}, {"logits": theirs[dtype]}, bound=bound)
     tp.vocab_parallel_cross_entropy(parallel(tokens), tokens, vocab_size=61).sum().backward()
-    logits = theirs(tokens).logits.flatten(0, 1)
-    F.cross_entropy(logits, tokens.flatten(), reduction="sum").backward()
     gradient = {"embedding.weight": parallel.embedding.weight.grad}
-    expected = {"embedding.weight": theirs.transformer.wte.weight.grad.cpu()}
+    expected = {"embedding.weight": theirs["gradient"]}
     assert_equal(tp.gather_state_dict(gradient, cfg), expected)
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    expected = theirs.generate(tokens[:1, :8], **options)[0]
-    assert torch.equal(pretrain.generate(parallel, tokens[0, :8], 8), expected)
+    assert torch.equal(pretrain.generate(parallel, tokens[0, :8], 8).cpu(), theirs["text"])
 
 
 @pytest.fixture
@@ -672,10 +687,6 @@ def test_a_run_from_other_published_weights_is_refused(
 # ── 6 Real starts ───────────────────────────────────────────────────────────────────────────────
 
 
-def run(*flags, script=SCRIPT, **options):
-    return scripts.run(script, *map(str, flags), **options)
-
-
 TEXT_NAME = "größe x.txt"
 
 
@@ -700,15 +711,15 @@ def on_these_ranks(*flags) -> tuple[int, str]:
     return scripts.on_ranks(pretrain, *flags, main=pretrain.pretrain)
 
 
-def on_ranks_of_its_own(flags: list) -> str:
-    """What rank 0 prints of a run on two ranks, for a test that is none of their bodies."""
+def on_ranks_of_its_own(*runs: list) -> list[str]:
+    """What rank 0 prints of each run on two ranks, for a test that is none of their bodies."""
     pool = ranks.Pool(2)
     try:
-        ((code, printed), _) = pool.run(__name__, "on_these_ranks_of", dict(flags=flags))
+        results = [pool.run(__name__, "on_these_ranks_of", dict(flags=flags)) for flags in runs]
     finally:
         pool.close()
-    assert code == 0
-    return printed
+    assert all(code == 0 for result in results for code, _ in result)
+    return [printed for ((_, printed), _) in results]
 
 
 def on_these_ranks_of(flags: list) -> tuple[int, str]:
@@ -731,9 +742,9 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, monkeypatch):
     """
     monkeypatch.setenv("PYTHONSAFEPATH", "1")
     flags = [*TINY, *small_text(tmp_path), "--steps", "60", "--save-every", "3"]
-    flags += ["--dropout", "0.1", "--ranks", "2"]
+    flags += ["--dropout", "0.1"]
     file = tmp_path / "run"
-    command = [str(SCRIPT), *map(str, flags), "--checkpoint", str(file)]
+    command = [str(SCRIPT), *map(str, flags), "--ranks", "2", "--checkpoint", str(file)]
     with scripts.started(*command, start_new_session=True) as process:
         for line in process.stdout:
             if line.startswith("   4"):
@@ -746,12 +757,12 @@ def test_ctrl_c_and_the_same_command_again(tmp_path, monkeypatch):
     assert line == f"interrupted after step {after}; the same command goes on from step {then}"
     assert 4 <= after and after - 2 <= then <= after + 1 and then % 3 == 0
     assert pretrain.read_run(file)["step"] == then
-    resumed = run(*flags, "--checkpoint", file)
-    assert f"{file} goes on from step {then}, written on tp 2 × dp 1 in fp32" in resumed.stdout
-    assert resumed.returncode == 0, resumed.stderr
-    expected = on_ranks_of_its_own([*flags[:-2], "--checkpoint", tmp_path / "whole"])
-    assert written(resumed.stdout) == written(expected)
-    assert file.read_bytes() == (tmp_path / "whole").read_bytes()
+    whole = tmp_path / "whole"
+    runs = [[*flags, "--checkpoint", each] for each in (file, whole)]
+    resumed, expected = on_ranks_of_its_own(*runs)
+    assert f"{file} goes on from step {then}, written on tp 2 × dp 1 in fp32" in resumed
+    assert written(resumed) == written(expected)
+    assert file.read_bytes() == whole.read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([TEXT_NAME, "run", "whole"])
 
 
@@ -820,23 +831,31 @@ def test_published_weights_train_and_write(published_folder):
     assert "after 'It was' the model writes" in printed
 
 
-def changed(tmp_path: Path, lines: str) -> Path:
-    """A script that changes something and then does what pretrain.py does, on every rank."""
-    script = tmp_path / "changed.py"
-    head = f"import os, sys, time\nsys.path.insert(0, {str(SCRIPT.parent)!r})\nimport pretrain\n"
-    script.write_text(f"{head}{lines}\npretrain.mtp.launch(pretrain.pretrain, pretrain.flags())\n")
-    return script
-
-
-@pytest.mark.slow
+@pytest.mark.ranks(2)
 def test_a_disk_that_is_slower_than_the_timeout(tmp_path):
-    """fsync takes 7 s, --timeout is 5: the other rank's wait is no message that was lost."""
-    script = changed(tmp_path, "fsync = os.fsync\nos.fsync = lambda f: (time.sleep(7), fsync(f))\n")
-    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--timeout", "5", "--ranks", "2"]
-    (tmp_path / "out").mkdir()
-    result = run(*flags, "--checkpoint", tmp_path / "out/run", script=script)
-    assert result.returncode == 0, result.stderr
+    """fsync takes 7 s, a collective of all ranks or of the mesh 5 s at most.
+
+    The other rank's wait is no message that was lost.
+    """
+    flags = [*TINY, *text_of_all(tmp_path), "--steps", "3", "--timeout", "5"]
+    (tmp_path / "out").mkdir(exist_ok=True)
+    fsync = os.fsync
+
+    def slow(file: int) -> None:
+        time.sleep(7)
+        fsync(file)
+
+    limit_of_all_ranks(5)
+    with plant(os, "fsync", slow):
+        code, _ = on_these_ranks(*flags, "--checkpoint", tmp_path / "out/run")
+    limit_of_all_ranks(60)
+    assert code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
+
+
+def limit_of_all_ranks(seconds: float) -> None:
+    """--timeout of the group of all ranks, which the script sets where it makes it."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 @pytest.mark.ranks(2)
