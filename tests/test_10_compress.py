@@ -56,6 +56,9 @@ def batches_of(count=3, rows=4, length=9, seed=1):
     return found
 
 
+text_data = lru_cache(c.TextData)  # reads the text once
+
+
 @lru_cache
 def mesh_of(tp: int) -> c.Mesh:
     return c.make_mesh(tp, ranks.device)
@@ -1055,7 +1058,11 @@ def trained_once(demonstrate):
 def test_the_scripts_on_two_ranks():
     """The demonstrations with the scripts' own steps."""
     large_model = trained_once(c.demonstrate)
-    with plant(c, "demonstrate", large_model), plant(d, "demonstrate", large_model):
+    with (
+        plant(c, "TextData", text_data),
+        plant(c, "demonstrate", large_model),
+        plant(d, "demonstrate", large_model),
+    ):
         for module, rows, judged in ((c, 5, 4), (d, 6, 5)):
             code, text = scripts.on_ranks(module)
             assert code == 0 and "FAILED" not in text and text.count(" ok\n") == judged, text
@@ -1064,7 +1071,8 @@ def test_the_scripts_on_two_ranks():
 
 @pytest.mark.ranks(2)
 def test_few_steps_are_not_judged():
-    code, text = scripts.on_ranks(d, "--steps", 8, "--seq-length", 16)
+    with plant(c, "TextData", text_data):
+        code, text = scripts.on_ranks(d, "--steps", 8, "--seq-length", 16)
     assert code == 0 and text.count(" ok\n") == 4 and " 300 steps\n" in text, text
 
 
@@ -1086,7 +1094,7 @@ def test_a_script(name):
 
 
 def flags_of(*words: str, module=c):
-    with plant(sys, "argv", [str(SCRIPT), *words]):
+    with plant(sys, "argv", [str(SCRIPT), *words]), plant(c, "TextData", text_data):
         return module.flags()
 
 
