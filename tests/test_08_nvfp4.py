@@ -1525,16 +1525,19 @@ def test_the_script(monkeypatch):
     assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 6
 
 
-@pytest.mark.slow
+@pytest.mark.ranks(1)
 def test_check():
-    """Alone, in the process itself; test_check_on_every_world has the other worlds."""
-    done = run("--check", "--ranks", "1")
-    assert done.returncode == 0, done.stderr
-    assert "worst" in done.stdout and "gradient layers.0.qkv.weight" in done.stdout
+    """Its output; test_check_on_every_world has the other worlds."""
+    code, printed = scripts.on_ranks(nf, "--check", "--dtype", "fp64")
+    assert code == 0, printed
+    assert "worst" in printed and "gradient layers.0.qkv.weight" in printed
+
+
+text_data = lru_cache(nf.TextData)  # reads the text once
 
 
 def flags_of(*words: str):
-    with plant(sys, "argv", [str(SCRIPT), *words]):
+    with plant(sys, "argv", [str(SCRIPT), *words]), plant(nf, "TextData", text_data):
         return nf.flags()
 
 

@@ -190,10 +190,19 @@ def test_a_mean_over_replicas_where_one_has_no_values():
 
 
 @pytest.mark.slow
+@pytest.mark.ranks(2, timeout=280)
 def test_the_script():
-    done = scripts.run(rd.__file__, timeout=280)
+    """With its own number of steps."""
+    code, printed = scripts.on_ranks(rd)
+    assert code == 0 and "FAILED" not in printed and printed.count(" ok\n") == 2, printed
+
+
+@pytest.mark.slow
+def test_a_plain_start():
+    sizes = ("--steps", "1", "--pairs", "4", "--rounds", "1", "--pair-steps", "1")
+    done = scripts.run(rd.__file__, "--ranks", "1", "--reward-steps", "1", *sizes)
     assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 2
+    assert done.stdout.count("a short run") == 2
 
 
 def test_check_is_refused(capsys, monkeypatch):

@@ -1032,10 +1032,11 @@ def test_the_demonstration_on_two_ranks():
 
 
 @pytest.mark.slow
+@pytest.mark.ranks(2, timeout=240)
 def test_the_script():
-    done = scripts.run(SCRIPT, timeout=240)
-    assert done.returncode == 0, done.stderr
-    assert "FAILED" not in done.stdout and done.stdout.count(" ok\n") == 3
+    """With its own number of steps."""
+    code, printed = scripts.on_ranks(gr)
+    assert code == 0 and "FAILED" not in printed and printed.count(" ok\n") == 3, printed
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import load
@@ -506,7 +507,15 @@ def test_damaged_files_are_named(folder, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.ranks(4, timeout=240)
 def test_the_demonstration():
-    done = scripts.run(Path(load.__file__), "--steps", "2", "--new-tokens", "4")
+    with plant(n3, "TextData", lru_cache(n3.TextData)):
+        code, printed = scripts.on_ranks(load, "--steps", 2, "--new-tokens", 4)
+    assert code == 0 and "4 of 4 texts" in printed, printed
+
+
+@pytest.mark.slow
+def test_a_plain_start():
+    done = scripts.run(Path(load.__file__), "--ranks", "1", "--steps", "1", "--new-tokens", "2")
     assert done.returncode == 0, done.stderr
-    assert "4 of 4 texts" in done.stdout
+    assert "1 of 1 texts" in done.stdout
