@@ -22,12 +22,14 @@ from proof import Events, Shows, assert_equal, plant, worst_of
 from test_07_zero_3d import (
     LR,
     adamw,
+    assert_merged,
     batch_of,
     config,
     everyone,
+    five_batches,
+    five_steps_alone,
     merged,
     mesh_of,
-    plain_and_optimizer,
     reference,
     sgd,
 )
@@ -96,26 +98,22 @@ def prove(layout, untied=False, sp=True, sizes=None, clip=0.5, **options) -> Non
     mesh = mesh_of(*layout, sp)
     layers = max(3, mesh.pp - 2)
     sizes = sizes or {"num_heads": max(4, mesh.tp)}
-    cfg = config(untied=untied, num_layers=layers, **sizes)
+    sizes = {"untied": untied, "num_layers": layers, **sizes}
+    cfg = config(**sizes)
     rows = 8 if mesh.dp < 8 else 16
-    batches = [batch_of(rows, 8, seed) for seed in range(5)]
     for make in (sgd, adamw):
-        plain, optimizer_alone = plain_and_optimizer(cfg, make)
+        numbers_52, grads, weights = five_steps_alone(tuple(sizes.items()), make, rows, clip)
         stage, optimizer = build(cfg, mesh, make, **options)
-        alone = z.train_alone(plain, optimizer_alone, batches, max_norm=clip)
         micro_batch = max(1, rows // mesh.dp // max(2, mesh.pp))
-        steps = z.train(stage, optimizer, batches, micro_batch, max_norm=clip)
-        for step, (expected, found) in enumerate(zip(alone, steps)):
+        steps = z.train(stage, optimizer, five_batches(rows), micro_batch, max_norm=clip)
+        for step, (expected, found) in enumerate(zip(numbers_52, steps)):
             names = ("loss", "norm")
             assert_equal(dict(zip(names, found)), dict(zip(names, expected)))
             assert expected[1] > clip  # so that clipping matters
             if step == 0:
-                grads = {name: p.grad.cpu() for name, p in plain.named_parameters()}
-                assert_equal(merged(full_grads(optimizer.buffer), cfg, mesh), grads)
+                assert_merged(full_grads(optimizer.buffer), grads, cfg, mesh)
         assert_freed(optimizer.buffer)
-        weights = merged(optimizer.buffer.state_dict(), cfg, mesh)
-        expected = {name: x.cpu() for name, x in plain.state_dict().items()}
-        assert_equal(weights, expected, floor=5 * LR)
+        assert_merged(optimizer.buffer.state_dict(), weights, cfg, mesh, floor=5 * LR)
 
 
 # ── Equality ────────────────────────────────────────────────────────────────────────────────────
@@ -548,8 +546,11 @@ def peak_of(run) -> int:
     return peak
 
 
-def measured(layers: int, dtype: torch.dtype, reshard: bool = True) -> tuple[int, int, int, int]:
-    """Of one step: bytes allocated at a time; the formula's; those at rest; parameters."""
+def measured(
+    layers: int, dtype: torch.dtype, reshard: bool = True, steps: int = 1
+) -> tuple[int, int, int, int]:
+    """Of a step: bytes allocated at a time, the least of so many; the formula's; those at rest;
+    parameters."""
     mesh = mesh_of(1, 1, dist.get_world_size())
     cfg = config(num_layers=layers, hidden_size=128)
     stage, optimizer = build(cfg, mesh, dtype=dtype, reshard=reshard, recompute=True)
@@ -562,7 +563,7 @@ def measured(layers: int, dtype: torch.dtype, reshard: bool = True) -> tuple[int
     def step() -> None:
         backward(stage, optimizer, (tokens_BS, targets_BS))
 
-    peak = peak_of(step)
+    peak = min(peak_of(step) for _ in range(steps))
     return peak, bound, fsdp.bytes_at_rest(optimizer), P
 
 
@@ -584,13 +585,13 @@ def test_the_peak_is_the_formula():
 @pytest.mark.ranks(2, 4)
 def test_the_peak_does_not_grow_with_the_layers():
     """gloo's own copies included. Without resharding it does grow, by all parameters. The least of
-    five runs: a slow rank leaves collectives of earlier layers in flight, with their memory."""
+    five steps: a slow rank leaves collectives of earlier layers in flight, with their memory."""
 
     def least(layers: int, reshard: bool = True) -> tuple:
-        runs = [measured(layers, torch.bfloat16, reshard=reshard) for _ in range(5)]
-        peak = torch.tensor([min(run[0] for run in runs)])
+        peak, *others = measured(layers, torch.bfloat16, reshard, steps=5)
+        peak = torch.tensor([peak])
         dist.all_reduce(peak, dist.ReduceOp.MIN)
-        return peak.item(), *runs[0][1:]
+        return peak.item(), *others
 
     few, bound, *_ = least(4)
     many, same, _, P = least(12)

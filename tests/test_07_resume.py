@@ -2,9 +2,9 @@
 """Optimizer state by name and offset: on another mesh, after a kill; wrong files are refused."""
 
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ranks
 import resume
@@ -16,6 +16,9 @@ import zero_3d_tables as tables
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import Shows
+from test_07_zero_3d import everyone, mesh_of
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 CONFIG = z.GPTConfig(61, 3, 32, 4)
 FOUR = [
@@ -25,11 +28,6 @@ FOUR = [
     ((2, 2, 1), (1, 1, 4)),
 ]
 EIGHT = [((2, 2, 2), (1, 4, 2)), ((2, 2, 2), (4, 1, 2)), ((2, 1, 4), (1, 2, 4))]
-
-
-@lru_cache
-def mesh_of(tp: int, pp: int, dp: int) -> z.ParallelMesh:
-    return z.make_mesh(tp, pp, dp, ranks.device)
 
 
 def batch_of(seed: int):
@@ -45,16 +43,26 @@ def build(layout, dtype=torch.bfloat16, seed: int = 0):
     return stage, z.make_training(stage, 1e-2, elements=500), mesh
 
 
-def everyone(mine) -> list:
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, mine)
-    return found
+def arrays(state: dict) -> dict:
+    """Tensors as numpy's arrays, which are pickled faster."""
+    return tree_map_only(Tensor, Tensor.numpy, state)
+
+
+def tensors(state: dict) -> dict:
+    return tree_map_only(np.ndarray, torch.from_numpy, state)
 
 
 def full_state(optimizer, mesh) -> resume.FullState:
-    return resume.merge_optimizer_states(
-        everyone(resume.optimizer_state_dict(optimizer)), CONFIG, mesh
-    )
+    """Merged on rank 0, for every rank."""
+    is_first = dist.get_rank() == 0
+    found = [None] * dist.get_world_size() if is_first else None
+    dist.gather_object(arrays(resume.optimizer_state_dict(optimizer)), found)
+    merged = [None]
+    if is_first:
+        states = [tensors(state) for state in found]
+        merged = [arrays(resume.merge_optimizer_states(states, CONFIG, mesh))]
+    dist.broadcast_object_list(merged)
+    return tensors(merged[0])
 
 
 def assert_same(here: resume.FullState, there: resume.FullState) -> None:
@@ -74,9 +82,10 @@ def reshard(first, second) -> None:
     assert all(x.abs().max() > 0 for x in state["exp_avg"].values())
     other, theirs, other_mesh = build(second, seed=5)
     resume.load_optimizer_state(theirs, state, CONFIG, other_mesh)
-    assert_same(full_state(theirs, other_mesh), state)
+    there = full_state(theirs, other_mesh)
+    assert_same(there, state)
     again, back, _ = build(first, seed=6)
-    resume.load_optimizer_state(back, full_state(theirs, other_mesh), CONFIG, mesh)
+    resume.load_optimizer_state(back, there, CONFIG, mesh)
     for name, p in stage.named_parameters():
         assert torch.equal(again.get_parameter(name), p)
     ((loss, norm),) = z.train(stage, optimizer, [batch_of(2)], 2)

@@ -7,7 +7,7 @@ which transformers' BLOOM holds, torch.optim, torch's device mesh, or formulas w
 
 import time
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ EIGHT = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8
 EIGHT += [(1, 4, 2), (1, 2, 4), (1, 1, 8)]
 TIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 LR = 1e-2
+LATEST: dict[tuple, z.ParallelMesh] = {}  # what mesh_of has made, the one used last at the end
 
 
 # ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
@@ -39,9 +40,24 @@ def config(**changes) -> z.GPTConfig:
     return z.GPTConfig(**(sizes | changes))
 
 
-@lru_cache
 def mesh_of(tp: int, pp: int, dp: int, sp: bool = True) -> z.ParallelMesh:
-    return z.make_mesh(tp, pp, dp, ranks.device, sp=sp)
+    """One of the three meshes that were used last, or a new one.
+
+    The groups of others end: each has a thread that wakes a hundred times a second.
+    """
+    key = (tp, pp, dp, sp)
+    mesh = LATEST.pop(key, None)
+    if mesh is None and len(LATEST) == 3:
+        oldest = next(iter(LATEST))
+        end_groups(LATEST.pop(oldest))
+    LATEST[key] = mesh or z.make_mesh(tp, pp, dp, ranks.device, sp=sp)
+    return LATEST[key]
+
+
+def end_groups(mesh: z.ParallelMesh) -> None:
+    dist.barrier()  # no rank still waits for a message of these groups
+    for group in (mesh.tp_group, mesh.pp_group, mesh.dp_group, mesh.tied_group):
+        dist.destroy_process_group(group)
 
 
 def batch_of(rows: int = 8, length: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -81,19 +97,41 @@ def everyone(mine) -> list:
     return found
 
 
+def shards_of(tensors: dict) -> list[dict]:
+    """Every rank's tensors, on the CPU. Those of a rank have one dtype: they travel as one."""
+    flat = torch.cat([x.detach().flatten() for x in tensors.values()])
+    shapes = {name: x.shape for name, x in tensors.items()}
+    shards = []
+    for its_flat, its_shapes in everyone((flat.cpu(), shapes)):
+        parts = its_flat.split([shape.numel() for shape in its_shapes.values()])
+        pairs = zip(its_shapes.items(), parts)
+        shards.append({name: x.view(shape) for (name, shape), x in pairs})
+    return shards
+
+
 def merged(tensors: dict, cfg, mesh) -> dict:
-    mine = {name: x.detach().cpu().clone() for name, x in tensors.items()}
-    return z.merge_state_dicts(everyone(mine), cfg, mesh)
+    return z.merge_state_dicts(shards_of(tensors), cfg, mesh)
 
 
-def merged_grads(optimizer, cfg, mesh) -> dict:
+def assert_merged(tensors: dict, expected: dict, cfg, mesh, floor: float = 0.0) -> None:
+    """Merged and compared on rank 0."""
+    shards = shards_of(tensors)
+    if dist.get_rank() == 0:
+        assert_equal(z.merge_state_dicts(shards, cfg, mesh), expected, floor=floor)
+
+
+def full_grads(optimizer) -> dict:
     """Every element from the replica that owns it."""
     grads = {}
     for bucket in optimizer.buffer.buckets:
         bucket.start_all_gather(bucket.grad)
         bucket.wait()
         grads |= {name: p.main_grad for name, p in bucket.params.items()}
-    return merged(grads, cfg, mesh)
+    return grads
+
+
+def merged_grads(optimizer, cfg, mesh) -> dict:
+    return merged(full_grads(optimizer), cfg, mesh)
 
 
 def backward(stage, optimizer, batch, rows: int = 2) -> tuple[Tensor, Tensor]:
@@ -116,29 +154,49 @@ def reference(cfg, batch) -> tuple[Tensor, dict]:
     return loss.detach(), {name: p.grad.cpu() for name, p in plain.named_parameters()}
 
 
+@cache
+def five_steps_alone(sizes: tuple, make, rows: int, clip: float) -> tuple[Tensor, dict, dict]:
+    """The plain model of config(**dict(sizes)), which rank 0 trains: loss and norm of each step.
+
+    Also, on rank 0 and on the CPU, the gradients of the first step and the last weights.
+    """
+    numbers_52 = torch.empty(5, 2, dtype=torch.float64, device=ranks.device)
+    grads = weights = {}
+    if dist.get_rank() == 0:
+        plain, optimizer = plain_and_optimizer(config(**dict(sizes)), make)
+        steps = z.train_alone(plain, optimizer, five_batches(rows), max_norm=clip)
+        for step, (loss, norm) in enumerate(steps):
+            numbers_52[step] = torch.stack([loss, norm])
+            if step == 0:
+                grads = {name: p.grad.cpu().clone() for name, p in plain.named_parameters()}
+        weights = {name: x.cpu() for name, x in plain.state_dict().items()}
+    dist.broadcast(numbers_52, 0)
+    return numbers_52, grads, weights
+
+
+def five_batches(rows: int) -> list[tuple[Tensor, Tensor]]:
+    return [batch_of(rows, 8, seed) for seed in range(5)]
+
+
 def prove(layout, untied: bool = False, sp: bool = True, recompute: bool = False) -> None:
     """Loss, norm and every gradient; weights after five steps of SGD and of AdamW."""
     mesh = mesh_of(*layout, sp)
     layers = 2 if mesh.pp == 1 else max(3, mesh.pp - 2)
-    cfg = config(untied=untied, num_heads=max(4, mesh.tp), num_layers=layers)
+    sizes = {"untied": untied, "num_heads": max(4, mesh.tp), "num_layers": layers}
+    cfg = config(**sizes)
     rows = 8 if mesh.dp < 8 else 16
-    batches = [batch_of(rows, 8, seed) for seed in range(5)]
     for make in (sgd, adamw):
-        plain, optimizer_alone = plain_and_optimizer(cfg, make)
+        numbers_52, grads, weights = five_steps_alone(tuple(sizes.items()), make, rows, 0.5)
         stage, optimizer = build(cfg, mesh, make, recompute=recompute)
-        alone = z.train_alone(plain, optimizer_alone, batches, max_norm=0.5)
         micro_batch = max(1, rows // mesh.dp // max(2, mesh.pp))
-        steps = z.train(stage, optimizer, batches, micro_batch, max_norm=0.5)
-        for step, (expected, found) in enumerate(zip(alone, steps)):
+        steps = z.train(stage, optimizer, five_batches(rows), micro_batch, max_norm=0.5)
+        for step, (expected, found) in enumerate(zip(numbers_52, steps)):
             names = ("loss", "norm")
             assert_equal(dict(zip(names, found)), dict(zip(names, expected)))
             assert expected[1] > 0.5  # so that clipping matters
             if step == 0:
-                grads = {name: p.grad.cpu() for name, p in plain.named_parameters()}
-                assert_equal(merged_grads(optimizer, cfg, mesh), grads)
-        weights = merged(stage.state_dict(), cfg, mesh)
-        expected = {name: x.cpu() for name, x in plain.state_dict().items()}
-        assert_equal(weights, expected, floor=5 * LR)
+                assert_merged(full_grads(optimizer), grads, cfg, mesh)
+        assert_merged(stage.state_dict(), weights, cfg, mesh, floor=5 * LR)
 
 
 # ── Equality on every mesh ──────────────────────────────────────────────────────────────────────
@@ -1204,7 +1262,7 @@ def test_the_learning_rate_is_the_callers():
 @pytest.mark.ranks(4, timeout=240)
 def test_the_default_run():
     """All of it, with a small model, on the pool's ranks; the start of processes is below."""
-    code, text = scripts.on_ranks(z, "--seq-length", 8, "--batch", 8, "--num-layers", 1)
+    code, text = scripts.on_ranks(z, "--seq-length", 8, "--batch", 4, "--num-layers", 1)
     assert code == 0, text
     assert text.count("  ok") == 6 and "FAILED" not in text
     for layout in ("(2, 1, 2)", "(1, 2, 2)", "(2, 2, 1)"):

@@ -470,14 +470,17 @@ def test_an_unusable_text(tmp_path):
     assert len(train) > 9 * len(evaluation) - 10 > 10_000 and int(train.max()) < 256
 
 
-def test_the_script():
-    """A process of its own: the check, and a wrong flag in one line."""
+def test_the_script(monkeypatch, capsys):
+    """A process of its own: the check. And a wrong flag in one line, before any rank starts."""
     run = scripts.run(SCRIPT, "--ranks", "1", "--check")
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.splitlines()[-1].startswith("worst ")
-    run = scripts.run(SCRIPT, "--ranks", "2", "--tp", "4")
-    assert run.returncode == 2
-    assert "--tp 4 times --cp 1 does not divide the 2 ranks" in run.stderr.splitlines()[-1]
+    monkeypatch.setattr("sys.argv", [str(SCRIPT), "--ranks", "2", "--tp", "4"])
+    with pytest.raises(SystemExit) as stop:
+        mt.flags()
+    assert stop.value.code == 2
+    message = "--tp 4 times --cp 1 does not divide the 2 ranks"
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 # ── Planted bugs ──────────────────────────────────────────────────────────────────────────────────
