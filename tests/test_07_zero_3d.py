@@ -1262,7 +1262,7 @@ def test_the_learning_rate_is_the_callers():
 @pytest.mark.ranks(4, timeout=240)
 def test_the_default_run():
     """All of it, with a small model, on the pool's ranks; the start of processes is below."""
-    code, text = scripts.on_ranks(z, "--seq-length", 8, "--batch", 4, "--num-layers", 1)
+    code, text = scripts.on_ranks(z, "--seq-length", 8, "--batch", 8, "--num-layers", 1)
     assert code == 0, text
     assert text.count("  ok") == 6 and "FAILED" not in text
     for layout in ("(2, 1, 2)", "(1, 2, 2)", "(2, 2, 1)"):
