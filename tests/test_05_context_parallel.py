@@ -23,15 +23,17 @@ import torch.nn.functional as F
 from deepspeech import Counter
 from proof import Shows, assert_differs, assert_equal, plant, worst_of
 from test_05_mamba_hybrid import (
+    assert_five_steps,
     config,
     everywhere,
+    five_steps_alone,
     grads_of,
     group_of_rank_0,
     random,
     shows,
+    tensors_everywhere,
     tokens_of,
 )
-from torch import nn
 
 SCRIPT = Path(cp.__file__)
 
@@ -48,17 +50,15 @@ def grid_of(tp: int) -> cp.Mesh:
 def joined(tensors: dict, cfg: mh.HybridConfig, grid: cp.Mesh) -> dict:
     """All tp ranks' shares, put together; what several hold must be the same on each, to the bit,
     and over cp too."""
-    merged = cp.merge_from_mesh(
-        everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group), cfg
-    )
-    others = everywhere(merged, grid.cp_group)
+    merged = cp.merge_from_mesh(tensors_everywhere(tensors, grid.tp_group), cfg)
+    others = tensors_everywhere(merged, grid.cp_group)
     assert all(torch.equal(x, other[name]) for other in others for name, x in merged.items())
     return merged
 
 
 def rank_0s(tensors: dict, cfg: mh.HybridConfig, grid: cp.Mesh) -> dict:
     """`joined` for planted bugs: where copies differ, the last rank's."""
-    shards = everywhere({n: x.detach().cpu() for n, x in tensors.items()}, grid.tp_group)
+    shards = tensors_everywhere(tensors, grid.tp_group)
     with plant(torch, "allclose", lambda *_, **__: True):
         return cp.merge_from_mesh(shards, cfg)
 
@@ -124,28 +124,9 @@ def test_packed_documents(tp, groups):
 
 def five_steps(tp, groups, optimizer):
     grid, cfg = grid_of(tp), config(mamba_groups=groups, attention_groups=groups)
-    plain, parallel = models(cfg, grid)
-
-    def make(model):
-        if optimizer == "sgd":
-            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
-
-    ours, theirs = make(parallel), make(plain)
-    max_norm = (1e9, 0.1)[optimizer == "adamw"]
-    for step in range(5):
-        tokens, targets = tokens_of(seed=step)
-        theirs.zero_grad()
-        expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
-        expected.backward()
-        norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
-        theirs.step()
-        [(loss, norm_here)] = mh.train(parallel, ours, [(tokens, targets)], max_norm)
-        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
-        assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
-        assert_equal(joined(grads_of(parallel), cfg, grid), grads_of(plain))
-    floor = 5e-3 if optimizer == "adamw" else 0.0
-    assert_equal(joined(parallel.state_dict(), cfg, grid), plain.state_dict(), floor=floor)
+    parallel = cp.MeshHybridLM(cfg, grid).to(ranks.device, torch.float64)
+    join = functools.partial(joined, cfg=cfg, grid=grid)
+    assert_five_steps(parallel, optimizer, join, *five_steps_alone(optimizer, groups, cfg.init_std))
 
 
 @every_layout(1)
@@ -662,12 +643,25 @@ SMALL = (
 )
 
 
+def assert_the_claims_hold(printed: str) -> None:
+    assert "the first 5 losses equal" in printed
+    assert "FAILED" not in printed and "claim " in printed
+
+
 @pytest.mark.slow
 def test_a_whole_script():
-    """A short run ends in its claims, none of them failed."""
-    result = scripts.run(SCRIPT, "--ranks", "4", "--steps", "6", timeout=300)
-    assert result.returncode == 0 and "the first 5 losses equal" in result.stdout, result.stderr
-    assert "FAILED" not in result.stdout and "claim " in result.stdout
+    """In processes of its own, a short run ends in its claims, none of them failed."""
+    result = scripts.run(SCRIPT, "--ranks", "2", "--steps", "6", *SMALL, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert_the_claims_hold(result.stdout)
+
+
+@pytest.mark.ranks(4, timeout=120)
+def test_a_run_with_tensor_and_context_parallelism():
+    """The default sizes."""
+    code, printed = scripts.on_ranks(cp, "--steps", "6")
+    assert code == 0 and ": tp 2 × cp 2" in printed
+    assert_the_claims_hold(printed)
 
 
 @pytest.mark.ranks(2, detail=True, timeout=120)

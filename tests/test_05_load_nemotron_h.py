@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: MIT-0
 """Chapter 5's tool for published weights: against transformers, sharded, and what it refuses."""
 
+import functools
 import json
+import shutil
+import tempfile
 from pathlib import Path
 
 import context_parallel
@@ -55,6 +58,18 @@ def published_folder(folder: Path, sharded: bool, pattern="M*-M"):
     return model
 
 
+@functools.cache
+def published_once(sharded: bool) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    published_folder(Path(folder.name), sharded)
+    return folder
+
+
+def copy_of_published(folder: Path, sharded: bool) -> None:
+    """The files of `published_folder`, for tests that do not need its model."""
+    shutil.copytree(published_once(sharded).name, folder, dirs_exist_ok=True)
+
+
 @pytest.mark.parametrize("sharded", [False, True])
 def test_published_weights_against_transformers(tmp_path, sharded):
     """Logits and every gradient of transformers' own NemotronH, in fp32 and to 1e-5 of each
@@ -96,7 +111,7 @@ def test_published_weights_against_transformers(tmp_path, sharded):
 def test_published_weights_cut_for_ranks(tmp_path):
     """Each rank reads what `shard_state_dict` gives it. Where two ranks hold one group, it is
     refused, and context_parallel.py shards what was loaded."""
-    published_folder(tmp_path, sharded=True)
+    copy_of_published(tmp_path, sharded=True)
     cfg, whole = load_nemotron_h(tmp_path)
     for tp in (1, 2):
         for rank in range(tp):
@@ -121,7 +136,7 @@ def test_published_weights_cut_for_ranks(tmp_path):
 @pytest.mark.parametrize("prefix", ["backbone.", "model."])
 def test_the_older_published_layout(tmp_path, prefix):
     """Names below "backbone", and the pattern as a string."""
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     _, expected = load_nemotron_h(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("model.").removeprefix("backbone."): x for name, x in tensors.items()}
@@ -142,7 +157,7 @@ def test_the_older_published_layout(tmp_path, prefix):
 
 
 def test_checkpoints_that_do_not_fit(tmp_path):
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     file, tensors = tmp_path / "model.safetensors", load_file(tmp_path / "model.safetensors")
     name = next(name for name in tensors if name.endswith("layers.0.mixer.A_log"))
     save_file({n: x for n, x in tensors.items() if n != name}, file)
@@ -220,7 +235,7 @@ def changed(folder: Path, **changes) -> None:
     ],
 )
 def test_a_setting_is_honoured_or_refused(tmp_path, changes, message):
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     load_nemotron_h(tmp_path)
     changed(tmp_path, **changes)
     with pytest.raises(ValueError, match=message):
@@ -229,14 +244,14 @@ def test_a_setting_is_honoured_or_refused(tmp_path, changes, message):
 
 @pytest.mark.parametrize("value", [[0.0, float("inf")], None])
 def test_an_infinite_time_step_limit_is_the_models(tmp_path, value):
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     changed(tmp_path, time_step_limit=value, rms_norm_eps=1e-5, num_hidden_layers=4)
     assert load_nemotron_h(tmp_path)[0].pattern == "M*-M"
 
 
 def test_a_tensor_that_the_settings_deny_is_refused(tmp_path):
     """A bias in the file, while config.json says that there is none."""
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     file = tmp_path / "model.safetensors"
     save_file(load_file(file) | {"model.layers.0.mixer.in_proj.bias": torch.zeros(9)}, file)
     with pytest.raises(ValueError, match=r"layers.0.mixer.in_proj.bias'\], which config.json"):
@@ -246,7 +261,7 @@ def test_a_tensor_that_the_settings_deny_is_refused(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("size", [0, 5, 200, -8])
 def test_a_cut_off_file_is_named(tmp_path, sharded, size):
-    published_folder(tmp_path, sharded)
+    copy_of_published(tmp_path, sharded)
     file = sorted(tmp_path.glob("*.safetensors"))[0]
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(ValueError, match=f"{file.name} is damaged.*copy it again"):
@@ -256,14 +271,14 @@ def test_a_cut_off_file_is_named(tmp_path, sharded, size):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 @pytest.mark.parametrize("text", ["", "{", "[1]", "\xff"])
 def test_broken_json_is_named(tmp_path, name, text):
-    published_folder(tmp_path, sharded=True)
+    copy_of_published(tmp_path, sharded=True)
     (tmp_path / name).write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=f"{name} is (damaged|no JSON object).*copy it again"):
         load_nemotron_h(tmp_path)
 
 
 def test_an_index_without_its_map_or_a_file(tmp_path):
-    published_folder(tmp_path, sharded=True)
+    copy_of_published(tmp_path, sharded=True)
     index = tmp_path / "model.safetensors.index.json"
     text = index.read_text()
     for broken in ("{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}'):
@@ -290,7 +305,7 @@ def flags_of(monkeypatch):
 
 def test_prompts_of_unequal_length(tmp_path, flags_of, capsys):
     """Each goes on as it does alone."""
-    published_folder(tmp_path, sharded=False)
+    copy_of_published(tmp_path, sharded=False)
     prompts = ["1 17 4 9 30", "5"]
     lines = []
     for words in (prompts, prompts[:1], prompts[1:]):

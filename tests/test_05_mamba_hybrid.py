@@ -500,15 +500,23 @@ def everywhere(x, group=None) -> list:
     return found
 
 
+def tensors_everywhere(tensors: dict, group=None) -> list[dict]:
+    """Every rank's tensors by name, on the CPU. They travel as NumPy's arrays: pickle takes far
+    longer for tensors."""
+    arrays = {name: x.detach().cpu().numpy() for name, x in tensors.items()}
+    found = everywhere(arrays, group)
+    return [{name: torch.from_numpy(x) for name, x in shard.items()} for shard in found]
+
+
 def joined(tensors: dict, cfg: mh.HybridConfig) -> dict:
     """All ranks' shards, merged; what is replicated must be the same on each, to the bit."""
-    return mh.gather_state_dict(tensors, cfg)
+    return mh.merge_state_dicts(tensors_everywhere(tensors), cfg)
 
 
 def rank_0s(tensors: dict, cfg: mh.HybridConfig) -> dict:
     """`joined` for planted bugs: where copies differ, rank 0's."""
     with plant(torch, "allclose", lambda *_, **__: True):
-        return mh.gather_state_dict(tensors, cfg)
+        return joined(tensors, cfg)
 
 
 def grads_of(module: nn.Module) -> dict:
@@ -550,37 +558,54 @@ def test_packed_documents():
     assert_equal({"loss": loss} | joined(here, config()), {"loss": expected} | there)
 
 
-def five_steps(optimizer):
-    cfg = config(mamba_groups=4, attention_groups=4, init_std=0.1)
-    plain, parallel = models(cfg)
+MAX_NORM = {"sgd": 1e9, "adamw": 0.1}
 
-    def make(model):
-        if optimizer == "sgd":
-            return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
 
-    ours, theirs = make(parallel), make(plain)
-    max_norm = (1e9, 0.1)[optimizer == "adamw"]
+def optimizer_of(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    if name == "sgd":
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-8)
+
+
+@functools.cache
+def five_steps_alone(optimizer: str, groups: int, init_std: float) -> tuple[list, dict]:
+    """The plain model, trained by PyTorch's own functions: after each step loss and norm before
+    clipping, and gradients; the weights after the last."""
+    cfg = config(mamba_groups=groups, attention_groups=groups, init_std=init_std)
+    plain = mh.HybridLM(cfg).to(ranks.device, torch.float64)
+    made, steps = optimizer_of(optimizer, plain), []
     for step in range(5):
         tokens, targets = tokens_of(seed=step)
-        theirs.zero_grad()
-        expected = plain.loss(tokens, targets).sum() / (targets != -100).sum()
-        expected.backward()
-        norm = nn.utils.clip_grad_norm_(plain.parameters(), max_norm)
-        theirs.step()
-        [(loss, norm_here)] = mh.train(parallel, ours, [(tokens, targets)], max_norm)
-        assert_equal({"loss": loss, "norm": norm_here}, {"loss": expected, "norm": norm})
-        assert optimizer == "sgd" or norm > max_norm, "nothing was clipped"
-        assert_equal(joined(grads_of(parallel), cfg), grads_of(plain))
+        made.zero_grad()  # to None: the gradients of each step are tensors of their own
+        loss = plain.loss(tokens, targets).sum() / (targets != -100).sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), MAX_NORM[optimizer])
+        assert optimizer == "sgd" or norm > MAX_NORM[optimizer], "nothing was clipped"
+        made.step()
+        steps.append(({"loss": loss.detach(), "norm": norm}, grads_of(plain)))
+    return steps, plain.state_dict()
+
+
+def assert_five_steps(parallel: nn.Module, optimizer: str, join, steps: list, weights: dict):
+    """`train` of a parallel model against `five_steps_alone`; `join` makes shards full tensors."""
+    made = optimizer_of(optimizer, parallel)
+    for step, (numbers, grads) in enumerate(steps):
+        batch = tokens_of(seed=step)
+        [(loss, norm)] = mh.train(parallel, made, [batch], MAX_NORM[optimizer])
+        assert_equal({"loss": loss, "norm": norm}, numbers)
+        assert_equal(join(grads_of(parallel)), grads)
     floor = 5e-3 if optimizer == "adamw" else 0.0
-    assert_equal(joined(parallel.state_dict(), cfg), plain.state_dict(), floor=floor)
+    assert_equal(join(parallel.state_dict()), weights, floor=floor)
 
 
 @pytest.mark.ranks(1, 2, 4)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_five_steps(optimizer):
     """Weights after five steps, and the norm before clipping, against PyTorch's own loop."""
-    five_steps(optimizer)
+    cfg = config(mamba_groups=4, attention_groups=4, init_std=0.1)
+    parallel = mh.ParallelHybridLM(cfg).to(ranks.device, torch.float64)
+    join = functools.partial(joined, cfg=cfg)
+    assert_five_steps(parallel, optimizer, join, *five_steps_alone(optimizer, 4, 0.1))
 
 
 @pytest.mark.ranks(2, 3, 4)
@@ -635,7 +660,7 @@ def test_state_passing_sends_the_same_whatever_the_length():
             if x is not None
         }
         with Counter() as forward:
-            y, _ = of_tokens(mh.ssd_context_parallel, **inputs, chunk=4)
+            y, _ = of_tokens(mh.ssd_context_parallel, **inputs, chunk=S // 2)
         with Counter() as backward:
             y.sum().backward()
         found.append(
@@ -670,7 +695,7 @@ def test_weights_move_there_and_back_to_the_bit():
     mine = mh.shard_state_dict(full, cfg, dist.get_rank(), world)
     here = mh.ParallelHybridLM(cfg).state_dict()
     assert here.keys() == mine.keys() and all(torch.equal(x, mine[n]) for n, x in here.items())
-    back = joined(here, cfg)
+    back = mh.gather_state_dict(here, cfg)
     assert back.keys() == full.keys() and all(torch.equal(back[n], x) for n, x in full.items())
     again = mh.merge_state_dicts(
         [mh.shard_state_dict(back, cfg, rank, 4) for rank in range(4)], cfg

@@ -4,6 +4,7 @@
 The references are fractions for the values of FP8, and float64 GEMMs of rounded operands.
 """
 
+import bisect
 import itertools
 import math
 import sys
@@ -105,12 +106,19 @@ def numbers_of(format: str) -> dict[int, Fraction]:
     return found
 
 
+@lru_cache
+def codes_by_number(format: str, negative: bool) -> list[tuple[Fraction, int]]:
+    """Each number of one sign with its code, from the smallest number on."""
+    numbers = numbers_of(format)
+    return sorted((number, code) for code, number in numbers.items() if (code >> 7) == negative)
+
+
 def rounded(value: Fraction, format: str, negative: bool) -> int:
-    """The code nearest to value, of two equally near the even one, by looking at them all; too
-    large: the largest.
-    """
-    side = {code: number for code, number in numbers_of(format).items() if (code >> 7) == negative}
-    return min(side, key=lambda code: (abs(side[code] - value), code % 2))
+    """The code nearest to value, of two equally near the even one; too large: the largest."""
+    side = codes_by_number(format, negative)
+    place = bisect.bisect(side, (value, 0))  # between the two that the value lies between
+    near = side[max(place - 1, 0) : place + 1]
+    return min((abs(number - value), code % 2, code) for number, code in near)[2]
 
 
 def fp32(value: Fraction) -> Fraction:
@@ -895,7 +903,7 @@ def assert_the_claims_hold(printed: str) -> None:
 @pytest.mark.slow
 def test_the_fp8_script():
     """In processes of its own."""
-    done = scripts.run(SCRIPT, "--steps", "5", timeout=240)
+    done = scripts.run(SCRIPT, "--ranks", "2", "--steps", "5", timeout=240)
     assert done.returncode == 0, done.stderr
     assert_the_claims_hold(done.stdout)
 

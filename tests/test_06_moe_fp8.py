@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from fractions import Fraction
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,8 +85,11 @@ def batch_of(rows: int, length: int = 7, seed: int = 1):
 
 def joined(tensors: dict, group=None) -> dict:
     """All ranks' shares of one ep group, put together to whole tensors."""
-    shards = [None] * dist.get_world_size(group)
-    dist.all_gather_object(shards, {name: x.detach().cpu() for name, x in tensors.items()}, group)
+    found = [None] * dist.get_world_size(group)
+    # As NumPy's arrays: pickle takes far longer for tensors.
+    arrays = {name: x.detach().cpu().numpy() for name, x in tensors.items()}
+    dist.all_gather_object(found, arrays, group)
+    shards = [{name: torch.from_numpy(x) for name, x in shard.items()} for shard in found]
     return moe.merge_state_dicts(shards)
 
 
@@ -785,18 +788,45 @@ OPTIMIZERS = {
 }
 
 
-def compared(cfg, mesh, how, steps, optimizer="sgd", max_norm=1e9, dtype=torch.float64):
-    """Trains both models; yields for each step both Steps and both models."""
-    plain = moe.MoELM(cfg).to(ranks.device, dtype)
-    parallel = moe.ParallelMoELM(cfg, mesh.ep_group).to(ranks.device, dtype)
-    optimizers = [OPTIMIZERS[optimizer](model) for model in (plain, parallel)]
+def trained(model, steps, optimizer, **options):
+    """Trains a model; yields each Step."""
+    made = OPTIMIZERS[optimizer](model)
     for step in range(steps):
-        batch = batch_of(9, seed=step)
-        for made in optimizers:  # the caller's schedule: another rate in every step
-            made.param_groups[0]["lr"] = made.defaults["lr"] * (1 + step) / 5
-        there = one_step(plain, optimizers[0], batch, max_norm=max_norm, **STEP)
-        here = one_step(parallel, optimizers[1], batch, mesh, how, max_norm=max_norm, **STEP)
-        yield here, there, parallel, plain
+        made.param_groups[0]["lr"] = made.defaults["lr"] * (1 + step) / 5  # the caller's schedule
+        yield one_step(model, made, batch_of(9, seed=step), **STEP, **options)
+
+
+@cache
+def trained_alone(steps, optimizer, max_norm, **changes) -> list[SimpleNamespace]:
+    """Of the plain model after each step: the Step, its gradients and its state dict."""
+    plain = moe.MoELM(config(**changes)).to(ranks.device, torch.float64)
+    found = []
+    for step in trained(plain, steps, optimizer, max_norm=max_norm):
+        grads = {name: x.clone() for name, x in grads_of(plain).items()}
+        state = {name: x.clone() for name, x in plain.state_dict().items()}
+        found.append(SimpleNamespace(step=step, grads=grads, state=state))
+    return found
+
+
+def compared(mesh, how, steps, optimizer="sgd", max_norm=1e9, **changes):
+    """Trains the parallel model; yields for each step its Step, the model, and what the plain model
+    has then."""
+    model = moe.ParallelMoELM(config(**changes), mesh.ep_group).to(ranks.device, torch.float64)
+    run = trained(model, steps, optimizer, max_norm=max_norm, mesh=mesh, how=how)
+    for here, there in zip(run, trained_alone(steps, optimizer, max_norm, **changes), strict=True):
+        yield here, model, there
+
+
+def assert_the_same_step(here: moe.Step, there: moe.Step) -> None:
+    assert_equal({"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm})
+
+
+def assert_the_same_state(here: dict, there: dict, floor: float) -> None:
+    """Weights; and biases, which move in steps of γ and may be back at 0."""
+    biases = {name for name in there if name.endswith("router.bias")}
+    assert biases and all((here[name] - there[name].cpu()).abs().max() < 1e-12 for name in biases)
+    here, there = ({n: x for n, x in state.items() if n not in biases} for state in (here, there))
+    assert_equal(here, there, floor=floor)
 
 
 @pytest.mark.ranks(1, 2, 4, timeout=120)
@@ -805,13 +835,10 @@ def compared(cfg, mesh, how, steps, optimizer="sgd", max_norm=1e9, dtype=torch.f
 def test_every_gradient_of_the_model(top_k, how):
     """Loss, norm, counts and every parameter's gradient, at every ep, whoever has tokens."""
     for ep in LAYOUTS[dist.get_world_size()]:
-        cfg = config(top_k=top_k)
-        for here, there, parallel, plain in compared(cfg, mesh_of(ep), how, steps=1):
-            assert_equal(joined(grads_of(parallel), mesh_of(ep).ep_group), grads_of(plain))
-            assert_equal(
-                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
-            )
-            assert torch.equal(here.counts_LE, there.counts_LE)
+        for here, model, there in compared(mesh_of(ep), how, steps=1, top_k=top_k):
+            assert_equal(joined(grads_of(model), mesh_of(ep).ep_group), there.grads)
+            assert_the_same_step(here, there.step)
+            assert torch.equal(here.counts_LE, there.step.counts_LE)
 
 
 @pytest.mark.ranks(1, 2, 4, timeout=120)
@@ -823,22 +850,13 @@ def test_five_steps(optimizer, how):
     """
     for ep in LAYOUTS[dist.get_world_size()]:
         max_norm, floor = (1e9, 0.0) if optimizer == "sgd" else (0.05, 5 * 1e-3)
-        run = compared(config(), mesh_of(ep), how, 5, optimizer, max_norm)
-        for here, there, parallel, plain in run:
-            assert there.norm > 0.05 or optimizer == "sgd"  # clipped
-            assert_equal(
-                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
-            )
-            state = joined(parallel.state_dict(), mesh_of(ep).ep_group)
-            expected = plain.state_dict()
-            biases = [
-                name for name in expected if name.endswith("router.bias")
-            ]  # steps of γ, and may be back at 0
-            assert all(
-                (state.pop(name) - expected.pop(name).cpu()).abs().max() < 1e-12 for name in biases
-            )
-            assert_equal(state, expected, floor=floor)
-        assert all(router.bias.abs().max() > 0.01 for router in plain.routers())
+        for here, model, there in compared(mesh_of(ep), how, 5, optimizer, max_norm):
+            assert there.step.norm > 0.05 or optimizer == "sgd"  # clipped
+            assert_the_same_step(here, there.step)
+            state = joined(model.state_dict(), mesh_of(ep).ep_group)
+            assert_the_same_state(state, there.state, floor)
+        biases = [x for name, x in there.state.items() if name.endswith("router.bias")]
+        assert all(bias.abs().max() > 0.01 for bias in biases)
 
 
 @pytest.mark.ranks(1, 2, 4, timeout=120)
@@ -846,21 +864,15 @@ def test_five_steps_in_latent_width():
     """AdamW with clipping: the projections are replicated, and their gradients are sums over all
     ranks. Losses, norms and every gradient of each step; then weights and biases.
     """
-    cfg = config(moe_latent_size=6)
     for ep in LAYOUTS[dist.get_world_size()][-2:]:
-        for here, there, parallel, plain in compared(cfg, mesh_of(ep), "uneven", 5, "adamw", 0.05):
-            assert_equal(
-                {"loss": here.loss, "norm": here.norm}, {"loss": there.loss, "norm": there.norm}
-            )
-            assert torch.equal(here.counts_LE, there.counts_LE)
-            assert_equal(joined(grads_of(parallel), mesh_of(ep).ep_group), grads_of(plain))
-        state = joined(parallel.state_dict(), mesh_of(ep).ep_group)
-        expected = plain.state_dict()
-        assert sum("_latent" in name for name in expected) == 4
-        biases = {name for name in expected if name.endswith("router.bias")}
-        gaps = [state.pop(name) - expected.pop(name).cpu() for name in biases]
-        assert max(gap.abs().max() for gap in gaps) < 1e-12
-        assert_equal(state, expected, floor=5 * 1e-3)
+        run = compared(mesh_of(ep), "uneven", 5, "adamw", 0.05, moe_latent_size=6)
+        for here, model, there in run:
+            assert_the_same_step(here, there.step)
+            assert torch.equal(here.counts_LE, there.step.counts_LE)
+            assert_equal(joined(grads_of(model), mesh_of(ep).ep_group), there.grads)
+        assert sum("_latent" in name for name in there.state) == 4
+        state = joined(model.state_dict(), mesh_of(ep).ep_group)
+        assert_the_same_state(state, there.state, floor=5 * 1e-3)
 
 
 @pytest.mark.ranks(2, 4)

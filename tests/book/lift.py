@@ -202,9 +202,15 @@ def home(path: Path, name: str) -> Path:
     return home_of_block(region)
 
 
+@lru_cache
+def homes() -> dict[str, shared_blocks.Region]:
+    """Every block of the book at its home; read once, as `read` reads each script once."""
+    return shared_blocks.homes()
+
+
 def home_of_block(region: shared_blocks.Region) -> Path:
     """The script from which a block is carried; it may be a tool."""
-    marked = shared_blocks.homes().get(region.name)
+    marked = homes().get(region.name)
     if marked and marked.home == region.home:
         return marked.path
     return shared_blocks.script_of(region.home)

@@ -6,13 +6,16 @@ import ast
 import contextlib
 import functools
 import importlib
+import inspect
 import json
 import math
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import front_door
@@ -233,11 +236,13 @@ def commands(path: Path) -> list[str]:
 SHOWN = [(path, command) for path in [*PAGES, *CHAPTERS] for command in commands(path)]
 
 
-def put_files(folder: Path) -> None:
-    """What the commands speak of as the reader's own: a text, recordings, a trained model,
-    published weights."""
+@pytest.fixture(scope="module")
+def readers_files(tmp_path_factory) -> Path:
+    """A folder with what the commands speak of as the reader's own: a text, recordings, a trained
+    model."""
     import speech
 
+    folder = tmp_path_factory.mktemp("readers")
     (folder / "my.txt").write_text("It was a bright cold day in April. " * 500, "utf-8")
     soundfile.write(folder / "me.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 8000)
     line = json.dumps(dict(audio_filepath="me.wav", duration=1.0, text="one"))
@@ -245,6 +250,17 @@ def put_files(folder: Path) -> None:
         (folder / name).write_text(line, "utf-8")
     model = speech.build(speech.SpeechConfig())
     speech.save_model(str(folder / "model.safetensors"), model, ["one"])
+    return folder
+
+
+@pytest.fixture
+def one_source(tmp_path_factory, monkeypatch) -> None:
+    """The chapters' default text, Python's own sources, is one of them: whether flags and servers
+    fit does not depend on the others."""
+    folder = tmp_path_factory.mktemp("sources")
+    shutil.copy(inspect.__file__, folder)
+    paths = sysconfig.get_paths() | {"stdlib": str(folder)}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda *_: paths)
 
 
 def put_published_weights(folder: Path) -> None:
@@ -275,8 +291,9 @@ def published_encoding(name: str) -> tiktoken.Encoding:
     )
 
 
+@pytest.mark.usefixtures("one_source")
 @pytest.mark.parametrize("path, command", SHOWN, ids=lambda x: x if isinstance(x, str) else x.stem)
-def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
+def test_a_command_is_one(path, command, readers_files, tmp_path, monkeypatch, capsys):
     """make knows the target, torchrun its own flags, and the chapter the files and flags that are
     left."""
     for word, stand_in in STAND_INS.items():
@@ -302,7 +319,7 @@ def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
         options = run.get_args_parser().parse_args([*launcher, words[script]])
         pretend_gpus(monkeypatch, 8, 8 * int(options.nnodes.split(":")[-1]))
     chapter = importlib.import_module(Path(words[script]).stem)
-    put_files(tmp_path)
+    shutil.copytree(readers_files, tmp_path, dirs_exist_ok=True)
     if "FOLDER" in words:
         put_published_weights(tmp_path / "FOLDER")
     monkeypatch.chdir(tmp_path)
@@ -317,6 +334,7 @@ def test_a_command_is_one(path, command, tmp_path, monkeypatch, capsys):
         pytest.fail(f"{command}: {capsys.readouterr().err.splitlines()[-1:]}, exit {end.code}")
 
 
+@pytest.mark.usefixtures("one_source")
 @pytest.mark.parametrize("nodes", [1, 2])
 @pytest.mark.parametrize("gpus", [*range(1, 10), 12])
 @pytest.mark.parametrize("path", CHAPTERS, ids=lambda path: path.stem)
