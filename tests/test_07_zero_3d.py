@@ -29,7 +29,6 @@ EIGHT = [(8, 1, 1), (4, 2, 1), (4, 1, 2), (2, 4, 1), (2, 2, 2), (2, 1, 4), (1, 8
 EIGHT += [(1, 4, 2), (1, 2, 4), (1, 1, 8)]
 TIED = pytest.mark.parametrize("untied", [False, True], ids=["tied", "untied"])
 LR = 1e-2
-LATEST: dict[tuple, z.ParallelMesh] = {}  # what mesh_of has made, the one used last at the end
 
 
 # ── Helpers ─────────────────────────────────────────────────────────────────────────────────────
@@ -40,24 +39,9 @@ def config(**changes) -> z.GPTConfig:
     return z.GPTConfig(**(sizes | changes))
 
 
+@cache
 def mesh_of(tp: int, pp: int, dp: int, sp: bool = True) -> z.ParallelMesh:
-    """One of the three meshes that were used last, or a new one.
-
-    The groups of others end: each has a thread that wakes a hundred times a second.
-    """
-    key = (tp, pp, dp, sp)
-    mesh = LATEST.pop(key, None)
-    if mesh is None and len(LATEST) == 3:
-        oldest = next(iter(LATEST))
-        end_groups(LATEST.pop(oldest))
-    LATEST[key] = mesh or z.make_mesh(tp, pp, dp, ranks.device, sp=sp)
-    return LATEST[key]
-
-
-def end_groups(mesh: z.ParallelMesh) -> None:
-    dist.barrier()  # no rank still waits for a message of these groups
-    for group in (mesh.tp_group, mesh.pp_group, mesh.dp_group, mesh.tied_group):
-        dist.destroy_process_group(group)
+    return z.make_mesh(tp, pp, dp, ranks.device, sp=sp)
 
 
 def batch_of(rows: int = 8, length: int = 8, seed: int = 1) -> tuple[Tensor, Tensor]:
