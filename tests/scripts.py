@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: MIT-0
-"""Whole scripts in processes of their own, which never outlive the test that started them; and what
-a script does on ranks that are there already, which saves the seconds of a start.
+"""Whole scripts in processes of their own, which never outlive the test that started them: started
+by `run`, or forked, which saves the seconds in which each process imports torch. And what a script
+does on ranks that are there already.
 """
 
 import contextlib
 import functools
+import gc
 import io
 import os
+import runpy
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +23,7 @@ from unittest import mock
 
 import ranks
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
 
 @functools.cache
@@ -57,6 +64,79 @@ def run(script: Path, *flags: str, launcher: tuple[str, ...] = (), timeout: floa
     with started(*launcher, str(script), *flags, **options) as process:
         stdout, stderr = process.communicate(timeout=timeout)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def forked(script: Path | str, *flags: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    """As `run`, but the process is a fork of a server that has imported torch, and torchrun forks
+    the ranks from it."""
+    command = [str(script), *map(str, flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = ranks.context().Process(target=_launcher, args=(command, outputs), daemon=False)
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.terminate()
+            process.join(30)
+            process.kill()
+            raise subprocess.TimeoutExpired(command, timeout)
+        texts = [path.read_text("utf-8") for path in outputs]
+    return subprocess.CompletedProcess(command, process.exitcode, *texts)
+
+
+def _launcher(command: list[str], outputs: list[Path]) -> None:
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    subprocess_handler.Popen = _Fork
+    _as_script(command)
+
+
+def _as_script(command: list[str]) -> None:
+    gc.freeze()  # what the server has imported stays: looking for garbage in it would copy it
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class _Fork:
+    """What torchrun needs of subprocess.Popen, for a rank: a fork that executes a script."""
+
+    def __init__(self, args: tuple, env: dict[str, str], stdout, stderr, start_new_session: bool):
+        self.returncode = None
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 1
+        try:
+            os.setsid()
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun handles them
+                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            os.environ.clear()
+            os.environ.update(env)
+            _as_script([*args[2:]])  # behind python -u
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a rank", timeout)
+            time.sleep(0.01)
 
 
 def on_ranks(chapter: ModuleType, *flags: str, main: Callable | None = None) -> tuple[int, str]:

@@ -1510,5 +1510,5 @@ def test_the_demonstration_stops_at_a_loss_that_is_not_finite():
 
 @pytest.mark.slow
 def test_the_default_run():
-    result = scripts.run(SCRIPT, timeout=180)
+    result = scripts.forked(SCRIPT, timeout=180)
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stdout + result.stderr

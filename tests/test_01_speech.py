@@ -868,7 +868,7 @@ def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_the_default_run():
     """Synthetic speakers of the eval split: below 5 % of the words are wrong."""
-    result = scripts.run(SCRIPT, timeout=180)
+    result = scripts.forked(SCRIPT, timeout=180)
     assert result.returncode == 0, result.stdout + result.stderr
     rates = re.search(r"word error rate ([\d.]+)% greedy, ([\d.]+)% with beam", result.stdout)
     assert max(map(float, rates.groups())) < 5

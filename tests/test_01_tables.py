@@ -106,7 +106,7 @@ def test_a_failed_row_is_the_exit_code(capsys):
 
 @pytest.mark.slow
 def test_the_whole_script():
-    done = scripts.run(SCRIPT)
+    done = scripts.forked(SCRIPT)
     assert done.returncode == 0 and "FAILED" not in done.stdout, done.stderr
     found = front_door.tables(done.stdout)
     assert len(found) == 3

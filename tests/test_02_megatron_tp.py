@@ -2439,7 +2439,7 @@ def changed_script(path: Path) -> Path:
 @pytest.mark.slow
 def test_a_copy_with_a_bug_ends_with_an_error(tmp_path):
     """The exit code is not 0."""
-    result = scripts.run(changed_script(tmp_path / "bad.py"), "--ranks", "2", *TINY)
+    result = scripts.forked(changed_script(tmp_path / "bad.py"), "--ranks", "2", *TINY)
     assert result.returncode != 0
     assert "worst" in result.stdout and "FAILED" in result.stdout
 

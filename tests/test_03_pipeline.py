@@ -1516,7 +1516,7 @@ def test_a_rank_that_dies_is_named_by_its_neighbours(tmp_path):
 
 
 def run(*flags, timeout=120):
-    return scripts.run(SCRIPT, *flags, timeout=timeout)
+    return scripts.forked(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.parametrize(

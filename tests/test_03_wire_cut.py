@@ -86,7 +86,7 @@ def test_a_group_of_other_ranks_is_refused(name):
 
 @pytest.mark.slow
 def test_the_command():
-    done = scripts.run(wire_cut.__file__, "--ranks", "2")
+    done = scripts.forked(wire_cut.__file__, "--ranks", "2")
     assert done.returncode == 0, done.stderr
     assert "equal  True  ok" in done.stdout
 

@@ -1719,7 +1719,7 @@ def test_a_rank_outside_the_group_is_refused():
 
 
 def run(*flags: str, timeout: int = 120):
-    return scripts.run(SCRIPT, *flags, timeout=timeout)
+    return scripts.forked(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.parametrize(

@@ -651,7 +651,7 @@ def assert_the_claims_hold(printed: str) -> None:
 @pytest.mark.slow
 def test_a_whole_script():
     """In processes of its own, a short run ends in its claims, none of them failed."""
-    result = scripts.run(SCRIPT, "--ranks", "2", "--steps", "6", *SMALL, timeout=300)
+    result = scripts.forked(SCRIPT, "--ranks", "2", "--steps", "6", *SMALL, timeout=300)
     assert result.returncode == 0, result.stderr
     assert_the_claims_hold(result.stdout)
 

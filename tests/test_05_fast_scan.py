@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import SavedStorages, Shows, assert_differs, assert_equal, plant, worst_of
-from scripts import run
+from scripts import forked
 from test_05_mamba_hybrid import (
     LOG_DECAYS,
     check_every_head,
@@ -135,6 +135,6 @@ def test_a_wrong_gradient_ends_the_script(capsys):
 
 @pytest.mark.slow
 def test_the_script():
-    result = run(tool.__file__, "--tokens", "512", "--rounds", "1", timeout=120)
+    result = forked(tool.__file__, "--tokens", "512", "--rounds", "1", timeout=120)
     assert result.returncode == 0 and "ssd / fast_ssd" in result.stdout, result.stderr
-    assert run(tool.__file__, "--chunk", "0").returncode == 2
+    assert forked(tool.__file__, "--chunk", "0").returncode == 2

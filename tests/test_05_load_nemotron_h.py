@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from load_nemotron_h import load_nemotron_h
 from proof import assert_equal, plant
 from safetensors.torch import load_file, save_file
-from scripts import run
+from scripts import forked
 from test_05_mamba_hybrid import random, tokens_of
 
 
@@ -326,6 +326,6 @@ def test_prompts_of_unequal_length(tmp_path, flags_of, capsys):
 
 @pytest.mark.slow
 def test_a_bad_folder_is_one_line(tmp_path):
-    result = run(Path(tool.__file__), tmp_path)
+    result = forked(Path(tool.__file__), tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1 and "config.json" in result.stderr

@@ -1535,7 +1535,7 @@ def test_the_proof_compares_the_last_state():
 @pytest.mark.slow
 def test_a_whole_script():
     """A short run ends in its claims, none of them failed."""
-    result = scripts.run(SCRIPT, "--ranks", "2", "--steps", "6", timeout=200)
+    result = scripts.forked(SCRIPT, "--ranks", "2", "--steps", "6", timeout=200)
     assert result.returncode == 0 and "the first 5 losses equal" in result.stdout, result.stderr
     assert "FAILED" not in result.stdout and "claim " in result.stdout
 

@@ -147,7 +147,7 @@ def test_the_page_is_read_again(capsys):
 
 @pytest.mark.slow
 def test_the_script():
-    result = scripts.run(SCRIPT, timeout=120)
+    result = scripts.forked(SCRIPT, timeout=120)
     assert result.returncode == 0 and "FAILED" not in result.stdout, result.stderr
 
 

@@ -903,7 +903,7 @@ def assert_the_claims_hold(printed: str) -> None:
 @pytest.mark.slow
 def test_the_fp8_script():
     """In processes of its own."""
-    done = scripts.run(SCRIPT, "--ranks", "2", "--steps", "5", timeout=240)
+    done = scripts.forked(SCRIPT, "--ranks", "2", "--steps", "5", timeout=240)
     assert done.returncode == 0, done.stderr
     assert_the_claims_hold(done.stdout)
 

@@ -177,7 +177,7 @@ def test_experts_of_unequal_shapes_and_folders_without_files(folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_command(folder, tmp_path):
-    done = scripts.run(SCRIPT, str(folder))
+    done = scripts.forked(SCRIPT, str(folder))
     assert done.returncode == 0 and "layers *EE*E, 8 experts" in done.stdout, done.stderr
-    done = scripts.run(SCRIPT, str(tmp_path))
+    done = scripts.forked(SCRIPT, str(tmp_path))
     assert done.returncode == 2 and len(done.stderr.splitlines()) <= 2

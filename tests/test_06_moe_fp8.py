@@ -1433,7 +1433,7 @@ def test_a_group_without_this_rank_is_refused(name):
 
 
 def run(*flags: str, timeout: float = 240):
-    return scripts.run(SCRIPT, *flags, timeout=timeout)
+    return scripts.forked(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.slow

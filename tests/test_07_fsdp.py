@@ -1050,7 +1050,7 @@ def test_each_claim_can_fail(kind, value):
 
 @pytest.mark.slow
 def test_the_check():
-    done = scripts.run(SCRIPT, "--check", "--ranks", "2", "--no-reshard-after-forward")
+    done = scripts.forked(SCRIPT, "--check", "--ranks", "2", "--no-reshard-after-forward")
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("worst ")[1].split()[0]) < 1e-12
 

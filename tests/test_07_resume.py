@@ -358,7 +358,7 @@ def test_the_command(tmp_path):
 def test_the_command_starts_its_ranks(tmp_path):
     """Two processes; the file that they leave is found and loaded by the next start's flags."""
     flags = ["--ranks", "2", "--checkpoint", str(tmp_path), "--steps", "1", "--num-layers", "1"]
-    done = scripts.run(Path(resume.__file__), *flags)
+    done = scripts.forked(Path(resume.__file__), *flags)
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in tmp_path.glob("step-1/*")) == ["rank-0.pt", "rank-1.pt"]
 

@@ -112,5 +112,5 @@ def test_a_wrong_flag_is_refused(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_command():
-    done = scripts.run(Path(tables.__file__))
+    done = scripts.forked(Path(tables.__file__))
     assert done.returncode == 0, done.stderr

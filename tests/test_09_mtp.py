@@ -472,7 +472,7 @@ def test_an_unusable_text(tmp_path):
 
 def test_the_script(monkeypatch, capsys):
     """A process of its own: the check. And a wrong flag in one line, before any rank starts."""
-    run = scripts.run(SCRIPT, "--ranks", "1", "--check")
+    run = scripts.forked(SCRIPT, "--ranks", "1", "--check")
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.splitlines()[-1].startswith("worst ")
     monkeypatch.setattr("sys.argv", [str(SCRIPT), "--ranks", "2", "--tp", "4"])

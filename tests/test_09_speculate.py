@@ -388,7 +388,7 @@ def test_the_demonstration():
 
 
 def test_the_script():
-    run = scripts.run(SCRIPT, "--ranks", "1", "--check")
+    run = scripts.forked(SCRIPT, "--ranks", "1", "--check")
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count(" ok") == 3
 

@@ -1087,7 +1087,7 @@ def test_check_in_low_precision():
 @pytest.mark.parametrize("name", ["compress.py", "distill.py"])
 def test_a_script(name):
     """A plain start, for --check; what the demonstrations show is tested above."""
-    done = scripts.run(SCRIPT.parent / name, "--check", timeout=280)
+    done = scripts.forked(SCRIPT.parent / name, "--check", timeout=280)
     assert done.returncode == 0, done.stderr
     text = done.stdout
     assert "2 ranks" in text and "fp64" in text and "worst" in text and "gradient layers.0" in text

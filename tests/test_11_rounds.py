@@ -200,7 +200,7 @@ def test_the_script():
 @pytest.mark.slow
 def test_a_plain_start():
     sizes = ("--steps", "1", "--pairs", "4", "--rounds", "1", "--pair-steps", "1")
-    done = scripts.run(rd.__file__, "--ranks", "1", "--reward-steps", "1", *sizes)
+    done = scripts.forked(rd.__file__, "--ranks", "1", "--reward-steps", "1", *sizes)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("a short run") == 2
 

@@ -516,6 +516,6 @@ def test_the_demonstration():
 
 @pytest.mark.slow
 def test_a_plain_start():
-    done = scripts.run(Path(load.__file__), "--ranks", "1", "--steps", "1", "--new-tokens", "2")
+    done = scripts.forked(Path(load.__file__), "--ranks", "1", "--steps", "1", "--new-tokens", "2")
     assert done.returncode == 0, done.stderr
     assert "1 of 1 texts" in done.stdout

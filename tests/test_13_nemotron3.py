@@ -609,6 +609,6 @@ def test_wrong_flags_are_one_line(flags_of, capsys, words, message):
 
 @pytest.mark.slow
 def test_a_plain_start():
-    done = scripts.run(SCRIPT, "--ranks", "1", "--check")
+    done = scripts.forked(SCRIPT, "--ranks", "1", "--check")
     assert done.returncode == 0, done.stderr
     assert "gradient, tp 1 ep 1, layers.0" in done.stdout

@@ -249,6 +249,32 @@ def test_processes_without_docstrings_share_their_bytecode(strips, tmp_path, mon
     assert scripts.run(script).stdout.split() == expected
 
 
+@pytest.mark.parametrize("start", [scripts.run, scripts.forked])
+def test_a_fork_does_what_a_start_does(start, tmp_path):
+    script = tmp_path / "script.py"
+    lines = "import sys, beside", "print(sys.argv, __name__, __file__, beside.x)", "sys.exit(3)"
+    script.write_text("\n".join(lines))
+    (tmp_path / "beside.py").write_text("x = 1")
+    done = start(script, "--flag", "value")
+    expected = f"{[str(script), '--flag', 'value']} __main__ {script} 1\n"
+    assert (done.returncode, done.stdout, done.stderr) == (3, expected, "")
+    script.write_text("1 / 0")
+    done = start(script)
+    assert done.returncode == 1 and done.stderr.endswith("\nZeroDivisionError: division by zero\n")
+
+
+@pytest.mark.parametrize("start", [scripts.run, scripts.forked])
+def test_a_script_that_takes_too_long_is_ended(start, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    )
+    script.write_text(script.read_text() + "\ntime.sleep(600)")
+    with pytest.raises(subprocess.TimeoutExpired):
+        start(script, timeout=2)
+    assert not _running((tmp_path / "pid").read_text())
+
+
 # ── The pool of ranks ─────────────────────────────────────────────────────────────────────────────
 
 
