@@ -17,7 +17,9 @@ import threading
 import time
 import traceback
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -43,6 +45,9 @@ def context() -> multiprocessing.context.BaseContext:
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, dict.fromkeys(paths)))  # the server's
     forks = multiprocessing.get_context("forkserver")
     forks.set_forkserver_preload(PRELOADED)
+    with mock.patch.dict(os.environ):
+        os.environ.pop("PYTHONOPTIMIZE", None)  # where a test has set it, for its own processes
+        forkserver.ensure_running()
     return forks
 
 

@@ -9,7 +9,6 @@ import functools
 import gc
 import io
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -72,7 +71,8 @@ def forked(script: Path | str, *flags: str, timeout: float = 120) -> subprocess.
     command = [str(script), *map(str, flags)]
     with tempfile.TemporaryDirectory() as folder:
         outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = ranks.context().Process(target=_launcher, args=(command, outputs), daemon=False)
+        args = command, outputs, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        process = ranks.context().Process(target=_launcher, args=args, daemon=False)
         process.start()
         process.join(timeout)
         if process.exitcode is None:
@@ -84,19 +84,28 @@ def forked(script: Path | str, *flags: str, timeout: float = 120) -> subprocess.
     return subprocess.CompletedProcess(command, process.exitcode, *texts)
 
 
-def _launcher(command: list[str], outputs: list[Path]) -> None:
+def _launcher(command: list[str], outputs: list[Path], environment: dict[str, str]) -> None:
     for number, path in enumerate(outputs, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     subprocess_handler.Popen = _Fork
-    _as_script(command)
+    _execute(command, environment)
 
 
-def _as_script(command: list[str]) -> None:
+def _execute(command: list[str], environment: dict[str, str]) -> None:
+    """The script as __main__. PYTHONOPTIMIZE and PYTHONIOENCODING are taken as at a start, but the
+    first one by the script alone: other modules keep docstrings and assertions."""
     gc.freeze()  # what the server has imported stays: looking for garbage in it would copy it
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=environment.get("PYTHONIOENCODING", "utf-8"))
     sys.argv = command
     sys.path.insert(0, str(Path(command[0]).parent))
-    runpy.run_path(command[0], run_name="__main__")
+    level = int(environment.get("PYTHONOPTIMIZE", -1))
+    code = compile(Path(command[0]).read_bytes(), command[0], "exec", optimize=level)
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = command[0]
+    exec(code, vars(module))
 
 
 class _Fork:
@@ -113,9 +122,7 @@ class _Fork:
             for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # torchrun handles them
                 signal.signal(number, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            os.environ.clear()
-            os.environ.update(env)
-            _as_script([*args[2:]])  # behind python -u
+            _execute([*args[2:]], env)  # behind python -u
             code = 0
         except SystemExit as end:
             code = end.code or 0

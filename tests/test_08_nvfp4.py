@@ -1512,7 +1512,7 @@ def test_fp8_for_comparison():
 
 
 def run(*flags: str, timeout: float = 240):
-    return scripts.run(SCRIPT, *flags, timeout=timeout)
+    return scripts.forked(SCRIPT, *flags, timeout=timeout)
 
 
 @pytest.mark.slow

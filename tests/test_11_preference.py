@@ -973,7 +973,7 @@ def test_the_script():
 def test_check_in_a_process_without_docstrings(monkeypatch):
     monkeypatch.setenv("PYTHONOPTIMIZE", "2")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = scripts.run(SCRIPT, "--check", "--ranks", "3")
+    done = scripts.forked(SCRIPT, "--check", "--ranks", "3")
     assert done.returncode == 0 and "gradient layers.0.kv.weight, tp 3" in done.stdout, done.stderr
 
 

@@ -1043,9 +1043,9 @@ def test_the_script():
 def test_check_in_a_process_without_docstrings(monkeypatch):
     monkeypatch.setenv("PYTHONOPTIMIZE", "2")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    done = scripts.run(SCRIPT, "--check", "--ranks", "3", "--num-heads", "3")
+    done = scripts.forked(SCRIPT, "--check", "--ranks", "3", "--num-heads", "3")
     assert done.returncode == 2 and "hidden_size must be a multiple" in done.stderr
-    done = scripts.run(SCRIPT, "--check", "--ranks", "2")
+    done = scripts.forked(SCRIPT, "--check", "--ranks", "2")
     assert done.returncode == 0 and "gradient layers.0.qkv.weight, tp 2" in done.stdout, done.stderr
 
 

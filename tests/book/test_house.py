@@ -250,13 +250,19 @@ def test_processes_without_docstrings_share_their_bytecode(strips, tmp_path, mon
 
 
 @pytest.mark.parametrize("start", [scripts.run, scripts.forked])
-def test_a_fork_does_what_a_start_does(start, tmp_path):
+@pytest.mark.parametrize("strips", [True, False])
+def test_a_fork_does_what_a_start_does(start, strips, tmp_path, monkeypatch):
+    if strips:
+        monkeypatch.setenv("PYTHONOPTIMIZE", "2")
+        monkeypatch.setenv("PYTHONIOENCODING", "ascii")
     script = tmp_path / "script.py"
-    lines = "import sys, beside", "print(sys.argv, __name__, __file__, beside.x)", "sys.exit(3)"
-    script.write_text("\n".join(lines))
+    lines = '"""Doc."""', "import sys, beside", "print(sys.argv, __name__, __file__, beside.x)"
+    more = "print(sys.modules[__name__].__doc__, sys.stdout.encoding, __debug__)", "sys.exit(3)"
+    script.write_text("\n".join(lines + more))
     (tmp_path / "beside.py").write_text("x = 1")
     done = start(script, "--flag", "value")
     expected = f"{[str(script), '--flag', 'value']} __main__ {script} 1\n"
+    expected += "None ascii False\n" if strips else "Doc. utf-8 True\n"
     assert (done.returncode, done.stdout, done.stderr) == (3, expected, "")
     script.write_text("1 / 0")
     done = start(script)

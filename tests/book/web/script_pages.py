@@ -96,7 +96,7 @@ class ScriptPages:
             lines = region.body.count("\n")
             there = f"#{label}"
             home = lift.home_of_block(region)
-            is_marked = region.name in shared_blocks.homes()
+            is_marked = region.name in lift.homes()
             if not is_marked or home not in shared_blocks.chapters():  # a tool's page is one block
                 first = self.places.first_page(home)
                 there = relative(page, first)
