@@ -1039,41 +1039,25 @@ def test_what_does_not_fit_the_ranks_is_refused_on_every_rank():
 # ── The scripts ───────────────────────────────────────────────────────────────────────────────────
 
 
-def trained_once(demonstrate):
-    """Both scripts begin with the same large model: the second one gets a copy of the first's."""
-    models = {}
-
-    def large_model(args, mesh, device):
-        setting = repr(args)
-        if setting not in models:
-            models[setting] = demonstrate(args, mesh, device)
-        model = models[setting]
-        return c.HybridLM(model.config, mesh, model.state_dict())
-
-    return large_model
-
-
 @pytest.mark.slow
 @pytest.mark.ranks(2, timeout=280)
-def test_the_scripts_on_two_ranks():
-    """The demonstrations with the scripts' own steps."""
-    large_model = trained_once(c.demonstrate)
-    with (
-        plant(c, "TextData", text_data),
-        plant(c, "demonstrate", large_model),
-        plant(d, "demonstrate", large_model),
-    ):
-        for module, rows, judged in ((c, 5, 4), (d, 6, 5)):
-            code, text = scripts.on_ranks(module)
-            assert code == 0 and "FAILED" not in text and text.count(" ok\n") == judged, text
-            assert len(text[text.index("\nclaim ") :].strip().splitlines()) == rows + 1
+def test_the_demonstration_of_distillation():
+    """With the script's own number of steps, so that all claims are judged."""
+    with plant(c, "TextData", text_data):
+        code, text = scripts.on_ranks(d, "--seq-length", 32)
+    assert code == 0 and "FAILED" not in text and text.count(" ok\n") == 5, text
+    assert len(text[text.index("\nclaim ") :].strip().splitlines()) == 7
 
 
 @pytest.mark.ranks(2)
-def test_few_steps_are_not_judged():
+def test_the_scripts_on_two_ranks():
+    """The demonstrations with few steps, whose losses are not judged."""
     with plant(c, "TextData", text_data):
-        code, text = scripts.on_ranks(d, "--steps", 8, "--seq-length", 16)
-    assert code == 0 and text.count(" ok\n") == 4 and " 300 steps\n" in text, text
+        for module, rows in ((c, 5), (d, 6)):
+            code, text = scripts.on_ranks(module, "--steps", 8, "--seq-length", 16)
+            assert code == 0 and text.count(" ok\n") == 4, text
+            assert len(text[text.index("\nclaim ") :].strip().splitlines()) == rows + 1
+    assert " 300 steps\n" in text
 
 
 @pytest.mark.ranks(1)
