@@ -74,12 +74,15 @@ def forked(script: Path | str, *flags: str, timeout: float = 120) -> subprocess.
         args = command, outputs, {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
         process = ranks.context().Process(target=_launcher, args=args, daemon=False)
         process.start()
-        process.join(timeout)
-        if process.exitcode is None:
-            process.terminate()
-            process.join(30)
-            process.kill()
-            raise subprocess.TimeoutExpired(command, timeout)
+        try:
+            process.join(timeout)
+            if process.exitcode is None:
+                raise subprocess.TimeoutExpired(command, timeout)
+        finally:
+            if process.exitcode is None:
+                process.terminate()
+                process.join(30)
+                process.kill()
         texts = [path.read_text("utf-8") for path in outputs]
     return subprocess.CompletedProcess(command, process.exitcode, *texts)
 
@@ -126,6 +129,9 @@ class _Fork:
             code = 0
         except SystemExit as end:
             code = end.code or 0
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+                code = 1
         except BaseException:
             traceback.print_exc()
         finally:
