@@ -1329,8 +1329,6 @@ def flags() -> argparse.Namespace:
         args.layouts = several.get(args.world_size, [(1, 1, args.world_size)])
         if args.tp or args.pp or args.dp:
             args.layouts = [(args.tp or 1, args.pp or 1, args.dp or 1)]
-        if not (args.check or args.steps):
-            raise ValueError("--steps 0: the run compares losses; for equivalence alone, --check")
         config = config_from(args, GPTConfig)
         # dp divides the ranks.
         args.batch = args.batch or 2 * args.micro_batch * args.world_size

@@ -735,6 +735,14 @@ def text_of_all(folder: Path) -> list:
 
 
 @pytest.mark.slow
+def test_a_run_from_start_to_end(tmp_path):
+    flags = [*TINY, *small_text(tmp_path), "--steps", "3", "--ranks", "2"]
+    done = scripts.forked(SCRIPT, *flags, "--checkpoint", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(done.stdout)) == 3 and (tmp_path / "run").is_file()
+
+
+@pytest.mark.slow
 def test_ctrl_c_and_the_same_command_again(tmp_path, monkeypatch):
     """One line and exit code 130; then the file is that of an uninterrupted run, to the bit.
 

@@ -1292,7 +1292,6 @@ def test_the_check_starts_its_ranks():
     "flags, message",
     [
         (["--tp", "3"], "(tp, pp, dp) = (3, 1, 1): the product is not 4 ranks"),
-        (["--steps", "0"], "--steps 0: the run compares losses; for equivalence alone, --check"),
         (["--tp", "4", "--num-heads", "2"], "num_heads=2, tp=4"),
         (["--pp", "4", "--num-layers", "1"], "pp=4, but 1 layers"),
         (["--dp", "4", "--batch", "6"], "a batch of 6: choose a multiple of micro_batch · dp = 8"),
