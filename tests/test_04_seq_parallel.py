@@ -118,7 +118,7 @@ def grads_of(module: nn.Module) -> dict:
 def everywhere(x) -> list:
     """Every rank's x. Tensors travel as numpy's arrays, which are pickled faster."""
     found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, tree_map_only(Tensor, Tensor.numpy, x))
+    dist.all_gather_object(found, tree_map_only(Tensor, lambda t: t.detach().cpu().numpy(), x))
     return tree_map_only(np.ndarray, torch.from_numpy, found)
 
 

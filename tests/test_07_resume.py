@@ -45,7 +45,7 @@ def build(layout, dtype=torch.bfloat16, seed: int = 0):
 
 def arrays(state: dict) -> dict:
     """Tensors as numpy's arrays, which are pickled faster."""
-    return tree_map_only(Tensor, Tensor.numpy, state)
+    return tree_map_only(Tensor, lambda x: x.cpu().numpy(), state)
 
 
 def tensors(state: dict) -> dict:

@@ -1282,7 +1282,7 @@ def test_the_check_on_eight_ranks():
 
 @pytest.mark.slow
 def test_the_check_starts_its_ranks():
-    """Three processes of their own, as a reader starts them."""
+    """Three processes of their own."""
     done = scripts.forked(SCRIPT, "--check", "--ranks", "3", timeout=240)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("worst ")[1].split()[0]) < 1e-12

@@ -1070,7 +1070,7 @@ def test_check_in_low_precision():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compress.py", "distill.py"])
 def test_a_script(name):
-    """A plain start, for --check; what the demonstrations show is tested above."""
+    """In processes of its own, for --check; what the demonstrations show is tested above."""
     done = scripts.forked(SCRIPT.parent / name, "--check", timeout=280)
     assert done.returncode == 0, done.stderr
     text = done.stdout

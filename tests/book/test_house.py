@@ -271,14 +271,12 @@ def test_a_fork_does_what_a_start_does(start, strips, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("start", [scripts.run, scripts.forked])
 def test_a_script_that_takes_too_long_is_ended(start, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
-    )
-    script.write_text(script.read_text() + "\ntime.sleep(600)")
+    script, pid = tmp_path / "script.py", tmp_path / "pid"
+    lines = "import os, time", f"open({str(pid)!r}, 'w').write(str(os.getpid()))", "time.sleep(600)"
+    script.write_text("\n".join(lines))
     with pytest.raises(subprocess.TimeoutExpired):
         start(script, timeout=2)
-    assert not _running((tmp_path / "pid").read_text())
+    assert not _running(pid.read_text())
 
 
 # ── The pool of ranks ─────────────────────────────────────────────────────────────────────────────
