@@ -148,6 +148,7 @@ def execute(notebook: nbformat.NotebookNode, limit: float) -> str:
         notebook,
         timeout_func=seconds,
         iopub_timeout=60,
+        coalesce_streams=True,
         resources=folder,
         allow_errors=True,
         extra_arguments=[*notebooks.QUIET],

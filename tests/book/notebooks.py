@@ -31,7 +31,7 @@ def execute(path: Path) -> dict:
     notebook = nbformat.read(path, as_version=4)
     folder = {"metadata": {"path": str(ROOT / "notebooks")}}
     client = nbclient.NotebookClient(
-        notebook, timeout=300, resources=folder, extra_arguments=[*QUIET]
+        notebook, timeout=300, coalesce_streams=True, resources=folder, extra_arguments=[*QUIET]
     )
     client.execute()
     return notebook

@@ -5,6 +5,7 @@ tests/book/answers holds, for each notebook, answers that its checks must take o
 """
 
 import importlib.util
+import io
 import multiprocessing
 import os
 import re
@@ -131,22 +132,15 @@ def tried(names: list[str]) -> dict[str, tuple[nbformat.NotebookNode, list]]:
     together.metadata = nbformat.read(NOTEBOOKS[names[0]], as_version=4).metadata
     folder = {"metadata": {"path": str(notebooks.ROOT / "notebooks")}}
     client = nbclient.NotebookClient(
-        together, timeout=300, iopub_timeout=60, resources=folder, allow_errors=True
+        together,
+        timeout=300,
+        iopub_timeout=60,
+        coalesce_streams=True,
+        resources=folder,
+        allow_errors=True,
     )
     client.execute()
     return {name: (notebook, tries) for name, (notebook, _, tries) in found.items()}
-
-
-def tried_with_output(names: list[str]) -> dict[str, tuple[nbformat.NotebookNode, list]]:
-    """As `tried`. On busy cores a kernel may lose what a cell printed, and a check always prints:
-    a notebook with a silent check is executed once more."""
-    found = tried(names)
-    silent = []
-    for name, (notebook, tries) in found.items():
-        cells = [*notebooks.checks(notebook).values(), *(check for *_, check in tries)]
-        if not all(cell.outputs for cell in cells):
-            silent.append(name)
-    return found | tried(silent) if silent else found
 
 
 def graded(path: Path, limit: float) -> tuple[dict[str, grade.Verdict], str, list[str]]:
@@ -178,7 +172,7 @@ def runs(request, tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("copies"), {}
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         if names:
-            found |= dict.fromkeys(names, pool.submit(tried_with_output, names))
+            found |= dict.fromkeys(names, pool.submit(tried, names))
         for name in asked_for[test_a_copy_is_graded]:
             number, code, reason = COPIES[name]
             limit = 8 if "not over" in reason else 60
@@ -302,6 +296,21 @@ def test_the_reason_is_the_error_of_the_answer_itself():
     assert grade.judged(check, "1", 1, "", 0, grade.error_of(answer)).solved
     check.outputs = [new_output("stream", text="exercise 1: not solved yet: NameError: name 'f'\n")]
     assert grade.judged(check, "1", 1, "", 0, "NameError: name 'np'").reason.endswith("'np'")
+
+
+def test_a_verdict_is_printed_in_one_piece(monkeypatch):
+    """Whenever a kernel sends what has been printed so far, the verdict's line is whole."""
+
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    pieces = []
+    monkeypatch.setattr(sys, "stdout", Pieces())
+    exercises.check(1, lambda: None)
+    exercises.check(2, lambda: exercises.true("it should be", False))
+    assert pieces == ["exercise 1: ok", "\n", "exercise 2: not solved yet: it should be", "\n"]
 
 
 def test_what_is_not_run_is_told(tmp_path):
