@@ -23,6 +23,7 @@ from proof import Shows
 
 ROOT = Path(__file__).resolve().parent.parent
 POOLS: dict[tuple[int, bool], ranks.Pool] = {}  # by world and detail
+gc.disable()  # until all tests are collected
 
 
 def pytest_addoption(parser):
@@ -60,6 +61,7 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_finish():
     gc.freeze()  # modules and tests stay: no garbage is looked for among them
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

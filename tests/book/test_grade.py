@@ -83,13 +83,16 @@ def to_try(name: str) -> tuple[nbformat.NotebookNode, list[dict], list]:
     return notebook, [*cells, *added], tries
 
 
+# A reset looks for garbage: not among all that has been imported.
+RESET = "import gc\ngc.freeze()\n%reset -f"
+
 # Starting ranks takes longer than all answers of a notebook. So notebooks share them: one cluster
 # of each size, whose names are taken away before the next notebook.
 SHARE = """
 import ipyparallel as ipp
 
 class Shared:
-    start, running = ipp.Cluster, {}
+    start, running, reset = ipp.Cluster, {}, RESET
 
     def __init__(self, n, **options):
         if n not in self.running:
@@ -98,7 +101,7 @@ class Shared:
         self.client = self.running[n].client
 
     def start_and_connect_sync(self, activate):
-        self.client[:].execute("%reset -f", block=True)
+        self.client[:].execute(self.reset, block=True)
         view = self.client[:]
         view.block = True
         view.activate()
@@ -122,9 +125,9 @@ def tried(names: list[str]) -> dict[str, tuple[nbformat.NotebookNode, list]]:
     answers that were tried in each."""
     found = {name: to_try(name) for name in names}
     new_cell = nbformat.v4.new_code_cell
-    cells = [new_cell(SHARE)]
+    cells = [new_cell(f"RESET = {RESET!r}\n{SHARE}")]
     for name in names:
-        cells += [new_cell("%reset -f"), *found[name][1]]
+        cells += [new_cell(RESET), *found[name][1]]
     cells.append(new_cell(STOP))
     for number, cell in enumerate(cells):
         cell.id = f"cell-{number}"  # two notebooks may have the same
