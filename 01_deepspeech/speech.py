@@ -1001,7 +1001,7 @@ class Options:
     model: str = flag("{}", 'change SpeechConfig, as {"num_layers": 3}', metavar="JSON")
     no_sortagrad: bool = flag(False, "the first epoch in random order")
     distort: bool = flag(False, "another pitch, tempo and noise in each epoch")
-    epochs: int = flag(8, "passes over the data; --steps above 0 ends earlier", least=1)
+    epochs: int = flag(8, "passes over the data; --steps ends earlier", least=1)
     batch: int = flag(8, "utterances per step, over all ranks", least=1)
     optimizer: str = flag("nesterov", "or AdamW with a cosine", choices=["nesterov", "adamw"])
     lr: float = flag(0.04, "peak learning rate", least=1e-9)

@@ -1518,7 +1518,7 @@ class RunConfig:
     device: str = flag("auto", "auto: cuda if each rank has a GPU", choices=["auto", "cpu", "cuda"])
     backend: str = flag("auto", "auto: nccl on GPUs", choices=["auto", "nccl", "gloo"])
     dtype: str = flag("auto", "bf16: autocast", choices=["auto", "fp64", "fp32", "bf16"])
-    steps: int = flag(0, "optimizer steps")
+    steps: int = flag(0, "optimizer steps", least=1)
     seed: int = flag(0, "of weights, batches and dropout")
     timeout: float = flag(60.0, "seconds that a collective may wait", least=0.001)
     check: bool = flag(False, "prove the equivalence, and stop")
@@ -1624,7 +1624,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy 82e4fd
+# endregion copy e694c8
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""

@@ -1551,7 +1551,6 @@ def flags_of(*words: str):
         (("--batch", "6"), "--batch 6 × --seq-length 64 on 4 ranks"),
         (("--batch", "4", "--seq-length", "24"), "a multiple of 16 tokens"),
         (("--data", "/nowhere"), "No such file"),
-        (("--steps", "0"), "--steps 0: the run compares losses"),
         (("--dropout", "0.1"), "unrecognized arguments: --dropout"),
     ],
     ids=str,
