@@ -1540,7 +1540,7 @@ def _number(kind: type, least: float, text: str) -> int | float:
     with contextlib.suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:  # NaN is in no range
-        span = f"from {least:g} to {most:g}"
+        span = f"from {least} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
     return value
 

@@ -1570,7 +1570,7 @@ def _number(kind: type, least: float, text: str) -> int | float:
     with contextlib.suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:  # NaN is in no range
-        span = f"from {least:g} to {most:g}"
+        span = f"from {least} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
     return value
 
@@ -1624,7 +1624,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy e694c8
+# endregion copy 596bce
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""

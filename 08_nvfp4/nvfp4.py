@@ -786,6 +786,8 @@ def to_nvfp4(
     for module in list(model.layers[covered.start : covered.stop].modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Linear):
+                if group is not None and name not in SHARDING:
+                    raise ValueError(f"{name} is not in SHARDING: how is it sharded?")
                 sharding = None if group is None else SHARDING[name]
                 replacements.append((module, name, NVFP4Linear(child, recipe, sharding, group)))
     for module, name, linear in replacements:  # after all checks
@@ -1143,7 +1145,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
         claims.append((claim, "exact", here, error <= BOUNDS["fp64"]))
     differ = differing_values(device)
     claim = "four-bit values of shards are the full tensor's"
-    claims.append((claim, "exact", f"{differ} differ", differ == 0))
+    claims.append((claim, "exact", f"{differ} differ", not differ))
     claims += statements()
     curves = spread(partial(single_device, args, device), CONVERSIONS)
     demonstrate(args, device, curves)
@@ -1159,7 +1161,7 @@ def statements() -> list[tuple]:
     square = error_of_dgrad(two_d=True)
     flat = error_of_dgrad(two_d=False)
     here = f"{square:.2g}, and {flat:.0%} with 1 × 16"
-    claims = [("dgrad is the derivative of forward, 16 × 16", "exact", here, square == 0)]
+    claims = [("dgrad is the derivative of forward, 16 × 16", "exact", here, not square)]
     neither = replace(NEAREST, hadamard=False)
     recipes = {"neither": neither, "Hadamard": NEAREST}
     recipes["stochastic"] = replace(neither, stochastic=True)
@@ -1569,7 +1571,7 @@ def _number(kind: type, least: float, text: str) -> int | float:
     with contextlib.suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:  # NaN is in no range
-        span = f"from {least:g} to {most:g}"
+        span = f"from {least} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
     return value
 
@@ -1623,7 +1625,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy e694c8
+# endregion copy 596bce
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""

@@ -992,7 +992,7 @@ class Learner:
 
     def means(self) -> tuple[float, float]:
         """Reward, and share of exact responses, of the last ones of all replicas. Collective."""
-        exact = sum(reward == 1 for reward in self.rewards)
+        exact = self.rewards.count(1)
         totals = [sum(self.rewards), exact, len(self.rewards)]
         totals_3 = torch.tensor(totals).to(self.device)  # of this replica
         reward, exact, count = _all_reduce(totals_3, self.mesh.dp_group).tolist()
@@ -1020,10 +1020,10 @@ class Learner:
 
 @torch.no_grad()
 def disagreement(policy: GPT, batch: RolloutBatch, autocast: Autocast) -> float:
-    """The largest |log π − log μ| of all ranks' batches; 0 where both are the same. Collective."""
+    """The largest |log π − log μ| of all ranks' batches; inf for NaN. Collective."""
     with torch.autocast(batch.advantage_BS.device.type, autocast, enabled=autocast is not None):
         log_prob_BS = policy.log_probs(batch.sequences)
-    gap = (log_prob_BS - batch.sampler_log_prob_BS).abs().max()
+    gap = (log_prob_BS - batch.sampler_log_prob_BS).abs().nan_to_num(math.inf).max()
     return _all_reduce(gap, op=dist.ReduceOp.MAX).item()
 
 
@@ -1571,7 +1571,7 @@ def _number(kind: type, least: float, text: str) -> int | float:
     with contextlib.suppress(ValueError):
         value = kind(text)
     if not least <= value <= most:  # NaN is in no range
-        span = f"from {least:g} to {most:g}"
+        span = f"from {least} to {most:g}"
         raise argparse.ArgumentTypeError(f"{text!r} must be of type {kind.__name__}, {span}")
     return value
 
@@ -1625,7 +1625,7 @@ def config_from(args: argparse.Namespace, config: type, **others: Any) -> Any:
     return config(**values, **others)
 
 
-# endregion copy e694c8
+# endregion copy 596bce
 # region carried: launcher (home: 01_deepspeech)
 def launch(main: Callable, args: argparse.Namespace) -> None:
     """Runs main(args, device) on every rank: joins torchrun's world, or starts torchrun."""

@@ -705,6 +705,20 @@ def test_a_refused_model_is_as_it_was():
     assert not any(isinstance(module, nf.NVFP4Linear) for module in model.modules())
 
 
+@pytest.mark.ranks(2)
+def test_a_layer_that_nobody_has_sharded_is_refused():
+    """Alone it is like any other layer; on ranks its name must say how it is sharded."""
+    model = gpt()
+    model.layers[1].gate = nn.Linear(64, 64, bias=False, dtype=torch.float64)
+    weights = dict(model.named_parameters())
+    with pytest.raises(ValueError, match="gate is not in SHARDING"):
+        nf.to_nvfp4(model, NEAREST, dist.group.WORLD)
+    assert not any(isinstance(module, nf.NVFP4Linear) for module in model.modules())
+    assert all(p is weights[name] for name, p in model.named_parameters())
+    nf.to_nvfp4(model, NEAREST)
+    assert isinstance(model.layers[1].gate, nf.NVFP4Linear)
+
+
 def test_the_plain_model():
     """It sees no future; weights are a function of the configuration; the loss is in fp32."""
     model = gpt()

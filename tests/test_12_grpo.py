@@ -1031,6 +1031,17 @@ def test_the_demonstration_on_two_ranks():
         assert printed.count(" ok\n") == 2 and printed.count("a short run") == 1
 
 
+@EVERY_WORLD
+def test_no_ranks_disagreement_is_lost():
+    """0 for samples of this policy; a NaN of one rank, which gloo's MAX drops, is infinite."""
+    net = policy(layout(1).tp_group)
+    batch = batch_of(own_samples(net))
+    assert gr.disagreement(net, batch, None) < 1e-12
+    if dist.get_rank() == dist.get_world_size() - 1:
+        batch.sampler_log_prob_BS[0, 0] = math.nan
+    assert gr.disagreement(net, batch, None) > 1e300
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(2, timeout=240)
 def test_the_script():
