@@ -1059,7 +1059,7 @@ def clip_grad_norm_(
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW that decays matrices, not biases and LayerNorm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 

@@ -1117,7 +1117,7 @@ def clip_grad_norm_(stage: PipelineStage, max_norm: float, group: Group = None) 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW that decays matrices, not biases and LayerNorm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
@@ -1142,7 +1142,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy e51540
+# endregion copy af54db
 
 
 def train(

@@ -1023,7 +1023,7 @@ def gather_state_dict(tensors: StateDict, config: HybridConfig, group: Group = N
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
     """AdamW that decays matrices; not A_log, dt_bias and D, for which 0 is no neutral value."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 

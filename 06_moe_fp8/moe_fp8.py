@@ -1010,7 +1010,7 @@ Step = namedtuple("Step", "loss norm counts_LE")  # mean loss per token, norm be
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
     """AdamW with Nemotron 3's settings; decays matrices, not norms."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 

@@ -449,7 +449,7 @@ class DistributedOptimizer:
             self.pieces += pieces_of(bucket)
         groups = [{"params": []}, {"params": [], "weight_decay": 0.0}]
         for piece in self.pieces:
-            is_vector = piece.p.ndim == 1
+            is_vector = piece.p.ndim < 2
             groups[is_vector]["params"].append(piece.master)
         self.optimizer = make(groups)
         self.param_groups = self.optimizer.param_groups
@@ -1129,7 +1129,7 @@ def train(
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW that decays matrices, not biases and LayerNorm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
@@ -1154,7 +1154,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy e51540
+# endregion copy af54db
 
 # ── What remains ────────────────────────────────────────────────────────────────────────────────
 #

@@ -1260,7 +1260,7 @@ def clip_grad_norm_(
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.01) -> AdamW:
     """AdamW that decays matrices, not biases and LayerNorm weights."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
@@ -1285,7 +1285,7 @@ def train_alone(
         yield loss.detach(), norm
 
 
-# endregion copy e51540
+# endregion copy af54db
 # region carried: text data (home: 02_megatron_tp)
 class TextData:
     """A UTF-8 text as tokens, 9/10 to train on and 1/10 to evaluate on. path "": Python's sources.

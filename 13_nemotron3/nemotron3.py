@@ -1860,7 +1860,7 @@ def sum_gradients(parameters: Parameters, group: Group = None) -> None:
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
     """AdamW that decays matrices; not A_log, dt_bias and D, for which 0 is no neutral value."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
     return AdamW(groups, lr, betas=(0.9, 0.95), weight_decay=weight_decay)
 
@@ -1869,7 +1869,7 @@ def gradients(model: nn.Module) -> StateDict:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-# endregion copy c55973
+# endregion copy db40aa
 
 
 def parameters_by_place(model: NemotronLM) -> dict[str, list[nn.Parameter]]:

@@ -50,6 +50,44 @@ def test_a_tool_keeps_its_budgets(path):
     assert not found, "\n".join(found)
 
 
+# ── What all chapters' functions must do ──────────────────────────────────────────────────────────
+
+
+class Scaled(torch.nn.Linear):
+    """A layer with a parameter of no dimension, as a learned temperature is."""
+
+    def __init__(self):
+        super().__init__(3, 3)
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x_BD: torch.Tensor) -> torch.Tensor:
+        return self.scale * super().forward(x_BD)
+
+
+@each_chapter
+def test_an_optimizer_trains_every_parameter(chapter):
+    """A scalar too, like a vector without decay: of zero gradients only decay moves a weight."""
+    model = Scaled()
+    optimizer = importlib.import_module(chapter.stem).make_optimizer(model, 0.1)
+    (model(torch.ones(1, 3)).sum() * 0).backward()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for name in ("scale", "bias"):
+        assert torch.equal(getattr(model, name), before[name])
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {*map(id, trained)} == {*map(id, model.parameters())} and len(trained) == 3
+
+
+def test_a_sharded_optimizer_decays_no_scalar():
+    """Chapter 7 groups the pieces of parameters itself."""
+    z = importlib.import_module("zero_3d")
+    model = Scaled()
+    buffer = z.ParamAndGradBuffer(model.named_parameters())
+    matrices, vectors = z.DistributedOptimizer(buffer, torch.optim.AdamW).param_groups
+    assert [x.numel() for x in matrices["params"]] == [9]
+    assert sorted(x.numel() for x in vectors["params"]) == [1, 3]
+
+
 # ── Scripts that no test runs ─────────────────────────────────────────────────────────────────────
 
 PARTS = {path.stem: path for path in [*CHAPTERS, *TOOLS]}
