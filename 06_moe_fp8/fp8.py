@@ -374,8 +374,7 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, mesh: Mesh | None = None) -> MoELM:
     """
     covered = recipe.covered(len(model.layers))
     for i, layer in enumerate(model.layers):
-        converted = any(isinstance(module, FP8Linear) for module in layer.modules())
-        if converted and i not in covered:
+        if i not in covered and any(map(_in_fp8, layer.modules())):
             raise ValueError(f"layer {i} is in FP8, and the recipe leaves it out: build it again")
     tokens_group = None
     experts_group = None
@@ -391,6 +390,13 @@ def to_fp8(model: MoELM, recipe: FP8Recipe, mesh: Mesh | None = None) -> MoELM:
                 if isinstance(child, (nn.Linear, FP8Linear)):
                     setattr(module, name, FP8Linear(child, recipe, tokens_group))
     return model
+
+
+def _in_fp8(module: nn.Module) -> bool:
+    """Whether this is a linear layer or are experts that `to_fp8` has converted. Source: ours."""
+    if isinstance(module, Experts):
+        return module.gemm is not moe.grouped_gemm
+    return isinstance(module, FP8Linear)
 
 
 # ── 4 The demonstration ─────────────────────────────────────────────────────────────────────────

@@ -759,6 +759,10 @@ def test_a_conversion_that_covers_nothing_is_refused():
         fp8.to_fp8(model, replace(fp8.BLOCKWISE, first=2))
     used = [m.recipe for m in model.modules() if isinstance(m, fp8.FP8Linear)]
     assert used and all(recipe is fp8.HYBRID for recipe in used)
+    only_experts = moe.MoELM(config(pattern="E*E*E", shared_size=0))  # no linear layer in E
+    fp8.to_fp8(only_experts, replace(fp8.HYBRID, first=0, last=0))
+    with pytest.raises(ValueError, match="layer 0 is in FP8, and the recipe leaves it out"):
+        fp8.to_fp8(only_experts, fp8.BLOCKWISE)
     with pytest.raises(ValueError, match="FP8Linear has no bias"):
         fp8.FP8Linear(nn.Linear(16, 16))
 
