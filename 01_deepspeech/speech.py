@@ -519,16 +519,24 @@ class Utterance:
     path: str
     text: str
     line: int  # from 1
+    duration: float | None = field(default=None, compare=False)  # seconds, as the line says
+
+
+def _need_file(path: str) -> None:
+    """Raises: ValueError for what can be read only once (a pipe), or is a folder."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path} is no regular file: it is read twice, so a pipe is not enough")
 
 
 def read_manifest(path: str, alphabet: str = ds.ALPHABET) -> list[Utterance]:
-    """The utterances of a manifest: JSON lines with audio_filepath, text, and keys without use.
+    """The utterances of a manifest: JSON lines with audio_filepath, text, duration (or without),
+    and keys without use.
 
     A relative audio_filepath is relative to the manifest's folder. Texts become lower case, NFC.
     Lines end at "\\n" alone: other line separators may stand in a text.
     Raises: OSError; ValueError that names file and line for a line that is not a JSON object, lacks
-        a key, names no file, or has letters outside the alphabet; for a manifest without
-        utterances, and for one that can be read only once (a pipe).
+        a key, names no file, has an offset (an utterance is a whole file), or letters outside the
+        alphabet; for a manifest without utterances, and for one that can be read only once.
     """
     if Path(path).exists() and not Path(path).is_file():
         raise ValueError(f"{path} is no regular file: each rank reads it, so a pipe is not enough")
@@ -549,6 +557,8 @@ def _utterance(line: str, folder: Path, number: int, alphabet: str) -> Utterance
         entry = json.loads(line)
         audio = folder / entry["audio_filepath"]
         text = unicodedata.normalize("NFC", entry["text"].lower())
+        duration = entry.get("duration")
+        duration = None if duration is None else float(duration)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         need = '{"audio_filepath": "a.wav", "duration": 1.9, "text": "three one four"}'
         raise ValueError(f"{error!r}; a line looks like {need}") from error
@@ -558,7 +568,9 @@ def _utterance(line: str, folder: Path, number: int, alphabet: str) -> Utterance
         raise ValueError(f"{strange} not in the alphabet {alphabet[1:]!r}; spell it out")
     if not audio.is_file():
         raise ValueError(f"there is no file {audio}")
-    return Utterance(str(audio), text, number)
+    if entry.get("offset"):
+        raise ValueError(f"offset {entry['offset']}: files are read whole, so cut {audio} first")
+    return Utterance(str(audio), text, number, duration)
 
 
 LOUDEST = 1e9  # of a sample; squares of larger ones do not fit fp32
@@ -567,9 +579,10 @@ LOUDEST = 1e9  # of a sample; squares of larger ones do not fit fp32
 def load_audio(path: str, sample_rate: int) -> Tensor:
     """An audio file as wave_W at `sample_rate`, its channels averaged.
 
-    Raises: ValueError that names the file, where it is not audio, has no samples, or samples that
-        are not finite or too large.
+    Raises: ValueError that names the file, where it is not audio, can be read only once, has no
+        samples, or samples that are not finite or too large.
     """
+    _need_file(path)
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     except (RuntimeError, OSError) as error:
@@ -613,7 +626,8 @@ class Speech:
     def from_manifest(cls, path: str, config: SpeechConfig, tell: Callable[[str], None]) -> Speech:
         """Utterances with too few frames for their letters are left out; `tell` says so.
 
-        Raises: what `read_manifest` does; ValueError that names manifest and line for bad audio.
+        Raises: what `read_manifest` does; ValueError that names manifest and line for bad audio,
+            and for a file that is longer or shorter than its line says by more than 0.1 s.
         """
         speech = cls([], [])
         short = []
@@ -623,6 +637,11 @@ class Speech:
                 wave_W = load_audio(utterance.path, config.sample_rate)
             except ValueError as error:
                 raise ValueError(f"{path}, line {utterance.line}: {error}") from error
+            seconds = len(wave_W) / config.sample_rate
+            said = seconds if utterance.duration is None else utterance.duration
+            if not abs(seconds - said) <= 0.1:
+                found = f"{seconds:.2f} s long, duration {said}: cut the file, or correct the line"
+                raise ValueError(f"{path}, line {utterance.line}: {utterance.path} is {found}")
             frames = len(log_spectrogram(wave_W, config.sample_rate))
             if config.after(frames, 0) < frames_needed(utterance.text):
                 short.append(f"{utterance.path}, line {utterance.line}")
@@ -770,6 +789,7 @@ def save_model(path: str, model: ds.DeepSpeech2, texts: Iterable[str]) -> None:
 
 def load_model(path: str) -> tuple[ds.DeepSpeech2, list[str]]:
     """What `save_model` has written, in eval mode, with the texts. Raises: OSError; ValueError."""
+    _need_file(path)
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

@@ -264,6 +264,9 @@ LETTERS = {
     "attention": "*",
     "full_attention": "*",
     "mlp": "-",
+    "M": "M",
+    "*": "*",
+    "-": "-",
 }
 # How the file came to be, token ids, initial weights, kernels, and settings of experts, which a
 # model without such layers does not read.
@@ -346,20 +349,25 @@ def read_config(file: Path) -> HybridConfig:
     head_key = (head_keys or HEAD_SIZES)[0]
     sizes = {**SIZES, "attention_head_size": head_key}
     bad = [key for key in sizes.values() if type(theirs.get(key)) is not int]
-    if bad or type(theirs.get("layer_norm_epsilon")) not in (int, float):
-        raise ValueError(f"{file} has no number for {', '.join(bad or ['layer_norm_epsilon'])}")
+    eps = theirs.get("layer_norm_epsilon")
+    if type(eps) not in (int, float) or not 0 < eps < math.inf:
+        bad.append("layer_norm_epsilon above 0")
+    if bad:
+        raise ValueError(f"{file} has no number for {', '.join(bad)}")
     values = {name: theirs[key] for name, key in sizes.items()}
-    eps = theirs["layer_norm_epsilon"]
     pattern = read_pattern(file, theirs)
     if theirs.get("num_hidden_layers", len(pattern)) != len(pattern):
         count = theirs["num_hidden_layers"]
         raise ValueError(f"{file} has num_hidden_layers={count}, and a pattern of {len(pattern)}")
-    return HybridConfig(pattern=pattern, norm_eps=eps, **values)
+    try:
+        return HybridConfig(pattern=pattern, norm_eps=eps, **values)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
 
 
 def _bound(x: Any) -> Any:
     """transformers writes infinity as {"__float__": "Infinity"}, Python's json as Infinity."""
-    return float(x["__float__"]) if isinstance(x, dict) and "__float__" in x else x
+    return math.inf if x == {"__float__": "Infinity"} else x
 
 
 def read_pattern(file: Path, theirs: dict[str, Any]) -> str:
@@ -367,11 +375,9 @@ def read_pattern(file: Path, theirs: dict[str, Any]) -> str:
     found = {}
     for key in PATTERNS:
         value = theirs.get(key)
-        if value:
-            names = value if isinstance(value, list) else list(value)
-            found[key] = "".join(
-                LETTERS.get(name, name if name in "M*-" else "?") for name in names
-            )
+        if value is not None:
+            names = value if isinstance(value, (str, list)) else [value]
+            found[key] = "".join(LETTERS.get(str(name), "?") for name in names)
     if not found or len(set(found.values())) > 1 or "?" in "".join(found.values()):
         raise ValueError(f"{file}: layers {found or 'missing'}; M, * and - are known, in one way")
     return next(iter(found.values()))

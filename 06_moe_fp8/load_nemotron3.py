@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,9 @@ from typing import Any
 import torch
 from moe_fp8 import MoEConfig, MoELM, StateDict, check_state, shard_dim, state_shapes
 
-LAYER_KINDS = {
-    "full_attention": "*",
-    "attention": "*",
-    "moe": "E",
-    "linear_attention": "M",
-    "mamba": "M",
-    "mlp": "-",
-}
+LETTERS = {"mamba": "M", "linear_attention": "M", "attention": "*", "full_attention": "*"}
+LETTERS |= {"moe": "E", "mlp": "-"} | {letter: letter for letter in "M*E-"}
+PATTERNS = ("hybrid_override_pattern", "layers_block_type", "layer_types")
 SIZES = {  # our field: the published key
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -47,6 +43,7 @@ SIZES = {  # our field: the published key
     "gate_scale": "routed_scaling_factor",
     "norm_eps": "layer_norm_epsilon",
 }
+FRACTIONS = ("routed_scaling_factor", "layer_norm_epsilon")
 FIXED = {  # settings with one value here; a missing key has it
     "model_type": "nemotron_h",
     "mlp_hidden_act": "relu2",
@@ -63,8 +60,12 @@ FIXED = {  # settings with one value here; a missing key has it
     "attention_dropout": 0.0,
     "hidden_dropout": 0.0,
     "residual_in_fp32": False,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
 }
 OTHER_KEYS = {  # known, and without a meaning for a model without Mamba layers and its logits
+    "_name_or_path",
     "architectures",
     "auto_map",
     "bos_token_id",
@@ -73,11 +74,10 @@ OTHER_KEYS = {  # known, and without a meaning for a model without Mamba layers 
     "dtype",
     "eos_token_id",
     "expand",
-    "hybrid_override_pattern",
+    "id2label",
     "initializer_range",
     "intermediate_size",
-    "layer_types",
-    "layers_block_type",
+    "label2id",
     "mamba_head_dim",
     "mamba_hidden_act",
     "mamba_num_heads",
@@ -89,8 +89,12 @@ OTHER_KEYS = {  # known, and without a meaning for a model without Mamba layers 
     "n_groups",
     "num_hidden_layers",
     "num_logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
     "pad_token_id",
     "rescale_prenorm_residual",
+    "return_dict",
     "ssm_state_size",
     "time_step_floor",
     "time_step_limit",
@@ -132,22 +136,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_config(path: Path) -> MoEConfig:
     """The configuration of a published config.json.
 
-    Raises: ValueError that names a missing key, or each setting that this model does not have.
+    Raises: ValueError that names the file, and a missing key, a value that is no size, or each
+        setting that this model does not have.
     """
     theirs = read_json(path)
-    kinds = theirs.get("layers_block_type") or theirs.get("layer_types") or ()
-    pattern = theirs.get("hybrid_override_pattern")
-    if pattern is None:
-        pattern = "".join(LAYER_KINDS.get(kind, "?") for kind in kinds)
-    if "M" in pattern:
-        has = f"{path} has Mamba layers ({pattern})"
-        raise ValueError(f"{has}: this chapter has none, see chapter 5, mamba_hybrid")
-    missing = [key for key in SIZES.values() if type(theirs.get(key)) not in (int, float)]
+    pattern = read_pattern(path, theirs)
+    latent = theirs.get("moe_latent_size")
+    latent = 0 if latent is None else latent  # null or missing: none
+    missing = [key for key in SIZES.values() if not _fits(key, theirs.get(key))]
+    if not _fits("moe_latent_size", latent):
+        missing.append("moe_latent_size")
     if missing:
-        raise ValueError(f"{path} lacks {missing}, or has no number there: is it a Nemotron 3's?")
+        need = f"integers, and above 0 {' and '.join(FRACTIONS)}"
+        raise ValueError(f"{path} lacks {missing}, or has no number that fits there: {need}")
     other = {key: theirs[key] for key, only in FIXED.items() if theirs.get(key, only) != only}
-    known = {*SIZES.values(), *FIXED, *OTHER_KEYS, "moe_latent_size"}
-    other |= {key: theirs[key] for key in sorted(theirs.keys() - known) if theirs[key]}
+    known = {*SIZES.values(), *FIXED, *OTHER_KEYS, *PATTERNS, "moe_latent_size"}
+    unknown = sorted(theirs.keys() - known)
+    other |= {key: theirs[key] for key in unknown if theirs[key] is not None}  # null: not set
     layers = theirs.get("num_hidden_layers", len(pattern))
     if layers != len(pattern):
         other |= {"num_hidden_layers": layers, "layers_block_type": pattern}
@@ -156,8 +161,37 @@ def read_config(path: Path) -> MoEConfig:
     if other:
         raise ValueError(f"{path} has {other}, which this model does not have")
     sizes = {name: theirs[key] for name, key in SIZES.items()}
-    latent = theirs.get("moe_latent_size") or 0  # null or missing: none
-    return MoEConfig(pattern=pattern, moe_latent_size=latent, **sizes)
+    try:
+        return MoEConfig(pattern=pattern, moe_latent_size=latent, **sizes)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting is an integer, or a number above 0 where it may have a fraction."""
+    if key in FRACTIONS:
+        return type(value) in (int, float) and 0 < value < math.inf  # NaN is not
+    return type(value) is int
+
+
+def read_pattern(path: Path, theirs: dict[str, Any]) -> str:
+    """The pattern, from any of the keys that have it; all that are there must agree.
+
+    Raises: ValueError for Mamba layers, for unknown ones, for several patterns, or none.
+    """
+    found = {}
+    for key in PATTERNS:
+        value = theirs.get(key)
+        if value is not None:
+            names = value if isinstance(value, (str, list)) else [value]
+            found[key] = "".join(LETTERS.get(str(name), "?") for name in names)
+    for pattern in found.values():
+        if "M" in pattern:
+            has = f"{path} has Mamba layers ({pattern})"
+            raise ValueError(f"{has}: this chapter has none, see chapter 5, mamba_hybrid")
+    if len(set(found.values())) != 1 or "?" in "".join(found.values()):
+        raise ValueError(f"{path}: layers {found or 'missing'}; * and E are known, in one way")
+    return found.popitem()[1]
 
 
 def sources(name: str, num_experts: int) -> list[str]:

@@ -147,13 +147,17 @@ def read_config(folder: Path | str) -> NemotronConfig:
     theirs = read_json(file)
     missing = [key for key in SIZES.values() if type(theirs.get(key)) is not int]
     numbers = ("layer_norm_epsilon", "routed_scaling_factor")
-    missing += [key for key in numbers if type(theirs.get(key)) not in (int, float)]
+    missing += [key for key in numbers if not _is_positive(theirs.get(key))]
+    counts = {"moe_latent_size": 0, "num_nextn_predict_layers": 0}  # null or missing: none
+    counts |= {key: theirs[key] for key in counts if theirs.get(key) is not None}
+    missing += [key for key, x in counts.items() if type(x) is not int]
     if missing:
         raise ValueError(f"{file} has no number for {missing}: is it of a Nemotron 3 model?")
     fixed = FIXED | {"norm_eps": theirs["layer_norm_epsilon"]}  # Nano's file says it twice
     known = {*fixed, *SIZES.values(), *READ.split(), *HARMLESS.split()}
     other = {key: theirs[key] for key, only in fixed.items() if theirs.get(key, only) != only}
-    other |= {key: theirs[key] for key in sorted(theirs.keys() - known) if theirs[key]}
+    unknown = sorted(theirs.keys() - known)
+    other |= {key: theirs[key] for key in unknown if theirs[key] is not None}  # null: not set
     limit = theirs.get("time_step_limit")
     if limit is not None and not _is_no_limit(limit):
         other["time_step_limit"] = limit
@@ -165,18 +169,26 @@ def read_config(folder: Path | str) -> NemotronConfig:
     if other:
         raise ValueError(f"{file} has {other}, which this model does not have")
     sizes = {name: theirs[key] for name, key in SIZES.items()}
-    blocks = theirs.get("num_nextn_predict_layers") or 0
+    blocks = counts["num_nextn_predict_layers"]
     if blocks:
         sizes["mtp_pattern"] = read_pattern(file, theirs, MTP_PATTERNS)
-    return NemotronConfig(
-        pattern=pattern,
-        mtp_num_layers=blocks,
-        mtp_use_repeated_layer=blocks < 2,
-        moe_latent_size=theirs.get("moe_latent_size") or 0,
-        gate_scale=theirs["routed_scaling_factor"],
-        norm_eps=theirs["layer_norm_epsilon"],
-        **sizes,
-    )
+    try:
+        return NemotronConfig(
+            pattern=pattern,
+            mtp_num_layers=blocks,
+            mtp_use_repeated_layer=blocks < 2,
+            moe_latent_size=counts["moe_latent_size"],
+            gate_scale=theirs["routed_scaling_factor"],
+            norm_eps=theirs["layer_norm_epsilon"],
+            **sizes,
+        )
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _is_positive(x: Any) -> bool:
+    """Whether it is a finite number above 0, which NaN is not."""
+    return type(x) in (int, float) and 0 < x < math.inf
 
 
 def _is_no_limit(limit: Any) -> bool:
@@ -194,8 +206,10 @@ def read_pattern(file: Path, theirs: dict[str, Any], keys: Sequence[str]) -> str
     """
     found = {}
     for key in keys:
-        if theirs.get(key):
-            found[key] = "".join(LETTERS.get(name, "?") for name in theirs[key])
+        value = theirs.get(key)
+        if value is not None:
+            names = value if isinstance(value, (str, list)) else [value]
+            found[key] = "".join(LETTERS.get(str(name), "?") for name in names)
     if len(set(found.values())) != 1 or "?" in "".join(found.values()):
         raise ValueError(
             f"{file}: layers {found or 'missing'}; M, *, E and - are known, in one way"

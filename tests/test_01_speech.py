@@ -225,7 +225,7 @@ def test_noise_has_the_power_that_was_asked_for(snr):
     wave, noise = random(5000), random(700, seed=2) * 13
     added = speech.mix_noise(wave, noise, snr) - wave
     assert math.isclose(
-        10 * math.log10(wave.square().mean() / added.square().mean()), snr, abs_tol=1e-9
+        10 * math.log10(wave.square().mean() / added.square().mean()), snr, abs_tol=1e-12
     )
     with pytest.raises(ValueError, match="no power"):
         speech.mix_noise(wave, torch.zeros(5), 3.0)
@@ -482,6 +482,10 @@ def entry(audio="a.wav", text="one", **more) -> str:
         ([entry(text=5)], "line 1: AttributeError"),
         ([entry(), "", entry(text="naïve 3")], r"line 3: \['3', 'ï'\] not in the alphabet"),
         ([entry("b.wav")], "line 1: there is no file .*b.wav"),
+        ([entry(), entry(offset=5)], "line 2: offset 5: files are read whole, so cut .*a.wav"),
+        ([entry(offset="1.5")], "line 1: offset 1.5"),
+        ([entry(duration="long")], "line 1: ValueError.* a line looks like"),
+        ([entry(duration=[1])], "line 1: TypeError.* a line looks like"),
     ],
 )
 def test_manifests_that_cannot_be_used(tmp_path, lines, message):
@@ -492,7 +496,7 @@ def test_manifests_that_cannot_be_used(tmp_path, lines, message):
 def test_manifests_that_can_be_used(tmp_path):
     """Upper case, many spaces, further keys, empty lines, an empty text; a path that is relative to
     the manifest; a byte order mark; separators that are no end of a line; decomposed letters."""
-    path = write(tmp_path, entry(text="  One  TWO "), "", entry(text="", speaker="me"))
+    path = write(tmp_path, entry(text="  One  TWO "), "", entry(text="", speaker="me", offset=0.0))
     audio = str(tmp_path / "a.wav")
     expected = [speech.Utterance(audio, "one two", 1), speech.Utterance(audio, "", 3)]
     assert speech.read_manifest(path) == expected
@@ -512,10 +516,17 @@ def test_manifests_that_can_be_used(tmp_path):
 
 
 def test_a_pipe_is_refused(tmp_path):
-    """It could be read only once, and each rank reads the manifest."""
+    """It could be read only once: each rank reads the manifest, and what --load, --evaluate and
+    --transcribe name is read for the check of the flags, and then for use."""
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no regular file"):
-        speech.read_manifest(str(tmp_path / "pipe"))
+    for read in (
+        speech.read_manifest,
+        speech.load_model,
+        lambda path: speech.load_audio(path, 8000),
+    ):
+        for path in (tmp_path / "pipe", tmp_path):
+            with pytest.raises(ValueError, match=f"{path} is no regular file"):
+                read(str(path))
 
 
 @pytest.mark.parametrize("rate", [8000, 16_000, 44_100])
@@ -557,6 +568,18 @@ def test_audio_that_cannot_be_used(tmp_path):
     for name, content in (("noise.wav", "cannot be read as audio"), ("a.wav", "a.wav: 0 samples")):
         path = write(tmp_path, entry("b.wav"), "", entry(name), audio=np.zeros(4000), name="b.wav")
         with pytest.raises(ValueError, match=f"m.jsonl, line 3: .*{content}"):
+            speech.Speech.from_manifest(path, config(), print)
+
+
+def test_a_file_of_another_length_than_its_line_says(tmp_path):
+    """The text would be that of a part of it. Rounded durations, and none at all, are read."""
+    for seconds in (0.41, 0.5, 0.59, None):
+        path = write(tmp_path, entry(duration=seconds))
+        recorded = speech.Speech.from_manifest(path, config(), print)
+        assert [len(wave_W) for wave_W in recorded.waves] == [4000]
+    for seconds in (0.39, 0.61, 0, math.nan):
+        path = write(tmp_path, entry(), entry(duration=seconds))
+        with pytest.raises(ValueError, match=f"line 2: .*a.wav is 0.50 s long, duration {seconds}"):
             speech.Speech.from_manifest(path, config(), print)
 
 
@@ -837,10 +860,10 @@ def test_train_save_evaluate_and_transcribe(tmp_path, capsys, monkeypatch):
 
     rng, lines = np.random.default_rng(3), []
     for i, words in enumerate(["one two", "three", "nine", "six"] * 4):
-        soundfile.write(
-            tmp_path / f"{i}.wav", 0.5 * speech.synthesize(words.split(), 8000, rng), 8000
-        )
-        lines.append(json.dumps(dict(audio_filepath=f"{i}.wav", duration=1.0, text=words)))
+        wave = 0.5 * speech.synthesize(words.split(), 8000, rng)
+        soundfile.write(tmp_path / f"{i}.wav", wave, 8000)
+        row = dict(audio_filepath=f"{i}.wav", duration=len(wave) / 8000, text=words)
+        lines.append(json.dumps(row))
     (tmp_path / "m.jsonl").write_text("\n".join(lines))
     manifest, model = str(tmp_path / "m.jsonl"), str(tmp_path / "model.safetensors")
     flags = ["--data", manifest, "--epochs", "2", "--distort", "--save", model]

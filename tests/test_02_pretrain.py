@@ -561,6 +561,37 @@ def test_the_learning_rate_never_exceeds_its_peak():
     assert pretrain.learning_rate(0, 10, warmup=0) == 1e-3
 
 
+@pytest.mark.ranks(1)
+@pytest.mark.parametrize("first_step", [0, 3])
+def test_a_step_has_its_own_batch_and_learning_rate(first_step):
+    """Those of its number in the full run, also where a checkpoint goes on."""
+    model = on_device(tp.ParallelGPT(config()))
+    optimizer = tp.make_optimizer(model, 1e-3)
+    asked, drawn, used = [], [], []
+
+    def rate(*args):
+        asked.append(args)
+        return 1e-3 / (1 + args[0])
+
+    def batch(step, rows, seed):
+        drawn.append((step, rows, seed))
+        return batch_of(rows, seed=step)
+
+    def note(*_):
+        used.append([param_group["lr"] for param_group in optimizer.param_groups])
+
+    args = types.SimpleNamespace(steps=5, lr=1e-3, warmup=2, decay_steps=50, batch=3, seed=7)
+    vars(args).update(dtype="fp64", print_every=1, checkpoint=None)
+    args.text = types.SimpleNamespace(batch=batch)
+    optimizer.register_step_pre_hook(note)
+    with plant(pretrain, "learning_rate", rate):
+        pretrain.train_and_save(args, model, optimizer, tp.Mesh(), first_step)
+    steps = range(first_step, 5)
+    assert asked == [(step, 50, 1e-3, 2) for step in steps]
+    assert drawn == [(step, 3, 7) for step in steps]
+    assert used == [[1e-3 / (1 + step)] * 2 for step in steps]
+
+
 # ── 5 The command line, in this process ─────────────────────────────────────────────────────────
 
 

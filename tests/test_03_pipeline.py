@@ -835,6 +835,17 @@ def test_a_batch_in_which_no_target_counts():
     assert all(not p.grad.any() for p in stage.parameters())
 
 
+def test_the_norm_of_bf16_gradients_is_fp32():
+    """float64's of the same gradients: each is upcast before its squares are added up."""
+    stage = pl.PipelineStage(config(num_layers=1)).to(torch.bfloat16)
+    for p in stage.parameters():
+        p.grad = torch.randn_like(p)
+    exact = sum(p.grad.double().square().sum() for p in stage.parameters()).sqrt()
+    norm = pl.clip_grad_norm_(stage, 1e9)
+    assert norm.dtype == torch.float32
+    assert_equal({"norm": norm.double()}, {"norm": exact}, bound=1e-6)  # fp32 sums, not bf16
+
+
 def test_the_loss_of_bf16_logits_is_fp32():
     logits_BSV = torch.randn(2, 3, 50, dtype=torch.bfloat16)
     targets_BS = torch.randint(50, (2, 3))

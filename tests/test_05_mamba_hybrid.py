@@ -815,6 +815,17 @@ def test_the_loss_of_bf16_logits_is_fp32s():
     assert torch.equal(model.loss(tokens, targets), expected)
 
 
+def test_the_norm_of_bf16_gradients_is_fp32s():
+    """float64's of the same gradients: each is upcast before its squares are added up."""
+    model = mh.ParallelHybridLM(config()).to(torch.bfloat16)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    exact = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt()
+    _, norm = model.after_backward(torch.zeros(()))
+    assert norm.dtype == torch.float32
+    assert_equal({"norm": norm.double()}, {"norm": exact}, bound=1e-6)  # fp32 sums, not bf16
+
+
 @pytest.mark.ranks(1, 2)
 def test_frozen_parameters():
     """What learns is the user's choice: the others' gradients and the norm are as without them."""

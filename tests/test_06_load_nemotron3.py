@@ -2,6 +2,7 @@
 """Chapter 6's loader: transformers' logits from its folders; and folders it refuses."""
 
 import json
+import math
 from pathlib import Path
 
 import load_nemotron3 as load
@@ -110,7 +111,19 @@ REFUSED = {
         layers_block_type=["full_attention", "moe", "moe", "full_attention"], num_hidden_layers=4
     ),
     r"another shape.*'embedding.weight', torch.Size\(\[61, 32\]\)": dict(hidden_size=48),
-    r"top_k=9: choose at most num_experts=8": dict(num_experts_per_tok=9),
+    r"config.json: top_k=9: choose at most num_experts=8": dict(num_experts_per_tok=9),
+    r"config.json: pattern='\*-EE\*'": dict(
+        hybrid_override_pattern="*-EE*", layers_block_type=None
+    ),
+    r"config.json: moe_latent_size=-4: it must be at least 0": dict(moe_latent_size=-4),
+    r"config.json: layers .*'\*EEE', .*'\*EE\*E'.*in one way": dict(hybrid_override_pattern="*EEE"),
+    r"config.json: layers .*'layer_types': 'E\*'.*in one way": dict(
+        layer_types=["moe", "attention"]
+    ),
+    r"config.json: layers .*'\?', .*known, in one way": dict(hybrid_override_pattern=5),
+    r"config.json: layers .*'\?\*'": dict(layers_block_type=[["moe"], "attention"]),
+    r"config.json: layers missing": dict(layers_block_type=None),
+    r"has \{'is_causal': False, 'logits_scaling': 0\}": dict(is_causal=False, logits_scaling=0),
 }
 
 
@@ -134,7 +147,8 @@ def test_a_latent_that_config_json_denies_is_refused(tmp_path):
 @pytest.mark.parametrize("key", load.SIZES.values())
 def test_a_config_without_a_number_names_its_key(key, folder, tmp_path):
     settings = json.loads((folder / "config.json").read_text())
-    for value in (None, "64", [64]):
+    unfit = (0, -1, math.nan, math.inf) if key in load.FRACTIONS else (8.0, 4.5, math.nan)
+    for value in (None, "64", [64], True, *unfit):
         (tmp_path / "config.json").write_text(json.dumps(settings | {key: value}))
         with pytest.raises(ValueError, match=rf"config.json lacks \['{key}'\], or has no number"):
             load.load_nemotron3(tmp_path)
@@ -142,6 +156,20 @@ def test_a_config_without_a_number_names_its_key(key, folder, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(ValueError, match=rf"config.json lacks \['{key}'\]"):
         load.load_nemotron3(tmp_path)
+
+
+@pytest.mark.parametrize("width", ["x", 8.5, 8.0, False, [8], ""])
+def test_a_latent_width_that_is_no_integer(width, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"config.json lacks \['moe_latent_size'\], or has no num"):
+        load.load_nemotron3(changed(folder, tmp_path, moe_latent_size=width))
+
+
+def test_settings_that_say_the_same_or_nothing_are_read(folder, tmp_path):
+    """The pattern a second time, defaults of transformers, an integer scale, an unknown null."""
+    more = dict(hybrid_override_pattern="*EE*E", is_encoder_decoder=False, return_dict=True)
+    more |= dict(routed_scaling_factor=2, rope_scaling=None, output_attentions=False)
+    config = load.load_nemotron3(changed(folder, tmp_path, **more))[0]
+    assert (config.pattern, config.gate_scale) == ("*EE*E", 2)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1, 2]", "null", "\x80"], ids=str)

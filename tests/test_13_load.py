@@ -468,7 +468,17 @@ REFUSED = {
     r"lacks the tensor mtp.layers.2": dict(num_nextn_predict_layers=2),
     r"has shape \(61, 24\); config.json implies \(61, 32\)": dict(hidden_size=32),
     r"lacks the tensor .*experts.8": dict(n_routed_experts=9),
-    r"top_k=9: choose": dict(num_experts_per_tok=9),
+    r"config.json: top_k=9: choose": dict(num_experts_per_tok=9),
+    r"config.json: mtp_num_layers=-1: it must be": dict(num_nextn_predict_layers=-1),
+    r"no number for \['layer_norm_epsilon', 'routed_scaling_factor'\]": dict(
+        layer_norm_epsilon=-1, routed_scaling_factor=float("nan")
+    ),
+    r"no number for \['moe_latent_size', 'num_nextn_predict_layers'\]": dict(
+        moe_latent_size=8.5, num_nextn_predict_layers="x"
+    ),
+    r"config.json: layers .*'\?', .*in one way": dict(hybrid_override_pattern=5),
+    r"config.json: layers .*'\?M'": dict(layers_block_type=[["moe"], "mamba"]),
+    r"'is_causal': False": dict(is_causal=False),
 }
 
 
