@@ -282,6 +282,7 @@ class Bucket:
 
     Each parameter becomes a view of `data`, and its p.main_grad a view of `grad`, at least fp32.
     Args: params: by name, of one dtype. group: the replicas.
+    Raises: ValueError for a parameter that is in a bucket already.
     Source: Megatron-LM's param_and_grad_buffer; ZeRO, section 5.
     """
 
