@@ -254,7 +254,8 @@ class FullySharded:
         model in order of use, each from one tensor to one tensor, other arguments apart. group: the
         ranks that shard. alone: names that get a unit of their own. reshard_after_forward: False
         keeps the parameters until backward. Every rank must call the same layers in one order.
-    Raises: ValueError for a parameter in two layers, and for a layer of several dtypes.
+    Raises: ValueError for a parameter in two layers or in another FullySharded, and for a layer of
+        several dtypes or without parameters.
     Source: ZeRO, section 5.3; PyTorch FSDP; torch's fully_shard.
     """
 
@@ -273,6 +274,7 @@ class FullySharded:
         self.roots = [Unit(params, group) for params in split_roots(model, layers, alone)]
         self.units = [*self.roots, *self.layers]
         self.buckets = [unit for unit in self.units if unit.params]  # those that are trained
+        self.zero = self.units[0].grad.new_zeros(())
         self.waiting: Unit | None = None  # whose reduce-scatter is in flight
         for i, layer in enumerate(layers):
             layer.register_forward_pre_hook(partial(self._before_forward, i))
@@ -409,7 +411,7 @@ class FullySharded:
 def split_by_layer(model: nn.Module, layers: list[nn.Module]) -> list[Params]:
     """The parameters of each layer, by the model's names.
 
-    Raises: ValueError for a parameter in two layers, and for a layer of several dtypes.
+    Raises: ValueError for a parameter in two layers, for a layer of several dtypes or without any.
     """
     names = {p: name for name, p in model.named_parameters()}
     owner: dict[nn.Parameter, int] = {}
@@ -422,10 +424,11 @@ def split_by_layer(model: nn.Module, layers: list[nn.Module]) -> list[Params]:
             owner[p] = i
             params[names[p]] = p
         found.append(params)
-    for params in found:
+    for i, params in enumerate(found):
         kinds = {p.dtype for p in params.values()}
         if len(kinds) != 1:
-            raise ValueError(f"{sorted(params)[:4]} have dtypes {kinds}: a unit has one")
+            some = f"layer {i} has {len(params)} parameters {sorted(params)[:4]}"
+            raise ValueError(f"{some} of dtypes {kinds}: a unit has one dtype")
     return found
 
 

@@ -21,6 +21,7 @@ import argparse
 import itertools
 import math
 import os
+import pickle
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,7 @@ def load_optimizer_state(
 ) -> None:
     """Cuts this rank's pieces from a merged state; parameters follow from the masters. Collective.
 
+    Nothing of the optimizer's own state remains, also where the merged one is of step 0.
     Raises: ValueError for the state of another model, before anything is changed.
     """
     shards = {}
@@ -197,6 +199,7 @@ def load_optimizer_state(
             shards[key] = z.shard_state_dict(tensors, config, mesh)
     for piece in optimizer.pieces:
         state = optimizer.optimizer.state[piece.master]
+        state.clear()
         for key, tensors in shards.items():
             x = piece.part(tensors[piece.name])
             if key == "master":
@@ -215,17 +218,28 @@ def load_optimizer_state(
 
 
 def save(folder: Path, step: int, optimizer: z.DistributedOptimizer, run: dict[str, Any]) -> None:
-    """Writes folder/step-N. Collective. run: what else to keep."""
+    """Writes folder/step-N. Collective. run: what else to keep; `load` needs "mesh" and "config".
+
+    Raises: ValueError on every rank, before anything is written, where folder/step-N exists, and
+        where a parameter is frozen: it has no piece, so no loader would find it.
+    """
     rank = z.group_rank()
     partial = folder / f"unfinished-{step}"
-    if rank == 0:
-        partial.mkdir(parents=True, exist_ok=True)
-    _barrier()
+    complete = folder / f"step-{step}"
+    names = {name for bucket in optimizer.buffer.buckets for name in bucket.params}
+    exists, trained = zip(*_everyone((complete.exists(), names)))
+    if any(exists):
+        raise ValueError(f"{complete} exists: move it away, or save in another folder")
+    config = z.GPTConfig(**run["config"])
+    frozen = z.parameter_shapes(config).keys() - set().union(*trained)
+    if frozen:
+        raise ValueError(f"a checkpoint has trained parameters only, frozen: {sorted(frozen)[:4]}")
+    partial.mkdir(parents=True, exist_ok=True)  # on every rank: where it fails, none waits
     kept = {"state": optimizer_state_dict(optimizer), **run}
     torch.save(kept, partial / f"rank-{rank}.pt")
     _barrier()
     if rank == 0:
-        os.replace(partial, folder / f"step-{step}")
+        os.replace(partial, complete)
     _barrier()
 
 
@@ -234,33 +248,47 @@ def _barrier() -> None:
         dist.barrier()
 
 
+def _everyone(mine: Any) -> list:
+    found = [mine] * z.group_size()
+    if len(found) > 1:
+        dist.all_gather_object(found, mine)
+    return found
+
+
 def newest(folder: Path) -> int | None:
-    """The last step that was saved completely; None: no such."""
+    """The last step that was saved completely; None: no such. Other names do not count."""
     steps = []
     for path in folder.glob("step-*"):
         number = path.name.removeprefix("step-")
-        steps.append(int(number))
+        if path.is_dir() and number.isdecimal() and number == str(int(number)):
+            steps.append(int(number))
     return max(steps, default=None)
 
 
 def load(folder: Path, step: int, config: z.GPTConfig) -> tuple[FullState, dict]:
     """The merged state of a step, and what else `save` kept.
 
-    Raises: ValueError for a checkpoint of another model, or with a missing file.
+    Raises: ValueError for a checkpoint of another model, and for a missing or broken file.
     """
     path = folder / f"step-{step}"
-    first = torch.load(path / "rank-0.pt", weights_only=True)
+    first = _read(path / "rank-0.pt")
     if first["config"] != asdict(config):
         raise ValueError(f"{path} is of another model: {first['config']}")
     mesh = z.ParallelMesh(*first["mesh"])
     states = []
     for rank in range(mesh.tp * mesh.pp * mesh.dp):
-        file = path / f"rank-{rank}.pt"
-        if not file.is_file():
-            raise ValueError(f"{file} is missing: its shard is nowhere else")
-        kept = torch.load(file, weights_only=True)
+        kept = _read(path / f"rank-{rank}.pt")
         states.append(kept["state"])
     return merge_optimizer_states(states, config, mesh), first
+
+
+def _read(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file} is missing: its shard is nowhere else")
+    try:
+        return torch.load(file, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} is cut or damaged: its shard is nowhere else") from error
 
 
 # ── 4 The run ───────────────────────────────────────────────────────────────────────────────────

@@ -206,17 +206,15 @@ def make_mesh(
     if tp * pp * dp != world:
         raise ValueError(f"tp={tp}, pp={pp}, dp={dp} do not multiply to the {world} ranks")
     ranks = torch.arange(world).view(pp, dp, tp)
-    tp_lists = ranks.view(-1, tp).tolist()
-    pp_lists = ranks.view(pp, -1).T.tolist()
+    tp_lists = rearrange(ranks, "pp dp tp -> (pp dp) tp").tolist()
+    pp_lists = rearrange(ranks, "pp dp tp -> (dp tp) pp").tolist()
     dp_lists = rearrange(ranks, "pp dp tp -> (pp tp) dp").tolist()
     tied_lists = [[rank] for rank in ranks[1:-1].flatten().tolist()]
     tied_lists += [sorted({line[0], line[-1]}) for line in pp_lists]
     groups = []
     for lists in (tp_lists, pp_lists, dp_lists, tied_lists):  # one order, on every rank
-        group = make_group(lists, device, timeout)
-        groups.append(group)
-    place = (ranks == group_rank()).nonzero()[0]
-    pp_rank, dp_rank, tp_rank = place.tolist()
+        groups.append(make_group(lists, device, timeout))
+    pp_rank, dp_rank, tp_rank = (ranks == group_rank()).nonzero()[0].tolist()
     return ParallelMesh(tp, pp, dp, sp and tp > 1, tp_rank, pp_rank, dp_rank, *groups)
 
 
@@ -284,6 +282,7 @@ class Bucket:
 
     Each parameter becomes a view of `data`, and its p.main_grad a view of `grad`, at least fp32.
     Args: params: by name, of one dtype. group: the replicas.
+    Raises: ValueError for a parameter that is in a bucket already.
     Source: Megatron-LM's param_and_grad_buffer; ZeRO, section 5.
     """
 
@@ -294,15 +293,18 @@ class Bucket:
         self.work: dist.Work | None = None  # in flight
         elements = sum(p.numel() for p in params.values())
         first = next(iter(params.values()))
-        self.data = first.detach().new_zeros(padded_length(elements, group_size(group)))
+        self.data = first.new_zeros(padded_length(elements, group_size(group)))
         self.grad = torch.zeros_like(at_least_fp32(self.data))
         end = 0
         for name, p in params.items():
+            if hasattr(p, "main_grad"):
+                raise ValueError(f"{name} is in a bucket already: a parameter is in one alone")
             self.starts[name] = end
             span = slice(end, end + p.numel())
             self.data[span].copy_(p.detach().flatten())
             p.data = self.data[span].view_as(p)
             p.main_grad = self.grad[span].view_as(p)
+            p.grad = None  # of a backward before: it is of no step
             end = span.stop
 
     def shard(self, flat: Tensor) -> Tensor:
@@ -347,20 +349,28 @@ class ParamAndGradBuffer:
 
     Use: zero_grad(); backward of each micro-batch, with `is_last_microbatch` set before the last;
     finish_reduce_scatter(). After it only this rank's shard of each bucket's `grad` is valid.
+    Reentrant checkpoints make several gradients of a parameter in one backward: do not use them.
 
     Args: named: named_parameters(), of one dtype, to which others would be cast; frozen ones are
         left out. group: the replicas. elements: the least size of a bucket. alone: names that get a
         bucket of their own.
+    Raises: ValueError for a name or a parameter that is there twice, also in another buffer. While
+        backward runs, RuntimeError for a gradient that comes after its reduce-scatter has started.
     Source: Megatron-LM's param_and_grad_buffer.
     """
 
     def __init__(self, named: Named, group: Group = None, elements: int = 2**25, alone: tuple = ()):
-        trained = {name: p for name, p in named if p.requires_grad}
+        trained = {}
+        for name, p in named:
+            if name in trained:
+                raise ValueError(f"two parameters have the name {name}: give each model a prefix")
+            if p.requires_grad:
+                trained[name] = p
+        self.zero = at_least_fp32(p.new_zeros(()))  # where all are frozen, there is no bucket
         self.group = group
         self.alone = set(alone)
-        self.buckets = [
-            Bucket(part, group) for part in split_into_buckets(trained, elements, alone)
-        ]
+        parts = split_into_buckets(trained, elements, alone)
+        self.buckets = [Bucket(params, group) for params in parts]
         for bucket in self.buckets:
             for name, p in bucket.params.items():
                 p.register_post_accumulate_grad_hook(partial(self._accumulate, bucket, name))
@@ -375,8 +385,12 @@ class ParamAndGradBuffer:
             bucket.missing = set(bucket.params)
 
     def _accumulate(self, bucket: Bucket, name: str, p: nn.Parameter) -> None:
-        p.main_grad.add_(p.grad)  # upcasts
+        grad = p.grad
         p.grad = None
+        if bucket not in self.waiting:
+            late = f"{name} got another gradient after its reduce-scatter had started"
+            raise RuntimeError(f"{late}: set is_last_microbatch before the last backward alone")
+        p.main_grad.add_(grad)  # upcasts
         if self.is_last_microbatch:
             bucket.missing.discard(name)
             while self.waiting and not self.waiting[0].missing:
@@ -539,18 +553,16 @@ def finalize_model_grads(
     """
     buffer = optimizer.buffer
     buffer.finish_reduce_scatter()
-    replicated = [piece for piece in optimizer.pieces if shard_dim(piece.name) is None]
-    if mesh.sp and replicated:
-        grads = [piece.master.grad for piece in replicated]
+    grads = [piece.master.grad for piece in optimizer.pieces if shard_dim(piece.name) is None]
+    if mesh.sp and grads:  # of replicated parameters
         total = _all_reduce(torch.cat(grads), mesh.tp_group)
-        lengths = [len(grad) for grad in grads]
-        torch._foreach_copy_(grads, total.split(lengths))
-    for bucket in buffer.buckets:
-        if not buffer.alone.isdisjoint(bucket.params):
-            _all_reduce(bucket.shard(bucket.grad), mesh.tied_group)
+        torch._foreach_copy_(grads, total.split([len(grad) for grad in grads]))
     count = _all_reduce(partial_count.clone(), mesh.dp_group).clamp(min=1)
     for bucket in buffer.buckets:
-        bucket.shard(bucket.grad).div_(count)
+        grad = bucket.shard(bucket.grad)
+        if not buffer.alone.isdisjoint(bucket.params):
+            _all_reduce(grad, mesh.tied_group)
+        grad.div_(count)
     return count
 
 
@@ -561,17 +573,15 @@ def clip_grad_norm_(optimizer: DistributedOptimizer, max_norm: float, mesh: Para
     Returns: the norm before clipping over all ranks, a scalar tensor, the same on each: that of
     torch.nn.utils.clip_grad_norm_ for the plain model. Source: Megatron-LM's clip_grads.
     """
-    total = optimizer.buffer.buckets[0].grad.new_zeros(())  # where a shard is all padding
+    total = optimizer.buffer.zero.clone()  # all of it where a shard is all padding
     for piece in optimizer.pieces:
         # Each element counts on one rank of all.
         is_replica = mesh.tp_rank > 0 and shard_dim(piece.name) is None
         is_tied_copy = mesh.pp_rank > 0 and piece.name in optimizer.buffer.alone
         if not (is_replica or is_tied_copy):
-            norm = torch.linalg.vector_norm(piece.master.grad)
-            total += norm.square()
+            total += torch.linalg.vector_norm(piece.master.grad).square()
     norm = _all_reduce(total).sqrt()
-    masters = [piece.master for piece in optimizer.pieces]
-    nn.utils.clip_grads_with_norm_(masters, max_norm, norm)
+    nn.utils.clip_grads_with_norm_([piece.master for piece in optimizer.pieces], max_norm, norm)
     return norm
 
 
@@ -610,8 +620,7 @@ def alibi_bias(config: GPTConfig, mesh: ParallelMesh, S: int, like: Tensor) -> T
         and device.
     """
     # All slopes first, then this rank's: those of n heads alone would be other slopes.
-    slope_N = alibi_slopes(config.num_heads, like.device)
-    slope_n = slope_N.chunk(mesh.tp)[mesh.tp_rank]
+    slope_n = alibi_slopes(config.num_heads, like.device).chunk(mesh.tp)[mesh.tp_rank]
     index_S = torch.arange(S, device=like.device)
     distance_SS = index_S - index_S[:, None]  # j − i
     bias_nSS = slope_n[:, None, None] * distance_SS
@@ -666,8 +675,7 @@ class GPT(nn.Module):
         self.mesh = mesh
         self.embedding = nn.Embedding(config.vocab_size, H)
         self.embedding_norm = nn.LayerNorm(H)
-        layers = [Block(config, mesh) for _ in range(config.num_layers)]
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(Block(config, mesh) for _ in range(config.num_layers))
         self.final_norm = nn.LayerNorm(H)
         if config.untied:
             self.head = nn.Linear(H, config.vocab_size, bias=False)
@@ -790,12 +798,10 @@ def vocab_parallel_loss(
     index_v = torch.arange(v, device=x_SBv.device)
     is_padding_v = index_v >= vocab_size - mesh.tp_rank * v
     x_SBv = x_SBv.masked_fill(is_padding_v, -torch.inf)
-    max_SB = x_SBv.detach().amax(-1)
-    max_SB = _all_reduce(max_SB, mesh.tp_group, dist.ReduceOp.MAX)
+    max_SB = _all_reduce(x_SBv.detach().amax(-1), mesh.tp_group, dist.ReduceOp.MAX)
     x_SBv = x_SBv - max_SB[..., None]
     row_SB, is_local_SB = local_rows(targets_SB, v, mesh)
-    row_SB1 = row_SB[..., None]
-    target_SB = x_SBv.gather(-1, row_SB1)[..., 0]
+    target_SB = x_SBv.gather(-1, row_SB[..., None])[..., 0]
     partial_target_SB = torch.where(is_local_SB, target_SB, 0)
     partial_sum_SB = x_SBv.exp().sum(-1)
     partial_2SB = torch.stack([partial_target_SB, partial_sum_SB])
@@ -827,7 +833,7 @@ def place_layers(layers: int, stages: int) -> list[list[int]]:
         raise ValueError(f"pp={stages}, but {layers} layers, embedding and head are fewer units")
     placement = []
     for units in np.array_split(range(-1, layers + 1), stages):  # −1 is the embedding
-        placement.append([int(unit) for unit in units if 0 <= unit < layers])
+        placement.append([unit for unit in units.tolist() if 0 <= unit < layers])
     return placement
 
 
@@ -870,8 +876,7 @@ class Stage(GPT):
     def embed(self, tokens_SB: Tensor) -> Tensor:
         weight_vH = self.embedding.weight
         row_SB, is_local_SB = local_rows(tokens_SB, len(weight_vH), self.mesh)
-        x_SBH = F.embedding(row_SB, weight_vH)
-        partial_x_SBH = x_SBH * is_local_SB[..., None]
+        partial_x_SBH = F.embedding(row_SB, weight_vH) * is_local_SB[..., None]
         return self.embedding_norm(leave_tp(partial_x_SBH, self.mesh))
 
     def forward(self, x: Tensor, targets_BS: Tensor) -> Tensor:
@@ -1051,9 +1056,9 @@ def run_1f1b(
     m = len(tokens)
     ahead = min(mesh.pp - mesh.pp_rank - 1, m)
     s = tokens_BS.shape[1] // mesh.tp
-    like = buffer.buckets[0].data.new_empty(s, rows, stage.config.hidden_size)
+    like = next(stage.parameters()).new_empty(s, rows, stage.config.hidden_size)
     messages = partial(exchange, mesh, like)
-    loss = at_least_fp32(like.new_zeros(()))
+    loss = buffer.zero.clone()
     held: deque = deque()  # of each micro-batch in flight: its input, and where its graph ends
     x_sBH = None
     for column in range(m + ahead):
@@ -1063,7 +1068,8 @@ def run_1f1b(
                 x_sBH = messages(-1, None, receives=True)
             x = tokens[column] if x_sBH is None else x_sBH.requires_grad_()
             y = stage(x, targets[column])
-            held.append((x, get_gradient_edge(y)))  # an edge keeps no output alive
+            # An edge keeps no output alive. The output of a frozen first stage has none.
+            held.append((x, get_gradient_edge(y.requires_grad_())))
             if stage.is_last:
                 loss += y.detach()
         dy_sBH = messages(+1, y, receives=column >= ahead)
@@ -1091,8 +1097,7 @@ def check_batch(shape: tuple[int, int], micro_batch: int, mesh: ParallelMesh) ->
 def make_training(stage: Stage, lr: float, elements: int = 2**25) -> DistributedOptimizer:
     """A stage's buffer and AdamW, with the settings of `make_optimizer`. Args: as the buffer's."""
     alone = () if stage.config.untied else ("embedding.weight",)
-    group = stage.mesh.dp_group
-    buffer = ParamAndGradBuffer(stage.named_parameters(), group, elements, alone)
+    buffer = ParamAndGradBuffer(stage.named_parameters(), stage.mesh.dp_group, elements, alone)
     return DistributedOptimizer(buffer, partial(AdamW, lr=lr, betas=(0.9, 0.95)))
 
 

@@ -401,6 +401,31 @@ def test_a_step_that_failed_leaves_nothing_behind():
 
 
 @pytest.mark.ranks(2)
+def test_a_gradient_from_before_is_of_no_step():
+    """A warm-up backward, and only then the model is sharded."""
+    expected = stack_reference(stack())
+    model = stack()
+    model(rows_of(3)).square().sum().backward()
+    sharded = fsdp.FullySharded(model, model.layers, dist.group.WORLD)
+    assert_equal(stack_grads(model, sharded), expected)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [None, 0, 1])
+def test_a_stage_of_any_dtype_that_may_be_frozen(frozen, dtype):
+    """Losses and norms are those of ZeRO-1."""
+    cfg, mesh = config(untied=True), mesh_of(1, 2, 1)
+    found = []
+    for make in (z.make_training, fsdp.make_fsdp_training):
+        stage = z.Stage(cfg, mesh).to(ranks.device, dtype)
+        stage.requires_grad_(mesh.pp_rank != frozen)
+        steps = z.train(stage, make(stage, LR), five_batches(4), 2)
+        found.append(torch.stack([torch.stack(step) for step in steps]))
+    torch.testing.assert_close(*found, rtol=1e-6, atol=0)
+
+
+@pytest.mark.ranks(2)
 def test_evaluation():
     """Without gradients the model is gathered and freed as well, and sees each step's weights."""
     for reshard in (True, False):
@@ -708,6 +733,9 @@ def test_layers_that_cannot_be_units():
     with pytest.raises(ValueError, match=r"layers.0.up.weight is in layers 0 and 2: make them one"):
         fsdp.FullySharded(model, model.layers)
     model = stack()
+    with pytest.raises(ValueError, match=r"layer 1 has 0 parameters \[\] of dtypes"):
+        fsdp.FullySharded(model, [model.layers[0], nn.ReLU()])
+    model = stack()
     model.layers[1].norm.float()
     with pytest.raises(ValueError, match=r"layers.1.* a unit has one"):
         fsdp.FullySharded(model, model.layers)
@@ -725,6 +753,8 @@ def test_layers_that_cannot_be_units():
         model(rows_of(0))
     model = stack()
     fsdp.FullySharded(model, model.layers)
+    with pytest.raises(ValueError, match="layers.0.norm.weight is in a bucket already"):
+        fsdp.FullySharded(model, model.layers)
     with pytest.raises(TypeError, match="Feedforward: its first argument is no tensor"):
         model.layers[0](x=rows_of(0))
 

@@ -124,6 +124,25 @@ def test_the_merged_state_is_that_of_one_device():
             torch.testing.assert_close(state[key][name], expected[key], rtol=1e-9, atol=1e-14)
 
 
+def test_a_state_of_step_0_clears_the_moments():
+    """A used optimizer then trains as a new one does."""
+    one = z.ParallelMesh()
+    found = []
+    for steps in (0, 2):
+        stage = z.Stage(CONFIG, one)
+        optimizer = z.make_training(stage, 1e-2)
+        state = [resume.optimizer_state_dict(optimizer)]
+        full = resume.merge_optimizer_states(state, CONFIG, one)
+        assert full.keys() == {"master"}
+        batches = [tuple(x.cpu() for x in batch_of(seed)) for seed in (0, 1)]
+        list(z.train(stage, optimizer, batches[:steps], 2))
+        resume.load_optimizer_state(optimizer, full, CONFIG, one)
+        assert not any(optimizer.optimizer.state.values())
+        list(z.train(stage, optimizer, batches, 2))
+        found.append(stage.state_dict())
+    assert all(torch.equal(found[1][name], x) for name, x in found[0].items())
+
+
 # ── Kill and resume ─────────────────────────────────────────────────────────────────────────────
 
 
@@ -269,6 +288,56 @@ def test_files(tmp_path):
     torch.save(kept | {"mesh": [1, 1, 2]}, file)
     with pytest.raises(ValueError, match="rank-1.pt is missing"):
         resume.load(tmp_path, 4, CONFIG)
+
+
+@pytest.mark.ranks(2)
+def test_a_step_that_exists_and_frozen_parameters_are_refused_on_every_rank(tmp_path):
+    """Before anything is written."""
+    folder = Path(everyone(str(tmp_path))[0])
+    keep = {"mesh": [1, 1, 2], "config": vars(CONFIG)}
+    _, optimizer, mesh = build((1, 1, 2))
+    resume.save(folder, 4, optimizer, keep)
+    with pytest.raises(ValueError, match="step-4 exists: move it away, or save in another folder"):
+        resume.save(folder, 4, optimizer, keep)
+    stage = z.Stage(CONFIG, mesh).to(ranks.device)
+    stage.embedding.requires_grad_(False)
+    optimizer = z.make_training(stage, 1e-2)
+    with pytest.raises(
+        ValueError, match=r"trained parameters only, frozen: \['embedding.weight'\]"
+    ):
+        resume.save(folder, 5, optimizer, keep)
+    assert [path.name for path in folder.iterdir()] == ["step-4"]
+    with pytest.raises(OSError):
+        resume.save(folder / "step-4/rank-0.pt", 5, build((1, 1, 2))[1], keep)  # in a file
+    assert resume.load(folder, 4, CONFIG)[1]["mesh"] == [1, 1, 2]
+    dist.barrier()  # the folder is rank 0's
+
+
+def test_names_that_are_no_step_do_not_count(tmp_path):
+    for name in ("step-1-old", "step-", "step-007", "step-+8", "step-٩", "step-2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-10").write_text("a file")
+    assert resume.newest(tmp_path) == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, -1])
+def test_a_cut_file_is_named(size, tmp_path, monkeypatch, capsys):
+    """And the command prints one line."""
+    saved(tmp_path)
+    first = tmp_path / "step-4/rank-0.pt"
+    second = tmp_path / "step-4/rank-1.pt"
+    torch.save(torch.load(first) | {"mesh": [1, 1, 2]}, first)
+    whole = first.read_bytes()
+    for file in (second, first):
+        file.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=f"{file} is cut or damaged"):
+            resume.load(tmp_path, 4, CONFIG)
+    flags = ["--ranks", "1", "--checkpoint", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["resume.py", *flags])
+    with pytest.raises(SystemExit) as stop:
+        resume.flags()
+    assert stop.value.code == 2
+    assert f"error: {first} is cut or damaged" in capsys.readouterr().err.splitlines()[-1]
 
 
 # ── Samples ─────────────────────────────────────────────────────────────────────────────────────

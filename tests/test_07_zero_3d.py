@@ -22,6 +22,7 @@ from megatron_tp import Counter
 from proof import Events, Shows, assert_differs, assert_equal, plant, worst_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.utils.checkpoint import checkpoint
 
 SCRIPT = Path(z.__file__)
 MESHES = [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 4, 1), (1, 2, 2), (1, 1, 4)]
@@ -429,6 +430,86 @@ def test_a_frozen_parameter_stays_out():
     assert not hasattr(params["a"], "main_grad")
 
 
+@pytest.mark.ranks(1, 2)
+@pytest.mark.parametrize("how", ["two backwards", "reentrant"])
+def test_a_gradient_after_its_reduce_scatter_is_refused(how):
+    """Nothing is added, and the next step is right."""
+    params = toy(5, 4)
+    buffer = z.ParamAndGradBuffer(params.items(), dist.group.WORLD, elements=1)
+
+    def loss() -> Tensor:
+        return params["a"].sum() + params["b"].sum()
+
+    def twice() -> Tensor:
+        x = torch.ones((), requires_grad=True, device=ranks.device)
+        for _ in range(2):
+            x = checkpoint(lambda x: x * loss(), x, use_reentrant=True)
+        return x
+
+    def wait() -> dict[str, Tensor]:
+        for bucket in buffer.buckets:
+            bucket.wait()
+        return {name: p.main_grad.clone() for name, p in params.items()}
+
+    buffer.is_last_microbatch = True
+    if how == "two backwards":
+        loss().backward()
+    before = wait()
+    late = "b got another gradient after its reduce-scatter .* before the last backward alone"
+    with pytest.raises(RuntimeError, match=late):
+        (loss if how == "two backwards" else twice)().backward()
+    after = wait()
+    assert how == "reentrant" or all(torch.equal(after[name], x) for name, x in before.items())
+    buffer.zero_grad()
+    loss().backward()
+    assert all((p.main_grad == 1).all() and p.grad is None for p in params.values())
+
+
+def test_a_gradient_from_before_is_of_no_step():
+    """A warm-up backward, and only then the buffer."""
+    params = toy(5, 4)
+    (params["a"].sum() + params["b"].sum()).backward()
+    buffer = z.ParamAndGradBuffer(params.items())
+    buffer.is_last_microbatch = True
+    (params["a"].sum() + params["b"].sum()).backward()
+    buffer.finish_reduce_scatter()
+    assert all((p.main_grad == 1).all() for p in params.values())
+
+
+def test_a_name_or_a_parameter_that_is_there_twice_is_refused():
+    a, b = toy(5, 4), toy(3)
+    with pytest.raises(ValueError, match="two parameters have the name a: give each"):
+        z.ParamAndGradBuffer([*a.items(), *b.items()])
+    assert not hasattr(a["a"], "main_grad")  # nothing was changed
+    with pytest.raises(ValueError, match="b is in a bucket already"):
+        z.ParamAndGradBuffer([("b", b["a"]), ("c", b["a"])])
+    z.ParamAndGradBuffer([("a", a["a"])])
+    with pytest.raises(ValueError, match="a is in a bucket already"):
+        z.ParamAndGradBuffer(a.items())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_stage(frozen):
+    """Norm and weights of the other stage are the plain model's; frozen ones keep their values."""
+    cfg, mesh = config(untied=True), mesh_of(1, 2, 1)
+    plain = z.GPT(cfg).to(ranks.device, torch.float64)
+    stage = z.Stage(cfg, mesh).to(ranks.device, torch.float64)
+    for name, p in plain.named_parameters():
+        p.requires_grad_(z.stages_of(name, cfg, 2) != [frozen])
+    stage.requires_grad_(mesh.pp_rank != frozen)
+    batches = five_batches(4)
+    trained = [p for p in plain.parameters() if p.requires_grad]
+    alone = z.train_alone(plain, torch.optim.SGD(trained, LR), batches)
+    buffer = z.ParamAndGradBuffer(stage.named_parameters(), mesh.dp_group)
+    optimizer = z.DistributedOptimizer(buffer, lambda groups: torch.optim.SGD(groups, LR))
+    for here, there in zip(z.train(stage, optimizer, batches, 2), alone):
+        torch.testing.assert_close(torch.stack(here), torch.stack(there), rtol=1e-12, atol=0)
+    mine = z.shard_state_dict(plain.state_dict(), cfg, mesh)
+    for name, p in stage.named_parameters():
+        torch.testing.assert_close(p.detach(), mine[name], rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.ranks(2)
 def test_gradients_travel_in_fp32_and_parameters_in_bf16():
     mesh = mesh_of(1, 1, 2)
@@ -745,7 +826,17 @@ def test_a_bucket_that_starts_too_early():
         self.is_last_microbatch = True
         right(self, bucket, name, p)
 
+    def unchecked(self, bucket, name, p):
+        p.main_grad.add_(p.grad)
+        p.grad = None
+        bucket.missing.discard(name)
+        while self.waiting and not self.waiting[0].missing:
+            self.waiting.popleft().start_reduce_scatter()
+
     with plant(z.ParamAndGradBuffer, "_accumulate", early) as right:
+        with pytest.raises(RuntimeError, match="got another gradient after its reduce-scatter"):
+            errors_with((1, 1, 2))
+    with plant(z.ParamAndGradBuffer, "_accumulate", unchecked):
         loss, gradients, _ = errors_with((1, 1, 2))
     assert loss < 1e-12 and gradients > 0.1
     return Shows(loss=loss, gradients=gradients)
