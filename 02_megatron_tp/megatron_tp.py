@@ -650,7 +650,8 @@ def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Drop
     if not dropout.p or not dropout.training:
         # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
         return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
-    scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
+    # Divided before the product: a sum over D can exceed fp16's largest number.
+    scores_BnSS = (q_BnSD / math.sqrt(q_BnSD.shape[-1])) @ k_BnSD.mT
     is_future_SS = q_BnSD.new_ones(scores_BnSS.shape[-2:], dtype=torch.bool).triu(1)
     weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
     return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
