@@ -368,9 +368,8 @@ class GradientRing:
         self.thread = ThreadPoolExecutor(1, "ring")
         self.jobs = []  # one for each bucket that was sent
         self.ready = set()
-        self.hooks = []
-        for p in self.parameters:
-            self.hooks.append(p.register_post_accumulate_grad_hook(self._mark_ready))
+        mark_ready = self._mark_ready
+        self.hooks = [p.register_post_accumulate_grad_hook(mark_ready) for p in self.parameters]
 
     def _mark_ready(self, p: nn.Parameter) -> None:
         """Sends every bucket that is next in order and complete."""
@@ -395,8 +394,9 @@ class GradientRing:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             self._mark_ready(p)
+        jobs = self.jobs
+        self.jobs = []  # also where a sum has failed
         self.ready = set()
-        jobs, self.jobs = self.jobs, []  # also where a sum has failed
         for job in jobs:
             job.result()  # raises what the thread has raised
 
