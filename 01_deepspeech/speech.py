@@ -536,7 +536,7 @@ def read_manifest(path: str, alphabet: str = ds.ALPHABET) -> list[Utterance]:
     try:
         text = Path(path).read_text("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
     utterances = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():

@@ -518,7 +518,7 @@ def test_manifests_that_can_be_used(tmp_path):
 def test_a_manifest_that_is_not_utf_8(tmp_path):
     """The error names the file."""
     (tmp_path / "m.jsonl").write_bytes("{naïve}".encode("latin-1"))
-    with pytest.raises(ValueError, match="m.jsonl is not UTF-8: "):
+    with pytest.raises(ValueError, match="m.jsonl is not UTF-8 at byte 3"):
         speech.read_manifest(str(tmp_path / "m.jsonl"))
 
 

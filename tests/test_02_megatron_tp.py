@@ -937,6 +937,19 @@ def test_recomputation_of_two_passes_before_their_backward():
     assert_equal(found[1], found[0], bound=1e-14)
 
 
+def test_recomputation_leaves_the_seeds_of_the_latest_pass():
+    """A backward between a pass and its seeds: the pass draws its own masks, not the earlier's."""
+    found = []
+    for recompute in (False, True):
+        model = on_device(tp.ParallelGPT(config(dropout=0.3), None, recompute))
+        tp.seed_dropout(model, 7, 0)
+        first = model.loss(*batch_of()).sum()
+        tp.seed_dropout(model, 7, 1)
+        first.backward()
+        found.append(model.loss(*batch_of()))
+    assert torch.equal(*found)
+
+
 @pytest.mark.ranks(4)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_replica_without_rows_trains(dropout):
