@@ -344,9 +344,11 @@ class GradientRing:
     Args: parameters: the same on every rank, in the same order; frozen ones are left out. group:
         for this ring alone (`make_group`); None: a single rank. bucket_bytes: a bucket is closed
         when it holds that much.
-    Call finish() on every rank after each backward, and not two backwards before it: the first sum
-    would be in flight already. Gradients must be None or zero before a backward: a sum of earlier
-    ones would be summed over the ranks again. close() removes the hooks.
+    Call finish() on every rank after each backward, also after one that raised, and not two
+    backwards before it: the first sum would be in flight already. Gradients must be None or zero
+    before a backward: a sum of earlier ones would be summed over the ranks again. Make a new ring
+    after freezing or unfreezing parameters: this one gives a frozen one a gradient of zero, and
+    leaves the gradient of an unfrozen one unsummed. close() removes the hooks.
     Raises: ValueError for several ranks without a group.
     Source: Deep Speech 2 (Amodei et al., 2015), section 4.1; buckets as in PyTorch's
     DistributedDataParallel.
@@ -357,18 +359,17 @@ class GradientRing:
             raise ValueError("several ranks: give the ring a group of its own (make_group)")
         self.group = group
         self.buckets = [[]]
-        trained = [p for p in parameters if p.requires_grad]
+        trained = dict.fromkeys(p for p in parameters if p.requires_grad)  # shared ones once
         for p in reversed(trained):
             if sum(q.nbytes for q in self.buckets[-1]) >= bucket_bytes:
                 self.buckets.append([])
             self.buckets[-1].append(p)
-        self.parameters = trained if group_size(group) > 1 else []
+        self.parameters = trained if group_size(group) > 1 else {}
         self.thread = ThreadPoolExecutor(1, "ring")
         self.jobs = []  # one for each bucket that was sent
         self.ready = set()
-        self.hooks = []
-        for p in self.parameters:
-            self.hooks.append(p.register_post_accumulate_grad_hook(self._mark_ready))
+        mark_ready = self._mark_ready
+        self.hooks = [p.register_post_accumulate_grad_hook(mark_ready) for p in self.parameters]
 
     def _mark_ready(self, p: nn.Parameter) -> None:
         """Sends every bucket that is next in order and complete."""
@@ -393,10 +394,11 @@ class GradientRing:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             self._mark_ready(p)
-        for job in self.jobs:
-            job.result()  # raises what the thread has raised
-        self.jobs = []
+        jobs = self.jobs
+        self.jobs = []  # also where a sum has failed
         self.ready = set()
+        for job in jobs:
+            job.result()  # raises what the thread has raised
 
     def close(self) -> None:
         """Removes the hooks and ends the thread."""
@@ -465,8 +467,10 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         self.group = group
 
     def forward(self, x: Tensor, valid: Tensor) -> Tensor:
-        x = at_least_fp32(x)  # 8 bits of a bf16 sum would be off by a percent
         valid = valid.expand(x.shape[:-1])[..., None]
+        # 8 bits of a bf16 sum would be off by a percent. A NaN of padding would reach the weight's
+        # gradient: 0 · NaN is NaN.
+        x = torch.where(valid, at_least_fp32(x), 0)
         mean = self.running_mean
         var = self.running_var
         if self.training:
@@ -476,9 +480,9 @@ class SequenceBatchNorm(nn.BatchNorm1d):
         return torch.where(valid, y, 0).to(self.weight.dtype)
 
     def _statistics(self, x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and variance (H,) over all ranks; updates the running averages."""
+        """Mean and variance (H,) over all ranks; updates the running averages. x: 0 in padding."""
         frames = tuple(range(x.ndim - 1))
-        partial_sum = torch.where(valid, x, 0).sum(frames)
+        partial_sum = x.sum(frames)
         partial_count = valid.sum().to(x.dtype)[None]
         total = sum_over_ranks(torch.cat([partial_sum, partial_count]), self.group)
         count = total[-1].detach()
@@ -1306,7 +1310,9 @@ def claims(args: argparse.Namespace, device: torch.device, ring_group: Group) ->
         falls = losses[-1] < losses[0] / 10 if judge else "needs the default run"
         rows.append(("the loss falls", "falls", here, falls))
     verdict = right > 0.9 if judge else "needs the default run"
-    rows.append(("texts of the eval split that are right", "above 90%", f"{right:.0%}", verdict))
+    claim = "texts of the eval split that are right"
+    here = f"{right:.0%}"
+    rows.append((claim, "above 90%", here, verdict))
     return rows
 
 

@@ -252,13 +252,14 @@ def _triangles(hertz: Tensor, sample_rate: int, bands: int) -> Tensor:
 def mix_noise(wave_W: Tensor, noise_W: Tensor, snr_db: float) -> Tensor:
     """wave_W + noise, scaled so that the wave has snr_db decibels more power: (W,).
 
-    Args: noise_W, of any length: it is repeated. Raises: ValueError for noise without power.
+    Args: noise_W, of any length: it is repeated or cut. Raises: ValueError for noise without power
+        in the part that is used.
     Source: Deep Speech, section 4.1 (superposition).
     """
-    if not noise_W.numel() or not noise_W.square().mean() > 0:
-        raise ValueError(f"noise of {noise_W.numel()} samples has no power to be scaled")
-    times = math.ceil(len(wave_W) / len(noise_W))
+    times = math.ceil(len(wave_W) / max(1, len(noise_W)))
     noise_W = noise_W.repeat(times)[: len(wave_W)]
+    if not noise_W.square().mean() > 0:
+        raise ValueError(f"{len(noise_W)} samples of noise have no power to be scaled")
     ratio = wave_W.square().mean() / noise_W.square().mean()
     wanted = 10 ** (snr_db / 10)
     return wave_W + noise_W * (ratio / wanted).sqrt()
@@ -525,7 +526,7 @@ class Utterance:
 def _need_file(path: str) -> None:
     """Raises: ValueError for what can be read only once (a pipe), or is a folder."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path} is no regular file: it is read twice, so a pipe is not enough")
+        raise ValueError(f"{path} is no regular file: it is read again, so a pipe is not enough")
 
 
 def read_manifest(path: str, alphabet: str = ds.ALPHABET) -> list[Utterance]:
@@ -536,12 +537,16 @@ def read_manifest(path: str, alphabet: str = ds.ALPHABET) -> list[Utterance]:
     Lines end at "\\n" alone: other line separators may stand in a text.
     Raises: OSError; ValueError that names file and line for a line that is not a JSON object, lacks
         a key, names no file, has an offset (an utterance is a whole file), or letters outside the
-        alphabet; for a manifest without utterances, and for one that can be read only once.
+        alphabet; for a manifest without utterances, one that is not UTF-8, and one that can be
+        read only once (a pipe).
     """
-    if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path} is no regular file: each rank reads it, so a pipe is not enough")
+    _need_file(path)
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from error
     utterances = []
-    for number, line in enumerate(Path(path).read_text("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
                 utterances.append(_utterance(line, Path(path).parent, number, alphabet))

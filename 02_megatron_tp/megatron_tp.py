@@ -356,10 +356,8 @@ class ColumnParallelLinear(_Sharded, nn.Linear):
             self.bias = nn.Parameter(_take_shard(self.bias.detach(), group, 0))
 
     def forward(self, x_BSH: Tensor) -> Tensor:
-        x_BSH = _cast_to_autocast(x_BSH)
-        weight_fH = _cast_to_autocast(self.weight)
-        bias_f = _cast_to_autocast(self.bias)
-        y_BSf = _ColumnParallelLinear.apply(x_BSH, weight_fH, bias_f, self.group)
+        operands = [_cast_to_autocast(x) for x in (x_BSH, self.weight, self.bias)]
+        y_BSf = _ColumnParallelLinear.apply(*operands, self.group)
         return gather_from_tp(y_BSf, self.group) if self.gather_output else y_BSf
 
 
@@ -571,9 +569,8 @@ def vocab_parallel_cross_entropy(
 # ── 1.6 Dropout: one mask for replicated tensors, one per rank for sharded ones ─────────────────
 #
 # A replicated activation must lose the same elements on every tensor-parallel rank. With different
-# masks the ranks' copies silently drift apart. A sharded activation needs different
-# masks: with equal ones, head 0 and head n always lose the same attention weights. Replicas have
-# different data, and draw different masks for both kinds.
+# masks the ranks' copies silently drift apart. A sharded activation needs different masks: with
+# equal ones, head 0 and head n lose the same weights. Replicas draw different masks for both.
 #
 # The paper keeps two generator states (appendix B.2). Here a mask is a function of its place:
 # seed, step, replica, the module's name and, where the activation is sharded, the tensor-parallel
@@ -651,7 +648,7 @@ def core_attention(q_BnSD: Tensor, k_BnSD: Tensor, v_BnSD: Tensor, dropout: Drop
     if not dropout.p or not dropout.training:
         # One kernel that never stores the S × S weights. Its own dropout accepts no generator.
         return F.scaled_dot_product_attention(q_BnSD, k_BnSD, v_BnSD, is_causal=True)
-    scores_BnSS = q_BnSD @ k_BnSD.mT / math.sqrt(q_BnSD.shape[-1])
+    scores_BnSS = (q_BnSD / math.sqrt(q_BnSD.shape[-1])) @ k_BnSD.mT  # q kᵀ can overflow fp16
     is_future_SS = q_BnSD.new_ones(scores_BnSS.shape[-2:], dtype=torch.bool).triu(1)
     weights_BnSS = at_least_fp32(scores_BnSS.masked_fill(is_future_SS, -torch.inf)).softmax(dim=-1)
     return dropout(weights_BnSS.to(v_BnSD.dtype)) @ v_BnSD
@@ -844,12 +841,17 @@ class ParallelGPT(GPT):
 
 def _recomputed(layer: nn.Module, x_BSH: Tensor) -> Tensor:
     # Another forward pass may seed the masks again before this one's backward.
-    seeds = [(m, m.mask_seed) for m in layer.modules() if isinstance(m, Dropout)]
+    seeds = {m: m.mask_seed for m in layer.modules() if isinstance(m, Dropout)}
 
     def run(x_BSH: Tensor) -> Tensor:
-        for module, mask_seed in seeds:
-            module.mask_seed = mask_seed
-        return layer(x_BSH)
+        later_seeds = {m: m.mask_seed for m in seeds}
+        try:
+            for module, mask_seed in seeds.items():
+                module.mask_seed = mask_seed
+            return layer(x_BSH)
+        finally:  # also where `checkpoint` stops it early, by an exception
+            for module, mask_seed in later_seeds.items():
+                module.mask_seed = mask_seed
 
     return checkpoint(run, x_BSH, use_reentrant=False)
 
@@ -1164,8 +1166,7 @@ def equivalence(
             reference = {name: p.grad for name, p in plain.named_parameters()}
             errors |= relative_errors("gradient", full, reference)
     if dtype == torch.float64:
-        # Where a gradient is zero, Adam divides rounding errors by each other: in fp32 the weights
-        # of a right program differ too.
+        # Where a gradient is zero, Adam divides rounding errors: fp32 weights differ.
         full = gather_state_dict(parallel.state_dict(), config, mesh.tp_group)
         errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
     return over_all_ranks(errors)

@@ -65,18 +65,17 @@ MAY_CHANGE = ("dtype", "vocab_multiple")  # rounding and padding: the run says w
 def run_state(model: mtp.ParallelGPT, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """This rank's live tensors: parameters by NAME, moments as exp_avg.NAME and exp_avg_sq.NAME.
 
-    A parameter that has made no step yet gets moments of zero.
+    A parameter that has made no step yet gets moments of zero, which the optimizer does not keep.
+    Raises: ValueError for AdamW(amsgrad=True), which has a third moment.
     """
+    if any(param_group.get("amsgrad") for param_group in optimizer.param_groups):
+        raise ValueError("amsgrad=True: its largest moments have no place in a checkpoint")
     tensors = {}
     for name, p in model.named_parameters():
         tensors[name] = p.detach()
-        state = optimizer.state[p]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(p)
+        state = optimizer.state.get(p)
         for moment in MOMENTS:
-            tensors[f"{moment}.{name}"] = state[moment]
+            tensors[f"{moment}.{name}"] = state[moment] if state else torch.zeros_like(p)
     return tensors
 
 
@@ -91,18 +90,31 @@ def save_checkpoint(
     """Writes the run's state after `step` steps. Collective: all ranks return when it is written.
 
     Args: settings (JSON): what a run that goes on must agree with, by name. Rank 0 holds all
-        tensors in host memory. Raises: OSError, on rank 0; an older file is then unchanged.
+        tensors in host memory.
+    Raises: OSError where rank 0 cannot write; ValueError where replicated tensors differ between
+        ranks, and for what `run_state` refuses. All on every rank; an older file is unchanged.
     """
+    state = run_state(model, optimizer)
     tensors = {}
+    errors = [None]
     if mesh.dp_rank == 0:  # the other replicas have the same
-        for name, x in run_state(model, optimizer).items():
-            tensors |= _gather_to_first({name: x.cpu()}, model.config, mesh.tp_group)
-    if mesh.dp_rank == 0 and mesh.tp_rank == 0:
+        for name, x in state.items():
+            try:
+                tensors |= _gather_to_first({name: x.cpu()}, model.config, mesh.tp_group)
+            except ValueError as error:  # the others go on to send the next tensor
+                errors = [error]
+    if mesh.dp_rank == 0 and mesh.tp_rank == 0 and errors == [None]:
         run = {"step": step, "settings": settings, "mesh": f"tp {mesh.tp} × dp {mesh.dp}"}
         run["checksums"] = {name: _checksum(x) for name, x in tensors.items()}
-        _write(Path(file), tensors, run)
+        try:
+            _write(Path(file), tensors, run)
+        except OSError as error:
+            errors = [error]
     if dist.is_initialized():
         mtp.wait_for_all()  # not a collective with a time limit: the disk may be slow
+        dist.broadcast_object_list(errors)  # an error of rank 0 alone would leave the others
+    if errors[0] is not None:
+        raise errors[0]
 
 
 def _gather_to_first(
@@ -178,7 +190,7 @@ def load_checkpoint(
 
     Returns: the number of steps done.
     Raises: OSError; ValueError for a file that is damaged, of other settings or of other shapes.
-        Model and optimizer are then unchanged.
+        Model and optimizer are then unchanged. ValueError for what `run_state` refuses.
     """
     run = read_run(file)
     check_settings(file, run["settings"], settings)
@@ -191,9 +203,14 @@ def load_checkpoint(
         for name in expected:  # all of them, before anything is changed
             if _checksum(data.get_tensor(name)) != run["checksums"].get(name):
                 raise ValueError(f"{file} is damaged: {name} is not what was written")
-        for name, x in run_state(model, optimizer).items():
+        tensors = run_state(model, optimizer)
+        for name, x in tensors.items():
             full = data.get_tensor(name)
             x.copy_(mtp.shard_tensor(name, full, model.config, mesh.tp_rank, mesh.tp))
+    for name, p in model.named_parameters():
+        moments = {moment: tensors[f"{moment}.{name}"] for moment in MOMENTS}
+        if p.requires_grad or any(x.any() for x in moments.values()):
+            optimizer.state[p] = {"step": torch.tensor(0.0), **optimizer.state[p], **moments}
     for state in optimizer.state.values():
         state["step"].fill_(run["step"])
     return run["step"]

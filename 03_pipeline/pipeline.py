@@ -127,7 +127,7 @@ class GPTConfig:
     seed: int = 0  # the initial weights are a function of this configuration alone
 
     def __post_init__(self):
-        if self.hidden_size % self.num_heads:
+        if self.num_heads < 1 or self.hidden_size % self.num_heads:
             sizes = f"hidden_size={self.hidden_size}, num_heads={self.num_heads}"
             raise ValueError(f"{sizes}: the first must be a multiple of the second")
         if not 0 <= self.dropout < 1:
@@ -650,8 +650,7 @@ class Executor:
         if self.recompute:
             edge = edge_of(self.compute(op, x))
         if edge is not None:
-            # Adds to every parameter's grad, and leaves the input's gradient in x.grad. At the loss
-            # it starts from 1 (None).
+            # Adds to every p.grad, and leaves the input's in x.grad. The loss's own is 1 (None).
             torch.autograd.backward(edge, dy_BSH)
         if op.stage > 0:  # tokens have no gradient
             self.mailbox.put(op, x.grad)
@@ -679,11 +678,10 @@ def run_step(
 
     Args:
         program: programs(schedule)[pp rank]; its m micro-batches are the rows in order.
-        tokens_BS, targets_BS: int64, the same on every rank of a pipeline; target −100 does not
-            count. The middle ranks use their shapes only.
+        tokens_BS, targets_BS: int64, of one shape, the same on every rank of a pipeline; target
+            −100 does not count. The middle ranks use their shapes only.
         make_mailbox: called with mesh, shapes, dtype and device.
-        options: `Executor`'s recompute, autocast, seed, step, and the lists bars and held, which
-            grow by what this step does.
+        options: `Executor`'s recompute, autocast, seed, step, and two lists to extend: bars, held.
 
     Returns: the mean loss per token, a scalar, replicated.
     Raises: ValueError for a batch, program or stage that do not fit (`check_step`); RuntimeError
@@ -691,6 +689,8 @@ def run_step(
     Source: ours; the paper's section 2.2 has the schedules.
     """
     check_step(stage, program, tokens_BS, mesh)
+    if targets_BS.shape != tokens_BS.shape:  # only the last rank reads the targets' values
+        raise ValueError(f"targets are {targets_BS.shape}, but tokens {tokens_BS.shape}")
     m = microbatches_of(program)
     tokens = tokens_BS.tensor_split(m)  # every rank cuts alike, and so knows every shape
     targets = targets_BS.tensor_split(m)
@@ -923,8 +923,7 @@ def place_layers(layers: int, stages: int) -> list[range]:
         raise ValueError(f"{layers} layers on {stages} stages: choose at most {layers} stages")
     # Stage s ends where stage s + 1 begins, at (s + 1) · layers / stages, rounded down. With the
     # remainder as an offset before it is rounded, the last stage has none of the longer pieces.
-    offset = layers % stages
-    bounds = [(layers * stage + offset) // stages for stage in range(stages + 1)]
+    bounds = [(layers * stage + layers % stages) // stages for stage in range(stages + 1)]
     return [range(first, end) for first, end in itertools.pairwise(bounds)]
 
 
@@ -1003,8 +1002,9 @@ def merge_state_dicts(shards: list[StateDict], config: GPTConfig) -> StateDict:
                 gap = (first - x).abs().max()
                 raise ValueError(f"the copies of {name} differ by {gap:.1e}: they must be equal")
     names = parameter_shapes(config)
-    if not names.keys() <= full.keys():
-        raise ValueError(f"no rank has {sorted(names.keys() - full.keys())}")
+    missing = names.keys() - full.keys()
+    if missing:
+        raise ValueError(f"no rank has {sorted(missing)}")
     return {name: full[name] for name in names}
 
 
@@ -1158,7 +1158,7 @@ def train(
 
     Args: batches are global; where dp does not divide their rows, replicas get unequal parts.
         options: `run_step`'s.
-    Raises: ValueError for a schedule that cannot run, or a batch with too few rows.
+    Raises: ValueError for a schedule that cannot run, or too few rows; RuntimeError for two shapes.
     """
     verify(schedule)  # before the first message, since it may be the reader's own
     program = programs(schedule)[mesh.pp_rank]
@@ -1168,9 +1168,9 @@ def train(
             pieces = f"{m} micro-batches on {mesh.dp} replicas"
             raise ValueError(f"a batch of {len(tokens_BS)} rows is too small for {pieces}")
         optimizer.zero_grad()
-        tokens_BS = tokens_BS.tensor_split(mesh.dp)[mesh.dp_rank]
-        targets_BS = targets_BS.tensor_split(mesh.dp)[mesh.dp_rank]
-        loss = run_step(stage, program, tokens_BS, targets_BS, mesh, step=step, **options)
+        # Stacked, since tensors of two shapes are then an error on every rank.
+        rows_2BS = torch.stack([tokens_BS, targets_BS]).tensor_split(mesh.dp, dim=1)[mesh.dp_rank]
+        loss = run_step(stage, program, *rows_2BS, mesh, step=step, **options)
         norm = clip_grad_norm_(stage, max_norm, mesh.pp_group)
         optimizer.step()
         yield loss, norm

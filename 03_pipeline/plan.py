@@ -71,7 +71,7 @@ class Model:
     seq: int = flag(2048, "tokens of a sequence, S", least=1)
 
     def __post_init__(self):
-        if self.hidden % self.heads:
+        if self.heads < 1 or self.hidden % self.heads:
             sizes = f"hidden={self.hidden}, heads={self.heads}"
             raise ValueError(f"{sizes}: the heads must divide the hidden size")
 
@@ -230,8 +230,10 @@ def layouts(model: Model, gpus: int, machine: Machine) -> list[Layout]:
 def plan(model: Model, gpus: int, machine: Machine | None = None) -> list[Layout]:
     """The layouts that fit, fastest first, with the best (v, b) of each (t, p).
 
-    Raises: ValueError where none fits. Source: ours.
+    Raises: ValueError where none fits, and for no GPU. Source: ours.
     """
+    if gpus < 1:
+        raise ValueError(f"gpus={gpus}: it must be at least 1")
     machine = machine or Machine()
     room = 0.9 * machine.gpu_memory
     every = [predict(model, x, machine) for x in layouts(model, gpus, machine)]

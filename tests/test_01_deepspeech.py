@@ -364,6 +364,50 @@ def test_buckets_leave_while_backward_runs():
 
 
 @pytest.mark.ranks(2)
+@pytest.mark.parametrize("failed", ["backward", "sum"])
+def test_a_step_after_one_that_failed(failed):
+    """finish() forgets the failed step, and the next one's gradients are all summed."""
+    N, r = dist.get_world_size(), dist.get_rank()
+    net = nn.ParameterDict({name: random(4, 4, seed=seed) for seed, name in enumerate("ab")})
+    x = random(N, 3, 4, seed=5)
+    ring = ds.GradientRing(net.values(), ring_group(), bucket_bytes=1)
+
+    def fail(*args):
+        raise RuntimeError("broken")
+
+    hidden = x[r] @ net["a"]
+    if failed == "backward":
+        hidden.register_hook(fail)  # the gradient of "b" is there by then
+    broken = fail if failed == "sum" else ds.GradientRing._sum
+    with plant(ds.GradientRing, "_sum", broken):
+        with pytest.raises(RuntimeError, match="broken"):
+            (hidden @ net["b"]).square().sum().backward()
+            ring.finish()
+        if failed == "backward":
+            ring.finish()
+    for mine_alone in (True, False):
+        net.zero_grad()
+        rows = x[r] if mine_alone else x
+        (rows @ net["a"] @ net["b"]).square().sum().backward()
+        if mine_alone:
+            ring.finish()
+            ring.close()
+            found = {name: p.grad.clone() for name, p in net.items()}
+    assert_equal(found, grads_of(net))
+
+
+@pytest.mark.ranks(2)
+def test_a_parameter_that_is_listed_twice():
+    """Its gradient is summed once."""
+    p = nn.Parameter(torch.ones(3, device=ranks.device))
+    ring = ds.GradientRing([p, p], ring_group(), bucket_bytes=1)
+    p.sum().backward()
+    ring.finish()
+    ring.close()
+    assert torch.equal(p.grad, 2 * torch.ones_like(p))
+
+
+@pytest.mark.ranks(2)
 def test_messages_of_a_step():
     """In the ring's group the gradients, 2·K·(N − 1)/N elements a rank; in the other BatchNorm's
     sums and scalars."""
@@ -401,6 +445,21 @@ def test_messages_of_a_step():
 
 
 # ── 1.4 BatchNorm over the frames of all ranks ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_padding_that_is_not_finite(value, training):
+    """It reaches neither outputs nor gradients."""
+    valid, norm = torch.tensor([[True, True, False]]), ds.SequenceBatchNorm(2).train(training)
+    found = []
+    for padding in (0.0, value):
+        x = torch.tensor([[[1.0, 2.0], [3.0, 5.0], [padding, padding]]], requires_grad=True)
+        norm.zero_grad()
+        y = norm(x, valid)
+        y.square().sum().backward()
+        found.append([y.detach(), x.grad, norm.weight.grad, norm.bias.grad])
+    assert all(map(torch.equal, *found))
 
 
 @EVERY_WORLD

@@ -229,6 +229,10 @@ def test_noise_has_the_power_that_was_asked_for(snr):
     )
     with pytest.raises(ValueError, match="no power"):
         speech.mix_noise(wave, torch.zeros(5), 3.0)
+    late = torch.cat([torch.zeros(5000), noise])  # silent as long as the wave lasts
+    for useless in (late, torch.zeros(0)):
+        with pytest.raises(ValueError, match="no power"):
+            speech.mix_noise(wave, useless, 3.0)
 
 
 def test_resampling_keeps_the_tone():
@@ -513,6 +517,13 @@ def test_manifests_that_can_be_used(tmp_path):
     assert speech.read_manifest(path, "_cshönö"[:-1])[0].text == "schön"
     with pytest.raises(FileNotFoundError):
         speech.read_manifest(str(tmp_path / "nowhere"))
+
+
+def test_a_manifest_that_is_not_utf_8(tmp_path):
+    """The error names the file."""
+    (tmp_path / "m.jsonl").write_bytes("{naïve}".encode("latin-1"))
+    with pytest.raises(ValueError, match="m.jsonl is not UTF-8 at byte 3"):
+        speech.read_manifest(str(tmp_path / "m.jsonl"))
 
 
 def test_a_pipe_is_refused(tmp_path):

@@ -584,6 +584,14 @@ def test_attention_written_out_equals_the_fused_kernel():
     assert_equal({"y": written_out}, {"y": tp.core_attention(q, k, v, tp.Dropout(0.0))})
 
 
+def test_attention_in_fp16_with_large_queries():
+    """q · k is 160,000, above fp16's largest number, and its score 20,000 below it."""
+    q = torch.full((1, 1, 3, 64), 50.0, dtype=torch.float16)
+    v = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float16)[:, None].expand(q.shape)
+    y = tp.core_attention(q, q, v, tp.Dropout(1e-15))
+    assert y[0, 0, :, 0].tolist() == [1.0, 1.5, 2.0]
+
+
 # ── 1.4 The embedding ───────────────────────────────────────────────────────────────────────────
 
 # On 4 ranks: with 5 entries one rank holds padding alone, with 1 entry three ranks do.
@@ -927,6 +935,19 @@ def test_recomputation_of_two_passes_before_their_backward():
         sum(losses).backward()
         found.append({"first": losses[0], "second": losses[1], **grads_of(model)})
     assert_equal(found[1], found[0], bound=1e-14)
+
+
+def test_recomputation_leaves_the_seeds_of_the_latest_pass():
+    """A backward between a pass and its seeds: the pass draws its own masks, not the earlier's."""
+    found = []
+    for recompute in (False, True):
+        model = on_device(tp.ParallelGPT(config(dropout=0.3), None, recompute))
+        tp.seed_dropout(model, 7, 0)
+        first = model.loss(*batch_of()).sum()
+        tp.seed_dropout(model, 7, 1)
+        first.backward()
+        found.append(model.loss(*batch_of()))
+    assert torch.equal(*found)
 
 
 @pytest.mark.ranks(4)

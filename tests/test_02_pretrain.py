@@ -128,9 +128,35 @@ def test_a_checkpoint_of_a_model_with_frozen_parameters(tmp_path):
     list(tp.train(model, optimizer, [batch_of()], tp.Mesh()))
     save(tmp_path / "run", config(), run=(model, optimizer))
     assert load(tmp_path / "run", config()) == 1
+    assert load(tmp_path / "run", config(), run=(model, optimizer)) == 1
+    assert model.embedding.weight not in optimizer.state  # neither of them has added moments
     moments = [x for name, x in load_file(tmp_path / "run").items() if "exp_avg" in name]
     frozen = [x for x in moments if x.shape == (61, 32)]
     assert len(frozen) == 2 and not any(x.any() for x in frozen)
+
+
+def test_moments_that_a_checkpoint_cannot_hold(tmp_path):
+    model = tp.ParallelGPT(config())
+    optimizer = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    with pytest.raises(ValueError, match="amsgrad=True"):
+        save(tmp_path / "run", config(), run=(model, optimizer))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("tp_degree", [1, 2])
+def test_a_checkpoint_that_cannot_be_written_is_an_error_on_every_rank(tmp_path, tp_degree):
+    """A folder that does not exist; replicated weights that differ."""
+    mesh = mesh_of(tp_degree)
+    model = on_device(tp.ParallelGPT(config(), mesh.tp_group))
+    run = (model, tp.make_optimizer(model, 1e-3), mesh, {})
+    with pytest.raises(OSError, match="cannot write .*nowhere.* after step 0: .*unchanged"):
+        pretrain.save_checkpoint(tmp_path / "nowhere" / "run", 1, *run)
+    if tp_degree == 2:
+        nn.init.constant_(model.layers[0].norm1.bias, dist.get_rank())
+        with pytest.raises(ValueError, match="layers.0.norm1.bias should be replicated"):
+            pretrain.save_checkpoint(tmp_path / "run", 1, *run)
+        assert not (tmp_path / "run").exists()
 
 
 def test_damaged_and_foreign_checkpoints_are_refused(tmp_path):

@@ -1354,6 +1354,18 @@ def test_schedules_that_cannot_be_are_refused():
 
 
 @pytest.mark.ranks(1, 2)
+def test_targets_that_lack_a_row_are_refused_on_every_replica():
+    """After the split only the last replica would have seen it."""
+    mesh = mesh_of(1)
+    _, stage = models(config(), mesh)
+    tokens, targets = batch_of()
+    table = pl.schedule("1f1b", 1, 1)
+    batches = [(tokens, targets[:-1])]
+    with pytest.raises(RuntimeError, match="equal size"):
+        next(pl.train(stage, pl.make_optimizer(stage, 1.0), table, batches, mesh))
+
+
+@pytest.mark.ranks(1, 2)
 def test_what_does_not_fit_is_refused_on_every_rank():
     mesh, cfg = mesh_of(dist.get_world_size()), config()
     _, stage = models(cfg, mesh)
@@ -1374,6 +1386,9 @@ def test_what_does_not_fit_is_refused_on_every_rank():
         next(pl.train(stage, pl.make_optimizer(stage, 1.0), split, [batch_of()], mesh))
     with pytest.raises(ValueError, match="float64: the first stage takes token ids, int64"):
         pl.run_step(stage, program, batch_of()[0].double(), batch_of()[1], mesh)
+    for targets in (batch_of()[1][:, :-1], batch_of()[1][:-1]):
+        with pytest.raises(ValueError, match=r"targets are torch.Size.*, but tokens torch.Size"):
+            pl.run_step(stage, program, batch_of()[0], targets, mesh)
     pl.run_step(stage, program, *batch_of(), mesh)
     with pytest.raises(ValueError, match="gradients of an earlier step are still there"):
         pl.run_step(stage, program, *batch_of(), mesh)
@@ -1383,6 +1398,8 @@ def test_what_does_not_fit_is_refused_on_every_rank():
         pl.PipelineStage(cfg, 2, 2)
     with pytest.raises(ValueError, match="dropout=1"):
         pl.PipelineStage(config(dropout=1.0), 0, 2)
+    with pytest.raises(ValueError, match="num_heads=0"):
+        config(num_heads=0)
     with pytest.raises(ValueError, match="17 tokens, but the model has 16 positions"):
         pl.GPT(cfg)(batch_of(length=17)[0])
 

@@ -90,6 +90,11 @@ def test_one_server_has_no_network_between_servers():
 
 
 def test_a_plan_that_cannot_be():
+    with pytest.raises(ValueError, match="heads=0"):
+        plan.Model(4, 64, 0, 8)
+    for gpus in (0, -8):
+        with pytest.raises(ValueError, match=f"gpus={gpus}: it must be at least 1"):
+            plan.plan(plan.Model(4, 64, 4, 8), gpus)
     with pytest.raises(ValueError, match="fit no layout of 8 GPUs of 80 GB"):
         plan.plan(plan.Model(128, 25_600, 160, 3072), 8)
 
