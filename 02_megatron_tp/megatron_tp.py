@@ -279,11 +279,10 @@ def gather_from_tp(x: Tensor, group: Group = None) -> Tensor:
 # would all be equal to each other, so `reset_parameters` raises. (The model of part 2 draws
 # its weights by name instead, and loads each rank's shard.)
 #
-# Under autocast GEMMs run in bf16 (fp32's range, 8 bits of precision); weights stay in fp32. The
-# partial sums are added in bf16 too: so a correct parallel layer rounds differently from a single
-# device. A column-parallel layer without a row-parallel one after it gathers its output
-# (gather_output). A row-parallel layer with a replicated input scatters it first
-# (input_is_parallel=False).
+# Under autocast GEMMs run in bf16 (fp32's range, 8 bits of precision); weights stay in fp32.
+# Partial sums are bf16 too: so a correct parallel layer rounds differently from a single device. A
+# column-parallel layer without a row-parallel one after it gathers its output (gather_output). A
+# row-parallel layer with a replicated input scatters it first (input_is_parallel=False).
 
 
 class _ColumnParallelLinear(torch.autograd.Function):
