@@ -765,14 +765,14 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     Args: timeout in seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world = group_size()
-    if world % tp:
+    if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    ranks = torch.arange(world).view(world // tp, tp)  # a row is a replica
+    ranks = torch.arange(world).view(-1, tp)  # a row is a replica
     groups = [make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)]
     return Mesh(tp, world // tp, group_rank() // tp, *groups)
 
 
-# endregion copy 6a3032
+# endregion copy 6543e0
 # region carried: sums and counts (home: 11_preference)
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay: alignment takes few steps, from weights that are good already."""
@@ -790,7 +790,7 @@ def average_gradients(
     """
     parameters = [p for p in parameters if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    scalars = torch.stack([loss, count]).to(at_least_fp32(grads[0]).dtype)
+    scalars = at_least_fp32(torch.stack([loss, count]))
     flat = torch.cat([*(grad.flatten() for grad in grads), scalars])
     _all_reduce(flat, group)
     count = flat[-1].clamp(min=1)
@@ -832,7 +832,7 @@ def train(
         yield loss, norm
 
 
-# endregion copy 71292c
+# endregion copy 3075ca
 # ── 4.1 On-policy, and one step off ─────────────────────────────────────────────────────────────
 #
 # Sampling and training alternate, and each waits for the other. Nano does so. Super samples the
