@@ -1020,12 +1020,15 @@ def train(
     """Trains the model, on its mesh or alone; yields the losses of `HybridLM.loss`, of all ranks,
     and the norm before clipping, a scalar.
 
-    Every rank of a mesh must iterate it, with the same global batches. Raises: as `local_part`.
+    Every rank of a mesh must iterate it, with the same global batches. Raises: as `local_part`, and
+    ValueError for an id outside the vocabulary, on every rank (on a GPU: NaN).
     """
     mesh = model.mesh
     device = model.head.weight.device.type
     sharded = [model.embedding.weight, model.head.weight] if mesh.tp > 1 else []
     for batch in batches:
+        _is_id(batch[0], model.config.vocab_size)  # of all ranks: none raises alone
+        _is_id(batch[1], model.config.vocab_size, IGNORED)
         optimizer.zero_grad()
         with torch.autocast(device, autocast, enabled=autocast is not None):
             losses = model.loss(*local_part(batch, mesh))
@@ -1034,8 +1037,7 @@ def train(
         if mesh.data_group is not None:
             sum_gradients(model.parameters(), mesh.data_group)
             losses = _all_reduce(losses.clone(), mesh.data_group)
-        parameters = model.parameters()
-        norm = clip_grad_norm_(parameters, max_norm, sharded=sharded, group=mesh.tp_group)
+        norm = clip_grad_norm_(model.parameters(), max_norm, sharded=sharded, group=mesh.tp_group)
         optimizer.step()
         yield losses, norm
 
@@ -1053,7 +1055,6 @@ def train(
 # ── 5 The demonstration ─────────────────────────────────────────────────────────────────────────
 
 # fp64 is the proof; fp32 and bf16 show what rounding does to right code.
-#
 # The proof trains a small odd model for five steps on every layout of the ranks and on a single
 # device. It compares each tensor: losses of all depths, gradients after the first step, the norm
 # before clipping of each step, weights at the end. The model has what breaks wrong code: documents
@@ -1069,8 +1070,7 @@ def layouts_of(ranks: int) -> list[tuple[int, int]]:
 
 
 def check_case(ranks: int, device: torch.device) -> tuple[HybridConfig, Batch]:
-    """A small odd model and a batch: documents that cross ranks, unequally many targets, and a
-    vocabulary that does not divide."""
+    """A small odd model and a batch, with what breaks wrong code."""
     sizes = {"hidden_size": 16, "ffn_hidden_size": 24, "state_size": 6}
     sizes |= {"mamba_heads": 2, "mamba_head_size": 4}
     sizes |= {"attention_heads": 2, "attention_head_size": 4}
@@ -1078,8 +1078,7 @@ def check_case(ranks: int, device: torch.device) -> tuple[HybridConfig, Batch]:
     rng = torch.Generator().manual_seed(1)
     B = 2 * ranks
     T = 6 * ranks
-    ids_2BT = torch.randint(61, (2, B, T), generator=rng).to(device)
-    tokens_BT, targets_BT = ids_2BT
+    tokens_BT, targets_BT = torch.randint(61, (2, B, T), generator=rng).to(device)
     targets_BT[0, :3] = IGNORED
     targets_BT[-1, -2:] = IGNORED
     document_BT = torch.zeros_like(tokens_BT)
@@ -1134,8 +1133,7 @@ def check(
     return errors
 
 
-# The text is read as bytes, one token each: no tokenizer, and V is 256. Each batch is a function of
-# seed and step, so that every mesh trains on the same batches.
+# The text is read as bytes, one token each: no tokenizer, and V is 256.
 def read_text(path: str, window: int) -> tuple[Tensor, Tensor]:
     """The bytes of a text, a token each: nine tenths to train on, one to evaluate on.
 
@@ -1218,10 +1216,13 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[tuple]:
 
 
 def main(args: argparse.Namespace, device: torch.device) -> None:
-    say_setting(args, f": tp {args.tp} × cp {args.cp}")
+    layout = f": tp {args.tp} × cp {args.cp}"
+    say_setting(args, layout)
     if args.check:
-        errors = check(args, device, *dtypes(args))
-        good = print_errors(errors, BOUNDS[args.dtype])
+        precision = dtypes(args)
+        errors = check(args, device, *precision)
+        bound = BOUNDS[args.dtype]
+        good = print_errors(errors, bound)
     else:
         good = print_claims(measure(args, device))
     if not good:

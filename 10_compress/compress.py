@@ -52,8 +52,7 @@ Left out: depth and distillation (distill.py); the search for a shape under a me
 # unit is one channel, feature or head; an axis is all units of one kind. Axes have the names that
 # NVIDIA's Model Optimizer gives them: ffn_hidden_size, mamba_num_heads, ...
 #
-# "region carried" marks code that is copied from its home chapter, nearly all at the end of the
-# file. Editors fold it.
+# "region carried" marks code that is copied from its home chapter. Editors fold it.
 
 from __future__ import annotations
 
@@ -68,6 +67,7 @@ import sysconfig
 import threading
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, dataclass, field, fields, replace
 from datetime import timedelta
@@ -256,8 +256,8 @@ def place_of(name: str) -> str:
 def rows_of(name: str, config: HybridConfig, kept: Units) -> dict[int, Tensor]:
     """Dimension of parameter `name` to the indices (C) that stay, where not all of them do.
 
-    Args: kept: axis, or place and axis, to indices (C), no mask. Raises: ValueError for an index
-        that the axis does not have, or that is given twice. Source: ours.
+    Args: kept: axis, or place and axis, to indices (C). Raises: ValueError for a boolean mask, for
+        an index that the axis does not have, or that is given twice. Source: ours.
     """
     place = place_of(name)
     found = {}
@@ -271,9 +271,10 @@ def rows_of(name: str, config: HybridConfig, kept: Units) -> dict[int, Tensor]:
                 size = getattr(config, factor)
                 every = torch.arange(size)
                 units = kept.get(f"{place}.{factor}", kept.get(factor, every))
-                indices = units.tolist()  # a mask's True is 1, given twice
-                are_units = len(set(indices) & set(range(size))) == len(indices)
-                if _has_values(units) and not are_units:
+                indices = units.tolist()
+                are_units = Counter(indices) <= Counter(range(size))
+                is_mask = units.dtype == torch.bool  # its True would be index 1
+                if is_mask or (_has_values(units) and not are_units):
                     raise ValueError(f"{factor} keeps {indices}, but {size} are there, each once")
                 is_cut |= units is not every
                 index = index[:, None] * size + units
@@ -578,11 +579,12 @@ def ssd(X: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
     """
     R = X.shape[2] // B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
-        sum_BHT1 = a.mT.cumsum(dim=-1)[..., None]
+        sum_BHT1 = a.mT.cumsum(dim=-1, dtype=torch.float64)[..., None]
         decay_BHTS = sum_BHT1 - sum_BHT1.mT
         is_past_BHTS = torch.ones_like(decay_BHTS, dtype=torch.bool).tril()
-        # Before exp: above the diagonal the sums are positive, and 0 · ∞ would be a NaN gradient.
-        L_BHTS = decay_BHTS.masked_fill(~is_past_BHTS, -torch.inf).exp()
+        # float64, because differences of long sums lose digits. −∞ before exp: above the diagonal
+        # the sums are positive, and 0 · ∞ would be a NaN gradient.
+        L_BHTS = decay_BHTS.masked_fill(~is_past_BHTS, -torch.inf).exp().to(X.dtype)
         score_BGTS = einsum(C, B, "B T G N, B S G N -> B G T S")
         score_BHTS = score_BGTS.repeat_interleave(R, dim=1)
         weight_BHTS = L_BHTS * score_BHTS
@@ -714,7 +716,7 @@ class HybridLM(nn.Module):
     Each letter of the pattern is a layer with norm and residual connection, x + f(norm(x)).
     Args: weights: this rank's shards (...), copied; None: its shards of the initial weights, a
         function of the config alone. without: layers to leave out. probe(layer, axis, y): see 2.1.
-    Raises: ValueError where sizes do not divide over tp.
+    Raises: ValueError where sizes do not divide over tp, or for weights of other names.
     """
 
     def __init__(self, config: HybridConfig, mesh: Mesh = ALONE, weights: StateDict | None = None):
@@ -723,15 +725,15 @@ class HybridLM(nn.Module):
         self.mesh = mesh
         self.local = local_config(config, mesh.tp)
         if weights is None:
-            full = initial_weights(config)
-            weights = shard_state_dict(full, config, mesh.tp_rank, mesh.tp)
+            weights = shard_state_dict(initial_weights(config), config, mesh.tp_rank, mesh.tp)
+        wrong = sorted(weights.keys() ^ parameter_shapes(config).keys())
+        if wrong:
+            raise ValueError(f"missing or unknown for this config: {wrong[:6]}")
         for name, x in weights.items():  # layers.0.mixer.in_proj.weight: a module for each part
             module = self
             *path, kind = name.split(".")
             for part in path:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = module.get_submodule(part)
+                module = module._modules.setdefault(part, nn.Module())
             module.register_parameter(kind, nn.Parameter(x.detach().clone()))
 
     def hidden(
@@ -959,17 +961,17 @@ def is_sharded(model: HybridLM) -> dict[str, bool]:
 def sum_gradients(model: HybridLM) -> None:
     """All-reduces every gradient over the replicas. (Chapter 2 does it in one buffer.)"""
     for p in model.parameters():
-        grad = p.grad.contiguous()  # NCCL refuses other layouts
-        p.grad = _reduce_over(grad, model.mesh.dp_group)
+        if p.grad is not None:  # NCCL refuses other layouts than contiguous ones
+            p.grad = _reduce_over(p.grad.contiguous(), model.mesh.dp_group)
 
 
 def grad_norm(model: HybridLM, sharded: dict[str, bool]) -> Tensor:
     """The norm of the full gradient, a scalar; each element counts once. Collective over tp."""
     squares = []
     for name, p in model.named_parameters():
-        square = at_least_fp32(p.grad).square().sum()
-        copies = 1 if sharded[name] else model.mesh.tp
-        squares.append(square / copies)
+        if p.grad is not None:  # None: frozen
+            copies = 1 if sharded[name] else model.mesh.tp
+            squares.append(at_least_fp32(p.grad).square().sum() / copies)
     total = torch.stack(squares).sum()
     return _reduce_over(total, model.mesh.tp_group).sqrt()
 
@@ -1054,6 +1056,7 @@ def train(
 # with nearly equal scores may differ: so both models are pruned by the single device's scores.
 
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 2e-1}  # fp64 is the proof
+STEPS = 300
 SMALLER = {"hidden_size": 3 / 4, "ffn_hidden_size": 5 / 8, "mamba_num_heads": 3 / 4}
 
 
@@ -1073,7 +1076,7 @@ def check_case(mesh: Mesh, device: torch.device) -> tuple[HybridConfig, Sizes, l
     shape = (2, 2, 2 * mesh.dp + 1, 7)
     ids = torch.randint(config.vocab_size, shape, generator=generator)
     ids[:, 1, 0, 2:] = -100
-    batches = [(tokens_BT, targets_BT) for tokens_BT, targets_BT in ids.to(device)]
+    batches = [tuple(pair_2BT) for pair_2BT in ids.to(device)]
     return config, smaller, batches
 
 
@@ -1202,13 +1205,12 @@ def measure(args: Args, device: torch.device) -> list[tuple]:
     return [*claims, (claim, "scores are better", here, "one draw, a small model")]
 
 
-STEPS = 300
-
-
 def main(args: Args, device: torch.device) -> None:
-    say_setting(args, f": tp {args.tp} × dp {args.world_size // args.tp}")
+    dp = args.world_size // args.tp
+    say_setting(args, f": tp {args.tp} × dp {dp}")
     if args.check:
-        good = print_errors(check(args, device, *dtypes(args)), BOUNDS[args.dtype])
+        errors = check(args, device, *dtypes(args))
+        good = print_errors(errors, BOUNDS[args.dtype])
     else:
         good = print_claims(measure(args, device))
     if not good:

@@ -98,8 +98,11 @@ def removal_errors(
 
     Args: batches: as `importance`'s. gone: layers that are removed already. by: "logits", or
         "hidden" for the last hidden state. The full model's outputs are the reference.
-    Collective over the model's mesh. Source: Nemotron Nano 2 (logits), Nemotron-H (hidden).
+    Raises: ValueError for another `by`. Collective over the model's mesh.
+    Source: Nemotron Nano 2 (logits), Nemotron-H (hidden).
     """
+    if by not in ("logits", "hidden"):
+        raise ValueError(f"by={by!r}: by is 'logits' or 'hidden'")
     mesh = model.mesh
     run = model.forward if by == "logits" else model.hidden
     candidates = [i for i in range(len(model.config.pattern)) if i not in gone]

@@ -836,9 +836,9 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     Args: timeout in seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world = group_size()
-    if world % tp:
+    if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    ranks = torch.arange(world).view(world // tp, tp)  # a row is a replica
+    ranks = torch.arange(world).view(-1, tp)  # a row is a replica
     groups = [make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)]
     return Mesh(tp, world // tp, group_rank() // tp, *groups)
 
@@ -874,7 +874,7 @@ class Pairs(NamedTuple):
 @dataclass(frozen=True)
 class PreferenceObjective:
     """DPO or RPO, and `sft_weight` times the chosen responses' −log π: (policy, pairs) to the sum
-    over pairs, and their count, scalars. Raises ValueError for another method."""
+    over pairs, and their count, scalars. Raises ValueError for another method, and for an odd R."""
 
     method: str = "dpo"  # or "rpo"
     beta: float = 0.1
@@ -887,6 +887,8 @@ class PreferenceObjective:
             raise ValueError(f"method={self.method!r}: dpo or rpo")
 
     def __call__(self, policy: GPT, pairs: Pairs) -> tuple[Tensor, Tensor]:
+        if len(pairs.reference_R) % 2:
+            raise ValueError(f"{len(pairs.reference_R)} responses are no pairs")
         policy_R = sequence_log_probs(policy, pairs.sequences)
         moved_chosen_P, moved_rejected_P = (policy_R - pairs.reference_R).chunk(2)
         delta_P = moved_chosen_P - moved_rejected_P
@@ -922,7 +924,7 @@ def average_gradients(
     """
     parameters = [p for p in parameters if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    scalars = torch.stack([loss, count]).to(at_least_fp32(grads[0]).dtype)
+    scalars = at_least_fp32(torch.stack([loss, count]))
     flat = torch.cat([*(grad.flatten() for grad in grads), scalars])
     _all_reduce(flat, group)
     count = flat[-1].clamp(min=1)
@@ -975,7 +977,6 @@ def train(
 #
 # Where do pairs come from? From the policy itself: `rounds.py` samples several responses to a
 # prompt, scores them with a verifier or with a reward model, and pairs the best with the worst.
-
 Judged = tuple[Example, Example, float]  # the chosen one, the rejected one, difference of rewards
 
 
@@ -1024,7 +1025,6 @@ DIGITS = 5  # of a problem
 EQUALS = 10
 END = 11
 PAD = 12
-
 # fp64 is the proof. fp32 and bf16 show how rounding affects correct code.
 BOUNDS = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 3e-1}
 FIRST = {"fp64": 1e-12, "fp32": 1e-5, "bf16": 1e-2}  # of DPO's first loss

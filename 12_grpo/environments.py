@@ -84,15 +84,17 @@ def curriculum_weights(
     """How likely each prompt is drawn, probability_P; 0 where the pass rate is 1.
 
     Args: progress: from 0 to 1 over the run; the mean pass rate moves from `easy` to `hard`.
-    Raises: ValueError for another progress, or where each prompt is solved already (on a GPU all
-        weights are NaN then).
+    Raises: ValueError for another progress, for a pass rate of NaN (on a GPU it counts as solved),
+        or where each prompt is solved already (on a GPU all weights are NaN then).
     Source: Nemotron 3 Nano, post-training; the width is ours.
     """
     is_open_P = pass_rates_P < 1
-    is_solved = _has_values(is_open_P) and not is_open_P.any()
-    if not 0 <= progress <= 1 or is_solved:
+    is_wrong = False
+    if _has_values(is_open_P):
+        is_wrong = pass_rates_P.isnan().any() or not is_open_P.any()
+    if not 0 <= progress <= 1 or is_wrong:
         found = f"progress={progress}, {len(pass_rates_P)} prompts"
-        raise ValueError(f"{found}: from 0 to 1, and not all solved")
+        raise ValueError(f"{found}: from 0 to 1, pass rates not NaN, and not all solved")
     mean = easy + (hard - easy) * progress
     distance_P = (at_least_fp32(pass_rates_P) - mean) / width
     # A softmax, and not exp: prompts far from the mean must not all underflow to 0.

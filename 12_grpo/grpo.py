@@ -248,12 +248,12 @@ def grpo_loss(
         clip_low, clip_high: the ratio counts in [1 − clip_low, 1 + clip_high]; infinite: no clip.
     Source: GRPO (Shao et al., 2024), equation 3; the two clips are DAPO's (2025), equation 10.
     """
-    # Masked before exp and product, not after: 0 · inf is NaN, in the gradient as well.
+    # Masked before exp: 0 · inf is NaN, in the gradient as well. No product is 0 · NaN either.
     ratio_BS = torch.where(mask_BS, log_prob_BS - old_log_prob_BS, 0).exp()
     clipped_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high)
     gain_BS = torch.minimum(ratio_BS * advantage_BS, clipped_BS * advantage_BS)
-    weight_BS = torch.where(mask_BS, 1 if weight_BS is None else weight_BS, 0)
-    return -(gain_BS * weight_BS).sum()
+    weight_BS = 1 if weight_BS is None else weight_BS
+    return -torch.where(mask_BS, gain_BS * weight_BS, 0).sum()
 
 
 # ── 1.4 The sampler is another policy ───────────────────────────────────────────────────────────
@@ -301,13 +301,15 @@ def trusted_responses(
 ) -> Tensor:
     """Whether a token's response has a mean exp|log π − log μ| of at most `limit`, bool (B, S).
 
-    Args: as of `importance_weights`; the mean is over the tokens that have a target.
+    Args: as of `importance_weights`; the mean is over the tokens that have a target. limit: with
+        inf every response is trusted, so that a NaN of the sampler reaches the loss.
     Source: NeMo-RL's seq_logprob_error_threshold; the limit of Nemotron 3 Nano and Super.
     """
     mask_BS = sequences.targets_BS != IGNORED
     error_BS = (log_prob_BS - sampler_log_prob_BS).detach().abs().exp()
     excess_BS = torch.where(mask_BS, error_BS - limit, 0)
-    return _response_sums(excess_BS, sequences) <= 0
+    no_limit = limit == math.inf
+    return (_response_sums(excess_BS, sequences) <= 0) | no_limit
 
 
 def _response_sums(x_BS: Tensor, sequences: Sequences) -> Tensor:
@@ -596,14 +598,15 @@ def rollout(
         max_tokens: of a response.
         generator: in one state on the tp ranks of a replica; None: the most likely token each time.
         controller: a fresh `BudgetController` of all rows (thinking.py); it reads the prompts.
-    Raises: ValueError without prompts, for an empty one, or for more tokens than positions.
+    Raises: ValueError without prompts, for an empty one, a negative id, or too few positions.
     Source: ours.
     """
     shortest = min(map(len, prompts), default=0)
     longest = max(map(len, prompts), default=0)
-    if not shortest or longest + max_tokens > policy.config.max_length:
+    positions = policy.config.max_length
+    if not shortest or min(map(min, prompts)) < 0 or longest + max_tokens > positions:
         found = f"{len(prompts)} prompts of {shortest} to {longest} tokens, and {max_tokens} more"
-        raise ValueError(f"{found}: the policy has {policy.config.max_length} positions")
+        raise ValueError(f"{found}: the policy has {positions} positions, and ids from 0 on")
     prompts = [prompt for prompt in prompts for _ in range(group_size)]
     device = policy.output.weight.device
     padding = [longest - len(prompt) for prompt in prompts]
@@ -762,14 +765,14 @@ def make_mesh(tp: int, device: torch.device, timeout: float = 60.0) -> Mesh:
     Args: timeout in seconds. Raises: ValueError where tp does not divide the ranks.
     """
     world = group_size()
-    if world % tp:
+    if tp < 1 or world % tp:
         raise ValueError(f"tp={tp} does not divide the {world} ranks")
-    ranks = torch.arange(world).view(world // tp, tp)  # a row is a replica
+    ranks = torch.arange(world).view(-1, tp)  # a row is a replica
     groups = [make_group(lists.tolist(), device, timeout) for lists in (ranks, ranks.T)]
     return Mesh(tp, world // tp, group_rank() // tp, *groups)
 
 
-# endregion copy 6a3032
+# endregion copy 6543e0
 # region carried: sums and counts (home: 11_preference)
 def make_optimizer(model: nn.Module, lr: float) -> AdamW:
     """AdamW without weight decay: alignment takes few steps, from weights that are good already."""
@@ -787,7 +790,7 @@ def average_gradients(
     """
     parameters = [p for p in parameters if p.requires_grad]
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    scalars = torch.stack([loss, count]).to(at_least_fp32(grads[0]).dtype)
+    scalars = at_least_fp32(torch.stack([loss, count]))
     flat = torch.cat([*(grad.flatten() for grad in grads), scalars])
     _all_reduce(flat, group)
     count = flat[-1].clamp(min=1)
@@ -829,9 +832,7 @@ def train(
         yield loss, norm
 
 
-# endregion copy 71292c
-
-
+# endregion copy 3075ca
 # ── 4.1 On-policy, and one step off ─────────────────────────────────────────────────────────────
 #
 # Sampling and training alternate, and each waits for the other. Nano does so. Super samples the
@@ -982,8 +983,7 @@ class Learner:
     def batch(self, step: int) -> RolloutBatch:
         """Sampled, scored, and compared within groups.
 
-        The policy of this moment samples; how old it is when the batch is used, is the caller's
-        choice.
+        The policy of this moment samples; when the batch is used, is the caller's choice.
         """
         responses = self.respond(self.args.prompts, self.args.group_size, False, step)
         advantage_R = grpo_advantages(torch.tensor(self.rewards), self.args.group_size)
@@ -994,7 +994,7 @@ class Learner:
         """Reward, and share of exact responses, of the last ones of all replicas. Collective."""
         exact = self.rewards.count(1)
         totals = [sum(self.rewards), exact, len(self.rewards)]
-        totals_3 = torch.tensor(totals).to(self.device)  # of this replica
+        totals_3 = torch.tensor(totals, device=self.device)  # of this replica
         reward, exact, count = _all_reduce(totals_3, self.mesh.dp_group).tolist()
         return reward / count, exact / count
 

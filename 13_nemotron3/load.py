@@ -779,7 +779,8 @@ class BudgetController:
         since the start tag). A forced token is no sample: give it no loss. It is forced whatever
         the logits say, so call the controller after every other mask.
     No value is read on the host. Each row is by itself; on tensor-parallel ranks all rows agree.
-    Raises: ValueError for an empty tag, a negative id, a negative budget, or other shapes.
+    Raises: ValueError for an empty tag, a negative id, a negative budget (in a tensor on a GPU it
+        counts as 0), another shape or dtype.
     Source: Nemotron Nano 2 (2025), budget control; as a logits processor in vLLM and TensorRT-LLM.
     """
 
@@ -793,10 +794,14 @@ class BudgetController:
     ):
         is_tag = bool(start) and bool(end) and min(*start, *end) >= 0
         is_number = isinstance(budget, int) and budget >= 0
-        is_row_each = isinstance(budget, Tensor) and budget.shape == (rows,)
+        is_row_each = False
+        if isinstance(budget, Tensor):
+            is_row_each = budget.shape == (rows,) and budget.dtype == torch.int64
+            if _has_values(budget):
+                is_row_each &= not (budget < 0).any()
         if not is_tag or not (budget is None or is_number or is_row_each):
             found = f"start={start}, end={end}, budget={budget}, rows={rows}"
-            raise ValueError(f"{found}: tags need ids >= 0, a budget is >= 0, or one for each row")
+            raise ValueError(f"{found}: tags need ids >= 0, a budget is >= 0, or one int64 a row")
         self.start = torch.tensor(start, device=device)
         self.end = torch.tensor(end, device=device)
         self.budget = budget
@@ -849,7 +854,7 @@ class BudgetController:
         return size_B
 
 
-# endregion copy d22f4e
+# endregion copy 757ce9
 
 
 class ForcedTokens:

@@ -1918,23 +1918,26 @@ def train(
 
     Every rank must iterate it, with the same batches. Args: batches: (B, T) tensors of all
     replicas, on the model's device; a replica may get more rows than another, or none. alpha:
-    weight of the balancing loss. gamma: step of the routers' biases.
+    weight of the balancing loss. gamma: step of the routers' biases. Only tokens of the step count
+    for them. Raises: ValueError for an id outside the vocabulary, on every rank (on a GPU: NaN).
     """
     mesh = model.mesh
     parallel = mesh.tp * mesh.dp > 1
     device = model.head.weight.device
     for batch in batches:
+        # Ids of all replicas: a rank that raised alone would leave the others waiting.
+        _is_id(batch[0], model.config.vocab_size)
+        _is_id(batch[1], model.config.vocab_size, IGNORED)
+        earlier = model.counts()  # of passes that were no step
         optimizer.zero_grad()
+        sequences = len(batch[0])  # of all replicas
         batch = [x.tensor_split(mesh.dp)[mesh.dp_rank] for x in batch]
-        sequences = torch.full((), len(batch[0]), device=device)
-        if parallel:
-            _all_reduce(sequences, mesh.data_group)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
             losses, balance_B = model.loss_and_balance(*batch)
         total = losses[0] + alpha * balance_B.sum() / sequences
         total.backward()
         losses = losses.detach()
-        counts = model.counts()
+        counts = model.counts() - earlier
         if parallel:
             reduce_gradients(model)
             losses = _all_reduce(losses.clone(), mesh.data_group)
@@ -2118,7 +2121,8 @@ def claims(errors: dict[str, float], trained: dict[str, tuple]) -> list[tuple]:
         rows.append((claim, "equal", here, within <= bound))
         recent = losses[-5:]
         last = sum(recent) / len(recent)
-        here = f"{losses[0]:.2f}, then {last:.2f}"
+        first = losses[0]
+        here = f"{first:.2f}, then {last:.2f}"
         claim = f"{name}: loss"
         note = "a small model, a short run"
         rows.append((claim, "–", here, note))
@@ -2140,8 +2144,7 @@ def measure(
         count = sum(p.numel() for p in plain.parameters())
         say(f"{name}: {config.pattern}, {config.mtp_num_layers} depths, {count:,} parameters\n")
         model, losses = demonstrate(args, mesh, device, config, alone)
-        if losses:
-            trained[name] = (losses, alone, BOUNDS[args.dtype])
+        trained[name] = (losses, alone, BOUNDS[args.dtype])
     return claims(errors, trained), model
 
 
@@ -2150,7 +2153,8 @@ def main(args: argparse.Namespace, device: torch.device) -> None:
     layout = f": tp {mesh.tp} × dp {mesh.dp}, ep {mesh.ep}"
     say_setting(args, layout)
     if args.check:
-        errors = check(args, device, *dtypes(args))
+        precision = dtypes(args)
+        errors = check(args, device, *precision)
         bound = BOUNDS[args.dtype]
         good = print_errors(errors, bound)
     else:

@@ -457,6 +457,14 @@ def test_what_does_not_fit_raises_on_every_rank():
             model.loss(tokens_BT + 61, tokens_BT)
         with pytest.raises(ValueError, match=r"token id 99 is not in \[0, 61\)"):
             model.loss(tokens_BT, tokens_BT + 99)
+        # In a batch of all ranks, in the part of one: no rank may wait for the one that raises.
+        tokens_BT = torch.zeros(2, 6, dtype=torch.int64)
+        wrong_BT = tokens_BT.clone()
+        wrong_BT[-1, -1] = 61
+        model = mt.ParallelHybridLM(config(), mt.make_mesh(1, 1, ranks.device))
+        for pair in ((wrong_BT, tokens_BT), (tokens_BT, wrong_BT)):
+            with pytest.raises(ValueError, match=r"token id 61 is not in \[0, 61\)"):
+                next(mt.train(model, optimizer, [pair]))
 
 
 def test_an_unusable_text(tmp_path):

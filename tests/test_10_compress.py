@@ -104,6 +104,18 @@ def test_the_plain_model_is_chapter_5s():
     assert_equal(c.gradients(here), reference, 1e-11)
 
 
+def test_long_sums_keep_their_digits():
+    """The recurrence in fp32 after 512 tokens, half of which decay fast, compared with float64."""
+    T = 512
+    a = torch.full((1, T, 1), -8.0, dtype=DOUBLE, device=ranks.device)
+    a[:, 1::2] = -0.001
+    X, B, C = random(1, T, 1, 2), random(1, T, 1, 3, seed=2), random(1, T, 1, 3, seed=3)
+    right = c.ssd(X, a, B, C)
+    found = c.ssd(*(x.float() for x in (X, a, B, C)))
+    assert found.dtype == torch.float32
+    assert (found - right).abs().max() < 1e-6 * right.abs().max()
+
+
 def test_shapes_and_initial_weights():
     """The table of axes has the model's shapes; initial dt and A are in chapter 5's ranges."""
     weights = c.initial_weights(config(mamba_num_heads=400))
@@ -444,6 +456,27 @@ def test_five_steps_by_hand(kind):
         pair = {"loss": found, "norm": norm}
         assert_equal(pair, {"loss": expected.detach(), "norm": right}, 1e-10)
     assert_equal(net.state_dict(), other.state_dict(), 1e-10, floor=5e-2)
+
+
+@pytest.mark.ranks(2)
+@pytest.mark.parametrize("frozen", ["embedding.weight", "layers.0.", "head.weight"])
+def test_frozen_parameters(frozen):
+    """They stay, and all others make the steps of a single device."""
+    for tp in (1, dist.get_world_size()):
+        nets = [model(), model(mesh_of(tp))]
+        norms = []
+        for net in nets:
+            for name, p in net.named_parameters():
+                p.requires_grad_(not name.startswith(frozen))
+            trained = [p for p in net.parameters() if p.requires_grad]
+            steps = c.train(net, torch.optim.SGD(trained, 0.1), batches_of())
+            norms.append([norm for _, norm in steps])
+        before = model().state_dict()
+        right, found = nets[0].state_dict(), c.gathered(nets[1].state_dict(), nets[1])
+        assert_equal(found, right, 1e-10)
+        assert_equal(dict(enumerate(norms[1])), dict(enumerate(norms[0])), 1e-10)
+        for name, x in found.items():
+            assert torch.equal(x, before[name]) == name.startswith(frozen)
 
 
 def test_a_batch_in_which_nothing_counts():
@@ -954,6 +987,15 @@ def test_bad_configurations_and_sizes():
     mask = torch.arange(16) < 12  # 16 elements, of which each would be index 0 or 1
     with pytest.raises(ValueError, match="hidden_size keeps .*, but 16 are there, each once"):
         c.slice_state_dict(net.state_dict(), net.config, {"hidden_size": mask})
+    two = config(mamba_num_heads=2, mamba_num_groups=1)
+    weights = c.initial_weights(two)
+    for mask in (torch.tensor([True]), torch.tensor([False, True])):  # index 1; indices 0 and 1
+        with pytest.raises(ValueError, match="mamba_num_heads keeps .*, but 2 are there"):
+            c.slice_state_dict(weights, two, {"mamba_num_heads": mask})
+    more = c.initial_weights(config())
+    for pattern, name in (("M-*", "layers.3.mixer"), ("M-*M--", "layers.5.mixer.down_proj")):
+        with pytest.raises(ValueError, match=f"missing or unknown for this config.*{name}"):
+            c.HybridLM(config(pattern=pattern), weights=more)
     for key in ("hidden", "layers.9.ffn_hidden_size", "mixer.hidden_size"):
         with pytest.raises(ValueError, match=f"'{key}' is neither an axis nor a place"):
             c.slice_state_dict(net.state_dict(), net.config, {key: torch.arange(4)})
@@ -982,6 +1024,8 @@ def test_bad_depths():
     ):
         with pytest.raises(ValueError, match=message):
             d.rank_layers(net, batches_of(1), **keywords)
+    with pytest.raises(ValueError, match="by='logit': by is 'logits' or 'hidden'"):
+        d.removal_errors(net, batches_of(1), by="logit")
     score_L = d.rank_layers(net, batches_of(1), 4)
     for depth in (3, 6, 0):
         with pytest.raises(ValueError, match=f"num_layers={depth}, but there are 5 layers"):

@@ -607,6 +607,12 @@ def test_subgroups_and_no_pair_at_all():
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     for loss, norm in pf.train(model, optimizer, [[]], pf.sft_objective, mesh):
         assert loss == 0 and norm == 0
+    model.requires_grad_(False)  # nothing is trained: losses and counts alone are summed
+    loss, count = torch.tensor([3.0, 2.0], dtype=torch.float64, device=ranks.device)
+    mean = pf.average_gradients(model.parameters(), loss + dist.get_rank(), count, mesh.dp_group)
+    assert mean == 7 / 4
+    for loss, norm in pf.train(model, optimizer, [[]], pf.sft_objective, mesh):
+        assert loss == 0 and norm == 0
 
 
 @pytest.mark.ranks(2, 4)
@@ -908,6 +914,9 @@ def test_bad_losses():
             pf.rpo_loss(delta, delta[:, None], distance=distance)
     with pytest.raises(ValueError, match="method='ipo': dpo or rpo"):
         pf.PreferenceObjective("ipo")
+    odd = pf.Pairs(pf.collate(examples(3)), torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ValueError, match="3 responses are no pairs"):  # 2 − 1 would broadcast
+        pf.PreferenceObjective()(gpt(), odd)
 
 
 def test_bad_batches():
@@ -931,8 +940,9 @@ def test_bad_log_probs():
             pf.vocab_parallel_log_probs(*args)
     with pytest.raises(ValueError, match="token id 13 is not in"):
         parallel_gpt()(torch.tensor([[13]], device=ranks.device))
-    with pytest.raises(ValueError, match="tp=3 does not divide the 2 ranks"):
-        pf.make_mesh(3, ranks.device)
+    for tp in (3, 0, -1):
+        with pytest.raises(ValueError, match=f"tp={tp} does not divide the 2 ranks"):
+            pf.make_mesh(tp, ranks.device)
     shards = [{"final_norm.weight": torch.zeros(2)}, {"final_norm.weight": torch.ones(2)}]
     with pytest.raises(ValueError, match="final_norm.weight should be replicated, but rank 1"):
         pf.merge_state_dicts(shards, config())

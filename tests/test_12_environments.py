@@ -34,8 +34,9 @@ def test_curriculum():
     for progress in (-0.1, 1.5):
         with pytest.raises(ValueError, match=f"progress={progress}, 6 prompts"):
             en.curriculum_weights(rate_P, progress)
-    with pytest.raises(ValueError, match="not all solved"):
-        en.curriculum_weights(torch.ones(3), 0.5)
+    for wrong in ([1.0, 1.0], [0.5, float("nan")]):
+        with pytest.raises(ValueError, match="pass rates not NaN, and not all solved"):
+            en.curriculum_weights(torch.tensor(wrong), 0.5)
 
 
 def test_environments():

@@ -647,6 +647,38 @@ def test_options_do_what_they_say():
     assert [x.item() for x in nothing] == [0, 0]
 
 
+@pytest.mark.parametrize("value", [math.nan, -math.inf, -1000.0])
+def test_without_a_limit_a_broken_sampler_is_seen(value):
+    """Every response is trusted: none leaves the count, and the loss says that something is wrong.
+    With a limit the response is dropped, and with a cap its tokens have the weight of the cap."""
+    net = policy().float()
+    batch = batch_of(made_up(4, forced=False))
+    batch.sampler_log_prob_BS = batch.sampler_log_prob_BS.float()
+    is_broken_BS = (batch.sequences.sequence_BS == 2) & (batch.sequences.targets_BS != -100)
+    batch.sampler_log_prob_BS[is_broken_BS] = value
+    tokens = (batch.sequences.targets_BS != -100).sum()
+    loss, count = gr.GRPOObjective()(net, batch)
+    assert count == tokens and not loss.isfinite()
+    loss, count = gr.GRPOObjective(weight_cap=5.0)(net, batch)
+    assert count == tokens and loss.isfinite() == (not math.isnan(value))
+    loss, count = gr.GRPOObjective(error_limit=1e6)(net, batch)
+    assert count == tokens - is_broken_BS.sum() and loss.isfinite()
+
+
+def test_what_a_masked_token_has_is_never_read():
+    """Its log-probabilities, advantage and weight may be NaN: loss and gradient are the same."""
+    x_4BS = normal(4, 2, 5)
+    mask_BS = normal(2, 5, seed=2) > 0
+    losses, grads = [], []
+    for others in (0.5, math.nan):
+        log_prob_BS, *args = torch.where(mask_BS, x_4BS, others)
+        log_prob_BS.requires_grad_()
+        losses.append(gr.grpo_loss(log_prob_BS, *args[:2], mask_BS, args[2]))
+        losses[-1].backward()
+        grads.append(log_prob_BS.grad)
+    assert losses[0] == losses[1] and torch.equal(*grads) and grads[0].any()
+
+
 def test_a_dropped_response_leaves_no_nan():
     """Its sampler's log-probability is −inf, so its weight is infinite, and its reference is far
     off: loss and gradients are those of the other responses."""
@@ -988,6 +1020,9 @@ def test_bad_input():
         ),
         "2 prompts of 0 to 2 tokens": lambda: gr.rollout(
             policy(), [[], [1, 2]], 2, 3, gr.END, None
+        ),
+        "2 prompts of 1 to 2 tokens.* and ids from 0 on": lambda: gr.rollout(
+            policy(), [[5], [3, -1]], 2, 3, gr.END, None
         ),
         "example 0 is": lambda: batch_of([gr.Response([], [1], [0.0], [False], True)]),
         "kl_weight=0.1 needs a reference": lambda: gr.GRPOObjective(kl_weight=0.1)(

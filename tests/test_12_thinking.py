@@ -105,7 +105,8 @@ def test_state_and_shapes():
     assert controller.is_thinking_B.tolist() == [False, True]
     assert controller.thought_B.tolist() == [0, 1]
     cases = ((), (1,), 3, 2), ((1,), (), 3, 2), ((1,), (-1,), 3, 2), ((1,), (2,), -1, 2)
-    for case in (*cases, ((1,), (2,), torch.tensor([1, 2, 3]), 2), ((1,), (2,), 2.5, 2)):
+    budgets = [torch.tensor(x) for x in ([1, 2, 3], [-1, 3], [2.5, 3.0], [True, False])]
+    for case in (*cases, *(((1,), (2,), budget, 2) for budget in (*budgets, 2.5))):
         with pytest.raises(ValueError, match="tags need ids >= 0, a budget is >= 0"):
             BudgetController(*case)
     with pytest.raises(ValueError, match=r"\(3,\) tokens for 2 rows"):

@@ -105,6 +105,19 @@ def test_five_steps_on_every_layout():
                 assert any(name.startswith(f"{kind}, tp {tp} ep {ep},") for name in errors)
 
 
+@pytest.mark.ranks(1, 4)
+def test_only_tokens_of_the_step_move_the_bias():
+    """A pass in training mode before it, as a validation without eval(), changes nothing."""
+    tp = 2 if dist.get_world_size() == 4 else 1
+    models = [n3.ParallelNemotronLM(small(), mesh_of(tp, tp)) for _ in range(2)]
+    with torch.no_grad():
+        models[1].to(ranks.device, torch.float64)(batch()[0].flip(1).repeat(5, 1))
+    assert models[1].counts().any()
+    right, found = map(one_step, models)
+    assert_equal(found, right)
+    assert not models[1].counts().any()
+
+
 @pytest.mark.slow
 @pytest.mark.ranks(4, timeout=240)
 def test_the_script():
@@ -557,6 +570,13 @@ def test_refusals_on_every_rank():
     if ranks.device.type == "cpu":
         with pytest.raises(ValueError, match=r"token id 61 is not in \[0, 61\)"):
             model(torch.full_like(tokens_BT, 61))
+        # In a batch of all replicas, in the rows of one: no rank may wait for the one that raises.
+        for place, value in ((0, 61), (1, -5)):
+            wrong = [x.clone() for x in batch(4)]
+            wrong[place][-1, -1] = value
+            with pytest.raises(ValueError, match=rf"token id {value} is not in \[0, 61\)"):
+                next(n3.train(model, torch.optim.SGD(model.parameters(), 0.1), [wrong]))
+            assert not model.counts().any()
     model.final_norm.weight.data += dist.get_rank() == 3
     with pytest.raises(ValueError, match="final_norm.weight: rank 3's differs from rank 0's"):
         n3.gather_state_dict(model.state_dict(), model)
