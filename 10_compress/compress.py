@@ -580,11 +580,10 @@ def ssd(X: Tensor, a: Tensor, B: Tensor, C: Tensor) -> Tensor:
     R = X.shape[2] // B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
         sum_BHT1 = a.mT.cumsum(dim=-1, dtype=torch.float64)[..., None]
-        decay_BHTS = sum_BHT1 - sum_BHT1.mT
+        decay_BHTS = (sum_BHT1 - sum_BHT1.mT).to(a.dtype)  # differences of long sums lose digits
         is_past_BHTS = torch.ones_like(decay_BHTS, dtype=torch.bool).tril()
-        # float64, because differences of long sums lose digits. −∞ before exp: above the diagonal
-        # the sums are positive, and 0 · ∞ would be a NaN gradient.
-        L_BHTS = decay_BHTS.masked_fill(~is_past_BHTS, -torch.inf).exp().to(X.dtype)
+        # Before exp: above the diagonal the sums are positive, and 0 · ∞ would be a NaN gradient.
+        L_BHTS = decay_BHTS.masked_fill(~is_past_BHTS, -torch.inf).exp()
         score_BGTS = einsum(C, B, "B T G N, B S G N -> B G T S")
         score_BHTS = score_BGTS.repeat_interleave(R, dim=1)
         weight_BHTS = L_BHTS * score_BHTS
