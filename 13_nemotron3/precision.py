@@ -212,16 +212,16 @@ class FP8Recipe:
     hardware: bool = False  # on FP8 tensor cores, or emulated
 
     def covered(self, num_layers: int) -> range:
-        """The layers in FP8. Raises: ValueError where there is none."""
+        """The layers in FP8. Raises: ValueError where there is none, or a count is negative."""
         covered = range(self.first, num_layers - self.last)
-        if not covered:
+        if not covered or min(self.first, self.last) < 0:
             outside = f"the first {self.first} and the last {self.last} of {num_layers} layers"
             raise ValueError(f"the FP8 recipe leaves out {outside}: it covers none; add layers")
         return covered
 
 
 HYBRID = FP8Recipe()
-# endregion copy a5143a
+# endregion copy 53ee69
 
 
 # region carried: fp8_linear, FP8Linear (home: 06_moe_fp8/fp8)
@@ -266,13 +266,16 @@ def fp8_grouped_gemm(
 ) -> Tensor:
     """`moe_fp8.grouped_gemm` in FP8, (R, F): each expert's rows and weight with their own scales.
 
-    Args: amax_group: the ranks that hold the same experts; collective. Source: ours.
+    Args: amax_group: the ranks that hold the same experts; collective.
+    Raises: ValueError where counts do not fit. Source: ours.
     """
+    if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
+        raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     pairs = zip(x_RH.split(counts), weight_EFH.unbind())
     return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
 
 
-# endregion copy 40c754
+# endregion copy 1f7ff3
 
 
 def check_no_tp(model: NemotronLM, name: str) -> None:
