@@ -102,7 +102,9 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     height, width = block
     rows, columns = x.shape[-2:]
     size = x.abs()
-    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    right = -columns % width
+    below = -rows % height
+    size = F.pad(size, (0, right, 0, below))
     tiles = size.unfold(-2, height, height)
     tiles = tiles.unfold(-2, width, width)
     return tiles.amax((-2, -1))
@@ -363,8 +365,11 @@ def fp8_grouped_gemm(
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
+    found = []
+    for rows, weight_FH in zip(x_RH.split(counts), weight_EFH):
+        y_RF = fp8_linear(rows, weight_FH, recipe, amax_group)
+        found.append(y_RF)
+    return torch.cat(found)
 
 
 def to_fp8(model: MoELM, recipe: FP8Recipe, mesh: Mesh | None = None) -> MoELM:
@@ -465,11 +470,13 @@ def formats() -> list[tuple]:
         tails = quantization_error(heavy, operand)
         lost = lost_to_zero(heavy, operand)
         here = f"{gaussian:.1%} / {tails:.1%} / {lost:.1%}"
-        rows.append((f"{name}: error Gaussian / heavy tails / lost to 0", "–", here, "ours"))
+        claim = f"{name}: error Gaussian / heavy tails / lost to 0"
+        rows.append((claim, "–", here, "ours"))
     for name, largest in {"e4m3": "448", "e5m2": "57344"}.items():
         found = quantize_fp8(torch.ones(1), name)
         here = str(round(1 / found.inverse_scale.item()))
-        rows.append((f"{name.upper()}: largest value", largest, here, here == largest))
+        claim = f"{name.upper()}: largest value"
+        rows.append((claim, largest, here, here == largest))
     return rows
 
 

@@ -60,7 +60,9 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     height, width = block
     rows, columns = x.shape[-2:]
     size = x.abs()
-    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    right = -columns % width
+    below = -rows % height
+    size = F.pad(size, (0, right, 0, below))
     tiles = size.unfold(-2, height, height)
     tiles = tiles.unfold(-2, width, width)
     return tiles.amax((-2, -1))
@@ -123,7 +125,7 @@ def quantize_fp8(
     return Quantized(codes.contiguous(), 1 / scale, block)
 
 
-# endregion copy d8aa0e
+# endregion copy 1d8ba8
 # region carried: dequantize_fp8, fp8_gemm, _quantize_both, _FP8Linear (home: 06_moe_fp8/fp8)
 def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · inverse scale, (...), in `dtype`, fp32 or higher. Source: Nemotron-H."""
@@ -271,11 +273,14 @@ def fp8_grouped_gemm(
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
+    found = []
+    for rows, weight_FH in zip(x_RH.split(counts), weight_EFH):
+        y_RF = fp8_linear(rows, weight_FH, recipe, amax_group)
+        found.append(y_RF)
+    return torch.cat(found)
 
 
-# endregion copy 1f7ff3
+# endregion copy c75614
 
 
 def check_no_tp(model: NemotronLM, name: str) -> None:
