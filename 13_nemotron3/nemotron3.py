@@ -457,16 +457,16 @@ def log_decay(dt: Tensor, A: Tensor, starts: Documents = None) -> Tensor:
 def _scan(
     form: Callable, X: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> Scanned:
+    batch, T, H, P = X.shape
     G = B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
         if state is None:
-            batch, _, H, P = X.shape
             state = X.new_zeros(batch, H, P, B.shape[3])
         state_BGRPN = rearrange(at_least_fp32(state), "B (G R) P N -> B G R P N", G=G)
         X_BGRTP = rearrange(at_least_fp32(X), "B T (G R) P -> B G R T P", G=G)
-        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G)
-        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N")
-        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N")
+        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G, T=T)
+        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N", T=T)
+        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N", T=T)
         y_BGRTP, state_BGRPN = form(state_BGRPN, X_BGRTP, a_BGRT1, B_BG1TN, C_BG1TN)
     y_BTHP = rearrange(y_BGRTP, "B G R T P -> B T (G R) P")
     return y_BTHP, rearrange(state_BGRPN, "B G R P N -> B (G R) P N")
@@ -519,7 +519,7 @@ def ssd(
 
     Returns: y (B, T, H, P), and the state after the last token (B, H, P, N), both at least fp32, as
         is all arithmetic. Backward keeps the inputs and T / Q states.
-    Raises: ValueError where groups do not divide heads, or chunk < 1.
+    Raises: ValueError where groups do not divide heads, or chunk < 1; EinopsError for another T.
     Source: Mamba-2, section 6 and listing 1 of arXiv 2405.21060; the loop over chunks: ours.
     """
     if X.shape[2] % B.shape[2] or chunk < 1:
@@ -528,7 +528,7 @@ def ssd(
     return _scan(partial(_chunks, chunk), X, a, B, C, initial_state)
 
 
-# endregion copy 00bd4b
+# endregion copy e0adde
 # region carried: last_documents, causal_conv1d, RMSNorm, Mamba2Mixer (home: 05_mamba_hybrid)
 def last_documents(document_BS: Documents, T: int, earlier: int) -> Documents:
     """Document indices of the last T tokens and of `earlier` tokens before; None stays None.

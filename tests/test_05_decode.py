@@ -152,6 +152,25 @@ def test_a_cache_refuses_what_it_cannot_take_and_stays_as_it_was():
     assert all(x.shape[-2] <= 8 for x in kept_tensors(cache.layers[1]))
 
 
+def test_a_cache_goes_on_rightly_after_a_call_that_failed():
+    """Ids out of range, starts of another shape or dtype, another batch: nothing is counted."""
+    model, expected = decoder(), plain()(TOKENS)
+    cache = model.new_cache(14)
+    model(TOKENS[:, :6], cache)
+    step = TOKENS[:, 6:9]
+    wrong_starts = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(IndexError):
+        model(step + 61, cache)
+    with pytest.raises(RuntimeError):
+        model(step, cache, wrong_starts)
+    with pytest.raises(RuntimeError, match="only supports boolean masks"):
+        model(step, cache, torch.ones_like(step))
+    with pytest.raises(ValueError, match="1 sequences, but the cache has tokens of 2"):
+        model(step[:1], cache)
+    assert cache.tokens == 6 and cache.document_BS is None
+    assert_equal({"logits": model(step, cache)}, {"logits": expected[:, 6:9]})
+
+
 def test_prompts_that_do_not_fit():
     model, one = decoder(), torch.zeros(2, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"an empty prompt, \(2, 0\): begin with at least one"):
