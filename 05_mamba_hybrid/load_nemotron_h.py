@@ -184,8 +184,10 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
     Each is padded on the *left*, so that all end together, and begins as a document: its tokens
     do not see the padding. Args: prompts: token ids (int64), of shape (T) each. Raises: ValueError
-    for an empty one. Source: ours.
+    for an empty one, or none. Source: ours.
     """
+    if not prompts:
+        raise ValueError("no prompt: give at least one")
     T = max(len(prompt) for prompt in prompts)
     tokens_BT = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
     starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
@@ -223,7 +225,9 @@ def generate(
         starts_BT = None
         new_BT = logits_BV.argmax(-1, keepdim=True)
         if temperature:
-            p_BV = (logits_BV.double() / temperature).softmax(-1)
+            # At most 0, so that no temperature overflows: the largest logit stays 0.
+            below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
+            p_BV = (below_BV / temperature).softmax(-1)
             new_BT = torch.multinomial(p_BV, 1, generator=generator)
         tokens_BT = torch.cat([tokens_BT, new_BT], 1)
     return tokens_BT

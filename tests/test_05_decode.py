@@ -56,6 +56,8 @@ def test_generation_equals_the_full_forward_each_time():
         for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    for smallest in (1e-300, 1e-320):  # the quotients of the logits would overflow
+        assert torch.equal(tool.generate(model, tokens, 6, smallest), expected)
 
 
 def kept_tensors(state: tool.LayerState) -> list:
@@ -108,6 +110,8 @@ def test_prompts_of_unequal_length_are_as_if_alone():
     assert tokens.shape == starts.shape == (4, 14) and starts.sum() == 4
     with pytest.raises(ValueError, match="prompt 1 is empty: begin with at least one token"):
         tool.pad_prompts([rows[0], rows[0][:0]])
+    with pytest.raises(ValueError, match="no prompt: give at least one"):
+        tool.pad_prompts([])
 
 
 def test_documents_may_begin_while_decoding():
