@@ -829,9 +829,10 @@ def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     """Whether F.grouped_mm (PyTorch 2.10 and newer) takes these tensors."""
     if x_RH.is_cuda and torch.cuda.get_device_capability(x_RH.device) < (8, 0):
         return False
-    _, F_, H = weight_EFH.shape
-    row_bytes = math.gcd(F_, H) * x_RH.element_size()
+    row_bytes = math.gcd(*weight_EFH.shape[1:]) * x_RH.element_size()
     dtypes = GROUPED_MM_DTYPES.get(x_RH.device.type, [])
+    if torch.compiler.is_compiling():  # which refuses the CPU's other dtypes
+        dtypes = [torch.bfloat16]
     return row_bytes % 16 == 0 and x_RH.dtype in dtypes and hasattr(F, "grouped_mm")
 
 
@@ -842,25 +843,25 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-# endregion copy 203abd
+# endregion copy c71295
 # region carried: grouped_gemm, Experts, MLP, MoELayer (home: 06_moe_fp8)
 def grouped_gemm(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
     """Rows sorted by expert times each expert's own matrix: (R, F).
 
+    The gradient must be contiguous, not expanded as that of a bare sum().
     Args: counts: rows of each expert. Raises: ValueError where they do not fit. Source: ours.
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     dtype = gemm_dtype(x_RH)
-    x_RH = x_RH.to(dtype)
+    x_RH = x_RH.to(dtype).contiguous()
     weight_EFH = weight_EFH.to(dtype)
     if _has_grouped_mm(x_RH, weight_EFH):
         ends_E = torch.tensor(counts).cumsum(0).to(torch.int32)
         # A blocking copy would wait for all work in flight on the GPU, the all-to-all included.
         ends_E = ends_E.to(x_RH.device, non_blocking=True)
         return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E)
-    pairs = zip(x_RH.split(counts), weight_EFH)
-    return torch.cat([rows @ weight_FH.mT for rows, weight_FH in pairs])
+    return torch.cat([x_rH @ w_FH.mT for x_rH, w_FH in zip(x_RH.split(counts), weight_EFH)])
 
 
 class Experts(nn.Module):
@@ -938,7 +939,7 @@ class MoELayer(nn.Module):
         return y_TH + self.shared(x_TH) if self.shared else y_TH
 
 
-# endregion copy 9ca9b8
+# endregion copy a6a590
 
 
 class ExpertLayer(MoELayer):
