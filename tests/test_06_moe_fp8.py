@@ -321,7 +321,7 @@ def test_grouped_gemm(dtype, counts):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_rows_may_be_a_view(dtype):
-    """Transposed, or columns of a wider tensor, whose rows do not begin at multiples of 16 bytes."""
+    """Transposed, or columns of a wider tensor: rows do not begin at multiples of 16 bytes."""
     torch.manual_seed(0)
     w = torch.randn(2, 24, 16, dtype=dtype, requires_grad=True)
     for x in (torch.randn(16, 5, dtype=dtype).T, torch.randn(5, 32, dtype=dtype)[:, 1:17]):
