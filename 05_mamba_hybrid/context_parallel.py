@@ -340,7 +340,8 @@ class MeshHybridLM(ParallelHybridLM):
         document_BS = None
         if starts_BT is not None:
             last = sum(lengths[: self.mesh.cp_rank + 1])
-            document_BS = starts_BT.cumsum(1)[:, :last]
+            starts = torch.zeros_like(tokens_BT).masked_fill_(starts_BT, 1)
+            document_BS = starts.cumsum(1)[:, :last]
         return ShardedSpan(document_BS, lengths, self.mesh.cp_group)
 
     def forward(self, tokens_BT: Tensor, starts_BT: Documents = None) -> Tensor:

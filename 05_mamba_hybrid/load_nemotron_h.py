@@ -118,24 +118,33 @@ class Cache:
     capacity: int  # tokens of a sequence that it has room for
     layers: list[LayerState]
     tokens: int = 0  # of each sequence, so far
+    sequences: int = 0  # B; known after the first tokens
     document_BS: Documents = None  # their document indices; None: one document
 
     def admit(self, tokens_BT: Tensor, starts_BT: Documents) -> int:
         """Counts these tokens in, and returns how many came before.
 
-        Raises: ValueError where they do not fit, and changes nothing.
+        Raises: ValueError where they do not fit, RuntimeError for starts_BT of another dtype than
+        bool or of another shape; and changes nothing.
         """
+        B, T = tokens_BT.shape
         first = self.tokens
-        last = first + tokens_BT.shape[1]
+        last = first + T
         if last > self.capacity:
             raise ValueError(f"{last} tokens, but the cache has room for {self.capacity}")
-        self.tokens = last
+        if first and B != self.sequences:
+            raise ValueError(f"{B} sequences, but the cache has tokens of {self.sequences}")
         if starts_BT is not None or self.document_BS is not None:
-            starts = torch.zeros_like(tokens_BT) if starts_BT is None else starts_BT
-            if self.document_BS is None:
-                self.document_BS = tokens_BT.new_zeros(len(tokens_BT), first)
-            before_B1 = self.document_BS[:, -1:] if first else 0
-            self.document_BS = torch.cat([self.document_BS, before_B1 + starts.cumsum(1)], 1)
+            starts = torch.zeros_like(tokens_BT)
+            if starts_BT is not None:
+                starts.masked_fill_(starts_BT, 1)  # which refuses other dtypes and shapes
+            before_BS = self.document_BS
+            if before_BS is None:
+                before_BS = tokens_BT.new_zeros(B, first)
+            before_B1 = before_BS[:, -1:] if first else 0
+            self.document_BS = torch.cat([before_BS, before_B1 + starts.cumsum(1)], 1)
+        self.sequences = B
+        self.tokens = last  # after all that can fail
         return first
 
 
@@ -144,7 +153,8 @@ class Decoder(ParallelHybridLM):
 
     Called with (tokens_BT, cache, starts_BT, last): starts_BT as `HybridLM`'s; last: logits of the
     last token alone, (B, 1, V). Its weights are those of HybridLM(config); no gradients.
-    Raises: ValueError where the cache has no room.
+    Raises: as `Cache.admit`; on the CPU IndexError for an id that is no vocabulary entry. The cache
+    is then as it was. After any other exception make a new one: it may have counted the tokens.
     """
 
     def __init__(self, config: HybridConfig, group: Group = None):
@@ -159,8 +169,8 @@ class Decoder(ParallelHybridLM):
     def forward(
         self, tokens_BT: Tensor, cache: Cache, starts_BT: Documents = None, last: bool = False
     ) -> Tensor:
+        x_BTD = self.embedding(tokens_BT)  # before the cache counts them: an id may be wrong
         first = cache.admit(tokens_BT, starts_BT)
-        x_BTD = self.embedding(tokens_BT)
         for layer, state in zip(self.layers, cache.layers):
             span = DecodingSpan(cache.document_BS, first, state)
             x_BTD = self.run(layer, x_BTD, span)
@@ -174,8 +184,10 @@ def pad_prompts(prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
 
     Each is padded on the *left*, so that all end together, and begins as a document: its tokens
     do not see the padding. Args: prompts: token ids (int64), of shape (T) each. Raises: ValueError
-    for an empty one. Source: ours.
+    for an empty one, or none. Source: ours.
     """
+    if not prompts:
+        raise ValueError("no prompt: give at least one")
     T = max(len(prompt) for prompt in prompts)
     tokens_BT = torch.stack([F.pad(prompt, (T - len(prompt), 0)) for prompt in prompts])
     starts_BT = torch.zeros_like(tokens_BT, dtype=torch.bool)
@@ -213,7 +225,9 @@ def generate(
         starts_BT = None
         new_BT = logits_BV.argmax(-1, keepdim=True)
         if temperature:
-            p_BV = (logits_BV.double() / temperature).softmax(-1)
+            # At most 0, so that no temperature overflows: the largest logit stays 0.
+            below_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)
+            p_BV = (below_BV / temperature).softmax(-1)
             new_BT = torch.multinomial(p_BV, 1, generator=generator)
         tokens_BT = torch.cat([tokens_BT, new_BT], 1)
     return tokens_BT

@@ -207,16 +207,16 @@ def log_decay(dt: Tensor, A: Tensor, starts: Documents = None) -> Tensor:
 def _scan(
     form: Callable, X: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> Scanned:
+    batch, T, H, P = X.shape
     G = B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
         if state is None:
-            batch, _, H, P = X.shape
             state = X.new_zeros(batch, H, P, B.shape[3])
         state_BGRPN = rearrange(at_least_fp32(state), "B (G R) P N -> B G R P N", G=G)
         X_BGRTP = rearrange(at_least_fp32(X), "B T (G R) P -> B G R T P", G=G)
-        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G)
-        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N")
-        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N")
+        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G, T=T)
+        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N", T=T)
+        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N", T=T)
         y_BGRTP, state_BGRPN = form(state_BGRPN, X_BGRTP, a_BGRT1, B_BG1TN, C_BG1TN)
     y_BTHP = rearrange(y_BGRTP, "B G R T P -> B T (G R) P")
     return y_BTHP, rearrange(state_BGRPN, "B G R P N -> B (G R) P N")
@@ -317,7 +317,7 @@ def ssd(
 
     Returns: y (B, T, H, P), and the state after the last token (B, H, P, N), both at least fp32, as
         is all arithmetic. Backward keeps the inputs and T / Q states.
-    Raises: ValueError where groups do not divide heads, or chunk < 1.
+    Raises: ValueError where groups do not divide heads, or chunk < 1; EinopsError for another T.
     Source: Mamba-2, section 6 and listing 1 of arXiv 2405.21060; the loop over chunks: ours.
     """
     if X.shape[2] % B.shape[2] or chunk < 1:
@@ -725,7 +725,7 @@ class HybridLM(nn.Module):
     """The single-device model: tokens_BT (int64) to logits_BTV.
 
     starts_BT: bool, True where a document begins, for documents packed into one sequence: nothing
-    passes from one to the next.
+    passes from one to the next. Raises: RuntimeError where it is not bool, or of another shape.
 
     Args: layers: what to build for each letter of the pattern.
     Source: the study; Nemotron-H.
@@ -749,7 +749,7 @@ class HybridLM(nn.Module):
     def forward(self, tokens_BT: Tensor, starts_BT: Documents = None) -> Tensor:
         span = ALL
         if starts_BT is not None:
-            span = Span(starts_BT.cumsum(1))
+            span = Span(torch.zeros_like(tokens_BT).masked_fill_(starts_BT, 1).cumsum(1))
         return self.logits(tokens_BT, span)
 
     def logits(self, tokens_BT: Tensor, span: Span) -> Tensor:
@@ -973,7 +973,7 @@ def check_shapes(full: StateDict, config: HybridConfig) -> None:
     """Raises: ValueError that names what is missing, unknown, or of another shape."""
     expected = parameter_shapes(config)
     found = {name: x.shape for name, x in full.items()}
-    wrong = {name for name, _ in found.items() ^ expected.items()}
+    wrong = dict(found.items() ^ expected.items())
     if wrong:
         raise ValueError(f"missing, unknown or of another shape: {sorted(wrong)[:6]}")
 
@@ -1016,8 +1016,7 @@ def gather_state_dict(tensors: StateDict, config: HybridConfig, group: Group = N
 # After backward the gradients are complete, thanks to copy_to_tp: sharded parameters are used on
 # their own rank alone, and of replicated ones each rank has the same gradient. What is left is the
 # norm before clipping. Squares of shards are summed over tp; a replicated parameter counts once, so
-# each rank adds 1/tp of it. Counted on each rank, it would enlarge the norm, and clipping would
-# take more.
+# each rank adds 1/tp of it. Counted on each rank, it would enlarge the norm: too much is clipped.
 
 
 def make_optimizer(model: nn.Module, lr: float, weight_decay: float = 0.1) -> AdamW:
@@ -1222,7 +1221,9 @@ def claims(
         rows.append((claim, "exact", here, is_equal))
     if differences:
         within = max(differences)
-        here = f"within {within:.0e}" if within else "equal to the bit"
+        here = "equal to the bit"
+        if within:
+            here = f"within {within:.0e}"
         losses = f"the first {len(differences)} losses"
         claim = f"{losses} equal the single device's, {args.dtype}"
         is_equal = within <= BOUNDS[args.dtype]

@@ -102,7 +102,9 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     height, width = block
     rows, columns = x.shape[-2:]
     size = x.abs()
-    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    right = -columns % width
+    below = -rows % height
+    size = F.pad(size, (0, right, 0, below))
     tiles = size.unfold(-2, height, height)
     tiles = tiles.unfold(-2, width, width)
     return tiles.amax((-2, -1))
@@ -217,9 +219,9 @@ class FP8Recipe:
     hardware: bool = False  # on FP8 tensor cores, or emulated
 
     def covered(self, num_layers: int) -> range:
-        """The layers in FP8. Raises: ValueError where there is none."""
+        """The layers in FP8. Raises: ValueError where there is none, or a count is negative."""
         covered = range(self.first, num_layers - self.last)
-        if not covered:
+        if not covered or min(self.first, self.last) < 0:
             outside = f"the first {self.first} and the last {self.last} of {num_layers} layers"
             raise ValueError(f"the FP8 recipe leaves out {outside}: it covers none; add layers")
         return covered
@@ -358,10 +360,16 @@ def fp8_grouped_gemm(
 ) -> Tensor:
     """`moe_fp8.grouped_gemm` in FP8, (R, F): each expert's rows and weight with their own scales.
 
-    Args: amax_group: the ranks that hold the same experts; collective. Source: ours.
+    Args: amax_group: the ranks that hold the same experts; collective.
+    Raises: ValueError where counts do not fit. Source: ours.
     """
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
+    if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
+        raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
+    found = []
+    for rows, weight_FH in zip(x_RH.split(counts), weight_EFH):
+        y_RF = fp8_linear(rows, weight_FH, recipe, amax_group)
+        found.append(y_RF)
+    return torch.cat(found)
 
 
 def to_fp8(model: MoELM, recipe: FP8Recipe, mesh: Mesh | None = None) -> MoELM:
@@ -468,11 +476,13 @@ def formats() -> list[tuple]:
         tails = quantization_error(heavy, operand)
         lost = lost_to_zero(heavy, operand)
         here = f"{gaussian:.1%} / {tails:.1%} / {lost:.1%}"
-        rows.append((f"{name}: error Gaussian / heavy tails / lost to 0", "–", here, "ours"))
+        claim = f"{name}: error Gaussian / heavy tails / lost to 0"
+        rows.append((claim, "–", here, "ours"))
     for name, largest in {"e4m3": "448", "e5m2": "57344"}.items():
         found = quantize_fp8(torch.ones(1), name)
         here = str(round(1 / found.inverse_scale.item()))
-        rows.append((f"{name.upper()}: largest value", largest, here, here == largest))
+        claim = f"{name.upper()}: largest value"
+        rows.append((claim, largest, here, here == largest))
     return rows
 
 

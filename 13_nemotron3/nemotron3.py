@@ -457,16 +457,16 @@ def log_decay(dt: Tensor, A: Tensor, starts: Documents = None) -> Tensor:
 def _scan(
     form: Callable, X: Tensor, a: Tensor, B: Tensor, C: Tensor, state: Tensor | None
 ) -> Scanned:
+    batch, T, H, P = X.shape
     G = B.shape[2]
     with torch.autocast(X.device.type, enabled=False):
         if state is None:
-            batch, _, H, P = X.shape
             state = X.new_zeros(batch, H, P, B.shape[3])
         state_BGRPN = rearrange(at_least_fp32(state), "B (G R) P N -> B G R P N", G=G)
         X_BGRTP = rearrange(at_least_fp32(X), "B T (G R) P -> B G R T P", G=G)
-        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G)
-        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N")
-        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N")
+        a_BGRT1 = rearrange(at_least_fp32(a), "B T (G R) -> B G R T 1", G=G, T=T)
+        B_BG1TN = rearrange(at_least_fp32(B), "B T G N -> B G 1 T N", T=T)
+        C_BG1TN = rearrange(at_least_fp32(C), "B T G N -> B G 1 T N", T=T)
         y_BGRTP, state_BGRPN = form(state_BGRPN, X_BGRTP, a_BGRT1, B_BG1TN, C_BG1TN)
     y_BTHP = rearrange(y_BGRTP, "B G R T P -> B T (G R) P")
     return y_BTHP, rearrange(state_BGRPN, "B G R P N -> B (G R) P N")
@@ -519,7 +519,7 @@ def ssd(
 
     Returns: y (B, T, H, P), and the state after the last token (B, H, P, N), both at least fp32, as
         is all arithmetic. Backward keeps the inputs and T / Q states.
-    Raises: ValueError where groups do not divide heads, or chunk < 1.
+    Raises: ValueError where groups do not divide heads, or chunk < 1; EinopsError for another T.
     Source: Mamba-2, section 6 and listing 1 of arXiv 2405.21060; the loop over chunks: ours.
     """
     if X.shape[2] % B.shape[2] or chunk < 1:
@@ -528,7 +528,7 @@ def ssd(
     return _scan(partial(_chunks, chunk), X, a, B, C, initial_state)
 
 
-# endregion copy 00bd4b
+# endregion copy e0adde
 # region carried: last_documents, causal_conv1d, RMSNorm, Mamba2Mixer (home: 05_mamba_hybrid)
 def last_documents(document_BS: Documents, T: int, earlier: int) -> Documents:
     """Document indices of the last T tokens and of `earlier` tokens before; None stays None.
@@ -829,9 +829,10 @@ def _has_grouped_mm(x_RH: Tensor, weight_EFH: Tensor) -> bool:
     """Whether F.grouped_mm (PyTorch 2.10 and newer) takes these tensors."""
     if x_RH.is_cuda and torch.cuda.get_device_capability(x_RH.device) < (8, 0):
         return False
-    _, F_, H = weight_EFH.shape
-    row_bytes = math.gcd(F_, H) * x_RH.element_size()
+    row_bytes = math.gcd(*weight_EFH.shape[1:]) * x_RH.element_size()
     dtypes = GROUPED_MM_DTYPES.get(x_RH.device.type, [])
+    if torch.compiler.is_compiling():  # which refuses the CPU's other dtypes
+        dtypes = [torch.bfloat16]
     return row_bytes % 16 == 0 and x_RH.dtype in dtypes and hasattr(F, "grouped_mm")
 
 
@@ -842,25 +843,25 @@ def gemm_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-# endregion copy 203abd
+# endregion copy c71295
 # region carried: grouped_gemm, Experts, MLP, MoELayer (home: 06_moe_fp8)
 def grouped_gemm(x_RH: Tensor, weight_EFH: Tensor, counts: list[int]) -> Tensor:
     """Rows sorted by expert times each expert's own matrix: (R, F).
 
+    The gradient must be contiguous, not expanded as that of a bare sum().
     Args: counts: rows of each expert. Raises: ValueError where they do not fit. Source: ours.
     """
     if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
         raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     dtype = gemm_dtype(x_RH)
-    x_RH = x_RH.to(dtype)
+    x_RH = x_RH.to(dtype).contiguous()
     weight_EFH = weight_EFH.to(dtype)
     if _has_grouped_mm(x_RH, weight_EFH):
         ends_E = torch.tensor(counts).cumsum(0).to(torch.int32)
         # A blocking copy would wait for all work in flight on the GPU, the all-to-all included.
         ends_E = ends_E.to(x_RH.device, non_blocking=True)
         return F.grouped_mm(x_RH, weight_EFH.mT, offs=ends_E)
-    pairs = zip(x_RH.split(counts), weight_EFH)
-    return torch.cat([rows @ weight_FH.mT for rows, weight_FH in pairs])
+    return torch.cat([x_rH @ w_FH.mT for x_rH, w_FH in zip(x_RH.split(counts), weight_EFH)])
 
 
 class Experts(nn.Module):
@@ -938,7 +939,7 @@ class MoELayer(nn.Module):
         return y_TH + self.shared(x_TH) if self.shared else y_TH
 
 
-# endregion copy 9ca9b8
+# endregion copy a6a590
 
 
 class ExpertLayer(MoELayer):

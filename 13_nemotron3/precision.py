@@ -60,7 +60,9 @@ def _amax(x: Tensor, block: tuple[int, int] | None) -> Tensor:
     height, width = block
     rows, columns = x.shape[-2:]
     size = x.abs()
-    size = F.pad(size, (0, -columns % width, 0, -rows % height))
+    right = -columns % width
+    below = -rows % height
+    size = F.pad(size, (0, right, 0, below))
     tiles = size.unfold(-2, height, height)
     tiles = tiles.unfold(-2, width, width)
     return tiles.amax((-2, -1))
@@ -123,7 +125,7 @@ def quantize_fp8(
     return Quantized(codes.contiguous(), 1 / scale, block)
 
 
-# endregion copy d8aa0e
+# endregion copy 1d8ba8
 # region carried: dequantize_fp8, fp8_gemm, _quantize_both, _FP8Linear (home: 06_moe_fp8/fp8)
 def dequantize_fp8(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     """codes · inverse scale, (...), in `dtype`, fp32 or higher. Source: Nemotron-H."""
@@ -212,16 +214,16 @@ class FP8Recipe:
     hardware: bool = False  # on FP8 tensor cores, or emulated
 
     def covered(self, num_layers: int) -> range:
-        """The layers in FP8. Raises: ValueError where there is none."""
+        """The layers in FP8. Raises: ValueError where there is none, or a count is negative."""
         covered = range(self.first, num_layers - self.last)
-        if not covered:
+        if not covered or min(self.first, self.last) < 0:
             outside = f"the first {self.first} and the last {self.last} of {num_layers} layers"
             raise ValueError(f"the FP8 recipe leaves out {outside}: it covers none; add layers")
         return covered
 
 
 HYBRID = FP8Recipe()
-# endregion copy a5143a
+# endregion copy 53ee69
 
 
 # region carried: fp8_linear, FP8Linear (home: 06_moe_fp8/fp8)
@@ -266,13 +268,19 @@ def fp8_grouped_gemm(
 ) -> Tensor:
     """`moe_fp8.grouped_gemm` in FP8, (R, F): each expert's rows and weight with their own scales.
 
-    Args: amax_group: the ranks that hold the same experts; collective. Source: ours.
+    Args: amax_group: the ranks that hold the same experts; collective.
+    Raises: ValueError where counts do not fit. Source: ours.
     """
-    pairs = zip(x_RH.split(counts), weight_EFH.unbind())
-    return torch.cat([fp8_linear(*pair, recipe, amax_group) for pair in pairs])
+    if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
+        raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
+    found = []
+    for rows, weight_FH in zip(x_RH.split(counts), weight_EFH):
+        y_RF = fp8_linear(rows, weight_FH, recipe, amax_group)
+        found.append(y_RF)
+    return torch.cat(found)
 
 
-# endregion copy 40c754
+# endregion copy c75614
 
 
 def check_no_tp(model: NemotronLM, name: str) -> None:

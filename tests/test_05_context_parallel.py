@@ -500,6 +500,9 @@ def test_sizes_that_do_not_divide_are_refused_on_every_rank():
         model(torch.zeros(1, 11, dtype=torch.int64))
     with pytest.raises(ValueError, match="2 tokens on this rank; the next one needs the last 3"):
         cp.halo(torch.zeros(1, 2, 5), 3)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="only supports boolean masks"):
+        model(tokens, torch.zeros_like(tokens))
     with pytest.raises(ValueError, match="tp=3 does not divide the 4 ranks"):
         cp.make_mesh(3, ranks.device)
 

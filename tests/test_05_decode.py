@@ -56,6 +56,8 @@ def test_generation_equals_the_full_forward_each_time():
         for seed in (0, 0, 1)
     ]
     assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    for smallest in (1e-300, 1e-320):  # the quotients of the logits would overflow
+        assert torch.equal(tool.generate(model, tokens, 6, smallest), expected)
 
 
 def kept_tensors(state: tool.LayerState) -> list:
@@ -108,6 +110,8 @@ def test_prompts_of_unequal_length_are_as_if_alone():
     assert tokens.shape == starts.shape == (4, 14) and starts.sum() == 4
     with pytest.raises(ValueError, match="prompt 1 is empty: begin with at least one token"):
         tool.pad_prompts([rows[0], rows[0][:0]])
+    with pytest.raises(ValueError, match="no prompt: give at least one"):
+        tool.pad_prompts([])
 
 
 def test_documents_may_begin_while_decoding():
@@ -150,6 +154,25 @@ def test_a_cache_refuses_what_it_cannot_take_and_stays_as_it_was():
         model(tokens, cache)
     assert cache.tokens == 6
     assert all(x.shape[-2] <= 8 for x in kept_tensors(cache.layers[1]))
+
+
+def test_a_cache_goes_on_rightly_after_a_call_that_failed():
+    """Ids out of range, starts of another shape or dtype, another batch: nothing is counted."""
+    model, expected = decoder(), plain()(TOKENS)
+    cache = model.new_cache(14)
+    model(TOKENS[:, :6], cache)
+    step = TOKENS[:, 6:9]
+    wrong_starts = torch.ones(2, 5, dtype=torch.bool)
+    with pytest.raises(IndexError):
+        model(step + 61, cache)
+    with pytest.raises(RuntimeError):
+        model(step, cache, wrong_starts)
+    with pytest.raises(RuntimeError, match="only supports boolean masks"):
+        model(step, cache, torch.ones_like(step))
+    with pytest.raises(ValueError, match="1 sequences, but the cache has tokens of 2"):
+        model(step[:1], cache)
+    assert cache.tokens == 6 and cache.document_BS is None
+    assert_equal({"logits": model(step, cache)}, {"logits": expected[:, 6:9]})
 
 
 def test_prompts_that_do_not_fit():

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from deepspeech import Counter
+from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from proof import SavedStorages, Shows, assert_differs, assert_equal, plant, worst_of
@@ -1309,6 +1310,29 @@ def test_the_scan_refuses_groups_that_do_not_divide():
         of_tokens(mh.ssd, **(inputs | {name: random(2, 6, 3, 5) for name in "BC"}), chunk=4)
     with pytest.raises(ValueError, match="4 heads in 2 groups, chunk=0"):
         of_tokens(mh.ssd, **inputs, chunk=0)
+
+
+@pytest.mark.parametrize("form", [mh.ssd, mh.ssd_quadratic, mh.ssd_recurrent])
+@pytest.mark.parametrize("name", ["a", "B", "C"])
+@pytest.mark.parametrize("tokens", [1, 4, 7])
+def test_the_scan_refuses_unequal_numbers_of_tokens(form, name, tokens):
+    """Also one token, which would be broadcast, and a whole chunk less, which would be cut off."""
+    sizes = {"X": (4, 3), "a": (4,), "B": (2, 5), "C": (2, 5)}
+    inputs = {key: random(2, 8, *size) for key, size in sizes.items()}
+    inputs[name] = random(2, tokens, *sizes[name])
+    options = {"chunk": 4} if form is mh.ssd else {}
+    with pytest.raises(EinopsError, match=rf"torch.Size\(\[2, {tokens}, .*'T': 8"):
+        form(**inputs, **options)
+
+
+def test_starts_that_are_not_bool_are_refused():
+    """Document indices, which would be added up, and starts of more tokens than there are."""
+    model, (tokens, targets) = mh.HybridLM(config()), tokens_of()
+    starts = torch.zeros_like(tokens, dtype=torch.bool)
+    with pytest.raises(RuntimeError, match="only supports boolean masks"):
+        model.loss(tokens, targets, starts.long())
+    with pytest.raises(RuntimeError):
+        model.loss(tokens, targets, F.pad(starts, (0, 1)))
 
 
 # ── Bad input to the parallel model ───────────────────────────────────────────────────────────────

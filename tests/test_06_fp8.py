@@ -342,6 +342,13 @@ def test_fp8_linear_takes_the_hardwares_line():
         fp8_layer(32, 8, recipe)(x)
 
 
+def test_experts_in_fp8_refuse_counts_that_do_not_fit():
+    x, w = torch.randn(5, 16), torch.randn(2, 16, 16)
+    for counts in ([2, 2], [5], [2, 2, 1]):
+        with pytest.raises(ValueError, match=r"counts \[.*\] are not 5 rows for 2 experts"):
+            fp8.fp8_grouped_gemm(x, w, counts, fp8.HYBRID)
+
+
 @pytest.mark.parametrize("hardware", [False, True])
 def test_experts_in_fp8_are_padded_and_nobody_counts_it(hardware):
     """Each expert's rows by themselves, experts without rows among them: the numbers of one
@@ -754,6 +761,9 @@ def test_a_conversion_that_covers_nothing_is_refused():
     with pytest.raises(ValueError, match="first 1 and the last 1 of 2 layers: it covers none"):
         fp8.to_fp8(model, fp8.HYBRID)
     assert not any(isinstance(m, fp8.FP8Linear) for m in model.modules())
+    for first, last in ((-1, -1), (-1, 1), (1, -1)):
+        with pytest.raises(ValueError, match=f"first {first} and the last {last} of 4 layers"):
+            fp8.FP8Recipe(first=first, last=last).covered(4)
     model = fp8.to_fp8(moe.MoELM(config()), fp8.HYBRID)
     with pytest.raises(ValueError, match="layer 1 is in FP8, and the recipe leaves it out"):
         fp8.to_fp8(model, replace(fp8.BLOCKWISE, first=2))

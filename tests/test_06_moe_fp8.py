@@ -319,6 +319,20 @@ def test_grouped_gemm(dtype, counts):
         assert not b.numel() or (a.double() - b).abs().max() <= bound * max(1.0, b.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_rows_may_be_a_view(dtype):
+    """Transposed, or columns of a wider tensor: rows do not begin at multiples of 16 bytes."""
+    torch.manual_seed(0)
+    w = torch.randn(2, 24, 16, dtype=dtype, requires_grad=True)
+    for x in (torch.randn(16, 5, dtype=dtype).T, torch.randn(5, 32, dtype=dtype)[:, 1:17]):
+        upstream = torch.randn(5, 24, dtype=dtype)
+        found = []
+        for leaf in (x.detach(), x.contiguous()):
+            y = moe.grouped_gemm(leaf.requires_grad_(), w, [2, 3])
+            found.append([y, *torch.autograd.grad(y, [leaf, w], upstream)])
+        assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def test_sizes_that_the_kernel_does_not_take():
     x, w = torch.randn(5, 15), torch.randn(2, 7, 15)
     assert not moe._has_grouped_mm(x, w)
@@ -691,6 +705,9 @@ def test_the_layer_under_autocast_and_compiled():
     assert narrow.dtype == torch.bfloat16 and 1e-4 < ((narrow - y).norm() / y.norm()).item() < 2e-2
     narrow.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters())
+    single = torch.compile(layer, backend="aot_eager")(x)[0]  # the kernel's shapes: bf16 alone
+    assert_equal({"y": single}, {"y": y}, bound=1e-5)
+    torch.compiler.reset()
     layer, x = layer.double(), x.double()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=False)
     a, b = (x.clone().requires_grad_() for _ in range(2))
