@@ -1186,7 +1186,7 @@ def equivalence(
     # In float64 alone: Adam divides rounding errors by each other where a gradient is zero.
     if dtype == torch.float64:
         full = gather_state_dict(parallel.state_dict(), mesh.ep_group)
-        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), 5 * lr)
+        errors |= relative_errors("weight after AdamW", full, plain.state_dict(), len(batches) * lr)
     return over_all_ranks(errors)
 
 

@@ -698,8 +698,11 @@ def nvfp4_grouped_gemm(
 ) -> Tensor:
     """Chapter 6's `grouped_gemm` in NVFP4, (R, F): each expert's rows have scales of their own.
 
-    An expert's rows are padded to a multiple of 16 with zeros, which change no amax. Source: ours.
+    An expert's rows are padded to a multiple of 16 with zeros, which change no amax.
+    Raises: ValueError where counts do not fit. Source: ours.
     """
+    if sum(counts) != len(x_RH) or len(counts) != len(weight_EFH):
+        raise ValueError(f"counts {counts} are not {len(x_RH)} rows for {len(weight_EFH)} experts")
     found = []
     for rows, weight_FH in zip(x_RH.split(counts), weight_EFH.unbind()):
         if not len(rows):

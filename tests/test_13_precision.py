@@ -91,6 +91,9 @@ def test_experts_in_nvfp4_by_hand():
     assert_equal({"y": y_RF}, {"y": torch.cat(expected)}, 1e-12)
     y_RF.sum().backward()
     assert x_RH.grad.isfinite().all() and not weight_EFH.grad[1].any()
+    for wrong in ([5, 0, 15], [5, 16]):
+        with pytest.raises(ValueError, match="are not 21 rows for 3 experts"):
+            precision.nvfp4_grouped_gemm(x_RH, weight_EFH, wrong, rounding)
 
 
 def test_what_is_refused():
