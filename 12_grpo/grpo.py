@@ -248,7 +248,7 @@ def grpo_loss(
         clip_low, clip_high: the ratio counts in [1 − clip_low, 1 + clip_high]; infinite: no clip.
     Source: GRPO (Shao et al., 2024), equation 3; the two clips are DAPO's (2025), equation 10.
     """
-    # Masked before exp: 0 · inf is NaN, in the gradient as well. No product is 0 · NaN either.
+    # Masked before exp and after the products: 0 · inf and 0 · NaN are NaN, in gradients as well.
     ratio_BS = torch.where(mask_BS, log_prob_BS - old_log_prob_BS, 0).exp()
     clipped_BS = ratio_BS.clamp(1 - clip_low, 1 + clip_high)
     gain_BS = torch.minimum(ratio_BS * advantage_BS, clipped_BS * advantage_BS)
